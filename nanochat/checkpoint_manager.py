@@ -1,0 +1,275 @@
+"""
+Checkpoints: written so that a kill, a full disk or a flipped bit never costs more than the one being written.
+
+A step's files are model_%06d.pt, optim_%06d.pt and state_%06d.pt (one of the latter two for each rank, the
+first rank's without a suffix), meta_%06d.json, and last manifest_%06d.json with the size and SHA-256 of each.
+Without its manifest a step does not exist. Steps saved by nanochat, which knew no manifest, are read too.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import get_tokenizer
+
+SOURCES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+
+
+def checkpoint_root(source: str) -> Path:
+    """The folder that holds all models of a stage ("base", "mid", "sft" or "rl")."""
+    if source not in SOURCES:
+        raise UserError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    return get_base_dir() / SOURCES[source]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One step's files
+
+
+def _file(folder, kind, step, rank=0):
+    suffix = f"_rank{rank}" if rank else ""
+    return Path(folder) / f"{kind}_{step:06d}{suffix}.{'json' if kind in ('meta', 'manifest') else 'pt'}"
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_tensors(path, data):
+    with atomic_write(path) as file:
+        torch.save(data, file)
+
+
+def _read_tensors(path, device):
+    """torch.load without code execution; UserError when the file is not what it should be."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: choose another --step, or train again") from error
+    except Exception as error:  # torch.load raises a dozen kinds for damaged files; none is passed over
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+
+
+def rng_state():
+    """The state of every random generator of this process, in types that torch.load admits."""
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state):
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    key, pos = state["numpy"]
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"] = {"key": np.array(key, dtype=np.uint32), "pos": pos}
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def save_checkpoint(folder, step, model_data, optimizer_data=None, meta_data=None, loader_state=None):
+    """
+    Write one step. Every rank must call this: each writes its optimizer and loader state, the first the rest.
+
+    optimizer_data: the state dicts of the optimizers. meta_data: what JSON can hold. Raises UserError when
+    the disk refuses; steps written before are untouched.
+    """
+    is_dist, rank, _, world_size = get_dist_info()
+    folder = Path(folder)
+    try:
+        written = []
+        if rank == 0:
+            written.append(_file(folder, "model", step))
+            _write_tensors(written[-1], model_data)
+        if optimizer_data is not None:
+            written.append(_file(folder, "optim", step, rank))
+            _write_tensors(written[-1], optimizer_data)
+            written.append(_file(folder, "state", step, rank))
+            _write_tensors(written[-1], {"loader": loader_state, "rng": rng_state()})
+        if rank == 0:
+            written.append(_file(folder, "meta", step))
+            with atomic_write(written[-1], "w") as file:
+                json.dump({**(meta_data or {}), "world_size": world_size, "manifest": True}, file, indent=2)
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
+        if is_dist:
+            of_all_ranks = [None] * world_size
+            dist.all_gather_object(of_all_ranks, entries)
+            entries = {name: entry for part in of_all_ranks for name, entry in part.items()}
+        if rank == 0:
+            with atomic_write(_file(folder, "manifest", step), "w") as file:
+                json.dump(entries, file, indent=2)
+        if is_dist:
+            dist.barrier()
+    except OSError as error:
+        raise UserError(
+            f"cannot write the checkpoint of step {step} to {folder} ({error.strerror or error}): "
+            "free some space or fix the folder and start again; earlier checkpoints are whole"
+        ) from error
+
+
+def is_complete(folder, step) -> bool:
+    """Whether every file of this step is there with its full size (contents are checked when loaded)."""
+    try:
+        meta = json.loads(_file(folder, "meta", step).read_text("utf-8"))
+        if not isinstance(meta, dict):
+            return False
+        if not meta.get("manifest"):  # written by nanochat, whose last file is the meta data
+            return _file(folder, "model", step).stat().st_size > 0
+        manifest = json.loads(_file(folder, "manifest", step).read_text("utf-8"))
+        return all((Path(folder) / name).stat().st_size == entry["bytes"] for name, entry in manifest.items())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+
+
+def _verify(folder, step, names):
+    """Compare checksums of these files with the manifest, where the step has one."""
+    path = _file(folder, "manifest", step)
+    if not path.exists():
+        return
+    manifest = json.loads(path.read_text("utf-8"))
+    for name in names:
+        if name in manifest and _sha256(Path(folder) / name) != manifest[name]["sha256"]:
+            raise UserError(
+                f"{Path(folder) / name} is damaged (its checksum differs from the manifest): "
+                "delete this step's files and use another --step, or train again"
+            )
+
+
+def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
+    """
+    (model_data, optimizer_data, meta_data, state) of a step; the second and fourth None unless asked for.
+
+    state is {"loader": …, "rng": …} of this rank. UserError for files that are missing or damaged, and for
+    optimizer state written by another number of processes.
+    """
+    folder = Path(folder)
+    _, rank, _, world_size = get_dist_info()
+    if not is_complete(folder, step):
+        raise UserError(f"there is no complete checkpoint of step {step} in {folder}: choose another --step")
+    meta_data = json.loads(_file(folder, "meta", step).read_text("utf-8"))
+    paths = [_file(folder, "model", step)]
+    if load_optimizer:
+        if meta_data.get("world_size", world_size) != world_size:
+            raise UserError(
+                f"the checkpoint of step {step} in {folder} was written by {meta_data['world_size']} processes "
+                f"and only as many can go on from it exactly; got {world_size}. Launch with "
+                f"--nproc_per_node={meta_data['world_size']}, or start anew with --resume=0"
+            )
+        paths += [_file(folder, "optim", step, rank), _file(folder, "state", step, rank)]
+    _verify(folder, step, [path.name for path in paths if path.exists()])
+    loaded = [_read_tensors(path, "cpu" if path.name.startswith("state") else device) for path in paths]
+    if not load_optimizer:
+        return loaded[0], None, meta_data, None
+    return loaded[0], loaded[1], meta_data, loaded[2]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def find_last_step(folder) -> int | None:
+    """The newest complete step in a folder, or None. Stray and unfinished files are passed over."""
+    names = [path.name for path in Path(folder).glob("model_*.pt")]
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"model_(\d{6,})\.pt", name))]
+    return next((step for step in sorted(steps, reverse=True) if is_complete(folder, step)), None)
+
+
+def find_largest_model(root) -> str:
+    """The model to take when none is named: the deepest d<depth> with a checkpoint, else the newest folder."""
+    folders = [path for path in Path(root).glob("*") if path.is_dir() and find_last_step(path) is not None]
+    folders = [path for path in folders if ".old-" not in path.name]
+    if not folders:
+        raise UserError(f"no complete checkpoint in {root}: train one first")
+    deep = [path for path in folders if re.fullmatch(r"d\d+", path.name)]
+    if deep:
+        return max(deep, key=lambda path: int(path.name[1:])).name
+    return max(folders, key=lambda path: path.stat().st_mtime).name
+
+
+def set_aside(folder):
+    """Rename a folder of checkpoints so that a run can start anew in its place; returns the new path."""
+    folder = Path(folder)
+    aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    shutil.move(folder, aside)
+    return aside
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models
+
+
+def build_model(model_data, model_config: dict, device) -> GPT:
+    """A GPT on `device` holding the weights of a state dict, also of one saved by nanochat."""
+    try:
+        config = GPTConfig(**model_config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's model_config is not ours: {error}") from error
+    model_data = {key.removeprefix("_orig_mod."): tensor for key, tensor in model_data.items()}
+    if torch.device(device).type != "cuda":  # bf16 embeddings are for GPUs
+        model_data = {key: t.float() if t.dtype == torch.bfloat16 else t for key, t in model_data.items()}
+    for key in ("transformer.wte.weight", "lm_head.weight"):  # nanochat did not pad the vocabulary
+        tensor = model_data.get(key)
+        if tensor is not None and tensor.size(0) == config.vocab_size < config.padded_vocab_size:
+            padding = tensor.new_zeros(config.padded_vocab_size - config.vocab_size, tensor.size(1))
+            model_data[key] = torch.cat((tensor, padding))
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.init_weights()  # the rotary caches are not in the file
+    try:
+        model.load_state_dict(model_data, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit its model_config: {error}") from error
+    return model
+
+
+def load_model(source, device, phase="eval", model_tag=None, step=None):
+    """
+    (model, tokenizer, meta_data) of a stage: by default its deepest model at its newest complete step.
+
+    phase: "train" or "eval", the mode the model is put in.
+    """
+    if phase not in ("train", "eval"):
+        raise ValueError(f"phase must be train or eval, got {phase!r}")
+    root = checkpoint_root(source)
+    folder = root / (model_tag or find_largest_model(root))
+    step = find_last_step(folder) if step is None else step
+    if step is None:
+        raise UserError(f"no complete checkpoint in {folder}: train one first, or name another --model_tag")
+    model_data, _, meta_data, _ = load_checkpoint(folder, step, device)
+    model = build_model(model_data, meta_data["model_config"], device)
+    tokenizer = get_tokenizer()
+    if tokenizer.get_vocab_size() != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.get_vocab_size():,} tokens but {folder} was trained with "
+            f"{model.config.vocab_size:,}: put its tokenizer back into {get_base_dir() / 'tokenizer'}"
+        )
+    model.train(phase == "train")
+    return model, tokenizer, {**meta_data, "model_tag": folder.name, "step": step}
+
+
+def model_config_dict(model: GPT) -> dict:
+    return asdict(model.config)

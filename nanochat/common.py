@@ -1,0 +1,191 @@
+"""Small things that everything else needs: places, processes, devices, atomic files, errors for people."""
+
+import contextlib
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """Something a person can put right. The message says what was expected, what came, and what to do."""
+
+
+def get_base_dir() -> Path:
+    """$NANOCHAT_BASE_DIR (default ~/.cache/nanochat): the folder of all data, checkpoints and reports."""
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path} ({error.strerror}): set NANOCHAT_BASE_DIR to a writable folder") from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """
+    Open a temporary file beside `path` and, if the block ends well, flush it to disk and rename it to `path`.
+
+    Readers see the old file or the whole new one, never a part, also when the process is killed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(temporary, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+def get_dist_info():
+    """(is_distributed, rank, local_rank, world_size); torchrun sets the environment variables read here."""
+    if "RANK" in os.environ:
+        return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    return False, 0, 0, 1
+
+
+def print0(*args, **kwargs):
+    """Print on the first process only."""
+    if get_dist_info()[1] == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def autodetect_device_type() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_init(device_type: str = "", seed: int = 42):
+    """
+    Choose the device ("" = the best there is), seed every generator, join the process group under torchrun.
+
+    Returns (is_distributed, rank, local_rank, world_size, device).
+    """
+    device_type = device_type or autodetect_device_type()
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device_type):
+        have = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"device_type {device_type!r} is not available here; available: {have}")
+    is_dist, rank, local_rank, world_size = get_dist_info()
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # tf32 for what autocast leaves in float32
+    if is_dist and not dist.is_initialized():
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+        dist.barrier()
+    return is_dist, rank, local_rank, world_size, device
+
+
+def compute_cleanup():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def has_fast_bf16(device_type: str) -> bool:
+    """Whether matrix products in bf16 are faster than in float32 on this device."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device_type == "cpu":
+        with contextlib.suppress(OSError):  # no such file: not Linux, so take the safe answer
+            flags = Path("/proc/cpuinfo").read_text()
+            return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def resolve_dtype(name: str, device_type: str) -> torch.dtype:
+    """--dtype auto|bf16|fp32 as a torch dtype; auto is bf16 where that is faster."""
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device_type) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Context in which matrix products run in `dtype`."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+# Dense bf16 peak FLOP/s by a part of the device name, first match wins. Sources: the vendors' data sheets.
+PEAK_FLOPS = [
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("B200", 2250e12),
+    ("B100", 1800e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 149.7e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 5080", 112.6e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 4080", 97.5e12),
+    ("RTX 3090", 71e12),
+    ("RTX 6000 Ada", 364e12),
+    ("MI300X", 1307e12),
+]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of this GPU in FLOP/s; None for a device that is not in the table (then no MFU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS if part.lower() in name.lower()), None)
+
+
+def print_banner():
+    print0(
+        r"""
+                                _           _
+  _ __   __ _ _ __   ___   ___| |__   __ _| |_
+ | '_ \ / _` | '_ \ / _ \ / __| '_ \ / _` | __|
+ | | | | (_| | | | | (_) | (__| | | | (_| | |_
+ |_| |_|\__,_|_| |_|\___/ \___|_| |_|\__,_|\__|
+"""
+    )
+
+
+def fail(error: UserError):
+    """End the program with the message of a UserError, shown once, and a non-zero exit code."""
+    if get_dist_info()[1] == 0:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)

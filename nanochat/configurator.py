@@ -1,0 +1,64 @@
+"""
+Command lines from typed dataclasses.
+
+A script declares its options as a dataclass (name, type, default, help in the string under the field) and
+starts with `run(main, Config)`. Options are taken as --a_b=1, --a_b 1, --a-b=1 and --a-b 1; a boolean as
+--flag, --flag=1 or --flag false; `-i` style short forms where the dataclass names one; --help explains.
+A lone `--`, as in `torchrun … -m scripts.base_train -- --depth=20`, is passed over.
+"""
+
+import dataclasses
+import sys
+import typing
+
+import tyro
+
+from nanochat.common import UserError, fail
+
+TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def short(*names):
+    """Annotation for short forms: `source: Annotated[str, short("-i")] = "sft"`."""
+    return tyro.conf.arg(aliases=names)
+
+
+def _spell_out_booleans(argv, names):
+    """Give each boolean option its value as a word of its own: `--mc`, `--mc=1`, `--mc 1` → `--mc True`."""
+    out, rest = [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        key, equals, value = arg.partition("=")
+        if key.lstrip("-").replace("-", "_") not in names or not key.startswith("--"):
+            out.append(arg)
+            continue
+        if not equals:
+            follows = rest and rest[0].lower() in TRUE | FALSE
+            value = rest.pop(0) if follows else "true"
+        if value.lower() in TRUE | FALSE:  # anything else is left for the parser to complain about
+            value = str(value.lower() in TRUE)
+        out += [key, value]
+    return out
+
+
+def parse(config_class, argv=None):
+    """An instance of config_class from the command line. Exits with a message on options that do not fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    hints = typing.get_type_hints(config_class)
+    booleans = {field.name for field in dataclasses.fields(config_class) if hints[field.name] is bool}
+    argv = _spell_out_booleans([arg for arg in argv if arg != "--"], booleans)
+    return tyro.cli(
+        config_class,
+        args=argv,
+        description=sys.modules[config_class.__module__].__doc__,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+
+
+def run(main, config_class):
+    """Entry point of a script: parse the command line, call main(config), show a UserError as one message."""
+    try:
+        main(parse(config_class))
+    except UserError as error:
+        fail(error)

@@ -1,0 +1,196 @@
+"""
+Batches of tokens for pretraining, from the parquet shards of nanochat.dataset.
+
+The row groups of a split are numbered over all of its files, and rank r takes r, r + world_size, … of them.
+It reads them as one endless stream of tokens, with BOS before each document, from the start again after the
+last. The stream is cut into batches of B·T + 1 tokens, the last of one being the first of the next: so every
+token is predicted once an epoch, nothing is padded and nothing left out.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+import weakref
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError, get_dist_info
+from nanochat.dataset import list_row_groups, read_row_group
+
+
+class TokenLoader:
+    """
+    Endless iterator of (x, y), each int64 [B, T] on `device`, where y is x one token later.
+
+    A thread reads, tokenizes and assembles up to `prefetch` batches ahead; what goes wrong in it is raised by
+    `next`. Usable as a context manager; `close()` ends the thread.
+
+    tokenizer: has get_bos_token_id() and encode_to_numpy(texts, num_threads) -> list of uint32 arrays.
+    split: "train" or "val". state: a `state_dict()` of the same rank, to go on from there.
+    Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        B: int,
+        T: int,
+        split: str,
+        device="cpu",
+        state: dict | None = None,
+        data_dir=None,
+        tokenizer_threads: int = 4,
+        rank: int | None = None,
+        world_size: int | None = None,
+        prefetch: int = 4,
+    ):
+        _, env_rank, _, env_world_size = get_dist_info()
+        self.rank = env_rank if rank is None else rank
+        self.world_size = env_world_size if world_size is None else world_size
+        self.device = torch.device(device)
+        row_groups = list_row_groups(split, data_dir)
+        if len(row_groups) < self.world_size:
+            raise UserError(
+                f"the {split} split has {len(row_groups)} row groups, too few for {self.world_size} "
+                "processes to share: add data or start fewer processes"
+            )
+        threads = min(tokenizer_threads, os.cpu_count() or 1)  # more only wait for each other
+        self._position = self._check_state(state, len(row_groups)) if state else (0, self.rank, 0)
+        batches = _batches(
+            _token_stream(tokenizer, threads, row_groups, self.world_size, self._position),
+            B,
+            T,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._error = None
+        self._ready, self._stop = queue.Queue(maxsize=prefetch), threading.Event()
+        # The thread must not hold the loader, so that an abandoned loader is collected and the thread ends.
+        thread = threading.Thread(
+            target=_produce, args=(batches, self._ready, self._stop), name=f"TokenLoader-{split}", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, _end, thread, self._ready, self._stop)
+        thread.start()
+
+    def _check_state(self, state, num_row_groups):
+        took, takes = (state["rank"], state["world_size"]), (self.rank, self.world_size)
+        if took != takes:
+            raise UserError(
+                f"the loader state is of rank {took[0]} of {took[1]}, this is rank {takes[0]} of {takes[1]}: "
+                "resume with as many processes as before"
+            )
+        if state["row_group"] >= num_row_groups:
+            raise UserError(
+                f"the loader state points at row group {state['row_group']} of {num_row_groups}: "
+                "restore the shards the run was started with"
+            )
+        return state["epoch"], state["row_group"], state["token"]
+
+    def state_dict(self) -> dict:
+        """Where the batch after the last one handed out begins: small, JSON-able, of this rank alone."""
+        epoch, row_group, token = self._position
+        return {
+            "epoch": epoch,
+            "row_group": row_group,
+            "token": token,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise ValueError("the loader is closed")
+        batch, position = self._ready.get()
+        if isinstance(batch, BaseException):
+            self._error = batch
+            raise batch
+        self._position = position
+        x, y = batch.to(self.device, non_blocking=True)
+        return x, y
+
+    def close(self):
+        """End the thread and wait for it; happens by itself when the loader is dropped and at exit."""
+        self._finalizer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _token_stream(tokenizer, threads, row_groups, world_size, position):
+    """Yield (epoch, row group, tokens uint32 [N], index of the first to use) from `position` on, for ever."""
+    bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint32)
+    epoch, first, token = position
+    rank = first % world_size
+    while True:
+        found = 0
+        for number in range(first, len(row_groups), world_size):
+            documents = tokenizer.encode_to_numpy(read_row_group(*row_groups[number]), threads)
+            if not documents:
+                continue
+            tokens = np.concatenate([part for document in documents for part in (bos, document)])
+            if token >= len(tokens):
+                raise UserError(
+                    f"the loader state points at token {token} of a row group that has {len(tokens)}: "
+                    "restore the shards and the tokenizer that the run was started with"
+                )
+            yield epoch, number, tokens, token
+            found, token = found + len(tokens), 0
+        if not found and first == rank:
+            raise UserError(f"no text in row groups {rank}, {rank + world_size}, …: make the shards again")
+        epoch, first = epoch + 1, rank
+
+
+def _batches(stream, B, T, pin_memory):
+    """Yield (int64 [2, B, T] holding x and y, position of its last token, where the next begins)."""
+    size = B * T
+    window, filled = torch.empty(size + 1, dtype=torch.int64), 0
+    view = window.numpy()
+    for epoch, number, tokens, start in stream:
+        while start < len(tokens):
+            count = min(size + 1 - filled, len(tokens) - start)
+            view[filled : filled + count] = tokens[start : start + count]
+            filled, start = filled + count, start + count
+            if filled == size + 1:
+                batch = torch.empty(2, B, T, dtype=torch.int64, pin_memory=pin_memory)
+                batch[0] = window[:-1].view(B, T)
+                batch[1] = window[1:].view(B, T)
+                yield batch, (epoch, number, start - 1)
+                view[0], filled = view[size], 1
+
+
+def _produce(batches, ready, stop):
+    """Body of the thread: hand over batches, at the end the exception that ended them."""
+    try:
+        for item in batches:
+            if not _put(ready, item, stop):
+                return
+    except BaseException as error:  # it is raised again where the batches are consumed
+        _put(ready, (error, None), stop)
+
+
+def _put(ready, item, stop):
+    """Put an item unless told to stop first; says whether it did."""
+    while not stop.is_set():
+        with contextlib.suppress(queue.Full):
+            ready.put(item, timeout=0.1)
+            return True
+    return False
+
+
+def _end(thread, ready, stop):
+    """Stop the thread and wait for it."""
+    stop.set()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            ready.get_nowait()  # a waiting `put` returns at once
+    if thread is not threading.current_thread():  # the garbage collector runs in whichever thread it likes
+        thread.join()

@@ -1,0 +1,265 @@
+"""
+Pretraining text: parquet shards in $NANOCHAT_BASE_DIR/base_data, and the command that puts them there.
+
+    python -m nanochat.dataset -n 8              # 8 training shards of FineWeb-Edu from the Hugging Face hub
+    python -m nanochat.dataset --source stdlib   # Python's own standard library: about 30 MB, no network
+    python -m nanochat.dataset --source ~/notes  # a folder of text, Markdown, code, .jsonl or .parquet files
+
+A shard is a file `shard_00000.parquet` with a string column `text`, one document a row. The last shard by
+name is the validation split. The command always makes it VAL_SHARD, so that it is the same for every -n.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import build_hf_headers
+from rich import progress
+
+from nanochat import sources
+from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.configurator import run, short
+from nanochat.download import download, locked
+
+HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
+VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
+SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
+REMAKE = "delete it and run `python -m nanochat.dataset` again as before"
+
+
+def shard_name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
+
+
+def get_data_dir() -> Path:
+    return get_base_dir() / "base_data"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def list_shards(data_dir: Path) -> list[Path]:
+    """The shards in a folder by name; none when there is no folder."""
+    return sorted(path for path in data_dir.glob("shard_*.parquet") if SHARD_NAME.fullmatch(path.name))
+
+
+def list_parquet_files(data_dir=None) -> list[Path]:
+    """The shards by name: the last is for validation. UserError if there are fewer than two."""
+    data_dir = Path(data_dir or get_data_dir())
+    paths = list_shards(data_dir)
+    if len(paths) < 2:
+        have = f"only {paths[0].name}" if paths else "none"
+        raise UserError(
+            f"expected at least two shards in {data_dir} (training, validation), found {have}: "
+            "run `python -m nanochat.dataset -n 8`, or with `--source stdlib` if there is no network"
+        )
+    return paths
+
+
+def list_row_groups(split: str, data_dir=None) -> list[tuple[Path, int]]:
+    """
+    (file, row group) of all row groups of a split ("train" or "val") that have rows, in order.
+
+    Raises UserError for a file that is not a whole parquet file with a column `text`, and for an empty split.
+    """
+    if split not in ("train", "val"):
+        raise UserError(f"expected split 'train' or 'val', got {split!r}")
+    paths = list_parquet_files(data_dir)
+    paths = paths[:-1] if split == "train" else paths[-1:]
+    found = []
+    for path in paths:
+        with _open_shard(path) as file:
+            groups = range(file.metadata.num_row_groups)
+            found += [(path, group) for group in groups if file.metadata.row_group(group).num_rows]
+    if not found:
+        raise UserError(f"no rows in the {split} split ({paths[0].name} … in {paths[0].parent}): {REMAKE}")
+    return found
+
+
+def read_row_group(path: Path, group: int) -> list[str]:
+    """The texts of one row group, without nulls and empty strings. Raises UserError if it cannot be read."""
+    with _open_shard(path) as file:
+        column = file.read_row_group(group, columns=["text"], use_threads=False).column(0)
+        return [text for text in column.to_pylist() if text]
+
+
+@contextlib.contextmanager
+def _open_shard(path):
+    """An open pq.ParquetFile; whatever is wrong with its bytes, also later in the block, is a UserError."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            sources.check_text_column(path, file.schema_arrow)
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"expected a whole parquet file, cannot read {path} ({error}): {REMAKE}") from error
+
+
+def iter_documents(split: str, start=0, step=1, data_dir=None):
+    """Yield the texts of row groups start, start + step, … of a split, one list a row group; one pass."""
+    for path, group in list_row_groups(split, data_dir)[start::step]:
+        yield read_row_group(path, group)
+
+
+parquets_iter_batched = iter_documents  # its name in nanochat
+
+# ---------------------------------------------------------------------------------------------------------
+# What the folder holds
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path):
+    """Hold a folder against other processes that fill it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with locked(descriptor):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def check_source(data_dir: Path, source: str) -> dict:
+    """
+    What `source.json` says of the shards; {} when there are none. Shards without the file came from the hub.
+
+    Raises UserError if they come from another source than `source`: two kinds of text must not be mixed.
+    """
+    count, path = len(list_shards(data_dir)), data_dir / "source.json"
+    if not count:
+        return {}
+    try:
+        have = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"source": "hub"}
+        from_there = have["source"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"expected a record of the source in {path}, got {error!r}: remove {data_dir}"
+        ) from error
+    if from_there != source:
+        raise UserError(
+            f"{data_dir} holds {count} shards from source {from_there!r} already, but {source!r} is wanted: "
+            f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
+        )
+    return have
+
+
+def write_source(data_dir: Path, record: dict):
+    with atomic_write(data_dir / "source.json", "w") as file:
+        json.dump(record, file, indent=2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Filling it
+
+
+def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
+    """Fetch training shards (-1: all) and the validation shard; returns how many there are now. UserError."""
+    with _locked_folder(data_dir):
+        check_source(data_dir, "hub")
+        write_source(data_dir, {"source": "hub", "dataset": HUB_DATASET})
+    count = VAL_SHARD if num_files == -1 else min(num_files, VAL_SHARD)
+    names = [shard_name(index) for index in (VAL_SHARD, *range(count))]  # validation first: training needs it
+    urls = {data_dir / name: hf_hub_url(HUB_DATASET, name, repo_type="dataset") for name in names}
+    failed = download(urls, workers, headers=build_hf_headers())
+    if failed:
+        reasons = "\n".join(
+            f"  {path.name}: {reason}" for path, reason in itertools.islice(failed.items(), 20)
+        )
+        more = f"\n  and {len(failed) - 20} more" if len(failed) > 20 else ""
+        raise UserError(
+            f"expected {len(names)} shards, {len(failed)} could not be downloaded:\n{reasons}{more}\n"
+            f"What is complete is kept in {data_dir}; run the same command again to go on. "
+            "Without the hub, `--source stdlib` or `--source <folder>` make shards from local text."
+        )
+    return len(names)
+
+
+def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]:
+    """
+    Make shards from the standard library or a folder, with at most num_files (-1: all) for training.
+
+    Returns (the record written to source.json, whether it was there already and nothing had to be done).
+    """
+    folder = None if source == "stdlib" else Path(source).expanduser().resolve()
+    if folder and not folder.is_dir():
+        raise UserError(f"expected --source hub, stdlib or a folder, got {source!r}, which is not a folder")
+    source = str(folder or source)
+    with _locked_folder(data_dir):
+        have = check_source(data_dir, source)
+        if have:
+            train = have["train"]
+            enough = train["complete"] or train["shards"] >= num_files != -1
+            if (
+                enough and len(list_shards(data_dir)) > train["shards"]
+            ):  # else it was killed while moving them
+                return have, True
+        skipped = {}
+        files = sources.folder_files(folder, get_base_dir(), skipped) if folder else sources.stdlib_files()
+        read = sources.folder_documents if folder else sources.stdlib_documents
+
+        # Made aside and moved when all is there, so that nobody reads half a dataset.
+        building = data_dir / ".building"
+        shutil.rmtree(building, ignore_errors=True)
+        indices = range(VAL_SHARD)[: num_files if num_files != -1 else None]
+        record = {"source": source, "python": platform.python_version()} | sources.make_shards(
+            lambda label: read(progress.track(files, label) if label else files, skipped),
+            train_paths=(building / shard_name(index) for index in indices),
+            val_path=building / shard_name(VAL_SHARD),
+        )
+        record["skipped"] = dict(Counter(skipped.values()))
+        write_source(data_dir, record)
+        for path in set(list_shards(data_dir)) - {data_dir / path.name for path in building.iterdir()}:
+            path.unlink()  # of a larger text that was here before
+        for path in sorted(building.iterdir(), reverse=True):  # validation first
+            os.replace(path, data_dir / path.name)
+        building.rmdir()
+        return record, False
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    num_files: Annotated[int, short("-n")] = -1
+    """training shards, -1 for all; the validation shard comes on top"""
+    num_workers: Annotated[int, short("-w")] = 4
+    """parallel downloads"""
+    source: str = "hub"
+    """hub (FineWeb-Edu), stdlib (Python's standard library), or a folder of text, code, .jsonl, .parquet"""
+
+
+def main(config: Config):
+    if config.num_files != -1 and config.num_files < 1:
+        raise UserError(f"expected -n 1 or more training shards, or -1 for all, got {config.num_files}")
+    if config.num_workers < 1:
+        raise UserError(f"expected -w 1 or more download workers, got {config.num_workers}")
+    data_dir = get_data_dir()
+    if config.source == "hub":
+        count = download_hub(config.num_files, config.num_workers, data_dir)
+        print(f"{count} shards of {HUB_DATASET} are in {data_dir}")
+        return
+    record, reused = make_local(config.source, config.num_files, data_dir)
+    train, val = record["train"], record["val"]
+    print(
+        f"{'reusing' if reused else 'wrote'} {data_dir}: {train['shards']} training shard(s) with "
+        f"{train['documents']:,} documents, {train['characters'] / 1e6:,.1f}M characters; validation with "
+        f"{val['documents']:,} documents, {val['characters'] / 1e6:,.1f}M characters"
+    )
+    if record["skipped"] and not reused:
+        print("skipped files: " + ", ".join(f"{count:,} {why}" for why, count in record["skipped"].items()))
+
+
+if __name__ == "__main__":
+    run(main, Config)

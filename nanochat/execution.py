@@ -1,0 +1,277 @@
+"""
+Run Python that a model wrote, in a sandbox.
+
+Every program gets a fresh bubblewrap sandbox: namespaces of its own for users, processes, network, mounts and
+IPC, no capabilities, no /proc, a read-only view of the interpreter and the system's libraries, one writable
+folder of bounded size (/tmp, in memory, gone afterwards), an empty environment, and limits on memory, CPU,
+processes, open files, file size and output. Where bubblewrap cannot be had, nothing runs: SandboxUnavailable.
+
+A process cannot vouch for itself: code that sets out to forge its own success can patch whatever judges it
+in the same interpreter. So tests are best given as `check`; they run in a second sandbox that the code cannot
+reach and talk to the function under test in plain data. Neither leaving early, nor an object that equals
+everything, nor a patched `assert` passes there.
+
+    execute_code("print(1 + 1)").stdout                                        # "2\\n"
+    execute_code("def f(x): return x + 1", check="def check(f): assert f(1) == 2", entry_point="f").success
+"""
+
+import fcntl
+import functools
+import json
+import math
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import UserError
+
+MAX_OUTPUT = 1 << 20  # bytes kept of each stream; the rest is read and dropped
+MAX_FILES = 16 << 20  # bytes in the private /tmp
+MAX_PROCESSES = 8  # processes and threads together, the sandbox's own two included
+NOBODY = "65534"
+CHILD = Path(__file__).with_name("execution_child.py")
+
+
+class SandboxUnavailable(UserError):
+    """This machine cannot isolate a program, so none is run."""
+
+
+@dataclass
+class ExecutionResult:
+    """What became of a program. `success`: it ran to its very end, and passed its check where one was given."""
+
+    success: bool
+    stdout: str
+    stderr: str
+    error: str | None = None
+    timeout: bool = False
+    memory_exceeded: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command line of the sandbox
+
+
+def _python() -> str:
+    """The interpreter outside of any virtual environment."""
+    return f"{os.path.realpath(sys.base_prefix)}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _view() -> list[str]:
+    """Mounts that show the interpreter and the shared libraries, read-only, and nothing else of the machine."""
+    prefix = os.path.realpath(sys.base_prefix)
+    folders = dict.fromkeys(["/usr/lib", "/usr/lib32", "/usr/lib64", f"{prefix}/lib", f"{prefix}/lib64", _python()])
+    mounts = []
+    for path in folders:
+        mounts += ["--ro-bind-try", path, path]
+    for path in ["/lib", "/lib64"]:
+        if os.path.islink(path):  # merged /usr
+            mounts += ["--symlink", os.readlink(path), path]
+        else:
+            mounts += ["--ro-bind-try", path, path]
+    mounts += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    return mounts
+
+
+def _command(bwrap: str) -> list[str]:
+    devices = []
+    for device in ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]:
+        devices += ["--dev-bind", device, device]  # not --dev: its /dev/shm is writable without bound
+    inner = [bwrap, "--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL"]
+    inner += ["--die-with-parent", "--new-session", "--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
+    inner += [*_view(), *devices, "--size", str(MAX_FILES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    inner += ["--remount-ro", "/", "--", _python(), "-I", "-S", "-X", "utf8", "-c", CHILD.read_text()]
+    if os.geteuid() != 0:
+        return inner
+    # The kernel does not bound the number of root's processes, so root becomes nobody first. An outer view
+    # keeps the interpreter in reach, which often lives in root's home.
+    outer = [bwrap, "--die-with-parent", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    outer += [*_view(), "--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev"]
+    setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
+    for program in [bwrap, setpriv]:
+        outer += ["--ro-bind", program, program]
+    drop = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
+    return [*outer, "--", *drop, "--", *inner]
+
+
+@functools.cache
+def find_sandbox() -> list[str]:
+    """The command that starts a program in the sandbox, tried once. Raises SandboxUnavailable."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise SandboxUnavailable(
+            "running model-written code needs bubblewrap, which is not installed: `apt-get install bubblewrap`"
+            " (version 0.8 or newer). Without it no such code is run."
+        )
+    command = _command(bwrap)
+    with _Program(command, "program", "", timeout=20, memory_bytes=256 << 20) as probe:
+        _collect([probe], probe, time.monotonic() + 20)
+    if probe.outcome() is None:
+        raise SandboxUnavailable(
+            "bubblewrap is installed but cannot isolate a program here, so model-written code is not run;"
+            f" it said: {probe.text('stderr').strip() or 'nothing'}. It needs version 0.8 or newer and the right to"
+            " create namespaces (in a container: start it with that right, or evaluate on another machine)."
+        )
+    return command
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One sandboxed process
+
+
+class _Program:
+    """A started sandbox and what it has said so far. Leaving the `with` block kills whatever is left of it."""
+
+    def __init__(self, command, role, code, timeout, memory_bytes, peer=None, entry_point=None):
+        status, self._status_end = os.pipe()
+        self.token = secrets.token_hex(16)
+        limits = {
+            "RLIMIT_AS": memory_bytes,
+            "RLIMIT_CPU": math.ceil(timeout) + 1,
+            "RLIMIT_NPROC": MAX_PROCESSES,
+            "RLIMIT_NOFILE": 64,
+            "RLIMIT_FSIZE": MAX_FILES,
+            "RLIMIT_CORE": 0,
+        }
+        job = {"role": role, "code": code, "token": self.token, "status": self._status_end, "limits": limits}
+        job |= {"peer": peer and peer.fileno(), "entry_point": entry_point}
+        stdin = _sealed_file(json.dumps(job).encode())
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={},  # bubblewrap's own environment would be readable inside, so it has none either
+                pass_fds=[self._status_end] + ([peer.fileno()] if peer else []),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(status)
+            raise
+        finally:
+            os.close(stdin)
+            os.close(self._status_end)
+        self.files = {"stdout": self.process.stdout, "stderr": self.process.stderr, "status": os.fdopen(status, "rb")}
+        self.said = {name: bytearray() for name in self.files}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.process.wait()
+        for file in self.files.values():
+            file.close()
+
+    def kill(self):
+        if self.process.poll() is None:  # not yet reaped, so the group is surely still ours
+            os.killpg(self.process.pid, signal.SIGKILL)  # its process namespace dies with it
+
+    def text(self, name) -> str:
+        return bytes(self.said[name]).decode("utf-8", errors="replace")
+
+    def outcome(self) -> dict | None:
+        """What the child reported at its end; None when it never got there."""
+        try:
+            outcome = json.loads(self.said["status"])
+        except ValueError:
+            return None
+        if not isinstance(outcome, dict) or not secrets.compare_digest(str(outcome.get("token")), self.token):
+            return None
+        return outcome
+
+
+def _sealed_file(data: bytes) -> int:
+    """A descriptor of an unnamed file in memory that nobody can change any more."""
+    fd = os.memfd_create("job", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _collect(programs, decisive, deadline) -> bool:
+    """Read all streams until `decisive` has closed its own, then kill and drain the rest. True on a timeout."""
+    with selectors.DefaultSelector() as selector:
+        waiting = set()
+        for program in programs:
+            for name, file in program.files.items():
+                selector.register(file, selectors.EVENT_READ, (program, name))
+                waiting.add((program, name))
+        late = False
+        while waiting:
+            if not late and time.monotonic() > deadline:
+                late = True
+            if late or not any(program is decisive for program, _ in waiting):
+                for program in programs:
+                    program.kill()
+            for key, _ in selector.select(timeout=0.1 if late else max(0.0, deadline - time.monotonic())):
+                program, name = key.data
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                    waiting.remove(key.data)
+                kept = program.said[name]
+                kept += chunk[: MAX_OUTPUT - len(kept)]
+        return late
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def execute_code(
+    code: str,
+    timeout: float = 5.0,
+    memory_bytes: int = 256 << 20,
+    check: str | None = None,
+    entry_point: str | None = None,
+) -> ExecutionResult:
+    """
+    Run `code` in a fresh sandbox for at most `timeout` seconds, with `memory_bytes` of memory a process.
+
+    Success means that it ran to its very end: sys.exit(0) and os._exit(0) on the way are failures. With `check`
+    (source that defines check(candidate)) and `entry_point` (the function of `code` to test), the check runs in
+    a sandbox of its own, on data only, and decides; see the head of this file.
+
+    Raises SandboxUnavailable where programs cannot be isolated.
+    """
+    command = find_sandbox()
+    deadline = time.monotonic() + timeout
+    start = functools.partial(_Program, command, timeout=timeout, memory_bytes=memory_bytes)
+    if check is None:
+        with start("program", code) as program:
+            late = _collect([program], program, deadline)
+        judge = program
+    else:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, start("candidate", code, peer=theirs, entry_point=entry_point) as program:
+            theirs.close()  # each end lives in one sandbox only, so that the other hears of its death
+            with start("check", check, peer=ours) as judge:
+                ours.close()
+                late = _collect([program, judge], judge, deadline)
+    outcome = judge.outcome()
+    own = program.outcome() or {}
+    if late:
+        error = f"no end within {timeout} seconds"
+    elif outcome is None:
+        error = "the program left before its end"
+    else:
+        error = own.get("error") or outcome["error"]
+    return ExecutionResult(
+        success=error is None,
+        stdout=program.text("stdout"),
+        stderr=program.text("stderr"),
+        error=error,
+        timeout=late,
+        memory_exceeded=bool(own.get("memory")),
+    )

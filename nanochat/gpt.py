@@ -1,0 +1,260 @@
+"""
+The GPT: a decoder-only Transformer with rotary positions, QK norm, ReLU² MLPs, grouped-query attention,
+parameter-free RMSNorm, an untied head and softcapped logits. No biases anywhere.
+
+Shapes: B batch, T time, D = n_embd, H = n_head, H_kv = n_kv_head, d = D / H, V = vocab_size.
+
+The model knows nothing of devices, precision, compilation or processes; callers apply those from outside.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.adamw import DistAdamW
+from nanochat.common import get_dist_info
+from nanochat.cross_entropy import softcap_cross_entropy
+from nanochat.muon import DistMuon, Muon
+
+LOGIT_SOFTCAP = 15.0
+VOCAB_MULTIPLE = 64  # embedding and head get this many rows or a multiple, for fast matrix products
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd must be an even multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}")
+
+    @classmethod
+    def from_depth(cls, depth: int, sequence_len: int, vocab_size: int) -> "GPTConfig":
+        """The one dial: depth fixes width (64 a layer) and the number of heads (of 128, rounded up)."""
+        n_embd = depth * 64
+        n_head = max(1, (n_embd + 127) // 128)
+        while n_embd % n_head or (n_embd // n_head) % 2:
+            n_head += 1  # odd depths: the next number of heads that splits the width evenly
+        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate the two halves of x [B, T, H, d] by −θ: y1 = x1·cos + x2·sin, y2 = −x1·sin + x2·cos."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def rotary_cos_sin(positions, head_dim, base=10000.0):
+    """cos and sin [T, d/2] in float32 of positions [T]. Phases are taken in float64: exact for long streams."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    phase = positions.double()[:, None] * base ** (-channels / head_dim)
+    return phase.cos().float(), phase.sin().float()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
+        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, kv_cache):
+        B, T, D = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q = norm(apply_rotary(q, cos, sin)).transpose(1, 2)  # [B, H, T, d]
+        k = norm(apply_rotary(k, cos, sin)).transpose(1, 2)  # [B, H_kv, T, d]
+        mask, causal = None, True
+        if kv_cache is not None:
+            k, v = kv_cache.insert(self.layer, k, v)  # now [B, H_kv, past + T, d]
+            past = k.size(2) - T
+            causal = past == 0
+            if past > 0 and T > 1:  # a chunk sees all of the past and, causally, itself
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, kv_cache):
+        x = x + self.attn(norm(x), cos, sin, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        # Not part of the checkpoint. Ten times sequence_len costs little and lets generation run on.
+        cos, sin = self._rotary_cache(device=None)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _rotary_cache(self, device):
+        positions = torch.arange(self.config.sequence_len * 10, device=device)
+        cos, sin = rotary_cos_sin(positions, self.config.n_embd // self.config.n_head)
+        return cos[None, :, None, :], sin[None, :, None, :]  # [1, 10·T, 1, d/2]
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fill parameters and buffers in place (the model may have been made on the meta device)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                fan_out, fan_in = module.weight.shape
+                std = min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=1.0)
+        nn.init.zeros_(self.lm_head.weight)
+        for block in self.transformer.h:
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+        self.cos, self.sin = self._rotary_cache(self.get_device())
+        if self.get_device().type == "cuda":
+            self.transformer.wte.to(dtype=torch.bfloat16)  # halves the memory of the largest lookup table
+
+    def get_device(self):
+        return self.transformer.wte.weight.device
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs a token: 6 a matrix parameter, 12·H·d·T a layer of attention (PaLM, appendix B)."""
+        c = self.config
+        matrix_params = self.num_params() - self.transformer.wte.weight.numel()
+        return 6 * matrix_params + 12 * c.n_layer * c.n_embd * c.sequence_len
+
+    def setup_optimizers(
+        self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0
+    ) -> list[torch.optim.Optimizer]:
+        """[AdamW for embedding and head, Muon for the block matrices]; every group keeps its `initial_lr`."""
+        scale = (self.config.n_embd / 768) ** -0.5  # rates were tuned at width 768
+        adam_groups = [
+            {"params": list(self.lm_head.parameters()), "lr": unembedding_lr * scale},
+            {"params": list(self.transformer.wte.parameters()), "lr": embedding_lr * scale},
+        ]
+        adam_args = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
+        matrices = list(self.transformer.h.parameters())
+        if get_dist_info()[0]:
+            optimizers = [DistAdamW(adam_groups, **adam_args), DistMuon(matrices, lr=matrix_lr)]
+        else:
+            optimizers = [torch.optim.AdamW(adam_groups, fused=True, **adam_args), Muon(matrices, lr=matrix_lr)]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return optimizers
+
+    def embed(self, idx):
+        """Normalized token embeddings [B, T, D] of idx [B, T]: the space in which `inputs_embeds` lives."""
+        return norm(self.transformer.wte(idx))
+
+    def forward(
+        self, idx=None, targets=None, kv_cache=None, loss_reduction="mean", *, inputs_embeds=None, cos_sin=None
+    ):
+        """
+        Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.
+
+        idx [B, T] token ids, or inputs_embeds [B, T, D] as `embed` makes them (exactly one of the two).
+        targets [B, T] with −1 where nothing is to be predicted. loss_reduction "mean" (over the targets
+        that count; 0 if there are none), "sum", or "none" ([B·T], 0 where nothing is predicted).
+        cos_sin: a (cos, sin) pair, each [B or 1, T, 1, d/2], instead of positions past, past + 1, ….
+        """
+        if (idx is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of idx and inputs_embeds, got both or neither")
+        x = self.embed(idx) if inputs_embeds is None else inputs_embeds
+        T = x.size(1)
+        if cos_sin is None:
+            past = 0 if kv_cache is None else kv_cache.pos
+            if past + T > self.cos.size(1):
+                raise ValueError(
+                    f"{past + T} tokens are more than the {self.cos.size(1)} positions of this model "
+                    f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
+                )
+            cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
+        # In the activations' own precision, once for all layers
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        cos, sin = (t.to(dtype) for t in cos_sin)
+        for block in self.transformer.h:
+            x = block(x, cos, sin, kv_cache)
+        x = norm(x)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+
+        V = self.config.vocab_size
+        if targets is not None:
+            return softcap_cross_entropy(x, self.lm_head.weight, targets, V, LOGIT_SOFTCAP, loss_reduction)
+        logits = self.lm_head(x)[..., :V].float()
+        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+
+    @torch.inference_mode()
+    def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
+        """Yield token ids after the list `tokens`, recomputing everything each time: the slow, obvious way."""
+        generator = torch.Generator(device=self.get_device()).manual_seed(seed)
+        ids = torch.tensor([tokens], device=self.get_device())
+        for _ in range(max_tokens):
+            logits = self.forward(ids)[:, -1]
+            next_id = sample(logits, temperature, top_k, generator)
+            ids = torch.cat((ids, next_id), dim=1)
+            yield next_id.item()
+
+
+def sample(logits, temperature=1.0, top_k=None, generator=None):
+    """One token id a row, [B, 1], from logits [B, V]. Temperature 0 takes the best; top_k None or 0 keeps all."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or more, got {top_k}")
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k:
+        values, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
+        choice = torch.multinomial(F.softmax(values / temperature, dim=-1), 1, generator=generator)
+        return ids.gather(-1, choice)
+    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)

@@ -1,0 +1,31 @@
+"""Bits per byte: a loss that does not depend on the vocabulary, so that tokenizers can be compared."""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+
+@torch.no_grad()
+def evaluate_bpb(model, batches, steps, token_bytes) -> float:
+    """
+    Nats of the targets over `steps` batches, in bits, over the bytes they stand for; over all ranks.
+
+    batches: iterator of (x, y), each [B, T]. token_bytes [V]: bytes of each token. Targets of 0 bytes
+    (special tokens) and ignored ones (−1) count in neither sum. Infinity when there was no byte at all.
+    """
+    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
+    total_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
+    for _ in range(steps):
+        x, y = next(batches)
+        losses = model(x, y, loss_reduction="none").view(-1)  # [B·T], 0 where ignored
+        y = y.reshape(-1)
+        target_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
+        nats += (losses * (target_bytes > 0)).sum(dtype=torch.float64)
+        total_bytes += target_bytes.sum()
+    if dist.is_initialized():
+        dist.all_reduce(nats)
+        dist.all_reduce(total_bytes)
+    if total_bytes.item() == 0:
+        return math.inf
+    return nats.item() / (math.log(2) * total_bytes.item())

@@ -1,0 +1,78 @@
+"""
+Collectives of the sharded optimizers (ZeRO stage 2, arXiv 1910.02054): each rank averages and keeps one
+equal share of the gradients, updates that share with its own optimizer state, and hands out the result.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def padded(flat, multiple):
+    """`flat` with zeros appended along dimension 0 up to a multiple; itself when nothing is missing."""
+    missing = -flat.size(0) % multiple
+    return torch.cat((flat, flat.new_zeros(missing, *flat.shape[1:]))) if missing else flat
+
+
+class MeanShard:
+    """
+    This rank's share of the mean over ranks of `tensor` [n, …], in flight: [⌈n / world⌉, …].
+
+    The object holds the collective's input until `wait`, since an asynchronous one does not.
+    """
+
+    def __init__(self, tensor):
+        world = dist.get_world_size()
+        self.input = padded(tensor, world)
+        self.output = self.input.new_empty(self.input.size(0) // world, *self.input.shape[1:])
+        self.work = dist.reduce_scatter_tensor(self.output, self.input, op=dist.ReduceOp.SUM, async_op=True)
+
+    def wait(self):
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.input = None
+            self.output /= dist.get_world_size()  # gloo knows no mean
+        return self.output
+
+
+class Gathered:
+    """The shares of all ranks put together again, in flight: [world · m, …] from [m, …]."""
+
+    def __init__(self, shard):
+        self.input = shard.contiguous()
+        self.output = shard.new_empty(shard.size(0) * dist.get_world_size(), *shard.shape[1:])
+        self.work = dist.all_gather_into_tensor(self.output, self.input, async_op=True)
+
+    def wait(self):
+        self.work.wait()
+        self.input = None
+        return self.output
+
+
+def own_share(tensor):
+    """The part of `tensor` [n, …] that this rank looks after, padded like MeanShard's."""
+    return padded(tensor, dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def clip_gradients(optimizers, max_norm):
+    """
+    Scale gradients so that their global norm, over all parameters and ranks, is at most max_norm (> 0).
+
+    Returns that norm before clipping. Sharded optimizers reduce their gradients here; the norm is then that
+    of the mean gradient, the same number on every rank and with any number of ranks.
+    """
+    sharded = [optimizer for optimizer in optimizers if hasattr(optimizer, "start_reduce")]
+    for optimizer in sharded:
+        optimizer.start_reduce()
+    grads = [grad for optimizer in sharded for grad in optimizer.shards()]
+    whole = [p.grad for o in optimizers if o not in sharded for g in o.param_groups for p in g["params"]]
+    grads += [grad for grad in whole if grad is not None]
+    squared = torch.stack([grad.float().square().sum() for grad in grads]).sum()
+    if sharded:
+        if whole:
+            raise ValueError("expected all optimizers to be sharded, or none")
+        dist.all_reduce(squared)
+    total = squared.sqrt()
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale)
+    return total

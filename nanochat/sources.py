@@ -1,0 +1,238 @@
+"""
+Text that is already on this machine, as documents; and documents as parquet shards.
+
+A hash of a document's content alone decides whether it is for training or for validation. So the split stays
+the same when files are renamed or more training shards are wanted, and all copies of a text are on one side.
+"""
+
+import codecs
+import hashlib
+import itertools
+import json
+import os
+import random
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import UserError, atomic_write
+
+SEED = 1337
+VAL_FRACTION = 0.05
+MIN_GROUPS = 8  # ranks share out row groups, so that even a small split should have this many
+GROUP_DOCS, GROUP_CHARS = 64, 4_000_000  # a row group's limits
+SHARD_CHARS = 250_000_000
+PIECE_CHARS = 100_000  # a text file longer than this becomes several documents, cut at line ends
+SCHEMA = pa.schema([("text", pa.string())])
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def stdlib_files() -> list[Path]:
+    """The running Python's own sources, without installed packages, shuffled by a fixed seed."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
+        files += [Path(parent, name) for name in names if name.endswith(".py")]
+    return _shuffled(files, root)
+
+
+def folder_files(folder: Path, exclude: Path, skipped: dict) -> list[Path]:
+    """
+    Regular files under `folder`, shuffled by a fixed seed, but nothing under `exclude`.
+
+    Hidden files and folders are left out and noted in `skipped` (path -> reason).
+    """
+    files = []
+    for parent, folders, names in os.walk(folder):
+        skipped.update((Path(parent, name), "hidden") for name in folders + names if name.startswith("."))
+        folders[:] = [n for n in folders if not n.startswith(".") and Path(parent, n) != exclude]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [path for path in paths if path.is_file()]  # not a pipe, a socket, a dangling link
+    return _shuffled(files, folder)
+
+
+def _shuffled(files, root):
+    files = sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    random.Random(SEED).shuffle(files)
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def stdlib_documents(files, skipped: dict):
+    """Yield one document a file."""
+    for path in files:
+        if _is_text(path, skipped):
+            yield path.read_text(encoding="utf-8")
+
+
+def folder_documents(files, skipped: dict):
+    """
+    Yield the documents of files of any kind: rows of .parquet, lines of .jsonl, all else that is UTF-8 text.
+
+    Other files are noted in `skipped`. Raises UserError for a .jsonl line or a .parquet file without text.
+    """
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _parquet_documents(path)
+        elif _is_text(path, skipped):
+            yield from _jsonl_documents(path) if path.suffix == ".jsonl" else _text_documents(path)
+
+
+def _is_text(path, skipped):
+    """Whether all of the file is UTF-8 without NUL bytes; reads it in blocks, since files can be large."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+                if b"\0" in block:
+                    skipped[path] = "binary"
+                    return False
+        decoder.decode(b"", final=True)
+    except PermissionError:
+        skipped[path] = "unreadable"
+        return False
+    except UnicodeDecodeError:
+        skipped[path] = "binary"
+        return False
+    return True
+
+
+def _text_documents(path):
+    with open(path, encoding="utf-8-sig") as file:
+        while piece := file.read(PIECE_CHARS):
+            yield piece + (file.readline(PIECE_CHARS) if len(piece) == PIECE_CHARS else "")
+
+
+def _jsonl_documents(path):
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield _json_text(line, f"{path}:{number}")
+
+
+def _json_text(line, place):
+    expected = "expected a JSON object with a string under 'text' or 'content'"
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{place}: {expected}, got broken JSON ({error}): mend the line") from error
+    text = record.get("text", record.get("content")) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {expected}, got {line.strip()[:80]!r}: mend the line")
+    return text.encode(errors="replace").decode()  # JSON can spell half of a surrogate pair, UTF-8 cannot
+
+
+def _parquet_documents(path):
+    try:
+        with pq.ParquetFile(path) as file:
+            check_text_column(path, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=GROUP_DOCS, columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as parquet ({error}): mend or remove it") from error
+
+
+def check_text_column(path, schema: pa.Schema):
+    """Raise UserError unless there is a string column named `text`."""
+    kind = schema.field("text").type if schema.names.count("text") == 1 else None
+    kind = kind.value_type if kind and pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise UserError(f"{path}: expected one string column 'text', got [{columns}]: replace the file")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def make_shards(documents, train_paths, val_path) -> dict:
+    """
+    Split the documents by content and write them: validation to one shard, training to as many as it takes.
+
+    documents: called with a label for each pass, or None for a first look; returns an iterable of str. Empty
+    ones are dropped. train_paths: an iterable; when it ends, further training text is left out.
+    Returns {"train": {...}, "val": {...}}, what `write_shards` wrote.
+    Raises UserError when there are not two different documents.
+    """
+
+    def texts(label):
+        return (text for text in documents(label) if text and not text.isspace())
+
+    threshold = val_threshold(texts(None))
+    val = (text for text in texts("validation") if content_hash(text) < threshold)
+    train = (text for text in texts("training") if content_hash(text) >= threshold)
+    return {"val": write_shards(val, [val_path]), "train": write_shards(train, train_paths)}
+
+
+def content_hash(text: str) -> int:
+    """64 bits of BLAKE2b of the text as UTF-8."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def val_threshold(texts) -> int:
+    """Documents whose content hash is below this are for validation: VAL_FRACTION, at least one."""
+    hashes = {content_hash(text) for text in itertools.islice(texts, 1000)}
+    if not hashes:
+        raise UserError(
+            "expected text, found none: name a folder of text, Markdown, code, .jsonl or .parquet"
+        )
+    if len(hashes) == 1:
+        raise UserError(
+            "expected two different documents or more (training, validation), found one: add text"
+        )
+    return min(max(int(VAL_FRACTION * 2**64), min(hashes) + 1), max(hashes))
+
+
+def write_shards(texts, paths) -> dict:
+    """
+    Write texts to parquet files at `paths` in turn, about SHARD_CHARS each, until either comes to its end.
+
+    Returns {"shards", "documents", "characters": counts, "complete": whether all of the texts were written}.
+    """
+    groups = row_groups(texts)
+    group = next(groups, None)
+    shards = documents = characters = 0
+    for path in paths:
+        if group is None:
+            break
+        size = 0
+        options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+        with atomic_write(path) as file, pq.ParquetWriter(file, SCHEMA, **options) as writer:
+            while group is not None and size < SHARD_CHARS:
+                writer.write_table(pa.table({"text": group}, schema=SCHEMA), row_group_size=len(group))
+                size += sum(map(len, group))
+                documents += len(group)
+                group = next(groups, None)
+        characters += size
+        shards += 1
+    return {"shards": shards, "documents": documents, "characters": characters, "complete": group is None}
+
+
+def row_groups(texts):
+    """Yield lists of texts: at most GROUP_DOCS in one, fewer when there would not be MIN_GROUPS lists."""
+    texts = iter(texts)
+    head = _take(texts, MIN_GROUPS * GROUP_DOCS, 2 * MIN_GROUPS * GROUP_CHARS)
+    docs = min(GROUP_DOCS, max(1, len(head) // MIN_GROUPS))
+    texts = itertools.chain(head, texts)
+    while group := _take(texts, docs, GROUP_CHARS):
+        yield group
+
+
+def _take(texts, docs, characters):
+    """The next texts: `docs` of them, or fewer if these have `characters`."""
+    taken = []
+    for text in texts:
+        taken.append(text)
+        characters -= len(text)
+        if len(taken) == docs or characters <= 0:
+            break
+    return taken

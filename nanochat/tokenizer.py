@@ -1,0 +1,403 @@
+"""
+The tokenizer: byte-pair encoding in the style of GPT-4, with special tokens for chats and tool calls.
+
+Two wrappers with the same methods: RustBPETokenizer (trained by our `rustbpe`, run by tiktoken) and its twin
+HuggingFaceTokenizer (`tokenizers` for both). The chat format is made here and nowhere else.
+"""
+
+import base64
+import binascii
+import copy
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+import torch
+from tokenizers import Regex, decoders, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from nanochat.common import UserError, atomic_write, get_base_dir
+
+SPECIAL_TOKENS = [
+    "<|bos|>",  # begins every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls a tool
+    "<|python_end|>",
+    "<|output_start|>",  # the tool answers
+    "<|output_end|>",
+]
+
+# GPT-4's pattern, but with numbers cut after two digits instead of three: at small vocabularies three-digit
+# tokens are a waste. Must equal the default of `rustbpe`.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
+    r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+
+BPE_FILE = "bpe.json"  # our own form: plain data, nothing to execute
+PICKLE_FILE = "tokenizer.pkl"  # what nanochat reads and writes
+BYTES_FILE = "token_bytes.pt"
+
+
+class ChatTokenizer:
+    """What both wrappers share: encoding of batches, and the chat format."""
+
+    def get_bos_token_id(self) -> int:
+        return self.encode_special("<|bos|>")
+
+    def _as_id(self, token) -> int:
+        return token if isinstance(token, int) else self.encode_special(token)
+
+    def encode(self, text, prepend=None, append=None, num_threads=8):
+        """
+        Token ids of a str, or a list of them of a list of str. Special tokens spelled out in the text are
+        ordinary text. prepend, append: an id, or the name of a special token, to put around each text.
+        """
+        if not isinstance(text, str | list):
+            raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
+        before = [] if prepend is None else [self._as_id(prepend)]
+        after = [] if append is None else [self._as_id(append)]
+        if isinstance(text, str):
+            return [*before, *self._encode(text), *after]
+        return [[*before, *ids, *after] for ids in self._encode_batch(text, num_threads)]
+
+    def __call__(self, *args, **kwargs):
+        return self.encode(*args, **kwargs)
+
+    def render_conversation(self, conversation, max_tokens=2048):
+        """
+        A chat as (ids, mask): mask 1 on what the assistant must produce, 0 elsewhere. Cut at max_tokens.
+
+        conversation: {"messages": [{"role": …, "content": str or list of parts}, …]}, user and assistant
+        in turn, with an optional system message first, which joins the first user message. A part is
+        {"type": "text" | "python" | "python_output", "text": str}; only assistants have parts.
+        """
+        ids, mask = [self.get_bos_token_id()], [0]
+
+        def add(before, text, after, trained):
+            tokens = self.encode(text, prepend=before, append=after)
+            ids.extend(tokens)
+            mask.extend([trained] * len(tokens))
+
+        for message in _checked_messages(conversation):
+            content = message["content"]
+            if message["role"] == "user":
+                add("<|user_start|>", content, "<|user_end|>", 0)
+                continue
+            add("<|assistant_start|>", "", None, 0)
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                before, after, trained = PART_TOKENS[part["type"]]
+                add(before, part["text"], after, trained)
+            add(None, "", "<|assistant_end|>", 1)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation):
+        """Ids of a chat that the assistant is to go on with; a last message by the assistant is left out."""
+        conversation = copy.deepcopy(conversation)
+        messages = conversation["messages"]
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] != "user":
+            raise ValueError("expected a user message for the assistant to answer, got none")
+        ids, _ = self.render_conversation(conversation, max_tokens=None)
+        return [*ids, self.encode_special("<|assistant_start|>")]
+
+    def visualize_tokenization(self, ids, mask, with_token_id=False) -> str:
+        """The tokens between bars, green where the mask is 1 and red where it is 0."""
+        words = []
+        for token_id, trained in zip(ids, mask, strict=True):
+            color = "\033[92m" if trained else "\033[91m"
+            number = f"\033[90m({token_id})" if with_token_id else ""
+            words.append(f"{color}{self.decode([token_id])}{number}\033[0m")
+        return "|".join(words)
+
+
+# part type → (token before, token after, mask). The tool's output is not for the assistant to produce.
+PART_TOKENS = {
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+
+def _checked_messages(conversation):
+    """The messages with a system message merged into the first user's; ValueError when they do not fit."""
+    messages = conversation["messages"]
+    if messages and messages[0]["role"] == "system":
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise ValueError("expected a user message after the system message")
+        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        messages = [first, *messages[2:]]
+    if not messages:
+        raise ValueError("expected at least one message, got none")
+    for i, message in enumerate(messages):
+        expected = "user" if i % 2 == 0 else "assistant"
+        if message["role"] != expected:
+            raise ValueError(f"message {i}: expected role {expected!r}, got {message['role']!r}")
+        content = message["content"]
+        if expected == "user" and not isinstance(content, str):
+            raise ValueError(f"message {i}: a user's content is a str, got {type(content).__name__}")
+        for part in content if isinstance(content, list) else []:
+            if part["type"] not in PART_TOKENS:
+                raise ValueError(f"message {i}: part type is one of {list(PART_TOKENS)}, got {part['type']!r}")
+    return messages
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+class RustBPETokenizer(ChatTokenizer):
+    """Merges learned by `rustbpe`, applied by tiktoken."""
+
+    def __init__(self, enc: tiktoken.Encoding, bos_token="<|bos|>"):
+        self.enc = enc
+        self.bos_token = bos_token
+
+    @classmethod
+    def from_ranks(cls, pattern, mergeable_ranks, special_tokens=SPECIAL_TOKENS):
+        """mergeable_ranks: {bytes: rank}. The special tokens get the ids after the last merge, in order."""
+        specials = {token: len(mergeable_ranks) + i for i, token in enumerate(special_tokens)}
+        return cls(tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens=specials))
+
+    @classmethod
+    def train_from_iterator(cls, text_iterator, vocab_size, progress=None):
+        """vocab_size counts bytes, merges and special tokens. progress(stage, done, total) is called now and then."""
+        merges_and_bytes = vocab_size - len(SPECIAL_TOKENS)
+        if merges_and_bytes < 256:
+            raise UserError(
+                f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)} (the bytes and the special tokens), got {vocab_size}"
+            )
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(text_iterator, merges_and_bytes, pattern=SPLIT_PATTERN, progress=progress)
+        return cls.from_ranks(trainer.get_pattern(), dict(trainer.get_mergeable_ranks()))
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """One of tiktoken's own encodings, such as "gpt2" or "cl100k_base"."""
+        return cls(tiktoken.get_encoding(name), bos_token="<|endoftext|>")
+
+    @classmethod
+    def from_directory(cls, folder):
+        """From bpe.json, or from nanochat's tokenizer.pkl: data only, no code in either file is run."""
+        folder = Path(folder)
+        if (folder / BPE_FILE).exists():
+            name, pattern, ranks, specials = _read_bpe_json(folder / BPE_FILE)
+        elif (folder / PICKLE_FILE).exists():
+            name, pattern, ranks, specials = _read_encoding_pickle(folder / PICKLE_FILE)
+        else:
+            raise UserError(
+                f"no tokenizer in {folder} (expected {BPE_FILE} or {PICKLE_FILE}): run python -m scripts.tok_train"
+            )
+        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+
+    def save(self, folder):
+        """Write bpe.json (read by us) and tokenizer.pkl (read by nanochat)."""
+        folder, enc = Path(folder), self.enc
+        ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
+        data = {
+            "name": enc.name,
+            "pattern": enc._pat_str,
+            "special_tokens": enc._special_tokens,
+            "tokens": [base64.b64encode(token).decode() for token, _ in ranks],
+        }
+        with atomic_write(folder / PICKLE_FILE) as file:
+            pickle.dump(enc, file)
+        with atomic_write(folder / BPE_FILE, "w") as file:
+            json.dump(data, file, ensure_ascii=False)
+
+    def get_vocab_size(self) -> int:
+        return self.enc.n_vocab
+
+    def get_special_tokens(self) -> set[str]:
+        return self.enc.special_tokens_set
+
+    def id_to_token(self, token_id) -> str:
+        return self.enc.decode([token_id])
+
+    def id_to_bytes(self, token_id) -> bytes:
+        """The raw bytes of one token; they need not be whole characters."""
+        return self.enc.decode_single_token_bytes(token_id)
+
+    @lru_cache(maxsize=64)  # noqa: B019 (a tokenizer lives as long as the program)
+    def encode_special(self, token) -> int:
+        return self.enc.encode_single_token(token)
+
+    def get_bos_token_id(self) -> int:
+        return self.encode_special(self.bos_token)
+
+    def _encode(self, text):
+        return self.enc.encode_ordinary(text)
+
+    def _encode_batch(self, texts, num_threads):
+        return self.enc.encode_ordinary_batch(texts, num_threads=num_threads)
+
+    def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
+        """Ids (uint32) of each text. No Python integers are made: several times faster than `encode`."""
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(lambda text: self.enc.encode_to_numpy(text, disallowed_special=()), texts))
+
+    def decode(self, ids) -> str:
+        return self.enc.decode(ids)
+
+
+def _read_bpe_json(path):
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(data["tokens"])}
+        if len(ranks) != len(data["tokens"]):
+            raise ValueError("a token occurs twice")
+        return data["name"], data["pattern"], ranks, data["special_tokens"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run python -m scripts.tok_train") from error
+
+
+class _EncodingState:
+    """Stands in for tiktoken.Encoding while unpickling: takes the state and does nothing with it."""
+
+    state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    """Admits the one class that nanochat's tokenizer.pkl is made of; anything else could run code."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return _EncodingState
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no tokenizer needs")
+
+
+def _read_encoding_pickle(path):
+    """(name, pattern, ranks, special tokens) of a pickled tiktoken.Encoding. UserError if it is anything else."""
+    try:
+        with open(path, "rb") as file:
+            state = _EncodingUnpickler(file).load().state
+        name, pattern = state["name"], state["pat_str"]
+        ranks, specials = state["mergeable_ranks"], state["special_tokens"]
+        good = (
+            isinstance(name, str)
+            and isinstance(pattern, str)
+            and all(type(token) is bytes and type(rank) is int for token, rank in ranks.items())
+            and all(type(token) is str and type(rank) is int for token, rank in specials.items())
+        )
+        if not good:
+            raise ValueError("its fields have unexpected types")
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a pickled tiktoken.Encoding, and nothing in it was run ({error}): "
+            "get the right file, or train a tokenizer with python -m scripts.tok_train"
+        ) from error
+    return name, pattern, ranks, specials
+
+
+class HuggingFaceTokenizer(ChatTokenizer):
+    """The same tokenizer by Hugging Face's `tokenizers`: slower to train, saved as tokenizer.json."""
+
+    def __init__(self, tokenizer: HFTokenizer):
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name):
+        return cls(HFTokenizer.from_pretrained(name))
+
+    @classmethod
+    def from_directory(cls, folder):
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"no tokenizer in {folder} (expected tokenizer.json)")
+        return cls(HFTokenizer.from_file(str(path)))
+
+    @classmethod
+    def train_from_iterator(cls, text_iterator, vocab_size):
+        tokenizer = HFTokenizer(BPE(byte_fallback=True, unk_token=None, fuse_unk=False))
+        tokenizer.normalizer = None
+        split = pre_tokenizers.Split(pattern=Regex(SPLIT_PATTERN), behavior="isolated", invert=False)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            min_frequency=0,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=SPECIAL_TOKENS,
+        )
+        tokenizer.train_from_iterator(text_iterator, trainer)
+        return cls(tokenizer)
+
+    def save(self, folder):
+        with atomic_write(Path(folder) / "tokenizer.json", "w") as file:
+            file.write(self.tokenizer.to_str(pretty=True))
+
+    def get_vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def get_special_tokens(self) -> list[str]:
+        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
+    def id_to_token(self, token_id) -> str:
+        return self.tokenizer.id_to_token(token_id)
+
+    def encode_special(self, token) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise KeyError(token)
+        return token_id
+
+    def get_bos_token_id(self) -> int:
+        bos = self.tokenizer.token_to_id("<|bos|>")
+        return self.encode_special("<|endoftext|>") if bos is None else bos
+
+    def _encode(self, text):
+        # Special tokens in the text would be taken for themselves, so they are encoded as plain text
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def _encode_batch(self, texts, num_threads):
+        return [encoding.ids for encoding in self._plain.encode_batch(texts, add_special_tokens=False)]
+
+    @property
+    def _plain(self):
+        self.tokenizer.encode_special_tokens = True
+        return self.tokenizer
+
+    def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in self._encode_batch(texts, num_threads)]
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def get_tokenizer() -> RustBPETokenizer:
+    """The tokenizer of this base folder."""
+    return RustBPETokenizer.from_directory(get_base_dir() / "tokenizer")
+
+
+def count_token_bytes(tokenizer: RustBPETokenizer) -> torch.Tensor:
+    """Bytes of each token, int32 [vocab], from its raw bytes; 0 for special tokens, which stand for no text."""
+    specials = tokenizer.get_special_tokens()
+    special_ids = {tokenizer.encode_special(token) for token in specials}
+    counts = [0 if i in special_ids else len(tokenizer.id_to_bytes(i)) for i in range(tokenizer.get_vocab_size())]
+    return torch.tensor(counts, dtype=torch.int32)
+
+
+def get_token_bytes(device="cpu") -> torch.Tensor:
+    """token_bytes.pt of this base folder, int [vocab]: what bits per byte are counted with."""
+    path = get_base_dir() / "tokenizer" / BYTES_FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: run python -m scripts.tok_train")
+    return torch.load(path, map_location=device, weights_only=True)
