@@ -10,7 +10,6 @@ name is the validation split. The command always makes it VAL_SHARD, so that it 
 """
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -164,7 +163,11 @@ def write_source(data_dir: Path, record: dict):
 
 
 def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
-    """Fetch training shards (-1: all) and the validation shard; returns how many there are now. UserError."""
+    """
+    Fetch num_files training shards (-1: all) and the validation shard; returns how many these are.
+
+    Raises UserError naming the shards that failed; the others are kept.
+    """
     with _locked_folder(data_dir):
         check_source(data_dir, "hub")
         write_source(data_dir, {"source": "hub", "dataset": HUB_DATASET})
@@ -173,12 +176,11 @@ def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
     urls = {data_dir / name: hf_hub_url(HUB_DATASET, name, repo_type="dataset") for name in names}
     failed = download(urls, workers, headers=build_hf_headers())
     if failed:
-        reasons = "\n".join(
-            f"  {path.name}: {reason}" for path, reason in itertools.islice(failed.items(), 20)
-        )
-        more = f"\n  and {len(failed) - 20} more" if len(failed) > 20 else ""
+        reasons = [f"  {path.name}: {reason}\n" for path, reason in failed.items()]
+        more = f"  and {len(reasons) - 20} more\n" if len(reasons) > 20 else ""
         raise UserError(
-            f"expected {len(names)} shards, {len(failed)} could not be downloaded:\n{reasons}{more}\n"
+            f"expected {len(names)} shards, {len(failed)} could not be downloaded:\n"
+            f"{''.join(reasons[:20])}{more}"
             f"What is complete is kept in {data_dir}; run the same command again to go on. "
             "Without the hub, `--source stdlib` or `--source <folder>` make shards from local text."
         )
@@ -197,12 +199,10 @@ def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]
     source = str(folder or source)
     with _locked_folder(data_dir):
         have = check_source(data_dir, source)
-        if have:
-            train = have["train"]
-            enough = train["complete"] or train["shards"] >= num_files != -1
-            if (
-                enough and len(list_shards(data_dir)) > train["shards"]
-            ):  # else it was killed while moving them
+        if "train" in have:
+            train, count = have["train"], len(list_shards(data_dir)) - 1
+            # Fewer than recorded: a shard was deleted, or the process was killed while moving them.
+            if count >= train["shards"] and (train["complete"] or train["shards"] >= num_files != -1):
                 return have, True
         skipped = {}
         files = sources.folder_files(folder, get_base_dir(), skipped) if folder else sources.stdlib_files()

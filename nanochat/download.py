@@ -16,7 +16,7 @@ from rich import progress
 RETRIES = 5  # in a row without a byte received
 BACKOFF_SECONDS = 1.0  # before the first retry; doubles with each
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
-BLOCK = 1 << 20
+BLOCK = 1 << 16  # bytes at a time; a broken connection loses what has come of the last block
 PASSING_FAULTS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
@@ -114,7 +114,7 @@ def _fetch_part(url, file, headers, path, bar, stop):
         try:
             return _attempt(url, file, headers, path, bar, stop)
         except PASSING_FAULTS as error:
-            again = TryAgain(f"connection to {url} failed ({error})")
+            again = TryAgain(f"connection to {url} broke ({error})")
         except TryAgain as error:
             again = error
         failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
@@ -131,15 +131,17 @@ def _attempt(url, file, headers, path, bar, stop):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (408, 429) or response.status_code >= 500:
             wait = response.headers.get("Retry-After", "")
-            raise TryAgain(
-                f"HTTP {response.status_code} from {url}", wait=min(int(wait), 300) if wait.isdigit() else 0
-            )
+            wait = min(int(wait), 300) if wait.isdigit() else 0  # it can be a date, which is not worth it
+            raise TryAgain(f"HTTP {response.status_code} from {url}", wait)
         if response.status_code != 416:  # 416: there is nothing after `start`, the part is whole or wrong
             response.raise_for_status()
         if start and response.status_code == 200:  # the server does not know ranges
             file.truncate(0)
             start = 0
         size, sha256 = _expected(response)
+        if response.status_code == 416 and size is None:
+            file.truncate(0)
+            raise TryAgain(f"{url} does not have byte {start:,}")
         if response.status_code != 416:
             bar.begin(path, start, size or start)
             for block in response.iter_content(BLOCK):
@@ -152,12 +154,9 @@ def _attempt(url, file, headers, path, bar, stop):
 
 def _expected(response):
     """(size, SHA-256) of the whole file as the server states them; None for what it does not state."""
-    stated = dict(response.headers)
+    stated = CaseInsensitiveDict(response.headers)
     for hop in response.history:  # the hub says it where it redirects to the storage
-        stated.update(
-            (name, value) for name, value in hop.headers.items() if name.lower().startswith("x-linked")
-        )
-    stated = CaseInsensitiveDict(stated)
+        stated.update({name: value for name, value in hop.headers.items() if "x-linked" in name.lower()})
     length = stated.get("Content-Length", "") if response.status_code == 200 else ""
     size = stated.get("X-Linked-Size") or stated.get("Content-Range", "").rpartition("/")[2] or length
     sha256 = stated.get("X-Linked-ETag", "").strip('"').lower()

@@ -6,6 +6,7 @@ characters that Unicode does not call white space; so those classes are spelled 
 """
 
 import functools
+import itertools
 import re
 import sys
 import unicodedata
@@ -49,7 +50,7 @@ def train(texts: Iterable[str], vocab_size: int, alphabet: Sequence[int] = range
     while len(tokens) < vocab_size:
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break

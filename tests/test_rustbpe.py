@@ -1,6 +1,7 @@
 """The Rust trainer against an obvious one, Hugging Face's trainer and tiktoken's encoder."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import reference_bpe
-import rustbpe
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+import rustbpe
 
 DEFAULT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -55,7 +57,9 @@ def standard_library(*names):
 
 @pytest.fixture(scope="module")
 def sources():
-    return standard_library("argparse", "ast", "difflib", "inspect", "pickle", "subprocess", "tarfile", "typing")
+    return standard_library(
+        "argparse", "ast", "difflib", "inspect", "pickle", "subprocess", "tarfile", "typing"
+    )
 
 
 # --- the merges -------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def test_progress_is_reported_within_bounds():
         assert done == sorted(done)
         assert stages[stage][-1][2:] == (total, total)
         times = [at for at, *_ in stages[stage][:-1]]
-        assert all(after - before > 0.03 for before, after in zip(times, times[1:], strict=False))
+        assert all(after - before > 0.03 for before, after in itertools.pairwise(times))
 
 
 def test_progress_ends_at_what_was_done_when_pairs_run_out():

@@ -1,0 +1,215 @@
+"""The parts that every training loop shares: batch arithmetic, schedules, resuming, logs, the progress line."""
+
+import json
+import math
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from nanochat import checkpoint_manager
+from nanochat.common import UserError, get_base_dir, get_dist_info, print0
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import list_row_groups
+
+
+def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_size) -> int:
+    """Micro-batches a process must add up for one step of total_batch_size tokens."""
+    if device_batch_size < 1 or max_seq_len < 1:
+        raise UserError(
+            f"device_batch_size and max_seq_len must be at least 1, got {device_batch_size} and {max_seq_len}"
+        )
+    tokens = device_batch_size * max_seq_len * world_size
+    if total_batch_size < tokens or total_batch_size % tokens:
+        fits = max(1, round(total_batch_size / tokens)) * tokens
+        raise UserError(
+            f"total_batch_size must be a multiple of device_batch_size × max_seq_len × processes = "
+            f"{device_batch_size} × {max_seq_len} × {world_size} = {tokens:,}, got {total_batch_size:,}; "
+            f"--total_batch_size={fits} fits, or choose another --device_batch_size"
+        )
+    return total_batch_size // tokens
+
+
+class MicroBatches:
+    """
+    The micro-batches of training, so that the same tokens make up a step however many processes share it.
+
+    Micro-batch i of rank r always comes from stream i·world_size + r of accumulation·world_size streams. With
+    too few row groups for that many streams (a small local corpus), each rank has a single one.
+    """
+
+    def __init__(self, tokenizer, B, T, device, accumulation, state=None):
+        _, rank, _, world_size = get_dist_info()
+        streams = accumulation * world_size
+        if streams > len(list_row_groups("train")):
+            accumulation, streams = 1, world_size
+        states = state or [None] * accumulation
+        if len(states) != accumulation:
+            raise UserError(
+                f"the checkpoint has {len(states)} data streams, this run {accumulation}: use its batch sizes"
+            )
+        self.loaders = [
+            TokenLoader(tokenizer, B, T, "train", device, states[i], rank=i * world_size + rank, world_size=streams)
+            for i in range(accumulation)
+        ]
+        self.turn = 0
+
+    def __next__(self):
+        batch = next(self.loaders[self.turn])
+        self.turn = (self.turn + 1) % len(self.loaders)
+        return batch
+
+    def state_dict(self):
+        """To be called between steps."""
+        return [loader.state_dict() for loader in self.loaders]
+
+    def close(self):
+        for loader in self.loaders:
+            loader.close()
+
+
+def lr_multiplier(step, num_iterations, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) -> float:
+    """Linear warmup from 0, flat, then linear down to final_lr_frac over the last part."""
+    warmup, warmdown = round(warmup_ratio * num_iterations), round(warmdown_ratio * num_iterations)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step <= num_iterations - warmdown:
+        return 1.0
+    progress = (num_iterations - step) / warmdown
+    return progress + (1 - progress) * final_lr_frac
+
+
+def muon_momentum(step) -> float:
+    """0.85 → 0.95 over the first 300 steps."""
+    part = min(step / 300, 1.0)
+    return (1 - part) * 0.85 + part * 0.95
+
+
+def maybe_compile(model, mode: str, device):
+    """The model compiled (mode "on", or "auto" on CUDA), or as it is."""
+    if mode not in ("auto", "on", "off"):
+        raise UserError(f"--compile must be auto, on or off, got {mode!r}")
+    on = mode == "on" or (mode == "auto" and device.type == "cuda")
+    return torch.compile(model, dynamic=False) if on else model
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def resume_step(folder, resume: bool, settings: dict, num_iterations: int) -> int | None:
+    """
+    The step to go on from, or None to start at the beginning.
+
+    settings: the options that decide what is trained. A checkpoint made with others is a UserError, unless
+    resume is False; then it is moved aside, not overwritten.
+    """
+    _, rank, _, _ = get_dist_info()
+    step = checkpoint_manager.find_last_step(folder)
+    if step is None:
+        return None
+    if not resume:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # all ranks must have looked before the first one moves it
+        if rank == 0:
+            print0(f"starting anew; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
+        return None
+    _, _, meta, _ = checkpoint_manager.load_checkpoint(folder, step)
+    then = meta.get("user_config", {})
+    differ = [key for key, value in settings.items() if key not in then or then[key] != value]
+    if differ:
+        pairs = ", ".join(f"{key}={then.get(key)!r} (now {settings[key]!r})" for key in differ)
+        raise UserError(
+            f"{folder} holds a checkpoint made with {pairs}. Run with the same options to go on from it, choose "
+            "another --model_tag, or start anew with --resume=0 (the old one is then moved aside)"
+        )
+    if step > num_iterations:
+        raise UserError(f"{folder} is at step {step}, beyond the {num_iterations} asked for: start anew with --resume=0")
+    print0(f"resuming from step {step} in {folder}")
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Logs and progress
+
+
+class RunLog:
+    """Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<name>.jsonl, and to W&B unless run is "dummy"."""
+
+    def __init__(self, name, run, config, resumed, wandb_id=None):
+        self.file, self.wandb = None, None
+        if get_dist_info()[1] != 0:
+            return
+        path = get_base_dir() / "logs" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not resumed:
+            path.rename(path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        if run != "dummy":
+            import wandb
+
+            self.wandb = wandb.init(project="nanochat", name=run, config=config, id=wandb_id, resume="allow")
+
+    @property
+    def wandb_id(self):
+        return self.wandb.id if self.wandb else None
+
+    def log(self, **metrics):
+        """Keys may hold a slash, as in log(step=1, **{"train/loss": 2.5})."""
+        if self.file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics)
+
+    def finish(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def clock(seconds) -> str:
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class ProgressLine:
+    """A bar with figures and the time left; plain lines, one every `every` seconds, where there is no terminal."""
+
+    def __init__(self, stage, total, start=0, every=10.0):
+        self.total, self.start, self.every = total, start, every
+        self.began, self.last_print = time.time(), 0.0
+        self.shown = get_dist_info()[1] == 0
+        self.bar = None
+        console = Console(file=sys.stdout)
+        if self.shown and console.is_terminal:
+            columns = TextColumn(stage), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task(stage, total=total, completed=start, text="")
+            self.bar.start()
+
+    def update(self, step, figures: str):
+        """step: how many are done."""
+        if not self.shown:
+            return
+        done = step - self.start
+        left = (time.time() - self.began) / max(done, 1) * (self.total - step)
+        text = f"step {step:,}/{self.total:,} | {figures} | {clock(left)} left"
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        elif time.time() - self.last_print >= self.every or step == self.total or done <= 1:
+            print(text, flush=True)
+            self.last_print = time.time()
+
+    def say(self, text):
+        """A line that stays."""
+        if self.shown:
+            self.bar.console.print(text, highlight=False, markup=False) if self.bar else print(text, flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.stop()

@@ -1,0 +1,35 @@
+"""Text that a base model writes, for people to look at."""
+
+import json
+
+from nanochat.dataset import get_data_dir, iter_documents
+
+PROMPTS = [
+    "The largest city of France is",
+    "Water is made of hydrogen and",
+    "If today is Monday, then tomorrow is",
+    "The opposite of cold is",
+    "The planets of the solar system are",
+    "My favourite season is",
+    "If 4*x + 1 = 13, then x is",
+]
+
+
+def prompts() -> list[str]:
+    """General knowledge for web text; for text of another kind, how some of its validation documents begin."""
+    record = get_data_dir() / "source.json"
+    if not record.exists() or json.loads(record.read_text("utf-8"))["source"] == "hub":
+        return PROMPTS
+    documents = next(iter_documents("val"))[: len(PROMPTS)]
+    return [document[:40] for document in documents]
+
+
+def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2) -> list[str]:
+    """Greedy continuations of the prompts, then a few texts sampled from nothing at temperature 1."""
+    bos = tokenizer.get_bos_token_id()
+    texts = []
+    for prompt in prompts():
+        ids, _ = engine.generate_batch(tokenizer.encode(prompt, prepend=bos), max_tokens=max_tokens, temperature=0)
+        texts.append(tokenizer.decode(ids[0][1:]))
+    ids, _ = engine.generate_batch([bos], num_samples=unconditioned, max_tokens=2 * max_tokens, temperature=1.0)
+    return texts + [tokenizer.decode(row[1:]) for row in ids]

@@ -1,0 +1,183 @@
+"""
+Score a base model on the CORE metric (22 in-context-learning tasks of DCLM).
+
+    python -m scripts.base_eval
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
+    python -m scripts.base_eval --hf-path openai-community/gpt2
+
+The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle; --download fetches it.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    autocast,
+    compute_cleanup,
+    compute_init,
+    get_base_dir,
+    print0,
+    resolve_dtype,
+)
+from nanochat.configurator import run
+from nanochat.core_bundle import download_bundle, has_bundle, how_to_get_bundle
+from nanochat.core_eval import evaluate_core
+from nanochat.report import get_report
+
+
+@dataclass
+class Config:
+    hf_path: str | None = None
+    """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
+    model_tag: str | None = None
+    """which of our base models (default: the deepest)"""
+    step: int | None = None
+    """its step (default: the last)"""
+    max_per_task: int = -1
+    """look at this many examples of each task; -1 = all"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty = the best there is"""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """precision of matrix products; auto = bf16 where that is faster"""
+    download: bool = False
+    """fetch the evaluation bundle first if it is not there"""
+
+
+class HFModel:
+    """A causal language model of transformers as a function from ids [B, T] to logits [B, T, V]."""
+
+    def __init__(self, model):
+        self.model = model
+        self.max_seq_len = getattr(model.config, "max_position_embeddings", None)
+
+    def __call__(self, ids):
+        return self.model(input_ids=ids).logits
+
+
+class HFTokenizer:
+    """A tokenizer of transformers with the few methods that evaluation needs."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def get_bos_token_id(self) -> int:
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        bos = next((i for i in ids if i is not None), None)  # some models separate documents by eos alone
+        if bos is None:
+            raise UserError("the tokenizer has neither a bos nor an eos token: a document needs a beginning")
+        return bos
+
+    def encode(self, texts, prepend):
+        return [[prepend, *ids] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def load_hf_model(path, device, dtype):
+    """(model, tokenizer) of a Hugging Face model, wrapped for evaluation."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError("--hf-path needs the package transformers: run `uv sync --extra hf`") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no such model, out of reach, unknown kind
+        raise UserError(f"cannot load the Hugging Face model {path!r}: {error}") from error
+    return HFModel(model), HFTokenizer(tokenizer)
+
+
+def evaluate_with_progress(model, tokenizer, device, max_per_task, show):
+    """evaluate_core under a progress bar with the time left."""
+    columns = (
+        bars.TextColumn("{task.description:<32}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, disable=not show) as progress:
+        bar = progress.add_task("CORE", total=None)
+        current = None
+
+        def step(label, done, total):
+            nonlocal current
+            if label != current and show and not progress.console.is_terminal:  # a log file gets no bar
+                print(f"CORE: {label} ({done - 1:,} of {total:,} examples done)", flush=True)
+            current = label
+            progress.update(bar, description=label, completed=done, total=total)
+
+        return evaluate_core(model, tokenizer, device, max_per_task, progress=step)
+
+
+def write_csv(path, core):
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Task", "Accuracy", "Centered"])
+        for label, accuracy in core["results"].items():
+            writer.writerow([label, f"{accuracy:.6f}", f"{core['centered_results'][label]:.6f}"])
+        writer.writerow(["CORE", "", f"{core['core_metric']:.6f}"])
+
+
+def print_table(name, core):
+    table = Table("Task", title=f"CORE of {name}")
+    table.add_column("Accuracy", justify="right")
+    table.add_column("Centered", justify="right")
+    for label, accuracy in core["results"].items():
+        table.add_row(label, f"{accuracy:.4f}", f"{core['centered_results'][label]:.4f}")
+    table.add_section()
+    table.add_row("CORE", "", f"{core['core_metric']:.4f}")
+    Console().print(table)
+
+
+def main(config):
+    is_dist, rank, _, _, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    # Another project's model is a comparison, not the base model of this run's report
+    section = f"CORE evaluation of {config.hf_path}" if config.hf_path else "Base model evaluation"
+
+    if config.download and rank == 0:
+        download_bundle()
+    if is_dist:
+        dist.barrier()
+    if not has_bundle():
+        print0(f"CORE: not run, there is no evaluation bundle. To get it: {how_to_get_bundle()}")
+        get_report().log(section, ["CORE: not run (there was no evaluation bundle)"])
+        compute_cleanup()
+        return
+
+    if config.hf_path:
+        model, tokenizer = load_hf_model(config.hf_path, device, dtype)
+        name, file_name = config.hf_path, re.sub(r"[^\w.]+", "-", config.hf_path).strip("-")
+    else:
+        model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step)
+        name = f"{meta['model_tag']} (step {meta['step']:,})"
+        file_name = f"{meta['model_tag']}_{meta['step']:06d}"
+    with autocast(device, dtype):
+        core = evaluate_with_progress(model, tokenizer, device, config.max_per_task, rank == 0)
+
+    if rank == 0:
+        path = get_base_dir() / "base_eval" / f"{file_name}.csv"
+        write_csv(path, core)
+        print_table(name, core)
+        print(f"written to {path}")
+    summary = {"Model": name, "CORE metric": core["core_metric"]}
+    if config.max_per_task > 0:
+        summary["Examples a task (at most)"] = config.max_per_task
+    get_report().log(section, [summary, core["centered_results"]])
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run(main, Config)

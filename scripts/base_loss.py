@@ -1,0 +1,86 @@
+"""
+Bits per byte of a base model on both splits, with samples and the yardsticks of gzip and xz.
+
+    python -m scripts.base_loss
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
+"""
+
+from dataclasses import dataclass
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
+from nanochat.configurator import run
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import iter_documents
+from nanochat.engine import Engine
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import compression_yardstick, get_report
+from nanochat.samples import sample_texts
+from nanochat.tokenizer import get_token_bytes
+
+YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a second a megabyte
+
+
+@dataclass
+class Config:
+    device_batch_size: int = 32
+    """sequences at once"""
+    split_tokens: int = 20 * 524288
+    """tokens to evaluate on each split"""
+    model_tag: str = ""
+    """model to load; empty for the largest"""
+    step: int = -1
+    """checkpoint to load; -1 for the newest"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: str = "auto"
+    """auto, bf16 or fp32"""
+
+
+def validation_bytes(limit) -> bytes:
+    """The validation text, documents one after the other, up to about `limit` bytes."""
+    parts, size = [], 0
+    for documents in iter_documents("val"):
+        for document in documents:
+            parts.append(document.encode())
+            size += len(parts[-1])
+            if size >= limit:
+                return b"".join(parts)
+    return b"".join(parts)
+
+
+def main(config: Config):
+    _, rank, _, world_size, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    if config.device_batch_size < 1 or config.split_tokens < 1:
+        raise UserError("device_batch_size and split_tokens must be at least 1")
+    model, tokenizer, meta = load_model(
+        "base", device, "eval", config.model_tag or None, None if config.step == -1 else config.step
+    )
+    B, T = config.device_batch_size, model.config.sequence_len
+    steps = max(1, config.split_tokens // (B * T * world_size))
+    token_bytes = get_token_bytes(device)
+
+    results = {"Model": f"{meta['model_tag']} (step {meta['step']})"}
+    for split in ("train", "val"):
+        with TokenLoader(tokenizer, B, T, split, device) as loader, autocast(device, dtype):
+            results[f"{split} bpb"] = evaluate_bpb(model, loader, steps, token_bytes)
+        print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
+    samples = []
+    if rank == 0:
+        text = validation_bytes(YARDSTICK_BYTES)
+        results["Yardstick text (bytes)"] = len(text)
+        results |= compression_yardstick(text)
+        for name in ("gzip -9 (bpb)", "xz -9 (bpb)"):
+            print0(f"{name}: {results[name]:.4f}")
+        with autocast(device, dtype):
+            samples = sample_texts(Engine(model, tokenizer), tokenizer)
+        for sample in samples:
+            print0(f"---\n{sample}")
+    shown = "\n\n".join(f"```text\n{sample.replace('```', '` ` `')}\n```" for sample in samples)
+    get_report().log(section="Base model loss", data=[results, f"### Samples\n\n{shown}"])
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,89 @@
+"""
+Train the tokenizer on the training shards, and write how many bytes each token stands for.
+
+    python -m scripts.tok_train --max_chars=2000000000
+"""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.configurator import run
+from nanochat.dataset import iter_documents
+from nanochat.report import get_report
+from nanochat.tokenizer import BYTES_FILE, RustBPETokenizer, count_token_bytes
+
+CHECK_TEXT = """Hello, world! 12345 + 6789 = 19134.
+    Tabs\tand spaces,   contractions like I'm, you'll, they've;
+Unicode: 你好 🌍 café naïve — "quotes" <|bos|> is ordinary text here."""
+
+
+@dataclass
+class Config:
+    max_chars: int = 10_000_000_000
+    """characters to train on, at most"""
+    doc_cap: int = 10_000
+    """characters of one document, at most"""
+    vocab_size: int = 65536
+    """tokens: bytes, merges and special tokens"""
+
+
+def training_texts(max_chars, doc_cap):
+    """Documents of the training split, each cut at doc_cap characters, until max_chars are reached."""
+    seen = 0
+    for documents in iter_documents("train"):
+        for document in documents:
+            text = document[:doc_cap]
+            seen += len(text)
+            yield text
+            if seen >= max_chars:
+                return
+
+
+def main(config: Config):
+    if config.max_chars < 1 or config.doc_cap < 1:
+        raise UserError("max_chars and doc_cap must be at least 1")
+    started = time.time()
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks = {}
+
+        def progress(stage, done, total):
+            task = tasks.setdefault(stage, None) or bar.add_task(stage, total=None)
+            tasks[stage] = task
+            bar.update(task, completed=done, total=total or None)
+
+        texts = training_texts(config.max_chars, config.doc_cap)
+        tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size, progress)
+    seconds = time.time() - started
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise UserError(
+            f"the text has too few different pairs for {config.vocab_size:,} tokens, got "
+            f"{tokenizer.get_vocab_size():,}: lower --vocab_size or use more text"
+        )
+    if tokenizer.decode(tokenizer.encode(CHECK_TEXT)) != CHECK_TEXT:
+        raise AssertionError("the new tokenizer does not give back the text that it encoded")
+
+    folder = get_base_dir() / "tokenizer"
+    counts = count_token_bytes(tokenizer)
+    with atomic_write(folder / BYTES_FILE) as file:
+        torch.save(counts, file)
+    tokenizer.save(folder)  # last: a tokenizer that is there is complete
+    print(f"{config.vocab_size:,} tokens learned in {seconds:.1f} s; written to {folder}")
+
+    sizes = counts[counts > 0].float()
+    facts = {
+        "Training time (s)": seconds,
+        "Special tokens": int((counts == 0).sum()),
+        "Bytes a token, mean": sizes.mean().item(),
+        "Bytes a token, standard deviation": sizes.std().item(),
+        "Bytes a token, longest": int(sizes.max()),
+    }
+    get_report().log(section="Tokenizer training", data=[asdict(config), facts])
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,633 @@
+"""Shards: read, made from local text, downloaded; and what happens when any of it is broken."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset, download, sources
+from nanochat.common import UserError
+from nanochat.dataset import Config, iter_documents, list_parquet_files, list_row_groups, main, shard_name
+
+ROOT = Path(__file__).parent.parent
+VAL = shard_name(dataset.VAL_SHARD)
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    """An empty base folder of our own, and retries that do not wait."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.001)
+    folder = dataset.get_data_dir()
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_groups(path, groups, name="text"):
+    """A parquet file with one row group per list of texts."""
+    schema = pa.schema([(name, pa.string())])
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        for group in groups:
+            writer.write_table(pa.table({name: pa.array(group, pa.string())}, schema=schema))
+
+
+def texts(split, folder=None):
+    return [text for group in iter_documents(split, data_dir=folder) for text in group]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_row_groups_in_order_last_file_is_validation(data_dir):
+    write_groups(data_dir / shard_name(0), [["a", "b"], ["c"]])
+    write_groups(data_dir / shard_name(1), [["d"], ["e"]])
+    write_groups(data_dir / shard_name(7), [["v"]])
+    (data_dir / "shard_00009.parquet.part").write_bytes(b"half")
+    (data_dir / "shard_9.parquet").write_bytes(b"stray")
+    assert [path.name for path in list_parquet_files()] == [shard_name(0), shard_name(1), shard_name(7)]
+    assert list(iter_documents("train")) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert list(iter_documents("train", start=1, step=2)) == [["c"], ["e"]]
+    assert list(dataset.parquets_iter_batched("val")) == [["v"]]
+    with pytest.raises(UserError, match="'train' or 'val'"):
+        list_row_groups("test")
+
+
+def test_too_few_shards(data_dir):
+    with pytest.raises(UserError, match=r"found none: run `python -m nanochat\.dataset"):
+        list_parquet_files()
+    write_groups(data_dir / shard_name(0), [["a"]])
+    with pytest.raises(UserError, match=r"only shard_00000\.parquet"):
+        list_parquet_files()
+
+
+def test_nulls_are_dropped_and_empty_shards_skipped(data_dir):
+    write_groups(data_dir / shard_name(0), [["a", None, ""], [], [None]])
+    write_groups(data_dir / shard_name(1), [])
+    write_groups(data_dir / shard_name(2), [["b"]])
+    write_groups(data_dir / shard_name(3), [])
+    assert list(iter_documents("train")) == [["a"], [], ["b"]]
+    with pytest.raises(UserError, match=r"no rows in the val split.*shard_00003"):
+        list_row_groups("val")
+
+
+def test_other_string_types_are_text_too(data_dir):
+    pq.write_table(pa.table({"text": pa.array(["a"], pa.large_string())}), data_dir / shard_name(0))
+    pq.write_table(pa.table({"text": pa.array(["b"]).dictionary_encode()}), data_dir / shard_name(1))
+    write_groups(data_dir / shard_name(2), [["v"]])
+    assert texts("train") == ["a", "b"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def wrong_type(path):
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "cannot read"),
+        (lambda path: path.write_bytes(b""), "cannot read"),
+        (lambda path: path.write_bytes(b"<html>sign in</html>"), "cannot read"),
+        (lambda path: write_groups(path, [["a"]], name="content"), "column 'text', got .content: string"),
+        (wrong_type, "column 'text', got .text: int64"),
+    ],
+    ids=["truncated", "zero bytes", "not parquet", "no text column", "not strings"],
+)
+def test_a_broken_shard_is_named(data_dir, spoil, message):
+    write_groups(data_dir / shard_name(0), [["a" * 1000]])
+    write_groups(data_dir / VAL, [["v"]])
+    assert texts("train")
+    spoil(data_dir / shard_name(0))
+    with pytest.raises(UserError, match=message) as error:
+        texts("train")
+    assert str(data_dir / shard_name(0)) in str(error.value)
+    assert "delete it" in str(error.value) or "replace" in str(error.value)
+    assert texts("val") == ["v"]  # the other split does not suffer
+
+
+def test_flipped_bits_are_noticed(data_dir):
+    path = data_dir / shard_name(0)
+    write_groups(path, [["abcdefgh" * 100]])
+    write_groups(data_dir / VAL, [["v"]])
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard_00000\.parquet"):
+        texts("train")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shards from local text
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A folder with every kind of file: 120 documents of text, and things that are none."""
+    folder = tmp_path / "notes"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("hidden")
+    (folder / ".env").write_text("SECRET=1")
+    for number in range(60):
+        (folder / "deep" / f"{number}.md").write_text(f"# note {number}\n" * 20)
+    records = [json.dumps({"text" if n % 2 else "content": f"record {n}"}) for n in range(40)]
+    (folder / "deep" / "er" / "records.jsonl").write_text("\n".join(records) + "\n\n")
+    write_groups(folder / "rows.parquet", [[f"row {n}" for n in range(20)], [None, ""]])
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "latin1.txt").write_bytes("é".encode("latin-1"))
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n\n")
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+def make(source, num_files=-1, base=None):
+    return dataset.make_local(str(source), num_files, base or dataset.get_data_dir())
+
+
+def test_folder(notes, data_dir, capsys):
+    main(Config(source=str(notes)))
+    out = capsys.readouterr().out
+    assert "2 hidden" in out
+    assert "2 binary" in out
+    train, val = texts("train"), texts("val")
+    expected = [f"# note {n}\n" * 20 for n in range(60)]
+    expected += [f"record {n}" for n in range(40)] + [f"row {n}" for n in range(20)]
+    assert sorted(train + val) == sorted(expected)
+    assert val
+    assert train
+    assert all(sources.content_hash(a) < sources.content_hash(b) for a in val for b in train)
+    assert len(list_row_groups("train")) >= 8
+    assert not (data_dir / ".building").exists()
+
+
+def test_small_splits_have_enough_row_groups():
+    for count in (1, 7, 8, 9, 15, 16, 17, 100, 511, 512, 513, 2000):
+        groups = list(sources.row_groups(str(n) for n in range(count)))
+        assert [text for group in groups for text in group] == [str(n) for n in range(count)]
+        assert len(groups) >= min(count, 8)
+        assert max(map(len, groups)) <= 64
+
+
+def test_row_groups_are_bounded_in_characters(monkeypatch):
+    monkeypatch.setattr(sources, "GROUP_CHARS", 100)
+    groups = list(sources.row_groups(["x" * 60] * 1000))
+    assert sum(map(len, groups)) == 1000
+    assert max(map(len, groups)) == 2
+
+
+def test_long_texts_are_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_CHARS", 100)
+    text = "".join(f"line {n} äöü\n" for n in range(100))
+    (tmp_path / "book.txt").write_text(text)
+    pieces = list(sources.folder_documents([tmp_path / "book.txt"], {}))
+    assert "".join(pieces) == text
+    assert len(pieces) > 8
+    assert all(piece.endswith("\n") and len(piece) < 120 for piece in pieces)
+
+
+def test_validation_does_not_change_with_the_number_of_shards(notes, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SHARD_CHARS", 3000)
+    monkeypatch.setattr(sources, "GROUP_CHARS", 500)
+    seen = {}
+    for count in (1, 3, -1):
+        base = tmp_path / f"base{count}"
+        record, _ = make(notes, count, base)
+        names = [path.name for path in list_parquet_files(base)]
+        assert names[-1] == VAL
+        assert names[:-1] == [shard_name(n) for n in range(record["train"]["shards"])]
+        assert count in (-1, len(names) - 1)
+        seen[count] = {path.name: path.read_bytes() for path in list_parquet_files(base)}
+    assert len(seen[-1]) > 4
+    assert seen[1].items() < seen[3].items() < seen[-1].items()
+
+
+def test_shards_grow_and_are_reused(notes, data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "SHARD_CHARS", 3000)
+    monkeypatch.setattr(sources, "GROUP_CHARS", 500)
+    assert not make(notes, 2)[1]
+    before = {path: path.stat().st_mtime_ns for path in list_parquet_files()}
+    assert make(notes, 2)[1]
+    assert make(notes, 1)[1]
+    assert {path: path.stat().st_mtime_ns for path in list_parquet_files()} == before
+    assert not make(notes, 3)[1]
+    assert len(list_parquet_files()) == 4
+    assert not make(notes, -1)[1]
+    assert make(notes, -1)[1]
+    assert make(notes, 1000)[1]  # there is no more text than this
+    list_parquet_files()[1].unlink()  # what the message about a broken shard tells to do
+    assert not make(notes, -1)[1]
+    assert len(texts("train") + texts("val")) == 120
+
+
+def test_what_a_killed_build_left_is_replaced(notes, data_dir):
+    (data_dir / ".building").mkdir()
+    (data_dir / ".building" / shard_name(5)).write_bytes(b"half")
+    make(notes)
+    assert [path.name for path in list_parquet_files()] == [shard_name(0), VAL]
+    assert len(texts("train") + texts("val")) == 120
+
+
+def test_copies_of_a_text_stay_on_one_side(tmp_path):
+    lines = [json.dumps({"text": f"text {n % 50}"}) for n in range(500)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "copies.jsonl").write_text("\n".join(lines))
+    make(tmp_path / "in")
+    assert set(texts("train")).isdisjoint(texts("val"))
+    assert len(texts("train") + texts("val")) == 500
+
+
+def test_every_split_gets_a_document(tmp_path):
+    for number in range(20):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        (folder / "a.txt").write_text(f"a {number}")
+        (folder / "b.txt").write_text(f"b {number}")
+        make(folder, base=tmp_path / f"out{number}")
+        assert len(texts("train", tmp_path / f"out{number}")) == 1
+        assert len(texts("val", tmp_path / f"out{number}")) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "fine"', "broken JSON"),
+        ('{"body": "x"}', "'text' or 'content'.*body"),
+        ('{"text": 3}', "'text' or 'content'"),
+        ('["text"]', "'text' or 'content'"),
+        ("[" * 100_000, "broken JSON"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"x\.jsonl:3: .*{message}"):
+        make(tmp_path / "in")
+    assert not list(dataset.get_data_dir().glob("*.parquet"))
+
+
+def test_half_a_surrogate_pair_becomes_text(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')
+    make(tmp_path / "in")
+    assert sorted(texts("train") + texts("val")) == ["a?b", "c"]
+
+
+def test_sources_that_cannot_be(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="expected text, found none"):
+        make(tmp_path / "in")
+    (tmp_path / "in" / "a.txt").write_text("the only one")
+    (tmp_path / "in" / "b.txt").write_text("the only one")
+    with pytest.raises(UserError, match="two different documents"):
+        make(tmp_path / "in")
+    with pytest.raises(UserError, match="not a folder"):
+        make(tmp_path / "nowhere")
+    write_groups(tmp_path / "in" / "c.parquet", [["a"]], name="body")
+    with pytest.raises(UserError, match=r"c\.parquet: .*got .body: string"):
+        make(tmp_path / "in")
+    (tmp_path / "in" / "c.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"c\.parquet as parquet"):
+        make(tmp_path / "in")
+    for bad in (Config(num_files=0), Config(num_files=-2), Config(num_workers=0)):
+        with pytest.raises(UserError, match="or more"):
+            main(bad)
+
+
+def test_two_sources_are_not_mixed(notes, tmp_path, data_dir):
+    make(notes)
+    before = {path: path.read_bytes() for path in data_dir.iterdir()}
+    for other in ("stdlib", "hub", str(tmp_path)):
+        with pytest.raises(UserError, match="set NANOCHAT_BASE_DIR to another folder, or remove") as error:
+            main(Config(source=other, num_files=1))
+        assert str(notes) in str(error.value)
+    assert {path: path.read_bytes() for path in data_dir.iterdir()} == before
+    (data_dir / "source.json").write_text("{")
+    with pytest.raises(UserError, match=r"source\.json"):
+        make(notes)
+    (data_dir / "source.json").unlink()  # as in a cache folder of nanochat, whose shards came from the hub
+    with pytest.raises(UserError, match="from source 'hub'"):
+        make(notes)
+
+
+def test_the_base_folder_is_not_its_own_source(tmp_path, data_dir):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    write_groups(data_dir.parent / "elsewhere.parquet", [["not this"]])
+    make(tmp_path)
+    assert sorted(texts("train") + texts("val")) == ["a", "b"]
+
+
+def test_stdlib_is_real_and_deterministic(tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    record, _ = make("stdlib", base=first)
+    make("stdlib", base=again)
+    assert record["train"]["characters"] + record["val"]["characters"] > 5_000_000
+    assert 0.02 < record["val"]["documents"] / record["train"]["documents"] < 0.1
+    assert [p.read_bytes() for p in list_parquet_files(first)] == [
+        p.read_bytes() for p in list_parquet_files(again)
+    ]
+    assert Path(contextlib.__file__).read_text() in texts("train", first) + texts("val", first)
+    assert len(list_row_groups("val", first)) >= 8
+    assert not any("site-packages" in path.parts for path in sources.stdlib_files())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Imitates the hub: `…/resolve/main/<name>` states size and hash and redirects to `/cdn/<name>`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.files = {}
+        self.requests = []  # (name, first byte) of each transfer
+        self.answer = lambda name, attempt: {}  # faults: status, cut, sha256, size, ranges, wait
+
+    def handle_error(self, request, client_address):
+        pass  # a client that was killed
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub, name = self.server, self.path.rpartition("/")[2]
+        content = hub.files.get(name)
+        if content is None:
+            return self.reply(404)
+        if "/cdn/" not in self.path:
+            fault = hub.answer(name, len([1 for other, _ in hub.requests if other == name]))
+            sha256 = fault.get("sha256", hashlib.sha256(content).hexdigest())
+            linked = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": len(content)}
+            return self.reply(302, Location=f"{hub.url}/cdn/{name}", **linked)
+        asked = self.headers.get("Range", "")
+        start = int(asked.removeprefix("bytes=").rstrip("-") or 0)
+        attempt = len([1 for other, _ in hub.requests if other == name])
+        hub.requests.append((name, start))
+        fault = hub.answer(name, attempt)
+        if "status" in fault:
+            return self.reply(fault["status"], **fault.get("headers", {}))
+        if not fault.get("ranges", True):
+            asked, start = "", 0
+        if start >= len(content):
+            return self.reply(416, **{"Content-Range": f"bytes */{len(content)}"})
+        body = content[start:]
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if "cut" in fault:
+            self.wfile.write(body[: fault["cut"]])
+            self.wfile.flush()
+            fault.get("wait", lambda: None)()
+            if not fault.get("go_on"):
+                return self.connection.close()
+            body = body[fault["cut"] :]
+        self.wfile.write(body)
+
+    def reply(self, status, **headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, str(value))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A running Hub with four training shards and the validation shard, in place of the real one."""
+    server = Hub()
+    for index in (0, 1, 2, 3, dataset.VAL_SHARD):
+        buffer = io.BytesIO()
+        write_groups(buffer, [[os.urandom(20_000).hex(), f"text {index}"]])
+        server.files[shard_name(index)] = buffer.getvalue()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(
+        dataset, "hf_hub_url", lambda repo, name, repo_type: f"{server.url}/resolve/main/{name}"
+    )
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def fetched(hub, data_dir):
+    """Names of the shards in the folder, after checking that they are whole."""
+    for path in dataset.list_shards(data_dir):
+        assert path.read_bytes() == hub.files[path.name]
+    return [path.name for path in dataset.list_shards(data_dir)]
+
+
+def test_download(hub, data_dir, capsys):
+    main(Config(num_files=2))
+    assert fetched(hub, data_dir) == [shard_name(0), shard_name(1), VAL]
+    assert sorted(hub.requests) == [(shard_name(0), 0), (shard_name(1), 0), (VAL, 0)]
+    assert "text 1822" in texts("val")
+    main(Config(num_files=4))  # what is there is not fetched again, the validation split stays
+    assert fetched(hub, data_dir) == [shard_name(index) for index in range(4)] + [VAL]
+    assert len(hub.requests) == 5
+    assert not list(data_dir.glob("*.part"))
+    assert json.loads((data_dir / "source.json").read_text())["source"] == "hub"
+    assert "5 shards" in capsys.readouterr().out
+
+
+def test_a_cut_connection_is_resumed_by_range(hub, data_dir, monkeypatch):
+    monkeypatch.setattr(download, "BLOCK", 100)
+    hub.answer = lambda name, attempt: {"cut": 1000} if attempt < 12 else {}  # far more cuts than retries
+    main(Config(num_files=1))
+    assert fetched(hub, data_dir) == [shard_name(0), VAL]
+    starts = [start for name, start in hub.requests if name == VAL]
+    assert starts == [1000 * n for n in range(13)]
+
+
+def test_a_part_of_an_earlier_run_is_resumed(hub, data_dir):
+    whole = hub.files[VAL]
+    (data_dir / f"{VAL}.part").write_bytes(whole[:5000])
+    (data_dir / f"{shard_name(0)}.part").write_bytes(hub.files[shard_name(0)])  # killed before the renaming
+    (data_dir / f"{shard_name(1)}.part").write_bytes(b"x" * 100)  # of another file
+    main(Config(num_files=2))
+    assert len(fetched(hub, data_dir)) == 3
+    assert hub.requests.count((VAL, 5000)) == 1
+    assert (VAL, 0) not in hub.requests
+    assert (shard_name(1), 0) in hub.requests
+    assert not list(data_dir.glob("*.part"))
+
+
+def test_a_server_without_ranges(hub, data_dir):
+    hub.answer = lambda name, attempt: {"ranges": False} | ({"cut": 1000} if attempt == 0 else {})
+    main(Config(num_files=1))
+    assert len(fetched(hub, data_dir)) == 2
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_busy_server_is_asked_again(hub, data_dir, status):
+    hub.answer = lambda name, attempt: {"status": status} if attempt < download.RETRIES else {}
+    main(Config(num_files=1))
+    assert len(fetched(hub, data_dir)) == 2
+
+
+def test_retry_after_is_obeyed(hub, data_dir):
+    hub.answer = lambda name, attempt: (
+        {"status": 429, "headers": {"Retry-After": "1"}} if attempt == 0 else {}
+    )
+    start = time.monotonic()
+    main(Config(num_files=1))
+    assert time.monotonic() - start >= 1
+
+
+def test_waits_grow_exponentially(hub, data_dir, monkeypatch):
+    waits = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+
+    monkeypatch.setattr(download, "threading", SimpleNamespace(Event=Stop, Lock=threading.Lock))
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 1.0)
+    hub.answer = lambda name, attempt: {"status": 503}
+    failed = download.download({data_dir / VAL: f"{hub.url}/resolve/main/{VAL}"}, workers=1)
+    assert list(failed) == [data_dir / VAL]
+    assert waits == [1, 2, 4, 8, 16]
+
+
+def test_failures_are_listed_and_the_rest_is_kept(hub, data_dir):
+    del hub.files[shard_name(1)]
+    hub.answer = lambda name, attempt: {"status": 503} if name == shard_name(2) else {}
+    with pytest.raises(UserError, match=r"(?s)2 could not.*run the same command again") as error:
+        main(Config(num_files=4, num_workers=2))
+    assert f"{shard_name(1)}: 404" in str(error.value)
+    assert f"{shard_name(2)}: HTTP 503" in str(error.value)
+    assert fetched(hub, data_dir) == [shard_name(0), shard_name(3), VAL]
+    assert hub.requests.count((shard_name(2), 0)) == download.RETRIES + 1
+
+
+def test_wrong_hash_never_becomes_a_shard(hub, data_dir):
+    wrong = "0" * 64
+    hub.answer = lambda name, attempt: {"sha256": wrong} if name == shard_name(0) else {}
+    with pytest.raises(UserError, match=rf"{shard_name(0)}: expected .* SHA-256 {wrong}"):
+        main(Config(num_files=1))
+    assert fetched(hub, data_dir) == [VAL]
+    hub.answer = lambda name, attempt: {}
+    main(Config(num_files=1))
+    assert fetched(hub, data_dir) == [shard_name(0), VAL]
+
+
+def test_a_server_out_of_reach_is_given_up_soon(hub, data_dir):
+    hub.answer = lambda name, attempt: {"status": 503}
+    with pytest.raises(UserError, match=r"(?s)1823 could not be downloaded.*and 1803 more.*--source stdlib"):
+        main(Config(num_workers=2))
+    assert len(hub.requests) < 30
+
+
+def test_no_connection_at_all(data_dir, monkeypatch):
+    monkeypatch.setattr(dataset, "hf_hub_url", lambda *_, **__: "http://127.0.0.1:9/nothing")
+    with pytest.raises(UserError, match=r"connection to .* broke"):
+        main(Config(num_files=1))
+
+
+def test_a_full_disk_is_reported(hub, data_dir, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "_verify", no_space)
+    with pytest.raises(UserError, match="No space left on device"):
+        main(Config(num_files=1))
+    assert not dataset.list_shards(data_dir)
+
+
+@pytest.mark.parametrize("first_is_killed", [False, True], ids=["finishes", "killed"])
+def test_two_processes_race_for_one_shard(hub, data_dir, first_is_killed):
+    """One process transfers, the other waits; when the first is killed the second goes on where it was."""
+    half, release = threading.Event(), threading.Event()
+
+    def hold():
+        half.set()
+        release.wait(30)
+
+    def answer(name, attempt):
+        held = name == shard_name(0) and attempt == 0
+        return {"cut": 10_000, "wait": hold, "go_on": True} if held else {}
+
+    hub.answer = answer
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "nanochat.dataset", "-n", "1"]
+    if first_is_killed:  # the same without the time that a whole program takes to start
+        code = "import sys; from pathlib import Path; from nanochat.download import download; a, b = sys.argv[1:];"
+        code += "sys.exit(bool(download({Path(a): b})))"
+        url = f"{hub.url}/resolve/main/{shard_name(0)}"
+        command = [sys.executable, "-c", code, data_dir / shard_name(0), url]
+    part = str(data_dir / f"{shard_name(0)}.part")
+
+    def start():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    with start() as first, start() as second:
+        try:
+            assert half.wait(60)
+            waiting = time.monotonic() + 60
+            while not all(
+                part in [f.path for f in psutil.Process(p.pid).open_files()] for p in (first, second)
+            ):
+                assert time.monotonic() < waiting
+                time.sleep(0.05)
+            time.sleep(0.3)  # a process that ignored the lock would now ask for the shard
+            assert hub.requests.count((shard_name(0), 0)) == 1
+            if first_is_killed:
+                holder = pid_connected_to(hub, first, second)
+                victim, survivor = (first, second) if holder == first.pid else (second, first)
+                victim.kill()
+                victim.wait()
+            release.set()
+            processes = [survivor] if first_is_killed else [first, second]
+            for process in processes:
+                output, _ = process.communicate(timeout=60)
+                assert process.returncode == 0, output
+        finally:
+            release.set()
+            for process in (first, second):
+                process.kill()
+    assert fetched(hub, data_dir) == [shard_name(0)] + [VAL] * (not first_is_killed)
+    assert not list(data_dir.glob("*.part"))
+    transfers = [start for name, start in hub.requests if name == shard_name(0)]
+    if first_is_killed:
+        assert transfers == [0, 0]
+    else:
+        assert transfers == [0]
+
+
+def pid_connected_to(hub, *processes):
+    """The pid of the process that has an open connection to the hub."""
+    port = hub.server_address[1]
+    for process in processes:
+        connections = psutil.Process(process.pid).net_connections("tcp")
+        if any(c.raddr and c.raddr.port == port and c.status == "ESTABLISHED" for c in connections):
+            return process.pid
+    raise AssertionError("nobody is connected")
