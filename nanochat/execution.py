@@ -65,20 +65,25 @@ def _python() -> str:
     return f"{os.path.realpath(sys.base_prefix)}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
 
 
+def _bind(*paths: str) -> list[str]:
+    """Mounts of `paths`, read-only, where they exist. The folders above them are made so that all may pass."""
+    mounts = []
+    for path in dict.fromkeys(path for path in paths if os.path.exists(path)):
+        for folder in reversed(Path(path).parents[:-1]):
+            mounts += ["--dir", str(folder)]
+        mounts += ["--ro-bind", path, path]
+    return mounts
+
+
 def _view() -> list[str]:
     """Mounts that show the interpreter and the shared libraries, read-only, and nothing else of the machine."""
     prefix = os.path.realpath(sys.base_prefix)
-    folders = dict.fromkeys(["/usr/lib", "/usr/lib32", "/usr/lib64", f"{prefix}/lib", f"{prefix}/lib64", _python()])
-    mounts = []
-    for path in folders:
-        mounts += ["--ro-bind-try", path, path]
+    mounts = _bind("/usr/lib", "/usr/lib32", "/usr/lib64", f"{prefix}/lib", f"{prefix}/lib64", _python())
     for path in ["/lib", "/lib64"]:
-        if os.path.islink(path):  # merged /usr
-            mounts += ["--symlink", os.readlink(path), path]
-        else:
-            mounts += ["--ro-bind-try", path, path]
-    mounts += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    return mounts
+        mounts += (
+            ["--symlink", os.readlink(path), path] if os.path.islink(path) else _bind(path)
+        )  # merged /usr
+    return mounts + _bind("/etc/ld.so.cache")
 
 
 def _command(bwrap: str) -> list[str]:
@@ -91,13 +96,20 @@ def _command(bwrap: str) -> list[str]:
     inner += ["--remount-ro", "/", "--", _python(), "-I", "-S", "-X", "utf8", "-c", CHILD.read_text()]
     if os.geteuid() != 0:
         return inner
+    setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
     # The kernel does not bound the number of root's processes, so root becomes nobody first. An outer view
     # keeps the interpreter in reach, which often lives in root's home.
-    outer = [bwrap, "--die-with-parent", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    outer += [*_view(), "--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev"]
-    setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
-    for program in [bwrap, setpriv]:
-        outer += ["--ro-bind", program, program]
+    outer = [
+        bwrap,
+        "--die-with-parent",
+        "--cap-drop",
+        "ALL",
+        "--cap-add",
+        "CAP_SETUID",
+        "--cap-add",
+        "CAP_SETGID",
+    ]
+    outer += [*_view(), *_bind(bwrap, setpriv), "--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev"]
     drop = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
     return [*outer, "--", *drop, "--", *inner]
 
@@ -160,7 +172,11 @@ class _Program:
         finally:
             os.close(stdin)
             os.close(self._status_end)
-        self.files = {"stdout": self.process.stdout, "stderr": self.process.stderr, "status": os.fdopen(status, "rb")}
+        self.files = {
+            "stdout": self.process.stdout,
+            "stderr": self.process.stderr,
+            "status": os.fdopen(status, "rb"),
+        }
         self.said = {name: bytearray() for name in self.files}
 
     def __enter__(self):

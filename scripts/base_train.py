@@ -27,7 +27,8 @@ from nanochat.common import (
     resolve_dtype,
 )
 from nanochat.configurator import run
-from nanochat.core_eval import evaluate_core, has_bundle, how_to_get_bundle
+from nanochat.core_bundle import has_bundle, how_to_get_bundle
+from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
 from nanochat.engine import Engine

@@ -1,0 +1,194 @@
+# Shared parts of the recipes (run10.sh, speedrun.sh, run1000.sh, dev/runcpu.sh); sourced, not run.
+#
+# A recipe sets its defaults as variables, calls `recipe_options "$@"`, then `recipe_setup` and `stage …` lines.
+
+set -euo pipefail
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+DRY_RUN=0
+EXTRA=()          # options for base_train, passed through as they came
+NPROC="${NPROC:-1}"
+USAGE_EXTRA="${USAGE_EXTRA:-}"
+
+usage() {
+    cat <<TXT
+usage: bash $0 [options]
+
+$DESCRIPTION
+
+options:
+${USAGE_EXTRA}  --dry-run          print the commands instead of running them
+  --wandb NAME       log to W&B under this name (default: \$WANDB_RUN, else no W&B)
+  --nproc N          processes, one a GPU (default $NPROC)
+  --help             this text
+Every other option (--depth=12, --device_batch_size 8, …) goes to scripts.base_train; see
+  python -m scripts.base_train --help
+
+Files go to \$NANOCHAT_BASE_DIR (default ~/.cache/nanochat). Run it again to go on after an interruption.
+TXT
+}
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# Reads the command line. A recipe may define recipe_option NAME VALUE for options of its own: it returns 0
+# when it took the option.
+recipe_options() {
+    while [ $# -gt 0 ]; do
+        local name="${1%%=*}" value="" given=0
+        case "$1" in *=*) value="${1#*=}" given=1 ;; esac
+        case "$name" in
+        --help | -h) usage; exit 0 ;;
+        --dry-run | --dry_run) DRY_RUN=1; shift; continue ;;
+        --) shift; continue ;;
+        --wandb | --nproc | --gpu)
+            if [ $given = 0 ]; then
+                [ $# -ge 2 ] || die "$name takes a value"
+                value="$2"
+                shift
+            fi
+            case "$name" in
+            --wandb) export WANDB_RUN="$value" ;;
+            --nproc) NPROC="$value" ;;
+            --gpu) recipe_option "$name" "$value" || die "$0 takes no $name; see --help" ;;
+            esac
+            shift
+            continue
+            ;;
+        --*) EXTRA+=("$1"); shift ;;
+        *)
+            # The value of an option given as two words
+            [ ${#EXTRA[@]} -gt 0 ] && [[ "${EXTRA[-1]}" != *=* ]] || die "unexpected argument '$1'; see --help"
+            EXTRA+=("$1")
+            shift
+            ;;
+        esac
+    done
+    [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "--nproc takes a number of processes, got '$NPROC'"
+}
+recipe_option() { return 1; }
+
+# Prints the command, and runs it unless this is a dry run.
+stage() {
+    printf '\n\033[1m+ %s\033[0m\n' "$*"
+    [ "$DRY_RUN" = 1 ] || "$@"
+}
+
+# python -m MODULE, by torchrun when there are several processes.
+module() {
+    local name="$1"
+    shift
+    if [ "$NPROC" -gt 1 ]; then
+        stage torchrun --standalone --nproc_per_node="$NPROC" -m "$name" -- "$@"
+    else
+        stage python -m "$name" "$@"
+    fi
+}
+
+ensure_rust() {
+    command -v cargo >/dev/null && return
+    [ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env" && command -v cargo >/dev/null && return
+    echo "installing the Rust toolchain (for the tokenizer trainer)"
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq rustup; then
+        rustup default stable
+    else
+        command -v curl >/dev/null || die "cargo is missing and so is curl: install Rust from https://rustup.rs"
+        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal
+        . "$HOME/.cargo/env"
+    fi
+    command -v cargo >/dev/null || die "cargo could not be installed: see https://rustup.rs"
+}
+
+ensure_uv() {
+    command -v uv >/dev/null && return
+    echo "installing uv"
+    local python
+    python="$(command -v python3 || command -v python)" || die "Python 3.11 or newer is missing"
+    if ! "$python" -m pip install --quiet uv 2>/dev/null && ! "$python" -m pip install --quiet --break-system-packages uv; then
+        command -v curl >/dev/null || die "uv is missing and can be had neither by pip nor by curl"
+        curl -LsSf https://astral.sh/uv/install.sh | sh
+    fi
+    export PATH="$HOME/.local/bin:$("$python" -m site --user-base)/bin:$PATH"
+    command -v pyenv >/dev/null && pyenv rehash
+    command -v uv >/dev/null || die "uv was installed but is not on the PATH: add ~/.local/bin to it"
+}
+
+# setup cpu|gpu: the environment, activated; .mc_env when present.
+recipe_setup() {
+    if [ -f .mc_env ]; then
+        echo "using the settings in .mc_env"
+        set -a
+        . ./.mc_env
+        set +a
+    fi
+    export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+    WANDB_RUN="${WANDB_RUN:-dummy}"
+    if [ "$DRY_RUN" = 1 ]; then
+        echo "dry run: the commands, none of them run"
+        echo "+ uv sync --extra $1"
+        return
+    fi
+    mkdir -p "$NANOCHAT_BASE_DIR"
+    ensure_uv
+    ensure_rust
+    [ -d .venv ] || uv venv --quiet
+    uv sync --quiet --extra "$1"
+    . .venv/bin/activate
+}
+
+# A finished tokenizer of this size is used again.
+tokenizer_stage() {
+    local vocab_size="$1"
+    shift
+    if [ "$DRY_RUN" = 0 ] && [ -f "$NANOCHAT_BASE_DIR/tokenizer/bpe.json" ]; then
+        echo "using the tokenizer in $NANOCHAT_BASE_DIR/tokenizer"
+    else
+        stage python -m scripts.tok_train --vocab_size="$vocab_size" "$@"
+        stage python -m scripts.tok_eval
+    fi
+}
+
+# The report of a run is begun once: running a recipe again goes on with it.
+report_reset() {
+    if [ "$DRY_RUN" = 0 ] && [ -f "$NANOCHAT_BASE_DIR/report/header.md" ]; then
+        echo "going on with the report in $NANOCHAT_BASE_DIR/report"
+    else
+        stage python -m nanochat.report reset
+    fi
+}
+
+# hub_data TRAIN_SHARDS: the first 8 shards now, for the tokenizer; the others in the background.
+DOWNLOAD_PID=""
+hub_data() {
+    stage python -m nanochat.dataset -n 8
+    if [ "$DRY_RUN" = 1 ]; then
+        echo "+ python -m nanochat.dataset -n $1   (in the background)"
+    else
+        python -m nanochat.dataset -n "$1" >"$NANOCHAT_BASE_DIR/download.log" 2>&1 &
+        DOWNLOAD_PID=$!
+    fi
+}
+
+hub_data_wait() {
+    [ -n "$DOWNLOAD_PID" ] || return 0
+    echo "waiting for the data download (see $NANOCHAT_BASE_DIR/download.log)"
+    wait "$DOWNLOAD_PID" || die "the data download failed; the end of its log: $(tail -n 5 "$NANOCHAT_BASE_DIR/download.log")"
+}
+
+# hub_recipe DEPTH DEVICE_BATCH_SIZE TRAIN_SHARDS TOKENIZER_CHARS: the full pipeline on web text.
+hub_recipe() {
+    local depth="$1" batch="$2" shards="$3" chars="$4"
+    recipe_setup gpu
+    report_reset
+    hub_data "$shards"
+    tokenizer_stage 65536 --max_chars="$chars"
+    hub_data_wait
+    module scripts.base_train --depth="$depth" --device_batch_size="$batch" --save_every=1000 --run="$WANDB_RUN" \
+        ${EXTRA[@]+"${EXTRA[@]}"}
+    module scripts.base_loss --device_batch_size="$batch"
+    module scripts.base_eval --download
+    stage python -m nanochat.report generate
+}

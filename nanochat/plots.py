@@ -1,0 +1,159 @@
+"""Plots of training logs for the report: loss, validation, throughput. Drawn without a display."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from nanochat.common import UserError
+
+# Okabe and Ito's palette: distinct for every kind of colour vision
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+STAGE_TITLES = {
+    "base": "Base model training",
+    "mid": "Midtraining",
+    "sft": "Supervised finetuning",
+    "rl": "Reinforcement learning",
+}
+
+
+def read_log(path) -> list[dict]:
+    """
+    The records of a JSONL training log by step, each step's lines merged; of two values the later one counts.
+
+    A last line cut short by a kill is passed over. Raises UserError naming any other line that is no record.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    steps = {}
+    for number, line in enumerate(lines[:last], 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            steps.setdefault(int(record["step"]), {}).update(record)
+        except (ValueError, TypeError, KeyError) as error:
+            if number == last:
+                break
+            raise UserError(
+                f"{path}, line {number}: expected a JSON object with a step, got {line[:80]!r}: remove it"
+            ) from error
+    return [steps[step] for step in sorted(steps)]
+
+
+def series(records, key):
+    """(steps, values) of the records that have a number under `key`."""
+    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def smoothed(values, span):
+    """Exponential moving average over about `span` values, without the usual pull toward the start value."""
+    decay = 1 - 1 / max(1.0, span)
+    out, total, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out[i] = total / weight
+    return out
+
+
+def _focus(axes, values):
+    """Limit the y axis to where the curve spends its time: the first steps would dwarf all that follows."""
+    settled = values[len(values) // 50 :]
+    low, high = values.min(), settled.max()
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _loss(axes, steps, values):
+    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
+    trend = smoothed(values, span=len(values) / 50)
+    axes.plot(steps, trend, color=BLUE, linewidth=2, label=f"moving average, last {trend[-1]:.3f}")
+    _focus(axes, trend)
+    axes.set(title="Training loss", ylabel="nats per token")
+    axes.legend()
+
+
+def _bpb(axes, steps, values, yardsticks):
+    axes.plot(
+        steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=f"last {values[-1]:.3f}"
+    )
+    _focus(axes, np.concatenate([values, [*yardsticks.values()]]))
+    for name, value in yardsticks.items():
+        axes.axhline(value, color=GREY, linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{name}: {value:.3f}",
+            (0.99, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color=GREY,
+            fontsize=8,
+        )
+    axes.set(title="Validation", ylabel="bits per byte")
+    axes.legend()
+
+
+def _throughput(axes, steps, values):
+    axes.plot(
+        steps, values, color=GREEN, linewidth=1, label=f"median {EngFormatter(places=1)(np.median(values))}"
+    )
+    axes.set_ylim(0, 1.15 * np.percentile(values, 99))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(title="Throughput", ylabel="tokens per second")
+    axes.legend(loc="lower right")
+
+
+def plot_log(records, title, yardsticks=None) -> bytes | None:
+    """
+    One PNG of a training log: loss, validation bits per byte, tokens per second, as far as they were logged.
+
+    yardsticks: name → bits per byte, drawn as lines across the validation panel. None if there is no curve.
+    """
+    panels = [
+        ("train/loss", _loss),
+        ("val/bpb", lambda *args: _bpb(*args, yardsticks or {})),
+        ("train/tok_per_sec", _throughput),
+    ]
+    curves = [(draw, *series(records, key)) for key, draw in panels]
+    curves = [curve for curve in curves if len(curve[1])]
+    if not curves:
+        return None
+    figure = Figure(figsize=(4.6 * len(curves), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    for axes, (draw, steps, values) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True
+    ):
+        draw(axes, steps, values)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        axes.grid(True, color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
+
+
+def plot_logs(folder, yardsticks=None) -> list[tuple[str, str, str, bytes]]:
+    """
+    (stage, title, file name, PNG) for every log <stage>_<tag>.jsonl in a folder that has a curve to show.
+
+    yardsticks: stage → (name → bits per byte). Raises UserError on a damaged log.
+    """
+    out = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        stage, _, tag = path.stem.partition("_")
+        title = f"{STAGE_TITLES.get(stage, stage)} ({tag})"
+        png = plot_log(read_log(path), title, (yardsticks or {}).get(stage))
+        if png:
+            out.append((stage, title, f"{path.stem}.png", png))
+    return out

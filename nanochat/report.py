@@ -1,0 +1,270 @@
+"""
+The report card of a run: every stage logs a section; at the end they become one document with plots.
+
+    python -m nanochat.report reset       forget the last run's sections, describe this machine
+    python -m nanochat.report generate    write report.md, there and in the working directory
+
+$NANOCHAT_BASE_DIR/report holds <section>.md for people and <section>.json with the same figures for the
+final table. Plots come from the training logs, $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl.
+"""
+
+import gzip
+import json
+import lzma
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info
+from nanochat.configurator import run
+from nanochat.report_header import header_info
+
+STAGES = [  # sections in the order of the pipeline; any others follow in alphabetical order
+    "tokenizer-training",
+    "tokenizer-evaluation",
+    "base-model-training",
+    "base-model-loss",
+    "base-model-evaluation",
+    "midtraining",
+    "chat-evaluation-mid",
+    "chat-sft",
+    "chat-evaluation-sft",
+    "chat-rl",
+    "chat-evaluation-rl",
+]
+PLOTTED_IN = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft", "rl": "chat-rl"}
+COLUMNS = {  # of the final table: title → the section that has the figures
+    "BASE": "base-model-evaluation",
+    "MID": "chat-evaluation-mid",
+    "SFT": "chat-evaluation-sft",
+    "RL": "chat-evaluation-rl",
+}
+ROWS = {  # of the final table: title → key among the figures
+    "CORE": "CORE metric",
+    "ARC-Challenge": "ARC-Challenge",
+    "ARC-Easy": "ARC-Easy",
+    "GSM8K": "GSM8K",
+    "HumanEval": "HumanEval",
+    "MMLU": "MMLU",
+    "ChatCORE": "ChatCORE",
+}
+# report.md lies in two places, so the plots lie in a folder of this name beside each of them
+PLOT_FOLDER = "report"
+
+
+def slugify(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def format_value(value) -> str:
+    """A figure as people like to read it: 1,234 and 0.1235, but 3.917e+19 and 1.000e-10."""
+    if hasattr(value, "item"):  # a scalar of numpy or torch
+        value = value.item()
+    if value is None:
+        return "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        plain = value == 0 or 1e-3 <= abs(value) < 1e9
+        return f"{value:,.4f}" if plain else f"{value:.3e}"
+    return str(value).replace("\n", "\\n")
+
+
+def format_duration(seconds: float) -> str:
+    """3h51m; below an hour 12m05s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def format_facts(facts: dict) -> str:
+    return "".join(f"- {key}: {format_value(value)}\n" for key, value in facts.items())
+
+
+def compression_yardstick(text: bytes) -> dict[str, float]:
+    """
+    Bits per byte of general-purpose compressors on `text` as one stream: what a language model should beat.
+
+    Raises ValueError on empty text.
+    """
+    if not text:
+        raise ValueError("expected some text to compress, got none")
+    return {
+        "gzip -9 (bpb)": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz -9 (bpb)": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
+def _json_default(value):
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+class Report:
+    """The sections of one run, as files in a folder."""
+
+    def __init__(self, folder=None):
+        self.folder = Path(folder or get_base_dir() / "report")
+
+    def log(self, section: str, data: list) -> Path:
+        """
+        Write a section, in place of an older one of that name; returns the path of its Markdown.
+
+        data: dicts become lists of figures, also in the JSON file; strings are Markdown; None is skipped.
+        """
+        figures, parts = {}, []
+        for item in data:
+            if isinstance(item, dict):
+                figures.update(item)
+                parts.append(format_facts(item))
+            elif item is not None:
+                parts.append(f"{str(item).rstrip()}\n")
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        text = "\n".join([f"## {section}\n", f"timestamp: {stamp}\n", *parts])
+        return self._write(slugify(section), section, text, figures)
+
+    def reset(self) -> Path:
+        """Remove all sections and plots, and write the header; the wall clock starts here."""
+        for pattern in ("*.md", "*.json", f"{PLOT_FOLDER}/*.png"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        parts = header_info()
+        text = "# Report card\n\n" + "\n".join(
+            f"### {title}\n\n{format_facts(facts)}" for title, facts in parts.items()
+        )
+        return self._write("header", "Header", text, parts)
+
+    def _write(self, slug, section, text, figures):
+        record = {"section": section, "time": time.time(), "data": figures}
+        with atomic_write(self.folder / f"{slug}.json", "w") as file:
+            json.dump(record, file, indent=2, ensure_ascii=False, default=_json_default)
+        path = self.folder / f"{slug}.md"
+        with atomic_write(path, "w") as file:
+            file.write(text)
+        return path
+
+    def figures(self, slug: str) -> dict | None:
+        """{"section", "time" (seconds since the epoch), "data"} of a section; None if there is none."""
+        path = self.folder / f"{slug}.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}): run that stage's script again") from error
+
+    def slugs(self) -> list[str]:
+        """The sections there are, in the order of the report."""
+        found = {path.stem for path in self.folder.glob("*.md")} - {"header", "report"}
+        return [slug for slug in STAGES if slug in found] + sorted(found - set(STAGES))
+
+    def generate(self, copy_to=None) -> Path:
+        """
+        Put the sections, plots, final table and wall clock together as report.md; returns its path.
+
+        A copy with its plots goes to the folder copy_to (default: the working directory).
+        Raises UserError when no stage has logged anything, or a training log is damaged.
+        """
+        slugs = self.slugs()
+        if not slugs:
+            raise UserError(f"there are no sections in {self.folder}: run a stage of the pipeline first")
+        plots = self._plots()
+        text = [self._section("header")] if (self.folder / "header.md").is_file() else ["# Report card\n"]
+        for slug in slugs:
+            text.append(self._section(slug))
+            text += [_image(*plot) for stage, *plot in plots if PLOTTED_IN.get(stage) == slug]
+        rest = [_image(*plot) for stage, *plot in plots if PLOTTED_IN.get(stage) not in slugs]
+        if rest:
+            text += ["## Other training logs\n", *rest]
+        text += ["## Summary\n", self._summary(slugs)]
+        text = "\n".join(text)
+
+        for folder in (self.folder, Path(copy_to or Path.cwd())):
+            with atomic_write(folder / "report.md", "w") as file:
+                file.write(text)
+            for _, _, name, png in plots:
+                with atomic_write(folder / PLOT_FOLDER / name) as file:
+                    file.write(png)
+        return self.folder / "report.md"
+
+    def _section(self, slug):
+        return (self.folder / f"{slug}.md").read_text(encoding="utf-8")
+
+    def _plots(self):
+        """(stage, title, file name, PNG bytes) of every training log that has something to show."""
+        from nanochat.plots import plot_logs  # here, so that training scripts do not load matplotlib
+
+        loss = self.figures("base-model-loss") or {"data": {}}
+        yardsticks = {
+            key.removesuffix(" (bpb)"): loss["data"][key]
+            for key in ("gzip -9 (bpb)", "xz -9 (bpb)")
+            if key in loss["data"]
+        }
+        return plot_logs(get_base_dir() / "logs", {"base": yardsticks})
+
+    def _summary(self, slugs):
+        header = self.figures("header")
+        lines = [format_facts(header["data"].get("Size of the project", {}))] if header else []
+        lines.append(self._table())
+        if header:
+            end = max(record["time"] for slug in slugs if (record := self.figures(slug)))
+            lines.append(f"Total wall clock time: {format_duration(end - header['time'])}\n")
+        else:
+            lines.append(
+                "Total wall clock time: unknown (no `python -m nanochat.report reset` at the start)\n"
+            )
+        return "\n".join(lines)
+
+    def _table(self):
+        records = {column: (self.figures(slug) or {"data": {}})["data"] for column, slug in COLUMNS.items()}
+        rows = [["Metric", *COLUMNS]]
+        for title, key in ROWS.items():
+            values = [records[column].get(key) for column in COLUMNS]
+            rows.append([title, *("-" if value is None else f"{value:.4f}" for value in values)])
+        lines = [f"| {row[0]:<15} | " + " | ".join(f"{cell:<8}" for cell in row[1:]) + " |\n" for row in rows]
+        lines.insert(1, f"|{'-' * 17}|" + f"{'-' * 10}|" * len(COLUMNS) + "\n")
+        return "".join(lines)
+
+
+def _image(title, name, png):
+    return f"![{title}]({PLOT_FOLDER}/{name})\n"
+
+
+class NoReport:
+    """What processes other than the first hold: the same methods, doing nothing."""
+
+    def log(self, section, data):
+        pass
+
+    def reset(self):
+        pass
+
+    def generate(self, copy_to=None):
+        pass
+
+
+def get_report():
+    """The report of the current run: on the first process a Report, on others one that writes nothing."""
+    return Report() if get_dist_info()[1] == 0 else NoReport()
+
+
+@dataclass
+class Config:
+    command: tyro.conf.Positional[Literal["reset", "generate"]] = "generate"
+    """reset: begin a new report; generate: write report.md"""
+
+
+def main(config):
+    report = Report()
+    if config.command == "reset":
+        print(f"began a new report: {report.reset()}")
+    else:
+        path = report.generate()
+        print(f"report written to {path} and, with its plots, to {Path.cwd() / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
