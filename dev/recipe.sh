@@ -139,7 +139,24 @@ recipe_setup() {
     . .venv/bin/activate
 }
 
-# A finished tokenizer of this size is used again.
+# base_tag DEFAULT_DEPTH: the folder of the base model, given the options for base_train.
+base_tag() {
+    local tag="d$1" chosen="" name=""
+    for word in ${EXTRA[@]+"${EXTRA[@]}"}; do
+        case "${word//_/-}" in
+        --depth=* | --model-tag=*) name="${word%%=*}" word="${word#*=}" ;;
+        --*) name="$word"; continue ;;
+        esac
+        case "${name//_/-}" in
+        --depth) tag="d$word" ;;
+        --model-tag) chosen="$word" ;;
+        esac
+        name=""
+    done
+    echo "${chosen:-$tag}"
+}
+
+# A tokenizer that is there is used again.
 tokenizer_stage() {
     local vocab_size="$1"
     shift
@@ -180,7 +197,7 @@ hub_data_wait() {
 
 # hub_recipe DEPTH DEVICE_BATCH_SIZE TRAIN_SHARDS TOKENIZER_CHARS: the full pipeline on web text.
 hub_recipe() {
-    local depth="$1" batch="$2" shards="$3" chars="$4"
+    local depth="$1" batch="$2" shards="$3" chars="$4" tag
     recipe_setup gpu
     report_reset
     hub_data "$shards"
@@ -188,7 +205,8 @@ hub_recipe() {
     hub_data_wait
     module scripts.base_train --depth="$depth" --device_batch_size="$batch" --save_every=1000 --run="$WANDB_RUN" \
         ${EXTRA[@]+"${EXTRA[@]}"}
-    module scripts.base_loss --device_batch_size="$batch"
-    module scripts.base_eval --download
+    tag="$(base_tag "$depth")"
+    module scripts.base_loss --device_batch_size="$batch" --model_tag="$tag"
+    module scripts.base_eval --download --model_tag="$tag"
     stage python -m nanochat.report generate
 }

@@ -64,49 +64,36 @@ def smoothed(values, span):
 
 def _focus(axes, values):
     """Limit the y axis to where the curve spends its time: the first steps would dwarf all that follows."""
-    settled = values[len(values) // 50 :]
-    low, high = values.min(), settled.max()
+    low, high = values.min(), values[len(values) // 50 :].max()
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
 
 
 def _loss(axes, steps, values):
-    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
-    trend = smoothed(values, span=len(values) / 50)
+    trend = smoothed(values, span=len(values) / 100)
+    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8, label="as logged")
     axes.plot(steps, trend, color=BLUE, linewidth=2, label=f"moving average, last {trend[-1]:.3f}")
-    _focus(axes, trend)
+    _focus(axes, values)
     axes.set(title="Training loss", ylabel="nats per token")
-    axes.legend()
+    axes.legend(loc="upper right")
 
 
 def _bpb(axes, steps, values, yardsticks):
-    axes.plot(
-        steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=f"last {values[-1]:.3f}"
-    )
-    _focus(axes, np.concatenate([values, [*yardsticks.values()]]))
-    for name, value in yardsticks.items():
-        axes.axhline(value, color=GREY, linewidth=1, linestyle="--")
-        axes.annotate(
-            f"{name}: {value:.3f}",
-            (0.99, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=GREY,
-            fontsize=8,
-        )
+    label = f"model, last {values[-1]:.3f}"
+    axes.plot(steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=label)
+    for (name, value), style in zip(yardsticks.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color=GREY, linewidth=1.4, linestyle=style, label=f"{name}: {value:.3f}")
+    _focus(axes, np.array([*values, *yardsticks.values()]))  # the yardsticks are always in sight
     axes.set(title="Validation", ylabel="bits per byte")
-    axes.legend()
+    axes.legend(loc="upper right")
 
 
 def _throughput(axes, steps, values):
-    axes.plot(
-        steps, values, color=GREEN, linewidth=1, label=f"median {EngFormatter(places=1)(np.median(values))}"
-    )
+    human = EngFormatter(sep="")
+    median = float(f"{np.median(values):.3g}")
+    axes.plot(steps, values, color=GREEN, linewidth=1, label=f"median {human(median)}")
     axes.set_ylim(0, 1.15 * np.percentile(values, 99))
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(human)
     axes.set(title="Throughput", ylabel="tokens per second")
     axes.legend(loc="lower right")
 
@@ -126,7 +113,7 @@ def plot_log(records, title, yardsticks=None) -> bytes | None:
     curves = [curve for curve in curves if len(curve[1])]
     if not curves:
         return None
-    figure = Figure(figsize=(4.6 * len(curves), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(curves), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold")
     for axes, (draw, steps, values) in zip(

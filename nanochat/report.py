@@ -61,7 +61,7 @@ def slugify(text: str) -> str:
 
 
 def format_value(value) -> str:
-    """A figure as people like to read it: 1,234 and 0.1235, but 3.917e+19 and 1.000e-10."""
+    """A figure as people like to read it: 1,234 and 0.1235, but 0.004, 3.917e+19 and 1e-10."""
     if hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     if value is None:
@@ -69,8 +69,7 @@ def format_value(value) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
-        plain = value == 0 or 1e-3 <= abs(value) < 1e9
-        return f"{value:,.4f}" if plain else f"{value:.3e}"
+        return f"{value:,.4f}" if 1e-2 <= abs(value) < 1e9 else f"{value:.4g}"
     return str(value).replace("\n", "\\n")
 
 

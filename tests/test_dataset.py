@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,10 +38,10 @@ def data_dir(tmp_path, monkeypatch):
     return folder
 
 
-def write_groups(path, groups, name="text"):
+def write_groups(path, groups, name="text", compression="zstd"):
     """A parquet file with one row group per list of texts."""
     schema = pa.schema([(name, pa.string())])
-    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+    with pq.ParquetWriter(path, schema, compression=compression, write_page_checksum=True) as writer:
         for group in groups:
             writer.write_table(pa.table({name: pa.array(group, pa.string())}, schema=schema))
 
@@ -125,10 +126,10 @@ def test_a_broken_shard_is_named(data_dir, spoil, message):
 
 def test_flipped_bits_are_noticed(data_dir):
     path = data_dir / shard_name(0)
-    write_groups(path, [["abcdefgh" * 100]])
+    write_groups(path, [["abcdefgh" * 100]], compression="none")  # no decompressor that would stumble
     write_groups(data_dir / VAL, [["v"]])
     content = bytearray(path.read_bytes())
-    content[40] ^= 1
+    content[content.index(b"abcdefgh")] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"shard_00000\.parquet"):
         texts("train")
@@ -244,6 +245,13 @@ def test_what_a_killed_build_left_is_replaced(notes, data_dir):
     (data_dir / ".building" / shard_name(5)).write_bytes(b"half")
     make(notes)
     assert [path.name for path in list_parquet_files()] == [shard_name(0), VAL]
+    assert len(texts("train") + texts("val")) == 120
+
+
+def test_two_makers_at_once(notes, data_dir):
+    with ThreadPoolExecutor(2) as pool:
+        reused = [job.result()[1] for job in [pool.submit(make, notes), pool.submit(make, notes)]]
+    assert sorted(reused) == [False, True]
     assert len(texts("train") + texts("val")) == 120
 
 
@@ -480,7 +488,8 @@ def test_a_part_of_an_earlier_run_is_resumed(hub, data_dir):
     assert not list(data_dir.glob("*.part"))
 
 
-def test_a_server_without_ranges(hub, data_dir):
+def test_a_server_without_ranges(hub, data_dir, monkeypatch):
+    monkeypatch.setattr(download, "BLOCK", 100)
     hub.answer = lambda name, attempt: {"ranges": False} | ({"cut": 1000} if attempt == 0 else {})
     main(Config(num_files=1))
     assert len(fetched(hub, data_dir)) == 2
@@ -573,14 +582,17 @@ def test_two_processes_race_for_one_shard(hub, data_dir, first_is_killed):
 
     def answer(name, attempt):
         held = name == shard_name(0) and attempt == 0
-        return {"cut": 10_000, "wait": hold, "go_on": True} if held else {}
+        return {"cut": 200_000, "wait": hold, "go_on": True} if held else {}
 
     hub.answer = answer
+    buffer = io.BytesIO()
+    write_groups(buffer, [[os.urandom(400_000).hex()]])
+    hub.files[shard_name(0)] = buffer.getvalue()
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "nanochat.dataset", "-n", "1"]
     if first_is_killed:  # the same without the time that a whole program takes to start
-        code = "import sys; from pathlib import Path; from nanochat.download import download; a, b = sys.argv[1:];"
-        code += "sys.exit(bool(download({Path(a): b})))"
+        code = "import sys; from pathlib import Path; from nanochat.download import download\n"
+        code += "sys.exit(bool(download({Path(sys.argv[1]): sys.argv[2]})))"
         url = f"{hub.url}/resolve/main/{shard_name(0)}"
         command = [sys.executable, "-c", code, data_dir / shard_name(0), url]
     part = str(data_dir / f"{shard_name(0)}.part")
@@ -592,12 +604,9 @@ def test_two_processes_race_for_one_shard(hub, data_dir, first_is_killed):
     with start() as first, start() as second:
         try:
             assert half.wait(60)
-            waiting = time.monotonic() + 60
-            while not all(
-                part in [f.path for f in psutil.Process(p.pid).open_files()] for p in (first, second)
-            ):
-                assert time.monotonic() < waiting
-                time.sleep(0.05)
+            wait_for(lambda: Path(part).stat().st_size > 100_000)
+            for process in (first, second):
+                wait_for(lambda pid=process.pid: part in [f.path for f in psutil.Process(pid).open_files()])
             time.sleep(0.3)  # a process that ignored the lock would now ask for the shard
             assert hub.requests.count((shard_name(0), 0)) == 1
             if first_is_killed:
@@ -618,9 +627,17 @@ def test_two_processes_race_for_one_shard(hub, data_dir, first_is_killed):
     assert not list(data_dir.glob("*.part"))
     transfers = [start for name, start in hub.requests if name == shard_name(0)]
     if first_is_killed:
-        assert transfers == [0, 0]
+        assert len(transfers) == 2
+        assert transfers[1] > 100_000
     else:
         assert transfers == [0]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def pid_connected_to(hub, *processes):

@@ -1,0 +1,256 @@
+"""The model against slow, obvious references; shapes, losses, KV cache, other people's checkpoints' shapes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.cross_entropy import softcap_cross_entropy
+from nanochat.engine import KVCache
+from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin, sample
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+
+
+def make_model(config=CONFIG, seed=0, spread=0.3):
+    """A model whose zero-initialized matrices are filled too, so that every path matters."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=spread)
+    return model
+
+
+def reference_logits(model, ids):
+    """The forward pass of one sequence, written out position by position and head by head, in float64."""
+    c = model.config
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    d, half = c.n_embd // c.n_head, c.n_embd // c.n_head // 2
+
+    def rms(v):
+        return v / torch.sqrt((v * v).mean() + torch.finfo(torch.float32).eps)
+
+    def rotate(v, position):
+        out = v.clone()
+        for i in range(half):
+            angle = position / 10000 ** (2 * i / d)
+            out[i] = v[i] * math.cos(angle) + v[i + half] * math.sin(angle)
+            out[i + half] = -v[i] * math.sin(angle) + v[i + half] * math.cos(angle)
+        return out
+
+    xs = [rms(w["transformer.wte.weight"][i]) for i in ids]
+    for layer in range(c.n_layer):
+        get = lambda name, layer=layer: w[f"transformer.h.{layer}.{name}.weight"]  # noqa: E731
+        h = [rms(x) for x in xs]
+        out = []
+        for t in range(len(xs)):
+            heads = []
+            for head in range(c.n_head):
+                kv = head // (c.n_head // c.n_kv_head)
+                q = rms(rotate((get("attn.c_q") @ h[t])[head * d : (head + 1) * d], t))
+                keys = [rms(rotate((get("attn.c_k") @ h[s])[kv * d : (kv + 1) * d], s)) for s in range(t + 1)]
+                values = [(get("attn.c_v") @ h[s])[kv * d : (kv + 1) * d] for s in range(t + 1)]
+                p = torch.softmax(torch.stack([q @ k / math.sqrt(d) for k in keys]), 0)
+                heads.append(sum(p[s] * values[s] for s in range(t + 1)))
+            out.append(get("attn.c_proj") @ torch.cat(heads))
+        xs = [x + o for x, o in zip(xs, out, strict=True)]
+        xs = [x + get("mlp.c_proj") @ torch.relu(get("mlp.c_fc") @ rms(x)) ** 2 for x in xs]
+    logits = torch.stack([w["lm_head.weight"] @ rms(x) for x in xs])[:, : c.vocab_size]
+    return 15 * torch.tanh(logits / 15)
+
+
+def test_forward_equals_the_reference():
+    model = make_model()
+    ids = torch.randint(0, 70, (2, 9))
+    logits = model(ids)
+    assert logits.shape == (2, 9, 70)
+    assert logits.dtype == torch.float32
+    for row in range(2):
+        expected = reference_logits(model, ids[row].tolist())
+        torch.testing.assert_close(logits[row].double(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_state_dict_keys_and_depth():
+    config = GPTConfig.from_depth(20, 2048, 65536)
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head) == (20, 1280, 10, 10)
+    with torch.device("meta"):
+        assert GPT(config).num_params() == 560_988_160  # the $100 model
+    for depth in range(1, 33):
+        config = GPTConfig.from_depth(depth, 8, 64)
+        assert config.n_embd == 64 * depth
+        assert config.n_head >= -(-config.n_embd // 128)
+    keys = set(make_model().state_dict())
+    block = {"attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    expected = {f"transformer.h.{i}.{name}.weight" for i in range(2) for name in block}
+    assert keys == expected | {"transformer.wte.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(("vocab", "padded"), [(64, 64), (65, 128), (70, 128), (65536, 65536), (50257, 50304)])
+def test_vocabulary_is_padded(vocab, padded):
+    assert GPTConfig(vocab_size=vocab).padded_vocab_size == padded
+
+
+def test_init_scales():
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128))
+    model.init_weights()
+    block = model.transformer.h[0]
+    assert not model.lm_head.weight.any()
+    assert not block.attn.c_proj.weight.any()
+    assert not block.mlp.c_proj.weight.any()
+    assert block.attn.c_q.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+    assert block.mlp.c_fc.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+    assert model.transformer.wte.weight.std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_causality():
+    model = make_model()
+    a = torch.randint(0, 70, (1, 12))
+    b = a.clone()
+    b[0, 7] = (b[0, 7] + 1) % 70
+    la, lb = model(a), model(b)
+    assert torch.equal(la[:, :7], lb[:, :7])
+    assert not torch.equal(la[:, 7:], lb[:, 7:])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 5], [3, 1, 4, 1]])
+def test_kv_cache_in_any_chunks_equals_one_pass(cuts):
+    model = make_model()
+    ids = torch.randint(0, 70, (2, 9))
+    whole = model(ids)
+    cache, parts = KVCache(2, capacity=3), []
+    for chunk in ids.split(cuts, dim=1):
+        parts.append(model(chunk, kv_cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+    assert cache.pos == 9
+
+
+@torch.inference_mode()
+def test_kv_cache_truncate_and_repeat():
+    model = make_model()
+    ids = torch.randint(0, 70, (1, 8))
+    cache = KVCache(2, capacity=8)
+    model(ids, kv_cache=cache)
+    cache.truncate(5)
+    cache.repeat(3)
+    logits = model(ids[:, 5:].expand(3, -1), kv_cache=cache)
+    torch.testing.assert_close(logits, model(ids)[:, 5:].expand(3, -1, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_inputs_embeds_and_cos_sin_are_the_same_model():
+    model = make_model()
+    ids = torch.randint(0, 70, (2, 9))
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    cos_sin = cos[None, :, None, :], sin[None, :, None, :]
+    assert torch.equal(model(ids), model(inputs_embeds=model.embed(ids), cos_sin=cos_sin))
+    per_row = tuple(t.expand(2, -1, -1, -1) for t in cos_sin)
+    assert torch.equal(model(ids), model(ids, cos_sin=per_row))
+    shifted = tuple(t[:, :, :, :] for t in (cos.roll(1, 0)[None, :, None], sin.roll(1, 0)[None, :, None]))
+    assert not torch.allclose(model(ids), model(ids, cos_sin=shifted))
+    with pytest.raises(ValueError, match="exactly one of idx and inputs_embeds"):
+        model(ids, inputs_embeds=model.embed(ids))
+    with pytest.raises(ValueError, match="exactly one of idx and inputs_embeds"):
+        model()
+
+
+def test_rotation_turns_backwards():
+    cos, sin = rotary_cos_sin(torch.tensor([1]), 2)
+    turned = apply_rotary(torch.tensor([[[[1.0, 0.0]]]]), cos[None, :, None], sin[None, :, None])
+    torch.testing.assert_close(turned.flatten(), torch.tensor([math.cos(1), -math.sin(1)]))
+
+
+def test_rotary_phase_is_exact_far_out():
+    position = 2**24 + 1  # float32 cannot hold this integer
+    cos, _ = rotary_cos_sin(torch.tensor([position]), 8)
+    assert cos[0, 0].item() == pytest.approx(math.cos(position), abs=1e-6)
+
+
+def test_too_long_input_says_so():
+    with pytest.raises(ValueError, match="161 tokens are more than the 160 positions"):
+        make_model()(torch.zeros(1, 161, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def reference_loss(x, weight, targets, vocab_size, cap, reduction):
+    logits = cap * torch.tanh((x @ weight.T)[..., :vocab_size].float() / cap)
+    return F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("block", [1, 100, 2**20])
+def test_cross_entropy_and_gradients(reduction, block, monkeypatch):
+    monkeypatch.setitem(softcap_cross_entropy.__globals__["BLOCK_ELEMENTS"], "cpu", block)
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 16, requires_grad=True)
+    weight = torch.randn(64, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (3, 7))
+    targets[0, :4] = -1
+    losses, gradients = [], []
+    for function in (reference_loss, softcap_cross_entropy):
+        x.grad = weight.grad = None
+        loss = function(x, weight, targets, 50, 15.0, reduction)
+        (loss * 3).sum().backward()
+        losses.append(loss.detach())
+        gradients += [x.grad, weight.grad]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+    torch.testing.assert_close(gradients[1], gradients[3])
+    with torch.no_grad():
+        torch.testing.assert_close(softcap_cross_entropy(x, weight, targets, 50, 15.0, reduction), losses[0])
+
+
+def test_nothing_to_predict_is_loss_zero():
+    model = make_model()
+    ids = torch.randint(0, 70, (2, 5))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            loss = model(ids, torch.full_like(ids, -1))
+            assert loss.item() == 0.0
+    model(ids, torch.full_like(ids, -1)).backward()
+    assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
+
+
+def test_loss_in_bf16_is_close_and_finite():
+    model = make_model(spread=3.0)  # logits far into the softcap
+    ids = torch.randint(0, 70, (2, 16))
+    exact = model(ids, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(ids, ids)
+    assert rough.item() == pytest.approx(exact.item(), rel=0.03)
+    assert rough.dtype == torch.float32
+
+
+def test_bad_reduction():
+    with pytest.raises(ValueError, match="mean, sum or none, got 'median'"):
+        make_model()(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), loss_reduction="median")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_sampling():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert (sample(logits, temperature=0) == 3).all()
+    assert set(sample(logits, 1.0, 2, generator).unique().tolist()) == {2, 3}
+    for top_k in (None, 0, 100):
+        counts = torch.bincount(sample(logits, 1.0, top_k, generator)[:, 0], minlength=4) / 4000
+        torch.testing.assert_close(counts, F.softmax(logits[0], -1), atol=0.03, rtol=0)
+    sharp = torch.bincount(sample(logits, 0.5, None, generator)[:, 0], minlength=4) / 4000
+    torch.testing.assert_close(sharp, F.softmax(logits[0] / 0.5, -1), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(-1.0, None), (float("nan"), None), (1.0, -1)])
+def test_bad_sampling_options(temperature, top_k):
+    with pytest.raises(ValueError, match="must be 0"):
+        sample(torch.zeros(1, 4), temperature, top_k)

@@ -1,0 +1,241 @@
+"""Round trips, the chat format, safe loading, bytes per token."""
+
+import json
+import pickle
+
+import pytest
+import tiktoken
+from conftest import TEXT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.common import UserError
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    HuggingFaceTokenizer,
+    RustBPETokenizer,
+    count_token_bytes,
+)
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return HuggingFaceTokenizer.train_from_iterator(TEXT * 3, 300)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode([text, text]) == [ids, ids]
+    assert [array.tolist() for array in tokenizer.encode_to_numpy([text], num_threads=2)] == [ids]
+    assert b"".join(tokenizer.id_to_bytes(i) for i in ids) == text.encode()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_round_trip_of_the_twin(twin, text):
+    assert twin.decode(twin.encode(text)) == text
+
+
+def test_the_pattern_is_the_trainers_default():
+    import rustbpe
+
+    assert rustbpe.Tokenizer().get_pattern() == SPLIT_PATTERN
+
+
+def test_sizes_and_special_tokens(tokenizer, twin):
+    assert tokenizer.get_vocab_size() == 300
+    assert [tokenizer.encode_special(t) for t in SPECIAL_TOKENS] == list(range(291, 300))
+    assert tokenizer.get_special_tokens() == set(SPECIAL_TOKENS) == set(twin.get_special_tokens())
+    assert tokenizer.get_bos_token_id() == 291
+    assert tokenizer.id_to_token(291) == "<|bos|>" == twin.id_to_token(twin.get_bos_token_id())
+
+
+def test_special_tokens_in_text_stay_text(tokenizer, twin):
+    for each in (tokenizer, twin):
+        special = {each.encode_special(t) for t in SPECIAL_TOKENS}
+        text = "a <|assistant_start|> b <|bos|>"
+        for ids in (each.encode(text), each.encode([text])[0], each.encode_to_numpy([text])[0].tolist()):
+            assert not special & set(ids)
+            assert each.decode(ids) == text
+
+
+def test_prepend_and_append(tokenizer):
+    plain = tokenizer.encode("hi")
+    bos = tokenizer.get_bos_token_id()
+    assert tokenizer("hi", prepend="<|bos|>", append=5) == [bos, *plain, 5]
+    assert tokenizer.encode(["hi"], prepend=bos) == [[bos, *plain]]
+    with pytest.raises(TypeError, match="a str or a list of str, got bytes"):
+        tokenizer.encode(b"hi")
+
+
+def test_vocab_size_too_small():
+    with pytest.raises(UserError, match="at least 265 .* got 264"):
+        RustBPETokenizer.train_from_iterator(["x"], 264)
+
+
+def test_bytes_of_tokens_are_those_of_the_raw_bytes(tokenizer):
+    counts = count_token_bytes(tokenizer).tolist()
+    assert counts[:256] == [1] * 256  # also those that are no character by themselves
+    assert counts[291:] == [0] * 9
+    text = "naïve 你好 🌍 def double(x)"
+    assert sum(counts[i] for i in tokenizer.encode(text)) == len(text.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bpe.json", "tokenizer.pkl"]
+    by_nanochat = pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
+    assert isinstance(by_nanochat, tiktoken.Encoding)
+    assert by_nanochat.name == "rustbpe"
+    text = "".join(TEXT)
+    for remove in (None, "bpe.json"):  # without our file, nanochat's is read
+        if remove:
+            (tmp_path / remove).unlink()
+        loaded = RustBPETokenizer.from_directory(tmp_path)
+        assert loaded.encode(text) == tokenizer.encode(text) == by_nanochat.encode_ordinary(text)
+        assert loaded.get_special_tokens() == tokenizer.get_special_tokens()
+
+
+def test_twin_save_and_load(twin, tmp_path):
+    twin.save(tmp_path)
+    assert HuggingFaceTokenizer.from_directory(tmp_path).encode(TEXT[0]) == twin.encode(TEXT[0])
+    with pytest.raises(UserError, match="expected tokenizer.json"):
+        HuggingFaceTokenizer.from_directory(tmp_path / "nowhere")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this pickle was executed",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Evil()),
+        pickle.dumps({"an": "ordinary dict"}),
+        pickle.dumps(tiktoken.Encoding)[:-1],
+        b"",
+        b"not a pickle",
+    ],
+)
+def test_foreign_pickle_is_refused_without_running_it(content, tmp_path, capsys):
+    (tmp_path / "tokenizer.pkl").write_bytes(content)
+    with pytest.raises(UserError, match="is not a pickled tiktoken.Encoding, and nothing in it was run"):
+        RustBPETokenizer.from_directory(tmp_path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_pickle_by_name_is_refused(tmp_path):
+    class ByName:  # what tiktoken writes for its own encodings: loading it would fetch a vocabulary
+        def __reduce__(self):
+            return (object.__new__, (tiktoken.Encoding,), "gpt2")
+
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(ByName(), protocol=2))
+    with pytest.raises(UserError, match="nothing in it was run"):
+        RustBPETokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda s: s[: len(s) // 2], lambda s: "{}", lambda s: s.replace('"AA=="', '"AQ=="', 1)])
+def test_damaged_bpe_json(damage, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    path = tmp_path / "bpe.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match="bpe.json is damaged"):
+        RustBPETokenizer.from_directory(tmp_path)
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="run python -m scripts.tok_train"):
+        RustBPETokenizer.from_directory(tmp_path)
+
+
+def test_json_holds_plain_data(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "bpe.json").read_text())
+    assert data["pattern"] == SPLIT_PATTERN
+    assert len(data["tokens"]) == 291
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Chat
+
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 3 + 4?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "Let me see: "},
+                {"type": "python", "text": "3 + 4"},
+                {"type": "python_output", "text": "7"},
+                {"type": "text", "text": "It is 7."},
+            ],
+        },
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Bye"},
+    ]
+}
+
+
+@pytest.mark.parametrize("kind", ["ours", "twin"])
+def test_render_conversation(kind, tokenizer, twin):
+    each = tokenizer if kind == "ours" else twin
+    expected = []  # (text or special token, mask)
+    expected += [("<|bos|>", 0), ("<|user_start|>", 0), ("Be brief.\n\nWhat is 3 + 4?", 0), ("<|user_end|>", 0)]
+    expected += [("<|assistant_start|>", 0), ("Let me see: ", 1)]
+    expected += [("<|python_start|>", 1), ("3 + 4", 1), ("<|python_end|>", 1)]
+    expected += [("<|output_start|>", 0), ("7", 0), ("<|output_end|>", 0)]
+    expected += [("It is 7.", 1), ("<|assistant_end|>", 1)]
+    expected += [("<|user_start|>", 0), ("Thanks", 0), ("<|user_end|>", 0)]
+    expected += [("<|assistant_start|>", 0), ("Bye", 1), ("<|assistant_end|>", 1)]
+    ids, mask = [], []
+    for text, trained in expected:
+        part = [each.encode_special(text)] if text in SPECIAL_TOKENS else each.encode(text)
+        ids += part
+        mask += [trained] * len(part)
+    assert each.render_conversation(CHAT) == (ids, mask)
+    assert each.render_conversation(CHAT, max_tokens=10) == (ids[:10], mask[:10])
+    cut = len(each.encode("Bye")) + 1
+    assert each.render_for_completion(CHAT) == ids[:-cut]
+    asked = {"messages": CHAT["messages"][:-1]}
+    assert each.render_for_completion(asked) == ids[:-cut]
+    assert len(CHAT["messages"]) == 5  # left as it was
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "at least one message"),
+        ([{"role": "system", "content": "x"}], "a user message after the system message"),
+        ([{"role": "assistant", "content": "x"}], "message 0: expected role 'user', got 'assistant'"),
+        ([{"role": "user", "content": "x"}] * 2, "message 1: expected role 'assistant', got 'user'"),
+        ([{"role": "user", "content": ["x"]}], "a user's content is a str, got list"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image", "text": ""}]}],
+            "part type is one of .* got 'image'",
+        ),
+    ],
+)
+def test_bad_conversations(messages, error, tokenizer):
+    with pytest.raises(ValueError, match=error):
+        tokenizer.render_conversation({"messages": messages})
+
+
+def test_nothing_to_complete(tokenizer):
+    with pytest.raises(ValueError, match="a user message for the assistant to answer"):
+        tokenizer.render_for_completion({"messages": [{"role": "assistant", "content": "x"}]})
+
+
+def test_visualize(tokenizer):
+    shown = tokenizer.visualize_tokenization([104, 105], [0, 1])
+    assert shown == f"\033[91m{tokenizer.decode([104])}\033[0m|\033[92m{tokenizer.decode([105])}\033[0m"
+    assert "(104)" in tokenizer.visualize_tokenization([104], [0], with_token_id=True)
