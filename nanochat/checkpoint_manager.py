@@ -54,7 +54,12 @@ def _sha256(path):
 
 def _write_tensors(path, data):
     with atomic_write(path) as file:
-        torch.save(data, file)
+        try:
+            torch.save(data, file)
+        except RuntimeError as error:  # a full disk: torch hides the OSError behind a complaint of its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _read_tensors(path, device):

@@ -46,7 +46,7 @@ class SandboxUnavailable(UserError):
 
 @dataclass
 class ExecutionResult:
-    """What became of a program. `success`: it ran to its very end, and passed its check where one was given."""
+    """What became of a program. `success`: it ran to its end, and passed its check if one was given."""
 
     success: bool
     stdout: str
@@ -66,7 +66,7 @@ def _python() -> str:
 
 
 def _bind(*paths: str) -> list[str]:
-    """Mounts of `paths`, read-only, where they exist. The folders above them are made so that all may pass."""
+    """Mounts of `paths`, read-only, where they exist. The folders above are made so that all may pass."""
     mounts = []
     for path in dict.fromkeys(path for path in paths if os.path.exists(path)):
         for folder in reversed(Path(path).parents[:-1]):
@@ -76,7 +76,7 @@ def _bind(*paths: str) -> list[str]:
 
 
 def _view() -> list[str]:
-    """Mounts that show the interpreter and the shared libraries, read-only, and nothing else of the machine."""
+    """Mounts that show the interpreter and the shared libraries, read-only, and nothing else."""
     prefix = os.path.realpath(sys.base_prefix)
     mounts = _bind("/usr/lib", "/usr/lib32", "/usr/lib64", f"{prefix}/lib", f"{prefix}/lib64", _python())
     for path in ["/lib", "/lib64"]:
@@ -109,7 +109,18 @@ def _command(bwrap: str) -> list[str]:
         "--cap-add",
         "CAP_SETGID",
     ]
-    outer += [*_view(), *_bind(bwrap, setpriv), "--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev"]
+    outer += [
+        *_view(),
+        *_bind(bwrap, setpriv),
+        "--bind",
+        "/proc",
+        "/proc",
+        "--dev-bind",
+        "/dev",
+        "/dev",
+        "--dir",
+        "/tmp",
+    ]
     drop = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
     return [*outer, "--", *drop, "--", *inner]
 
@@ -120,8 +131,8 @@ def find_sandbox() -> list[str]:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxUnavailable(
-            "running model-written code needs bubblewrap, which is not installed: `apt-get install bubblewrap`"
-            " (version 0.8 or newer). Without it no such code is run."
+            "running model-written code needs bubblewrap, which is not installed: `apt-get install"
+            " bubblewrap` (version 0.8 or newer). Without it no such code is run."
         )
     command = _command(bwrap)
     with _Program(command, "program", "", timeout=20, memory_bytes=256 << 20) as probe:
@@ -129,8 +140,8 @@ def find_sandbox() -> list[str]:
     if probe.outcome() is None:
         raise SandboxUnavailable(
             "bubblewrap is installed but cannot isolate a program here, so model-written code is not run;"
-            f" it said: {probe.text('stderr').strip() or 'nothing'}. It needs version 0.8 or newer and the right to"
-            " create namespaces (in a container: start it with that right, or evaluate on another machine)."
+            f" it said: {probe.text('stderr').strip() or 'nothing'}. It needs version 0.8 or newer and the"
+            " right to create namespaces (in a container: start it with that right, or evaluate on another machine)."
         )
     return command
 
@@ -140,7 +151,7 @@ def find_sandbox() -> list[str]:
 
 
 class _Program:
-    """A started sandbox and what it has said so far. Leaving the `with` block kills whatever is left of it."""
+    """A started sandbox and what it has said so far. Leaving the `with` block kills what is left of it."""
 
     def __init__(self, command, role, code, timeout, memory_bytes, peer=None, entry_point=None):
         status, self._status_end = os.pipe()
@@ -217,7 +228,7 @@ def _sealed_file(data: bytes) -> int:
 
 
 def _collect(programs, decisive, deadline) -> bool:
-    """Read all streams until `decisive` has closed its own, then kill and drain the rest. True on a timeout."""
+    """Read all streams until `decisive` closes its own, then kill and drain the rest. True on a timeout."""
     with selectors.DefaultSelector() as selector:
         waiting = set()
         for program in programs:
@@ -255,9 +266,9 @@ def execute_code(
     """
     Run `code` in a fresh sandbox for at most `timeout` seconds, with `memory_bytes` of memory a process.
 
-    Success means that it ran to its very end: sys.exit(0) and os._exit(0) on the way are failures. With `check`
-    (source that defines check(candidate)) and `entry_point` (the function of `code` to test), the check runs in
-    a sandbox of its own, on data only, and decides; see the head of this file.
+    Success means that it ran to its very end: sys.exit(0) and os._exit(0) on the way are failures. With
+    `check` (source that defines check(candidate)) and `entry_point` (the function of `code` to test), the check
+    runs in a sandbox of its own, on data only, and decides; see the head of this file.
 
     Raises SandboxUnavailable where programs cannot be isolated.
     """

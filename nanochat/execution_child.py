@@ -34,12 +34,12 @@ def to_literal(value):
             return kind.__repr__(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{to_literal(k)}: {to_literal(v)}" for k, v in value.items()) + "}"
-    items = "".join(f"{to_literal(item)}, " for item in value) if isinstance(value, list | tuple | set) else ""
-    if isinstance(value, list):
-        return f"[{items}]"
-    if isinstance(value, tuple):
-        return f"({items})" if items else "()"
-    if isinstance(value, set):
+    if isinstance(value, list | tuple | set):
+        items = "".join(f"{to_literal(item)}, " for item in value)
+        if isinstance(value, list):
+            return f"[{items}]"
+        if isinstance(value, tuple):
+            return f"({items})"
         return f"{{{items}}}" if items else "set()"
     raise TypeError(f"{type(value).__name__} is not plain data")
 

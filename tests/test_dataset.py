@@ -493,6 +493,7 @@ def test_a_server_without_ranges(hub, data_dir, monkeypatch):
     hub.answer = lambda name, attempt: {"ranges": False} | ({"cut": 1000} if attempt == 0 else {})
     main(Config(num_files=1))
     assert len(fetched(hub, data_dir)) == 2
+    assert len(hub.requests) == 4  # from the start again, once
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])

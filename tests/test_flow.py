@@ -1,0 +1,188 @@
+"""The real path, small: text → tokenizer → base model → losses → report, by the commands that users type."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as cm
+
+TRAIN = [
+    *("--depth=2", "--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256", "--num_iterations=12"),
+    *("--eval_every=6", "--eval_tokens=512", "--core_metric_every=-1", "--sample_every=12", "--save_every=4"),
+    *("--device_type=cpu", "--dtype=fp32"),
+]
+
+
+def run(base_dir, *command, check=True, **env):
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, "-m", *map(str, command)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    if check:
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Text of a few hundred documents, and a tokenizer."""
+    root = tmp_path_factory.mktemp("flow")
+    text = root / "text"
+    text.mkdir()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        for i in range(0, min(len(lines), 500), 50):
+            (text / f"{path.stem}_{i}.py").write_text("".join(lines[i : i + 50]), "utf-8")
+    run(root / "base", "nanochat.report", "reset")
+    run(root / "base", "nanochat.dataset", "--source", text)
+    run(root / "base", "scripts.tok_train", "--vocab_size=515", "--max_chars", "1000000")
+    return root / "base"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared):
+    result = run(prepared, "scripts.base_train", *TRAIN)
+    assert "step 12/12" in result.stdout
+    return prepared
+
+
+def weights(base_dir, tag, step):
+    return cm.load_checkpoint(base_dir / "base_checkpoints" / tag, step)[0]
+
+
+def test_pipeline_and_report(trained, tmp_path):
+    run(trained, "scripts.tok_eval", "--download_timeout=0.01")
+    run(trained, "scripts.base_loss", "--device_batch_size=2", "--split_tokens=1024", "--device_type=cpu")
+    result = run(trained, "scripts.base_eval", "--device_type=cpu")
+    assert "eval_bundle" in result.stdout  # no bundle here: it says how to get one
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(trained), "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "nanochat.report", "generate"]
+    subprocess.run(command, env=env, check=True, cwd=tmp_path, capture_output=True)
+    report = (tmp_path / "report.md").read_text()
+    for part in ("Tokenizer training", "Base model training", "Base model loss", "gzip -9", "| Metric", "not run"):
+        assert part in report
+    assert list(tmp_path.glob("report/*.png"))
+    metrics = [json.loads(line) for line in (trained / "logs" / "base_d2.jsonl").read_text().splitlines()]
+    losses = [m["train/loss"] for m in metrics if "train/loss" in m]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 1  # it learns
+    assert [m["step"] for m in metrics if "val/bpb" in m] == [0, 6, 12]
+
+
+def test_again_reuses_what_is_there(trained):
+    result = run(trained, "scripts.base_train", *TRAIN)
+    assert "already trained to step 12: nothing to do" in result.stdout
+
+
+def test_resumed_equals_unbroken(trained):
+    """SIGKILL in the middle, the same command again: the same weights and optimizer state, bit for bit."""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(trained), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scripts.base_train", *TRAIN, "--model_tag=killed"]
+    log = trained / "logs" / "base_killed.jsonl"
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while time.time() < deadline and not (log.exists() and '"step": 6, "total' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed_from = cm.find_last_step(trained / "base_checkpoints" / "killed")
+    assert resumed_from is not None
+    assert resumed_from < 12
+    result = run(trained, "scripts.base_train", *TRAIN, "--model_tag=killed")
+    assert f"resuming from step {resumed_from}" in result.stdout
+    for kind in ("model", "optim", "state"):
+        files = [trained / "base_checkpoints" / tag / f"{kind}_000012.pt" for tag in ("d2", "killed")]
+        one, other = (torch.load(path, weights_only=True) for path in files)
+        assert_equal(one, other)
+    bpb = [
+        json.loads((trained / "base_checkpoints" / tag / "meta_000012.json").read_text())["val_bpb"]
+        for tag in ("d2", "killed")
+    ]
+    assert bpb[0] == bpb[1]
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_other_options_are_not_mixed_into_a_run(trained):
+    changed = [*TRAIN, "--matrix_lr=0.01"]
+    result = run(trained, "scripts.base_train", *changed, check=False)
+    assert result.returncode == 1
+    assert "made with matrix_lr=0.02 (now 0.01)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_processes_equal_one(trained):
+    """The same total batch: the same micro-batches, so the same model up to rounding."""
+    args = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--"]
+    run(trained, *args, *TRAIN, "--model_tag=two")
+    folder = trained / "base_checkpoints" / "two"
+    assert (folder / "optim_000012_rank1.pt").exists()
+    one, two = weights(trained, "d2", 4), weights(trained, "two", 4)
+    differ = [(one[key] - two[key]).abs().mean().item() for key in one]
+    assert max(differ) < 2e-3, differ
+    logs = [(trained / "logs" / f"base_{tag}.jsonl").read_text().splitlines() for tag in ("d2", "two")]
+    losses = [[m["train/loss"] for m in map(json.loads, log) if "train/loss" in m] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+    # A rank's file is missing: the step does not count; another number of processes is told so
+    (folder / "optim_000012_rank1.pt").unlink()
+    assert cm.find_last_step(folder) == 8
+    result = run(trained, "scripts.base_train", *TRAIN, "--model_tag=two", check=False)
+    assert result.returncode == 1
+    assert "written by 2 processes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--total_batch_size=100"], "total_batch_size must be a multiple"),
+        (["--num_iterations=-1", "--target_param_data_ratio=-1"], "no horizon"),
+        (["--num_iterations=-1", "--target_flops=1"], "less than one step"),
+        (["--device_type=tpu"], "device_type 'tpu' is not available here"),
+        (["--compile=maybe"], "--compile must be auto, on or off"),
+    ],
+)
+def test_wrong_options_are_one_message(options, message, trained):
+    result = run(trained, "scripts.base_train", *TRAIN, "--model_tag=new", *options, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_nothing_prepared(tmp_path):
+    result = run(tmp_path, "scripts.base_train", *TRAIN, check=False)
+    assert result.returncode == 1
+    assert "run python -m scripts.tok_train" in result.stderr
+    result = run(tmp_path, "scripts.tok_train", check=False)
+    assert result.returncode == 1
+    assert "nanochat.dataset" in result.stderr
+
+
+def test_starting_anew_keeps_the_old(prepared):
+    short = [*TRAIN, "--num_iterations=1", "--eval_every=-1", "--model_tag=anew"]
+    run(prepared, "scripts.base_train", *short)
+    run(prepared, "scripts.base_train", *short, "--resume=0")
+    folders = sorted(p.name.split("-")[0] for p in (prepared / "base_checkpoints").glob("anew*"))
+    assert folders == ["anew", "anew.old"]

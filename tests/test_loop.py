@@ -1,0 +1,223 @@
+"""Batch arithmetic, schedules, logs, resuming rules, Engine."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import pytest
+import torch
+from test_gpt import make_model
+
+from nanochat import loop
+from nanochat.common import UserError, get_base_dir, peak_flops
+from nanochat.configurator import parse, short
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+
+
+@pytest.mark.parametrize(("args", "steps"), [((524288, 32, 2048, 8), 1), ((524288, 32, 2048, 1), 8), ((512, 1, 512, 1), 1)])
+def test_accumulation(args, steps):
+    assert loop.accumulation_steps(*args) == steps
+
+
+def test_accumulation_that_does_not_divide():
+    with pytest.raises(UserError, match=r"= 32 × 2048 × 3 = 196,608, got 524,288; --total_batch_size=589824 fits"):
+        loop.accumulation_steps(524288, 32, 2048, 3)
+    with pytest.raises(UserError, match="--total_batch_size=1024 fits"):
+        loop.accumulation_steps(512, 2, 512, 1)
+    with pytest.raises(UserError, match="at least 1, got 0 and 512"):
+        loop.accumulation_steps(512, 0, 512, 1)
+
+
+def test_lr_multiplier():
+    at = [loop.lr_multiplier(step, 10, 0.2, 0.4, 0.0) for step in range(11)]
+    assert at == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert loop.lr_multiplier(10, 10, 0, 0.4, 0.1) == pytest.approx(0.1)
+    assert loop.lr_multiplier(3, 10) == 1.0
+    assert [loop.muon_momentum(s) for s in (0, 150, 300, 9000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def test_clock():
+    assert loop.clock(13861.5) == "3:51:01"
+
+
+def test_run_log(base_dir):
+    log = loop.RunLog("base_d1", "dummy", {}, resumed=False)
+    log.log(step=1, **{"train/loss": 2.5, "val/bpb": float("nan")})
+    log.finish()
+    path = get_base_dir() / "logs" / "base_d1.jsonl"
+    assert json.loads(path.read_text()) == {"step": 1, "train/loss": 2.5, "val/bpb": None}
+    resumed = loop.RunLog("base_d1", "dummy", {}, resumed=True)
+    resumed.log(step=2)
+    resumed.finish()
+    assert len(path.read_text().splitlines()) == 2
+    loop.RunLog("base_d1", "dummy", {}, resumed=False).finish()
+    assert path.read_text() == ""
+    assert len(list(path.parent.glob("base_d1.*.old"))) == 1  # the earlier run's log is kept
+
+
+def test_progress_without_a_terminal(capsys):
+    line = loop.ProgressLine("base", total=100, start=40, every=0.0)
+    line.update(50, "loss 1.0")
+    line.say("hello")
+    line.close()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("step 50/100 | loss 1.0 | 0:00:0")
+    assert out[1] == "hello"
+
+
+def test_bits_per_byte_against_arithmetic():
+    model = make_model(GPTConfig(8, 70, 1, 2, 2, 16))
+    token_bytes = torch.randint(0, 5, (70,), dtype=torch.int32)
+    token_bytes[:10] = 0  # special tokens
+    batches = []
+    for _ in range(3):
+        x, y = torch.randint(0, 70, (2, 2, 8))
+        y[0, 0] = -1
+        batches.append((x, y))
+    nats = count = 0
+    for x, y in batches:
+        logs = torch.log_softmax(model(x), -1)
+        for row in range(2):
+            for t in range(8):
+                target = y[row, t].item()
+                if target >= 0 and token_bytes[target] > 0:
+                    nats -= logs[row, t, target].item()
+                    count += token_bytes[target].item()
+    expected = nats / count / 0.6931471805599453
+    assert evaluate_bpb(model, iter(batches), 3, token_bytes) == pytest.approx(expected, rel=1e-5)
+    nothing = [(x, torch.full_like(y, -1)) for x, y in batches]
+    assert evaluate_bpb(model, iter(nothing), 3, token_bytes) == float("inf")
+
+
+def test_peak_flops_of_this_gpu(monkeypatch):
+    assert peak_flops(torch.device("cpu")) is None
+    for name, flops in [("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 5090", 209.5e12), ("Unknown 1", None)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == flops
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+@dataclass
+class Options:
+    """A test."""
+
+    source: Annotated[str, short("-i")] = "sft"
+    """where from"""
+    max_tokens: int = 5
+    """how many"""
+    use_mc: bool = False
+    """a switch"""
+    auto: bool = True
+    """another"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {}),
+        (["--max_tokens=7"], {"max_tokens": 7}),
+        (["--max_tokens", "7"], {"max_tokens": 7}),
+        (["--max-tokens=7"], {"max_tokens": 7}),
+        (["--max-tokens", "-1"], {"max_tokens": -1}),
+        (["--", "-i", "mid"], {"source": "mid"}),
+        (["--source=mid"], {"source": "mid"}),
+        (["--use_mc"], {"use_mc": True}),
+        (["--use-mc", "--max_tokens", "1"], {"use_mc": True, "max_tokens": 1}),
+        (["--use_mc=1", "--auto=0"], {"use_mc": True, "auto": False}),
+        (["--use_mc", "1", "--auto", "false"], {"use_mc": True, "auto": False}),
+        (["--use_mc=True", "--auto", "no"], {"use_mc": True, "auto": False}),
+    ],
+)
+def test_command_line_forms(argv, expected):
+    assert asdict(parse(Options, argv)) == {**asdict(Options()), **expected}
+
+
+@pytest.mark.parametrize("argv", [["--max_tokens=many"], ["--nonsense=1"], ["stray"], ["--use_mc=maybe"]])
+def test_bad_command_lines_end_with_a_message(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Options, argv)
+    assert stop.value.code not in (0, None)
+    assert argv[0].split("=")[0].strip("-") in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Options, ["--help"])
+    assert stop.value.code in (0, None)
+    out = capsys.readouterr().out
+    assert "--max_tokens" in out
+    assert "how many" in out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Engine
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=32), seed=3)
+
+
+def test_engine_equals_the_naive_way(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    prompt = tokenizer.encode("def double(x", prepend="<|bos|>")
+    ids, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=20, temperature=0)
+    naive = list(model.generate(prompt, 20, temperature=0))
+    ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+    until = next((i for i, token in enumerate(naive) if token in ends), len(naive))
+    assert ids[0] == ids[1] == prompt + naive[:until]
+    assert masks[0] == [0] * len(prompt) + [1] * until
+
+
+def test_rows_are_sampled_one_by_one(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    column, mask = next(engine.generate([291], num_samples=64, temperature=1.0))
+    assert len(set(column)) > 5  # the fork point gave every row the same first token
+    assert mask == [1] * 64
+    again, _ = next(engine.generate([291], num_samples=64, temperature=1.0))
+    other, _ = next(engine.generate([291], num_samples=64, temperature=1.0, seed=1))
+    assert again == column != other
+    assert len(list(engine.generate([291], max_tokens=0))) == 0
+    with pytest.raises(ValueError, match="at least one token"):
+        next(engine.generate([]))
+
+
+class Script:
+    """A session that makes the model 'say' given tokens, row by row."""
+
+    def __init__(self, rows):
+        self.rows, self.t, self.seen = rows, -1, []
+
+    def _logits(self):
+        self.t += 1
+        logits = torch.full((len(self.rows), 300), -100.0)
+        for i, row in enumerate(self.rows):
+            logits[i, row[min(self.t, len(row) - 1)]] = 100.0
+        return logits
+
+    def prefill(self, tokens):
+        return self._logits()
+
+    def step(self, ids):
+        self.seen.append(ids.tolist())
+        return self._logits()
+
+
+def test_tool_calls(model, tokenizer):
+    special, encode = tokenizer.encode_special, tokenizer.encode
+    call = [special("<|python_start|>"), *encode("12*12"), special("<|python_end|>")]
+    answer = [special("<|output_start|>"), *encode("144"), special("<|output_end|>")]
+    end, filler = special("<|assistant_end|>"), encode("x")[0]
+    with_tool = [*call, *[filler] * len(answer), *encode("ok"), end]
+    refused = [special("<|python_start|>"), *encode("import os"), special("<|python_end|>"), end]
+    session = Script([with_tool, refused])
+    ids, masks = Engine(model, tokenizer).generate_batch([5], 2, temperature=0, session=session)
+    assert ids[0] == [5, *call, *answer, *encode("ok")]
+    assert masks[0] == [0, *[1] * len(call), *[0] * len(answer), *[1] * len(encode("ok"))]
+    assert ids[1] == [5, *refused[:-1]]
+    assert masks[1] == [0] + [1] * (len(refused) - 1)
