@@ -1,0 +1,214 @@
+"""
+Benchmarks; each prints a table and one JSON line. Compare figures of one run only: machines are noisy.
+
+    python dev/bench.py tokenizer [--vocab_size 8192]    # ours, Hugging Face's, the PyPI package rustbpe
+    python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
+    python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
+
+The text is the standard library's, so that no data is needed. PyPI's `rustbpe` has the name of our own trainer:
+it is measured when --other_python names an interpreter of an environment in which it is installed.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
+from nanochat.configurator import run
+from nanochat.dataloader import TokenLoader
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loop import accumulation_steps, maybe_compile
+from nanochat.sharding import clip_gradients
+from nanochat.sources import stdlib_documents, stdlib_files
+from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
+
+
+@dataclass
+class Config:
+    benchmark: str = ""
+    """tokenizer, loader or train; also as the first word"""
+    vocab_size: int = 8192
+    """tokens"""
+    repeat: int = 3
+    """times to measure; the best counts"""
+    other_python: str = ""
+    """tokenizer: interpreter that has PyPI's rustbpe"""
+    device_batch_size: int = 8
+    """loader, train: B"""
+    max_seq_len: int = 512
+    """loader, train: T"""
+    total_batch_size: int = -1
+    """train: tokens a step; -1 for B × T"""
+    depth: int = 4
+    """train: layers"""
+    steps: int = 10
+    """train: steps to measure, after 3 that warm up"""
+    device_type: str = ""
+    """train: cuda, cpu or mps"""
+    dtype: str = "auto"
+    """train: auto, bf16, fp32, or both (for a comparison)"""
+    compile: str = "auto"
+    """train: auto, on or off"""
+
+
+def texts() -> list[str]:
+    return list(stdlib_documents(stdlib_files(), {}))
+
+
+def best(repeat, function) -> float:
+    """Shortest of `repeat` times, in seconds."""
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def show(title, rows: list[dict]):
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{v:,.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+    print(json.dumps({"benchmark": title, "rows": rows}))
+
+
+OTHER = """
+import sys, time, rustbpe
+documents = open(sys.argv[1], encoding="utf-8").read().split("\\0")
+best = 1e9
+for _ in range(int(sys.argv[3])):
+    started = time.perf_counter()
+    rustbpe.Tokenizer().train_from_iterator(iter(documents), int(sys.argv[2]))
+    best = min(best, time.perf_counter() - started)
+print(best)
+"""
+
+
+def bench_tokenizer(config):
+    documents = texts()
+    characters = sum(map(len, documents))
+    v = config.vocab_size
+    rows = [
+        ("ours", best(config.repeat, lambda: RustBPETokenizer.train_from_iterator(iter(documents), v))),
+        ("Hugging Face", best(1, lambda: HuggingFaceTokenizer.train_from_iterator(iter(documents), v))),
+    ]
+    if config.other_python:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+            file.write("\0".join(documents))
+            file.flush()
+            command = [config.other_python, "-c", OTHER, file.name, str(v), str(config.repeat)]
+            rows.append(("PyPI rustbpe", float(subprocess.run(command, check=True, capture_output=True).stdout)))
+    ours = rows[0][1]
+    show(
+        f"tokenizer: {characters:,} characters to a vocabulary of {v:,}",
+        [{"trainer": name, "seconds": t, "times ours": t / ours} for name, t in rows],
+    )
+
+
+def bench_loader(config):
+    documents = texts()
+    tokenizer = RustBPETokenizer.train_from_iterator(iter(documents), config.vocab_size)
+    B, T = config.device_batch_size, config.max_seq_len
+    rows = []
+
+    def measure(name, function):
+        tokens = function()
+        rows.append({"way": name, "tokens/s": tokens / best(config.repeat, function)})
+
+    measure("tiktoken, lists, 2 threads", lambda: sum(map(len, tokenizer._encode_batch(documents, 2))))
+
+    def arrays():
+        with ThreadPoolExecutor(2) as pool:
+            return sum(pool.map(lambda text: len(tokenizer.encode_to_numpy([text], 1)[0]), documents))
+
+    measure("tiktoken, arrays, 2 threads", arrays)
+    with tempfile.TemporaryDirectory() as folder:
+        table = pa.table({"text": documents})
+        for name in ("shard_00000.parquet", "shard_01822.parquet"):
+            pq.write_table(table, Path(folder) / name, row_group_size=64)
+
+        def batches():
+            count = 0
+            with TokenLoader(tokenizer, B, T, "train", data_dir=folder, rank=0, world_size=1) as loader:
+                while loader.state_dict()["epoch"] == 0:
+                    next(loader)
+                    count += B * T
+            return count
+
+        measure("TokenLoader", batches)
+    show(f"loader: B {B}, T {T}, vocabulary {config.vocab_size:,}", rows)
+
+
+def bench_train(config):
+    rows = []
+    for name in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
+        _, _, _, world_size, device = compute_init(config.device_type)
+        dtype = resolve_dtype(name, device.type)
+        B, T = config.device_batch_size, config.max_seq_len
+        total = B * T if config.total_batch_size == -1 else config.total_batch_size
+        accumulation = accumulation_steps(total, B, T, world_size)
+        model = GPT(GPTConfig.from_depth(config.depth, T, config.vocab_size)).to(device)
+        model.init_weights()
+        compiled = maybe_compile(model, config.compile, device)
+        optimizers = model.setup_optimizers()
+        ids = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
+
+        def step(compiled=compiled, model=model, optimizers=optimizers, ids=ids, dtype=dtype, n=accumulation):
+            for _ in range(n):
+                with autocast(ids.device, dtype):
+                    loss = compiled(ids[:, :-1], ids[:, 1:])
+                (loss / n).backward()
+            clip_gradients(optimizers, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+            return loss.item()  # waits for the device
+
+        for _ in range(3):
+            step()
+        seconds = []
+        for _ in range(config.steps):
+            seconds.append(best(1, step))
+        typical = sorted(seconds)[len(seconds) // 2]
+        flops = model.flops_per_token() * total / typical
+        peak = peak_flops(device)
+        cuda = device.type == "cuda"
+        rows.append(
+            {
+                "precision": str(dtype).removeprefix("torch."),
+                "parameters": model.num_params(),
+                "s/step": typical,
+                "tokens/s": total / typical,
+                "GFLOP/s": flops / 1e9,
+                "MFU %": 100 * flops / peak if peak else "-",
+                "memory MiB": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "-",
+            }
+        )
+    show(f"train: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", rows)
+
+
+def main(config: Config):
+    benchmarks = {"tokenizer": bench_tokenizer, "loader": bench_loader, "train": bench_train}
+    if config.benchmark not in benchmarks:
+        raise SystemExit(f"error: name a benchmark, one of {', '.join(benchmarks)}; got {config.benchmark!r}")
+    benchmarks[config.benchmark](config)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--benchmark={sys.argv[1]}"
+    run(main, Config)
