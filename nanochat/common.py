@@ -21,7 +21,9 @@ def get_base_dir() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create {path} ({error.strerror}): set NANOCHAT_BASE_DIR to a writable folder") from error
+        raise UserError(
+            f"cannot create {path} ({error.strerror}): set NANOCHAT_BASE_DIR to a writable folder"
+        ) from error
     return path
 
 

@@ -51,10 +51,7 @@ def has_bundle(bundle_dir=None) -> bool:
 
 def how_to_get_bundle(bundle_dir=None) -> str:
     folder = Path(bundle_dir or get_bundle_dir())
-    return (
-        f"run `python -m scripts.base_eval --download`, or unpack {BUNDLE_URL} "
-        f"so that {folder / 'core.yaml'} exists"
-    )
+    return f"run `python -m scripts.base_eval --download`, or unpack {BUNDLE_URL} so that {folder / 'core.yaml'} exists"
 
 
 def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
@@ -155,9 +152,7 @@ def _read_meta(entry, baselines, path) -> TaskMeta:
         if key not in entry:
             raise UserError(f"{where}: the key {key!r} is missing")
     if entry["icl_task_type"] not in ITEM_KEYS:
-        raise UserError(
-            f"{where}: icl_task_type must be one of {list(ITEM_KEYS)}, got {entry['icl_task_type']!r}"
-        )
+        raise UserError(f"{where}: icl_task_type must be one of {list(ITEM_KEYS)}, got {entry['icl_task_type']!r}")
     shots = entry["num_fewshot"]
     if not isinstance(shots, list) or not shots or not isinstance(shots[0], int) or shots[0] < 0:
         raise UserError(f"{where}: num_fewshot must be a list with one number, 0 or more, got {shots!r}")
@@ -170,13 +165,9 @@ def _read_meta(entry, baselines, path) -> TaskMeta:
     except (TypeError, ValueError):
         baseline = -1.0
     if not 0 <= baseline < 1:
-        raise UserError(
-            f"{csv_path}, line {line}: Random baseline must be a percentage below 100, got {percent!r}"
-        )
+        raise UserError(f"{csv_path}, line {line}: Random baseline must be a percentage below 100, got {percent!r}")
     delimiter = entry.get("continuation_delimiter", " ")
-    return TaskMeta(
-        entry["label"], entry["icl_task_type"], entry["dataset_uri"], shots[0], delimiter, baseline
-    )
+    return TaskMeta(entry["label"], entry["icl_task_type"], entry["dataset_uri"], shots[0], delimiter, baseline)
 
 
 def _read_items(path, task_type) -> list[dict]:

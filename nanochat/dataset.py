@@ -142,9 +142,7 @@ def check_source(data_dir: Path, source: str) -> dict:
         have = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"source": "hub"}
         from_there = have["source"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"expected a record of the source in {path}, got {error!r}: remove {data_dir}"
-        ) from error
+        raise UserError(f"expected a record of the source in {path}, got {error!r}: remove {data_dir}") from error
     if from_there != source:
         raise UserError(
             f"{data_dir} holds {count} shards from source {from_there!r} already, but {source!r} is wanted: "

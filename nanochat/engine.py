@@ -93,9 +93,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
 
     @torch.inference_mode()
-    def generate(
-        self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, session=None
-    ):
+    def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, session=None):
         """
         Yield (ids, mask) a step: one id a row, and 1 where it was sampled, 0 where a tool's answer forced it.
 

@@ -80,9 +80,7 @@ def _view() -> list[str]:
     prefix = os.path.realpath(sys.base_prefix)
     mounts = _bind("/usr/lib", "/usr/lib32", "/usr/lib64", f"{prefix}/lib", f"{prefix}/lib64", _python())
     for path in ["/lib", "/lib64"]:
-        mounts += (
-            ["--symlink", os.readlink(path), path] if os.path.islink(path) else _bind(path)
-        )  # merged /usr
+        mounts += ["--symlink", os.readlink(path), path] if os.path.islink(path) else _bind(path)  # merged /usr
     return mounts + _bind("/etc/ld.so.cache")
 
 

@@ -185,7 +185,10 @@ class GPT(nn.Module):
         if get_dist_info()[0]:
             optimizers = [DistAdamW(adam_groups, **adam_args), DistMuon(matrices, lr=matrix_lr)]
         else:
-            optimizers = [torch.optim.AdamW(adam_groups, fused=True, **adam_args), Muon(matrices, lr=matrix_lr)]
+            optimizers = [
+                torch.optim.AdamW(adam_groups, fused=True, **adam_args),
+                Muon(matrices, lr=matrix_lr),
+            ]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -196,7 +199,14 @@ class GPT(nn.Module):
         return norm(self.transformer.wte(idx))
 
     def forward(
-        self, idx=None, targets=None, kv_cache=None, loss_reduction="mean", *, inputs_embeds=None, cos_sin=None
+        self,
+        idx=None,
+        targets=None,
+        kv_cache=None,
+        loss_reduction="mean",
+        *,
+        inputs_embeds=None,
+        cos_sin=None,
     ):
         """
         Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.

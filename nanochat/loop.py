@@ -126,7 +126,9 @@ def resume_step(folder, resume: bool, settings: dict, num_iterations: int) -> in
             "another --model_tag, or start anew with --resume=0 (the old one is then moved aside)"
         )
     if step > num_iterations:
-        raise UserError(f"{folder} is at step {step}, beyond the {num_iterations} asked for: start anew with --resume=0")
+        raise UserError(
+            f"{folder} is at step {step}, beyond the {num_iterations} asked for: start anew with --resume=0"
+        )
     print0(f"resuming from step {step} in {folder}")
     return step
 

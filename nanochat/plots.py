@@ -116,9 +116,7 @@ def plot_log(records, title, yardsticks=None) -> bytes | None:
     figure = Figure(figsize=(4.2 * len(curves), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    for axes, (draw, steps, values) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True
-    ):
+    for axes, (draw, steps, values) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         draw(axes, steps, values)
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))

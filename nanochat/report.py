@@ -212,9 +212,7 @@ class Report:
             end = max(record["time"] for slug in slugs if (record := self.figures(slug)))
             lines.append(f"Total wall clock time: {format_duration(end - header['time'])}\n")
         else:
-            lines.append(
-                "Total wall clock time: unknown (no `python -m nanochat.report reset` at the start)\n"
-            )
+            lines.append("Total wall clock time: unknown (no `python -m nanochat.report reset` at the start)\n")
         return "\n".join(lines)
 
     def _table(self):

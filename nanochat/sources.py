@@ -182,13 +182,9 @@ def val_threshold(texts) -> int:
     """Documents whose content hash is below this are for validation: VAL_FRACTION, at least one."""
     hashes = {content_hash(text) for text in itertools.islice(texts, 1000)}
     if not hashes:
-        raise UserError(
-            "expected text, found none: name a folder of text, Markdown, code, .jsonl or .parquet"
-        )
+        raise UserError("expected text, found none: name a folder of text, Markdown, code, .jsonl or .parquet")
     if len(hashes) == 1:
-        raise UserError(
-            "expected two different documents or more (training, validation), found one: add text"
-        )
+        raise UserError("expected two different documents or more (training, validation), found one: add text")
     return min(max(int(VAL_FRACTION * 2**64), min(hashes) + 1), max(hashes))
 
 

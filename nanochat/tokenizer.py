@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import rustbpe
 import tiktoken
 import torch
 from tokenizers import Regex, decoders, pre_tokenizers
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+import rustbpe
 from nanochat.common import UserError, atomic_write, get_base_dir
 
 SPECIAL_TOKENS = [
@@ -167,7 +167,9 @@ class RustBPETokenizer(ChatTokenizer):
     def from_ranks(cls, pattern, mergeable_ranks, special_tokens=SPECIAL_TOKENS):
         """mergeable_ranks: {bytes: rank}. The special tokens get the ids after the last merge, in order."""
         specials = {token: len(mergeable_ranks) + i for i, token in enumerate(special_tokens)}
-        return cls(tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens=specials))
+        return cls(
+            tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens=specials)
+        )
 
     @classmethod
     def train_from_iterator(cls, text_iterator, vocab_size, progress=None):
@@ -175,7 +177,8 @@ class RustBPETokenizer(ChatTokenizer):
         merges_and_bytes = vocab_size - len(SPECIAL_TOKENS)
         if merges_and_bytes < 256:
             raise UserError(
-                f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)} (the bytes and the special tokens), got {vocab_size}"
+                f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)} (the bytes and the special tokens), "
+                f"got {vocab_size}"
             )
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(text_iterator, merges_and_bytes, pattern=SPLIT_PATTERN, progress=progress)
@@ -257,7 +260,14 @@ def _read_bpe_json(path):
         if len(ranks) != len(data["tokens"]):
             raise ValueError("a token occurs twice")
         return data["name"], data["pattern"], ranks, data["special_tokens"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, binascii.Error) as error:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        binascii.Error,
+    ) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run python -m scripts.tok_train") from error
 
 
@@ -294,7 +304,15 @@ def _read_encoding_pickle(path):
         )
         if not good:
             raise ValueError("its fields have unexpected types")
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(
             f"{path} is not a pickled tiktoken.Encoding, and nothing in it was run ({error}): "
             "get the right file, or train a tokenizer with python -m scripts.tok_train"

@@ -133,7 +133,9 @@ def horizon(config, flops_per_token, num_params) -> int:
     else:
         raise UserError("no horizon: set --num_iterations, --target_flops or --target_param_data_ratio above 0")
     if steps < 1:
-        raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: lower --total_batch_size")
+        raise UserError(
+            f"the horizon is less than one step of {config.total_batch_size:,} tokens: lower --total_batch_size"
+        )
     return steps
 
 
@@ -287,9 +289,7 @@ def main(config: Config):
             train_loss += loss.detach() / accumulation
             (loss / accumulation).backward()
         norm = clip_gradients(optimizers, config.grad_clip) if config.grad_clip > 0 else None
-        lrm = lr_multiplier(
-            step, num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac
-        )
+        lrm = lr_multiplier(step, num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lrm
@@ -316,7 +316,11 @@ def main(config: Config):
             total_time += seconds  # the first steps compile and warm up
         tok_per_sec = config.total_batch_size / seconds
         mfu = flops_per_token * tok_per_sec / (peak * world_size) if peak else None
-        figures = [f"loss {shown_loss:.4f}", f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", f"{tok_per_sec:,.0f} tok/s"]
+        figures = [
+            f"loss {shown_loss:.4f}",
+            f"bpb {val_bpb:.4f}" if val_bpb else "bpb -",
+            f"{tok_per_sec:,.0f} tok/s",
+        ]
         if mfu is not None:
             figures.append(f"MFU {100 * mfu:.1f}%")
         progress.update(step, " | ".join(figures))

@@ -34,9 +34,7 @@ class ByteTokenizer:
 
     def __init__(self):
         ranks = {bytes([byte]): byte for byte in range(256)}
-        self.enc = tiktoken.Encoding(
-            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|bos|>": BOS}
-        )
+        self.enc = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|bos|>": BOS})
         self.calls = []
 
     def get_bos_token_id(self):
@@ -50,9 +48,7 @@ class ByteTokenizer:
 def write_split(folder, files):
     """Shards of a split: files -> row groups -> texts. The other split gets a text of its own."""
     for index, groups in enumerate([*files, [["validation"]]]):
-        with pq.ParquetWriter(
-            folder / f"shard_{index:05d}.parquet", pa.schema([("text", pa.string())])
-        ) as writer:
+        with pq.ParquetWriter(folder / f"shard_{index:05d}.parquet", pa.schema([("text", pa.string())])) as writer:
             for group in groups:
                 writer.write_table(pa.table({"text": pa.array(group, pa.string())}))
 
@@ -167,9 +163,7 @@ def test_ranks_share_the_data_completely(data_dir):
     seen = []
     for rank in range(3):
         size = sum(1 + len(text) for group in GROUPS[rank::3] for text in group)
-        with TokenLoader(
-            ByteTokenizer(), 1, size, "train", data_dir=data_dir, rank=rank, world_size=3
-        ) as loader:
+        with TokenLoader(ByteTokenizer(), 1, size, "train", data_dir=data_dir, rank=rank, world_size=3) as loader:
             (x, y) = next(loader)
             assert loader.state_dict()["epoch"] == 1
         documents = bytes(token if token < 256 else 0 for token in x[0].tolist()).split(b"\0")[1:]

@@ -351,9 +351,7 @@ def test_stdlib_is_real_and_deterministic(tmp_path):
     make("stdlib", base=again)
     assert record["train"]["characters"] + record["val"]["characters"] > 5_000_000
     assert 0.02 < record["val"]["documents"] / record["train"]["documents"] < 0.1
-    assert [p.read_bytes() for p in list_parquet_files(first)] == [
-        p.read_bytes() for p in list_parquet_files(again)
-    ]
+    assert [p.read_bytes() for p in list_parquet_files(first)] == [p.read_bytes() for p in list_parquet_files(again)]
     assert Path(contextlib.__file__).read_text() in texts("train", first) + texts("val", first)
     assert len(list_row_groups("val", first)) >= 8
     assert not any("site-packages" in path.parts for path in sources.stdlib_files())
@@ -437,9 +435,7 @@ def hub(monkeypatch):
         server.files[shard_name(index)] = buffer.getvalue()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    monkeypatch.setattr(
-        dataset, "hf_hub_url", lambda repo, name, repo_type: f"{server.url}/resolve/main/{name}"
-    )
+    monkeypatch.setattr(dataset, "hf_hub_url", lambda repo, name, repo_type: f"{server.url}/resolve/main/{name}")
     yield server
     server.shutdown()
     thread.join()
@@ -504,9 +500,7 @@ def test_a_busy_server_is_asked_again(hub, data_dir, status):
 
 
 def test_retry_after_is_obeyed(hub, data_dir):
-    hub.answer = lambda name, attempt: (
-        {"status": 429, "headers": {"Retry-After": "1"}} if attempt == 0 else {}
-    )
+    hub.answer = lambda name, attempt: {"status": 429, "headers": {"Retry-After": "1"}} if attempt == 0 else {}
     start = time.monotonic()
     main(Config(num_files=1))
     assert time.monotonic() - start >= 1

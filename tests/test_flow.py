@@ -15,7 +15,13 @@ import torch
 from nanochat import checkpoint_manager as cm
 
 TRAIN = [
-    *("--depth=2", "--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256", "--num_iterations=12"),
+    *(
+        "--depth=2",
+        "--max_seq_len=64",
+        "--device_batch_size=2",
+        "--total_batch_size=256",
+        "--num_iterations=12",
+    ),
     *("--eval_every=6", "--eval_tokens=512", "--core_metric_every=-1", "--sample_every=12", "--save_every=4"),
     *("--device_type=cpu", "--dtype=fp32"),
 ]
@@ -66,7 +72,14 @@ def test_pipeline_and_report(trained, tmp_path):
     command = [sys.executable, "-m", "nanochat.report", "generate"]
     subprocess.run(command, env=env, check=True, cwd=tmp_path, capture_output=True)
     report = (tmp_path / "report.md").read_text()
-    for part in ("Tokenizer training", "Base model training", "Base model loss", "gzip -9", "| Metric", "not run"):
+    for part in (
+        "Tokenizer training",
+        "Base model training",
+        "Base model loss",
+        "gzip -9",
+        "| Metric",
+        "not run",
+    ):
         assert part in report
     assert list(tmp_path.glob("report/*.png"))
     metrics = [json.loads(line) for line in (trained / "logs" / "base_d2.jsonl").read_text().splitlines()]

@@ -180,9 +180,7 @@ def test_too_long_input_says_so():
 
 def reference_loss(x, weight, targets, vocab_size, cap, reduction):
     logits = cap * torch.tanh((x @ weight.T)[..., :vocab_size].float() / cap)
-    return F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction
-    )
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -16,7 +16,9 @@ from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 
 
-@pytest.mark.parametrize(("args", "steps"), [((524288, 32, 2048, 8), 1), ((524288, 32, 2048, 1), 8), ((512, 1, 512, 1), 1)])
+@pytest.mark.parametrize(
+    ("args", "steps"), [((524288, 32, 2048, 8), 1), ((524288, 32, 2048, 1), 8), ((512, 1, 512, 1), 1)]
+)
 def test_accumulation(args, steps):
     assert loop.accumulation_steps(*args) == steps
 

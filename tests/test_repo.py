@@ -34,7 +34,11 @@ def test_imports_go_one_way(package):
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_script_explains_itself(path):
     result = subprocess.run(
-        [sys.executable, "-m", f"scripts.{path.stem}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", f"scripts.{path.stem}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     assert "options" in result.stdout
@@ -57,14 +61,23 @@ def dry_run(script, *args):
 
 
 @pytest.mark.parametrize(
-    ("script", "depth", "shards"), [("speedrun.sh", "--depth=20", "-n 240"), ("run1000.sh", "--depth=32", "-n 800")]
+    ("script", "depth", "shards"),
+    [("speedrun.sh", "--depth=20", "-n 240"), ("run1000.sh", "--depth=32", "-n 800")],
 )
 def test_recipes_of_eight_gpus(script, depth, shards):
     out = dry_run(script, "--matrix_lr", "0.03")
     assert f"torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- {depth}" in out
     assert "--matrix_lr 0.03" in out
     assert shards in out
-    order = ["report reset", "nanochat.dataset -n 8", "tok_train", "base_train", "base_loss", "base_eval", "report generate"]
+    order = [
+        "report reset",
+        "nanochat.dataset -n 8",
+        "tok_train",
+        "base_train",
+        "base_loss",
+        "base_eval",
+        "report generate",
+    ]
     places = [out.index(part) for part in order]
     assert places == sorted(places)
 

@@ -140,10 +140,7 @@ def test_format_duration(seconds, expected):
 
 def test_slugify():
     assert slugify("Base model evaluation") == "base-model-evaluation"
-    assert (
-        slugify("CORE evaluation of openai-community/gpt2 ../x")
-        == "core-evaluation-of-openai-community-gpt2-x"
-    )
+    assert slugify("CORE evaluation of openai-community/gpt2 ../x") == "core-evaluation-of-openai-community-gpt2-x"
 
 
 def test_failing_write_leaves_the_old_section(base):
@@ -367,9 +364,7 @@ def test_later_line_of_a_step_counts(base):
     assert [list(array) for array in series(records, "val/bpb")] == [[1], [3.0]]
 
 
-@pytest.mark.parametrize(
-    "tail", ['{"step": 2, "train/lo', '{"step": 2, "x": 1}\n{"st', "\x00\x00\x00", "\n\n"]
-)
+@pytest.mark.parametrize("tail", ['{"step": 2, "train/lo', '{"step": 2, "x": 1}\n{"st', "\x00\x00\x00", "\n\n"])
 def test_last_line_may_be_cut_short(base, tail):
     path = write_log(base, "base_d4.jsonl", [{"step": 0, "train/loss": 9}, {"step": 1, "train/loss": 8}])
     path.write_text(path.read_text() + tail)

@@ -57,9 +57,7 @@ def standard_library(*names):
 
 @pytest.fixture(scope="module")
 def sources():
-    return standard_library(
-        "argparse", "ast", "difflib", "inspect", "pickle", "subprocess", "tarfile", "typing"
-    )
+    return standard_library("argparse", "ast", "difflib", "inspect", "pickle", "subprocess", "tarfile", "typing")
 
 
 # --- the merges -------------------------------------------------------------------------------------

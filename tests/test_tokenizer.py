@@ -143,7 +143,9 @@ def test_pickle_by_name_is_refused(tmp_path):
         RustBPETokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda s: s[: len(s) // 2], lambda s: "{}", lambda s: s.replace('"AA=="', '"AQ=="', 1)])
+@pytest.mark.parametrize(
+    "damage", [lambda s: s[: len(s) // 2], lambda s: "{}", lambda s: s.replace('"AA=="', '"AQ=="', 1)]
+)
 def test_damaged_bpe_json(damage, tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     path = tmp_path / "bpe.json"
@@ -190,7 +192,12 @@ CHAT = {
 def test_render_conversation(kind, tokenizer, twin):
     each = tokenizer if kind == "ours" else twin
     expected = []  # (text or special token, mask)
-    expected += [("<|bos|>", 0), ("<|user_start|>", 0), ("Be brief.\n\nWhat is 3 + 4?", 0), ("<|user_end|>", 0)]
+    expected += [
+        ("<|bos|>", 0),
+        ("<|user_start|>", 0),
+        ("Be brief.\n\nWhat is 3 + 4?", 0),
+        ("<|user_end|>", 0),
+    ]
     expected += [("<|assistant_start|>", 0), ("Let me see: ", 1)]
     expected += [("<|python_start|>", 1), ("3 + 4", 1), ("<|python_end|>", 1)]
     expected += [("<|output_start|>", 0), ("7", 0), ("<|output_end|>", 0)]
@@ -220,7 +227,10 @@ def test_render_conversation(kind, tokenizer, twin):
         ([{"role": "user", "content": "x"}] * 2, "message 1: expected role 'assistant', got 'user'"),
         ([{"role": "user", "content": ["x"]}], "a user's content is a str, got list"),
         (
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image", "text": ""}]}],
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": [{"type": "image", "text": ""}]},
+            ],
             "part type is one of .* got 'image'",
         ),
     ],
