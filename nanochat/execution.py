@@ -3,8 +3,8 @@ Run Python that a model wrote, in a sandbox.
 
 Every program gets a fresh bubblewrap sandbox: namespaces of its own for users, processes, network, mounts and
 IPC, no capabilities, no /proc, a read-only view of the interpreter and the system's libraries, one writable
-folder of bounded size (/tmp, in memory, gone afterwards), an empty environment, and limits on memory, CPU,
-processes, open files, file size and output. Where bubblewrap cannot be had, nothing runs: SandboxUnavailable.
+folder of bounded size (/tmp, in memory, gone afterwards), an empty environment, a filter of system calls, and
+limits on memory, CPU, processes, open files, file size and output. Where bubblewrap cannot be had, nothing runs: SandboxUnavailable.
 
 A process cannot vouch for itself: code that sets out to forge its own success can patch whatever judges it
 in the same interpreter. So tests are best given as `check`; they run in a second sandbox that the code cannot
@@ -15,6 +15,7 @@ everything, nor a patched `assert` passes there.
     execute_code("def f(x): return x + 1", check="def check(f): assert f(1) == 2", entry_point="f").success
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -32,9 +33,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError
+from nanochat.seccomp import filter_program
 
 MAX_OUTPUT = 1 << 20  # bytes kept of each stream; the rest is read and dropped
-MAX_FILES = 16 << 20  # bytes in the private /tmp
+MAX_FILES = 8 << 20  # bytes in the private /tmp
+MAX_OPEN_FILES = 32
 MAX_PROCESSES = 8  # processes and threads together, the sandbox's own two included
 NOBODY = "65534"
 CHILD = Path(__file__).with_name("execution_child.py")
@@ -85,42 +88,19 @@ def _view() -> list[str]:
 
 
 def _command(bwrap: str) -> list[str]:
-    devices = []
+    inner = [bwrap, *"--unshare-user --unshare-all --disable-userns --cap-drop ALL --hostname sandbox".split()]
+    inner += ["--die-with-parent", "--new-session", "--uid", NOBODY, "--gid", NOBODY, *_view()]
     for device in ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]:
-        devices += ["--dev-bind", device, device]  # not --dev: its /dev/shm is writable without bound
-    inner = [bwrap, "--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL"]
-    inner += ["--die-with-parent", "--new-session", "--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
-    inner += [*_view(), *devices, "--size", str(MAX_FILES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    inner += ["--remount-ro", "/", "--", _python(), "-I", "-S", "-X", "utf8", "-c", CHILD.read_text()]
+        inner += ["--dev-bind", device, device]  # not --dev: its /dev/shm is writable without bound
+    inner += ["--size", str(MAX_FILES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     if os.geteuid() != 0:
         return inner
-    setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
     # The kernel does not bound the number of root's processes, so root becomes nobody first. An outer view
     # keeps the interpreter in reach, which often lives in root's home.
-    outer = [
-        bwrap,
-        "--die-with-parent",
-        "--cap-drop",
-        "ALL",
-        "--cap-add",
-        "CAP_SETUID",
-        "--cap-add",
-        "CAP_SETGID",
-    ]
-    outer += [
-        *_view(),
-        *_bind(bwrap, setpriv),
-        "--bind",
-        "/proc",
-        "/proc",
-        "--dev-bind",
-        "/dev",
-        "/dev",
-        "--dir",
-        "/tmp",
-    ]
-    drop = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
-    return [*outer, "--", *drop, "--", *inner]
+    setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
+    outer = [bwrap, *"--die-with-parent --cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID".split()]
+    outer += [*_view(), *_bind(bwrap, setpriv), *"--bind /proc /proc --dev-bind /dev /dev --dir /tmp --".split()]
+    return [*outer, setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", *inner]
 
 
 @functools.cache
@@ -139,7 +119,7 @@ def find_sandbox() -> list[str]:
         raise SandboxUnavailable(
             "bubblewrap is installed but cannot isolate a program here, so model-written code is not run;"
             f" it said: {probe.text('stderr').strip() or 'nothing'}. It needs version 0.8 or newer and the"
-            " right to create namespaces (in a container: start it with that right, or evaluate on another machine)."
+            " right to create namespaces (in a container: start it with that right, or use another machine)."
         )
     return command
 
@@ -152,39 +132,42 @@ class _Program:
     """A started sandbox and what it has said so far. Leaving the `with` block kills what is left of it."""
 
     def __init__(self, command, role, code, timeout, memory_bytes, peer=None, entry_point=None):
-        status, self._status_end = os.pipe()
         self.token = secrets.token_hex(16)
         limits = {
             "RLIMIT_AS": memory_bytes,
             "RLIMIT_CPU": math.ceil(timeout) + 1,
             "RLIMIT_NPROC": MAX_PROCESSES,
-            "RLIMIT_NOFILE": 64,
+            "RLIMIT_NOFILE": MAX_OPEN_FILES,
             "RLIMIT_FSIZE": MAX_FILES,
             "RLIMIT_CORE": 0,
         }
-        job = {"role": role, "code": code, "token": self.token, "status": self._status_end, "limits": limits}
-        job |= {"peer": peer and peer.fileno(), "entry_point": entry_point}
-        stdin = _sealed_file(json.dumps(job).encode())
-        try:
+        with contextlib.ExitStack() as at_failure, contextlib.ExitStack() as after_start:
+            status, status_end = os.pipe()
+            status = at_failure.enter_context(os.fdopen(status, "rb"))
+            after_start.callback(os.close, status_end)
+            job = {"role": role, "code": code, "token": self.token, "status": status_end, "limits": limits}
+            job |= {"peer": peer and peer.fileno(), "entry_point": entry_point}
+            inherited = [status_end] + ([peer.fileno()] if peer else [])
+            stdin = _sealed_file(json.dumps(job).encode())
+            after_start.callback(os.close, stdin)
+            if (program := filter_program()) is not None:
+                inherited.append(_sealed_file(program))
+                after_start.callback(os.close, inherited[-1])
+                command = [*command, "--seccomp", str(inherited[-1])]
             self.process = subprocess.Popen(
-                command,
+                [*command, "--", _python(), "-I", "-S", "-X", "utf8", "-c", CHILD.read_text()],
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={},  # bubblewrap's own environment would be readable inside, so it has none either
-                pass_fds=[self._status_end] + ([peer.fileno()] if peer else []),
+                pass_fds=inherited,
                 start_new_session=True,
             )
-        except BaseException:
-            os.close(status)
-            raise
-        finally:
-            os.close(stdin)
-            os.close(self._status_end)
+            at_failure.pop_all()
         self.files = {
             "stdout": self.process.stdout,
             "stderr": self.process.stderr,
-            "status": os.fdopen(status, "rb"),
+            "status": status,
         }
         self.said = {name: bytearray() for name in self.files}
 
@@ -265,8 +248,8 @@ def execute_code(
     Run `code` in a fresh sandbox for at most `timeout` seconds, with `memory_bytes` of memory a process.
 
     Success means that it ran to its very end: sys.exit(0) and os._exit(0) on the way are failures. With
-    `check` (source that defines check(candidate)) and `entry_point` (the function of `code` to test), the check
-    runs in a sandbox of its own, on data only, and decides; see the head of this file.
+    `check` (source that defines check(candidate)) and `entry_point` (the function of `code` to test), the
+    check runs in a sandbox of its own, on data only, and decides; see the head of this file.
 
     Raises SandboxUnavailable where programs cannot be isolated.
     """

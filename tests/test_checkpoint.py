@@ -115,6 +115,11 @@ def test_read_only_and_full_disk(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))  # no half-written file stays
 
 
+def save_for_ever(folder, model):
+    for step in range(2, 20):
+        save(folder, step, model)
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/bin/mount"), reason="needs to mount a small tmpfs")
 def test_a_really_full_disk(tmp_path):
     disk = tmp_path / "disk"

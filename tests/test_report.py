@@ -105,10 +105,11 @@ def test_figures_of_many_kinds_are_kept(base):
         (-3, "-3"),
         (True, "True"),
         (0.22194, "0.2219"),
-        (0.0, "0.0000"),
+        (0.0, "0"),
+        (0.004, "0.004"),
         (12345.678, "12,345.6780"),
         (3.9169e19, "3.917e+19"),
-        (1e-10, "1.000e-10"),
+        (1e-10, "1e-10"),
         (float("inf"), "inf"),
         (None, "-"),
         ("two\nlines", "two\\nlines"),
@@ -118,9 +119,9 @@ def test_format_value(value, expected):
     assert format_value(value) == expected
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False))
+@given(st.floats(-1e300, 1e300))
 def test_format_value_keeps_the_size(value):
-    assert float(format_value(value).replace(",", "")) == pytest.approx(value, rel=0.051, abs=1e-300)
+    assert float(format_value(value).replace(",", "")) == pytest.approx(value, rel=0.0051, abs=1e-300)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +239,7 @@ def test_order_of_sections(base):
         "Midtraining",
     ):
         get_report().log(section, ["text"])
-    get_report().reset  # noqa: B018 (not called: a report without a header must do)
-    text = get_report().generate().read_text()
+    text = get_report().generate().read_text()  # without a header, too
     assert re.findall("^##? (.*)", text, re.MULTILINE) == [
         "Report card",
         "Tokenizer training",
@@ -323,7 +323,7 @@ def test_working_directory_may_be_the_base_folder(base, monkeypatch):
 
 def test_nothing_to_report(base):
     get_report().reset()
-    with pytest.raises(UserError, match="no sections in .*report: run a stage"):
+    with pytest.raises(UserError, match=r"no sections in .*report: run a stage"):
         get_report().generate()
 
 
