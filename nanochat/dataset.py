@@ -248,7 +248,10 @@ def main(config: Config):
         count = download_hub(config.num_files, config.num_workers, data_dir)
         print(f"{count} shards of {HUB_DATASET} are in {data_dir}")
         return
-    record, reused = make_local(config.source, config.num_files, data_dir)
+    try:
+        record, reused = make_local(config.source, config.num_files, data_dir)
+    except OSError as error:
+        raise UserError(f"cannot write shards to {data_dir} ({error}): free some space or fix the folder") from error
     train, val = record["train"], record["val"]
     print(
         f"{'reusing' if reused else 'wrote'} {data_dir}: {train['shards']} training shard(s) with "

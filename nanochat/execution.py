@@ -4,7 +4,8 @@ Run Python that a model wrote, in a sandbox.
 Every program gets a fresh bubblewrap sandbox: namespaces of its own for users, processes, network, mounts and
 IPC, no capabilities, no /proc, a read-only view of the interpreter and the system's libraries, one writable
 folder of bounded size (/tmp, in memory, gone afterwards), an empty environment, a filter of system calls, and
-limits on memory, CPU, processes, open files, file size and output. Where bubblewrap cannot be had, nothing runs: SandboxUnavailable.
+limits on memory, CPU, processes, open files, file size and output. Where bubblewrap cannot be had, nothing
+runs: SandboxUnavailable.
 
 A process cannot vouch for itself: code that sets out to forge its own success can patch whatever judges it
 in the same interpreter. So tests are best given as `check`; they run in a second sandbox that the code cannot
@@ -88,8 +89,8 @@ def _view() -> list[str]:
 
 
 def _command(bwrap: str) -> list[str]:
-    inner = [bwrap, *"--unshare-user --unshare-all --disable-userns --cap-drop ALL --hostname sandbox".split()]
-    inner += ["--die-with-parent", "--new-session", "--uid", NOBODY, "--gid", NOBODY, *_view()]
+    inner = [bwrap, "--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL", "--uid", NOBODY]
+    inner += ["--gid", NOBODY, "--hostname", "sandbox", "--die-with-parent", "--new-session", *_view()]
     for device in ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]:
         inner += ["--dev-bind", device, device]  # not --dev: its /dev/shm is writable without bound
     inner += ["--size", str(MAX_FILES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
@@ -98,9 +99,10 @@ def _command(bwrap: str) -> list[str]:
     # The kernel does not bound the number of root's processes, so root becomes nobody first. An outer view
     # keeps the interpreter in reach, which often lives in root's home.
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
-    outer = [bwrap, *"--die-with-parent --cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID".split()]
-    outer += [*_view(), *_bind(bwrap, setpriv), *"--bind /proc /proc --dev-bind /dev /dev --dir /tmp --".split()]
-    return [*outer, setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", *inner]
+    outer = [bwrap, "--die-with-parent", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    outer += [*_view(), *_bind(bwrap, setpriv)]
+    outer += ["--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", "/tmp"]
+    return [*outer, "--", setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", *inner]
 
 
 @functools.cache

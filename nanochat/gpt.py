@@ -159,6 +159,11 @@ class GPT(nn.Module):
         if self.get_device().type == "cuda":
             self.transformer.wte.to(dtype=torch.bfloat16)  # halves the memory of the largest lookup table
 
+    @property
+    def max_seq_len(self) -> int:
+        """Positions that there are rotary angles for."""
+        return self.cos.size(1)
+
     def get_device(self):
         return self.transformer.wte.weight.device
 
@@ -222,9 +227,9 @@ class GPT(nn.Module):
         T = x.size(1)
         if cos_sin is None:
             past = 0 if kv_cache is None else kv_cache.pos
-            if past + T > self.cos.size(1):
+            if past + T > self.max_seq_len:
                 raise ValueError(
-                    f"{past + T} tokens are more than the {self.cos.size(1)} positions of this model "
+                    f"{past + T} tokens are more than the {self.max_seq_len} positions of this model "
                     f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
                 )
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -148,6 +149,9 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resumed:
             path.rename(path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
+        if path.exists():  # a killed run may have left half a line
+            whole = path.read_bytes()
+            os.truncate(path, whole.rfind(b"\n") + 1)
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if run != "dummy":
             import wandb

@@ -50,10 +50,12 @@ def test_run_log(base_dir):
     log.finish()
     path = get_base_dir() / "logs" / "base_d1.jsonl"
     assert json.loads(path.read_text()) == {"step": 1, "train/loss": 2.5, "val/bpb": None}
+    with open(path, "a") as file:
+        file.write('{"step": 2, "tra')  # killed in the middle of a line
     resumed = loop.RunLog("base_d1", "dummy", {}, resumed=True)
     resumed.log(step=2)
     resumed.finish()
-    assert len(path.read_text().splitlines()) == 2
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     loop.RunLog("base_d1", "dummy", {}, resumed=False).finish()
     assert path.read_text() == ""
     assert len(list(path.parent.glob("base_d1.*.old"))) == 1  # the earlier run's log is kept

@@ -1,0 +1,59 @@
+"""Lists of English words for the spelling tasks."""
+
+import re
+from collections import Counter
+from zlib import crc32
+
+from huggingface_hub import constants
+
+from nanochat.common import UserError, atomic_write, get_base_dir, print0
+from nanochat.dataset import iter_documents
+from nanochat.download import download
+
+LARGE_LIST = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+WORD = re.compile(r"(?<![A-Za-z0-9_])[a-z]{3,12}(?![A-Za-z0-9_])")
+MAX_CHARS = 30_000_000  # of training text that are read for words
+MAX_WORDS = 20_000
+TEST_SHARE = 10  # one word in ten
+
+
+def word_list(source: str) -> list[str]:
+    """
+    source "large": 370,000 words (dwyl/english-words), fetched once; when that fails, the words of the training
+    text, and a line that says so. source "text": the words of the training text, the most frequent first.
+    """
+    if source not in ("large", "text"):
+        raise ValueError(f"expected words 'large' or 'text', got {source!r}")
+    if source == "large":
+        path = get_base_dir() / "words_alpha.txt"
+        failed = {path: "HF_HUB_OFFLINE is set"} if constants.HF_HUB_OFFLINE and not path.exists() else {}
+        failed = failed or download({path: LARGE_LIST})
+        if not failed:
+            return [word for word in path.read_text(encoding="utf-8").split() if re.fullmatch("[a-z]+", word)]
+        print0(f"spelling tasks use words of the training text: the large word list is not here ({failed[path]})")
+    path = get_base_dir() / "words_from_text.txt"
+    if not path.exists():
+        words = words_of_text(iter_documents("train"))
+        with atomic_write(path, "w") as file:
+            file.write("\n".join(words))
+    return path.read_text(encoding="utf-8").split()
+
+
+def words_of_text(batches) -> list[str]:
+    """The words of lower-case letters in batches of texts, the most frequent first."""
+    counts, chars = Counter(), 0
+    for texts in batches:
+        for text in texts:
+            counts.update(WORD.findall(text))
+            chars += len(text)
+        if chars > MAX_CHARS:
+            break
+    if not counts:
+        raise UserError("expected words of 3 to 12 lower-case letters in the training text, found none")
+    return sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
+
+
+def split_words(words, split: str) -> list[str]:
+    """The words of one split: their hash decides, so that no word of "test" is in "train"."""
+    chosen = [word for word in words if (crc32(word.encode()) % TEST_SHARE == 0) == (split == "test")]
+    return chosen or list(words)  # a list too short to share out
