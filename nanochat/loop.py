@@ -187,8 +187,8 @@ class ProgressLine:
     """A bar with figures and the time left; plain lines, one every `every` seconds, where there is no terminal."""
 
     def __init__(self, stage, total, start=0, every=10.0):
-        self.total, self.start, self.every = total, start, every
-        self.began, self.last_print = time.time(), 0.0
+        self.total, self.every = total, every
+        self.began, self.last_print = None, 0.0
         self.shown = get_dist_info()[1] == 0
         self.bar = None
         console = Console(file=sys.stdout)
@@ -202,12 +202,14 @@ class ProgressLine:
         """step: how many are done."""
         if not self.shown:
             return
+        if self.began is None:  # the first step also compiles and warms up, so the clock starts after it
+            self.began, self.start = time.time(), step
         done = step - self.start
-        left = (time.time() - self.began) / max(done, 1) * (self.total - step)
-        text = f"step {step:,}/{self.total:,} | {figures} | {clock(left)} left"
+        left = clock((time.time() - self.began) / done * (self.total - step)) if done else "?"
+        text = f"step {step:,}/{self.total:,} | {figures} | {left} left"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
-        elif time.time() - self.last_print >= self.every or step == self.total or done <= 1:
+        elif time.time() - self.last_print >= self.every or step == self.total or done == 0:
             print(text, flush=True)
             self.last_print = time.time()
 

@@ -56,4 +56,6 @@ def words_of_text(batches) -> list[str]:
 def split_words(words, split: str) -> list[str]:
     """The words of one split: their hash decides, so that no word of "test" is in "train"."""
     chosen = [word for word in words if (crc32(word.encode()) % TEST_SHARE == 0) == (split == "test")]
-    return chosen or list(words)  # a list too short to share out
+    if not chosen:
+        raise UserError(f"expected enough words for a {split} split, got {len(words)}: use more training text")
+    return chosen

@@ -63,12 +63,13 @@ def test_run_log(base_dir):
 
 def test_progress_without_a_terminal(capsys):
     line = loop.ProgressLine("base", total=100, start=40, every=0.0)
-    line.update(50, "loss 1.0")
+    line.update(41, "loss 1.0")
+    line.began -= 9
+    line.update(50, "loss 0.5")
     line.say("hello")
     line.close()
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("step 50/100 | loss 1.0 | 0:00:0")
-    assert out[1] == "hello"
+    assert out == ["step 41/100 | loss 1.0 | ? left", "step 50/100 | loss 0.5 | 0:00:50 left", "hello"]
 
 
 def test_bits_per_byte_against_arithmetic():

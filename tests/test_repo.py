@@ -91,7 +91,7 @@ def test_profiles_of_run10():
         assert "--extra gpu" in out
         assert "torchrun" not in out
     tagged = dry_run("run10.sh", "--gpu=cpu", "--model_tag", "mine", "--depth=3")
-    assert "scripts.base_loss --device_batch_size=16 --split_tokens=524288 --model_tag=mine" in tagged
+    assert "scripts.base_loss --device_batch_size=16 --split_tokens=262144 --model_tag=mine" in tagged
     bad = subprocess.run(["bash", "run10.sh", "--gpu=abacus"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode != 0
     assert "auto, cpu, 5090 or h100, got 'abacus'" in bad.stderr

@@ -1,0 +1,132 @@
+"""
+Which tasks each stage trains and is evaluated on.
+
+"full" are the fork point's mixtures, from the Hugging Face hub. "local" needs no network and is sized for a CPU:
+it teaches a small model who it is, to use the calculator, and to spell.
+"""
+
+from functools import partial
+
+from nanochat.common import UserError, get_base_dir
+from tasks.arc import ARC
+from tasks.arithmetic import Arithmetic
+from tasks.common import Task, TaskMixture
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+# How many conversations of each kind the local mixtures have; identity is a count of passes over its file.
+LOCAL_MID = {"arithmetic": 20_000, "spelling": 2_000, "counting": 1_000, "identity": 2}
+LOCAL_SFT = {"arithmetic": 4_000, "spelling": 300, "counting": 300, "identity": 2}
+LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
+LOCAL_TWO_STEPS = 0.1  # share of the sums in training
+
+# Accuracy of guessing, for ChatCORE = mean of (accuracy - baseline) / (1 - baseline).
+BASELINES = {
+    "ARC-Easy": 0.25,
+    "ARC-Challenge": 0.25,
+    "MMLU": 0.25,
+    "GSM8K": 0.0,
+    "HumanEval": 0.0,
+    "SpellingBee": 0.0,
+    "Arithmetic": 0.0,
+}
+
+
+def _check(which):
+    if which not in ("full", "local"):
+        raise UserError(f"expected --tasks full or local, got {which!r}")
+
+
+def _identity():
+    return CustomJSON(get_base_dir() / "identity_conversations.jsonl")
+
+
+def _local(sizes, start=0):
+    """The local mixture; `start` numbers its procedural examples, so that two stages see different ones."""
+    stop = {name: start + size for name, size in sizes.items()}
+    sums = Arithmetic(stop["arithmetic"], "train", two_steps=LOCAL_TWO_STEPS, start=start)
+    spelling = SimpleSpelling(stop["spelling"], "train", words="text", start=start)
+    counting = SpellingBee(stop["counting"], "train", words="text", start=start)
+    return TaskMixture([*[_identity()] * sizes["identity"], sums, spelling, counting])
+
+
+def _local_val():
+    return TaskMixture(
+        [
+            Arithmetic(LOCAL_VAL["arithmetic"], "test"),
+            SimpleSpelling(LOCAL_VAL["spelling"], "test", words="text"),
+            SpellingBee(LOCAL_VAL["counting"], "test", words="text"),
+        ]
+    )
+
+
+def mid_mixture(which: str) -> Task:
+    """Training conversations of midtraining. Raises UserError when their data cannot be had."""
+    _check(which)
+    if which == "local":
+        return _local(LOCAL_MID)
+    identity = _identity()  # first, since it is quick to find missing
+    tasks = [
+        SmolTalk("train"),
+        MMLU("auxiliary_train", "train"),
+        GSM8K("main", "train"),
+        identity,
+        identity,
+        SimpleSpelling(200_000, "train"),
+        SpellingBee(80_000, "train"),
+    ]
+    return TaskMixture(tasks)
+
+
+def mid_val(which: str) -> Task:
+    """Validation conversations of midtraining, in the proportions of the training mixture."""
+    _check(which)
+    if which == "local":
+        return _local_val()
+    return TaskMixture([SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)])
+
+
+def sft_mixture(which: str) -> Task:
+    """Training conversations of supervised finetuning. Raises UserError when their data cannot be had."""
+    _check(which)
+    if which == "local":
+        return _local(LOCAL_SFT, start=max(LOCAL_MID.values()))
+    identity = _identity()
+    tasks = [
+        ARC("ARC-Easy", "train"),
+        ARC("ARC-Challenge", "train"),
+        GSM8K("main", "train"),
+        SmolTalk("train", stop=10_000),
+        identity,
+        SimpleSpelling(300, "train"),
+        SpellingBee(300, "train"),
+    ]
+    return TaskMixture(tasks)
+
+
+def sft_val(which: str) -> Task:
+    """Validation conversations of supervised finetuning."""
+    _check(which)
+    return _local_val() if which == "local" else SmolTalk("test")
+
+
+def eval_tasks(which: str) -> dict:
+    """Name -> constructor of the tasks that chat_eval scores; BASELINES has the accuracy of guessing."""
+    _check(which)
+    if which == "local":
+        return {
+            "Arithmetic": partial(Arithmetic, 256, "test"),
+            "SpellingBee": partial(SpellingBee, 256, "test", words="text"),
+        }
+    return {
+        "ARC-Easy": partial(ARC, "ARC-Easy", "test"),
+        "ARC-Challenge": partial(ARC, "ARC-Challenge", "test"),
+        "MMLU": partial(MMLU, "all", "test"),
+        "GSM8K": partial(GSM8K, "main", "test"),
+        "HumanEval": HumanEval,
+        "SpellingBee": partial(SpellingBee, 256, "test"),
+    }
