@@ -101,7 +101,8 @@ def _command(bwrap: str) -> list[str]:
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
     outer = [bwrap, "--die-with-parent", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     outer += [*_view(), *_bind(bwrap, setpriv)]
-    outer += ["--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", "/tmp"]
+    # Its end could not kill the processes of another user one by one, but ends their process namespace.
+    outer += ["--unshare-pid", "--proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", "/tmp"]
     return [*outer, "--", setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", *inner]
 
 

@@ -9,6 +9,7 @@ Calls and replies are lines of plain Python literals over a socket, so that noth
 """
 
 import ast
+import contextlib
 import json
 import os
 import resource
@@ -94,6 +95,7 @@ def main():
     job = json.loads(sys.stdin.buffer.read())
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
+    own_pid = os.getpid()
     outcome = {"token": job["token"], "error": None, "memory": False}
     try:
         run(job)
@@ -104,8 +106,10 @@ def main():
     except BaseException as error:  # the code is free to raise anything
         outcome["error"] = describe(error)
         if job["role"] == "program":
-            traceback.print_exc(limit=-3)
-    os.write(job["status"], json.dumps(outcome).encode())
+            with contextlib.suppress(OSError, ValueError):  # it may have closed its stderr
+                traceback.print_exc(limit=-3)
+    if os.getpid() == own_pid:  # not a child that the code forked and that came to the end as well
+        os.write(job["status"], json.dumps(outcome).encode())
     os._exit(0)  # no exit handler of the code runs after the report
 
 

@@ -26,11 +26,12 @@ def word_list(source: str) -> list[str]:
         raise ValueError(f"expected words 'large' or 'text', got {source!r}")
     if source == "large":
         path = get_base_dir() / "words_alpha.txt"
-        failed = {path: "HF_HUB_OFFLINE is set"} if constants.HF_HUB_OFFLINE and not path.exists() else {}
-        failed = failed or download({path: LARGE_LIST})
-        if not failed:
+        reason = None
+        if not path.exists():
+            reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else download({path: LARGE_LIST}).get(path)
+        if reason is None:
             return [word for word in path.read_text(encoding="utf-8").split() if re.fullmatch("[a-z]+", word)]
-        print0(f"spelling tasks use words of the training text: the large word list is not here ({failed[path]})")
+        print0(f"spelling tasks use words of the training text: the large word list is not here ({reason})")
     path = get_base_dir() / "words_from_text.txt"
     if not path.exists():
         words = words_of_text(iter_documents("train"))

@@ -1,14 +1,15 @@
 """The calculator against Python's own evaluation, and against what must be refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nanochat.calculator import MAX_MAGNITUDE, calculate
+from nanochat.calculator import MAX_CHARS, calculate
 
+# Six such numbers in any sum stay below the limit on magnitude, so that nothing may be refused.
 NUMBERS = st.one_of(
-    st.integers(0, 10_000).map(str),
-    st.tuples(st.integers(0, 999), st.integers(0, 99)).map(lambda pair: f"{pair[0]}.{pair[1]}"),
+    st.integers(0, 99).map(str),
+    st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda pair: f"{pair[0]}.{pair[1]:02}"),
 )
 
 
@@ -17,19 +18,14 @@ def combine(inner):
     return st.one_of(pair, inner.map("({})".format), inner.map("-{}".format), inner.map("+{}".format))
 
 
-@given(st.recursive(NUMBERS, combine, max_leaves=8))
+@given(st.recursive(NUMBERS, combine, max_leaves=6))
 def test_equals_python_on_sums(expression):
+    assume(len(expression) <= MAX_CHARS)
     try:
-        expected = eval(expression)  # of our own making
-        known = abs(expected) <= MAX_MAGNITUDE / 10**6  # so that no step on the way was refused
+        expected = repr(eval(expression))  # of our own making
     except ZeroDivisionError:
-        expected, known = None, True
-    got = calculate(expression)
-    if known and got is not None:
-        assert got == repr(expected)
-    elif known and expected is not None:
-        steps_can_be_large = expression.count("*") + expression.count("/") + expression.count("%") >= 2
-        assert steps_can_be_large, expression
+        expected = None
+    assert calculate(expression) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,8 +55,38 @@ def test_understands(expression, result):
 @pytest.mark.parametrize(
     "expression",
     [
-        *["", " ", "1+", "+", "1/0", "1//0", "1%0", "0.0/0", "()", "1 2", "(1,2)", "1,23", "12,34 + 1", "2**3", "9**9**9"],
-        *["1_000", "0x10", "1e3", "1j", "1if 1else 2", "x", "None", "True", "a+b", "lambda: 1", "012", "1(2)", "1..real"],
+        *[
+            "",
+            " ",
+            "1+",
+            "+",
+            "1/0",
+            "1//0",
+            "1%0",
+            "0.0/0",
+            "()",
+            "1 2",
+            "(1,2)",
+            "1,23",
+            "12,34 + 1",
+            "2**3",
+            "9**9**9",
+        ],
+        *[
+            "1_000",
+            "0x10",
+            "1e3",
+            "1j",
+            "1if 1else 2",
+            "x",
+            "None",
+            "True",
+            "a+b",
+            "lambda: 1",
+            "012",
+            "1(2)",
+            "1..real",
+        ],
         *["__import__('os').system('true')", "'a'*1000", "'a'.count", "'a'.count()", "'a'.count('a', 0)"],
         *["'a'.upper()", "'a'.count('a').count('b')", "f'{1}'.count('1')", "'\\x61'.count('a')", "'a\n'.count('a')"],
         *["b'a'.count(b'a')", "'a' 'b'.count('a')", "('a').count('a')", "\ud800", "١+١", "²", "1\n+1", "1\0", "1#2"],
