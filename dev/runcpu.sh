@@ -10,7 +10,7 @@ recipe_setup cpu
 report_reset
 stage python -m nanochat.dataset --source stdlib
 tokenizer_stage 4096 --max_chars=50000000
-module scripts.base_train --depth=4 --max_seq_len=256 --device_batch_size=8 --total_batch_size=4096 \
+module scripts.base_train --depth=4 --max_seq_len=256 --device_batch_size=16 --total_batch_size=4096 --streams=16 \
     --num_iterations=900 --eval_every=150 --eval_tokens=131072 --core_metric_every=-1 --sample_every=450 \
     --save_every=50 --run="$WANDB_RUN" ${EXTRA[@]+"${EXTRA[@]}"}
 TAG="$(base_tag 4)"

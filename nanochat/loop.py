@@ -37,38 +37,43 @@ class MicroBatches:
     """
     The micro-batches of training, so that the same tokens make up a step however many processes share it.
 
-    Micro-batch i of rank r always comes from stream i·world_size + r of accumulation·world_size streams. With
-    too few row groups for that many streams (a small local corpus), each rank has a single one.
+    Micro-batch i of rank r is put together from `streams` streams of B / streams rows each, numbered from
+    (i·world_size + r)·streams on, of accumulation·world_size·streams in all. A single stream makes a batch of
+    one stretch of text; more of them mix documents, which matters when a batch is short. With too few row
+    groups for that many (a small corpus), micro-batches take turns on the same streams.
     """
 
-    def __init__(self, tokenizer, B, T, device, accumulation, state=None):
+    def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None):
         _, rank, _, world_size = get_dist_info()
-        streams = accumulation * world_size
-        if streams > len(list_row_groups("train")):
-            accumulation, streams = 1, world_size
-        states = state or [None] * accumulation
-        if len(states) != accumulation:
+        if streams < 1 or B % streams:
+            raise UserError(f"streams must divide the device_batch_size of {B}, got {streams}")
+        turns = accumulation if accumulation * world_size * streams <= len(list_row_groups("train")) else 1
+        states = iter(state or [None] * (turns * streams))
+        if state and len(state) != turns * streams:
             raise UserError(
-                f"the checkpoint has {len(states)} data streams, this run {accumulation}: use its batch sizes"
+                f"the checkpoint has {len(state)} data streams, this run {turns * streams}: use its batch sizes"
             )
-        self.loaders = [
-            TokenLoader(tokenizer, B, T, "train", device, states[i], rank=i * world_size + rank, world_size=streams)
-            for i in range(accumulation)
-        ]
+
+        def loader(i, s):
+            share = {"rank": (i * world_size + rank) * streams + s, "world_size": turns * world_size * streams}
+            return TokenLoader(tokenizer, B // streams, T, "train", device, next(states), **share)
+
+        self.loaders = [[loader(i, s) for s in range(streams)] for i in range(turns)]
         self.turn = 0
 
     def __next__(self):
-        batch = next(self.loaders[self.turn])
+        parts = [next(loader) for loader in self.loaders[self.turn]]
         self.turn = (self.turn + 1) % len(self.loaders)
-        return batch
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def state_dict(self):
         """To be called between steps."""
-        return [loader.state_dict() for loader in self.loaders]
+        return [loader.state_dict() for loaders in self.loaders for loader in loaders]
 
     def close(self):
-        for loader in self.loaders:
-            loader.close()
+        for loaders in self.loaders:
+            for loader in loaders:
+                loader.close()
 
 
 def lr_multiplier(step, num_iterations, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) -> float:

@@ -87,6 +87,8 @@ class Config:
     """Muon, block matrices"""
     weight_decay: float = 0.0
     """AdamW"""
+    streams: int = 1
+    """streams of text that a micro-batch is put together from; more mix more documents into short batches"""
     grad_clip: float = 1.0
     """largest global gradient norm; 0 for no clipping"""
     warmup_ratio: float = 0.0
@@ -203,7 +205,7 @@ def main(config: Config):
         print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
     # Data
-    batches = MicroBatches(tokenizer, B, T, device, accumulation, state["loader"])
+    batches = MicroBatches(tokenizer, B, T, device, accumulation, config.streams, state["loader"])
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
     peak = peak_flops(device)
 

@@ -11,6 +11,7 @@ from test_gpt import make_model
 from nanochat import loop
 from nanochat.common import UserError, get_base_dir, peak_flops
 from nanochat.configurator import parse, short
+from nanochat.dataset import make_local
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
@@ -226,3 +227,58 @@ def test_tool_calls(model, tokenizer):
     assert masks[0] == [0, *[1] * len(call), *[0] * len(answer), *[1] * len(encode("ok"))]
     assert ids[1] == [5, *refused[:-1]]
     assert masks[1] == [0] + [1] * (len(refused) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+@pytest.fixture
+def corpus(base_dir, tmp_path, tokenizer):
+    """30 documents of different lengths in 8 or more row groups, with the tokenizer that reads them."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(60):
+        (text / f"{i}.txt").write_text(f"document {i} " * (5 + i % 7))
+    make_local(str(text), -1, base_dir / "base_data")
+    return tokenizer
+
+
+def take(corpus, monkeypatch, count, world_size=1, rank=0, **options):
+    """The rows of the first `count` micro-batches of a rank, and the state after them."""
+    monkeypatch.setattr(loop, "get_dist_info", lambda: (world_size > 1, rank, rank, world_size))
+    batches = loop.MicroBatches(corpus, 2, 8, "cpu", **options)
+    try:
+        rows = [next(batches) for _ in range(count)]
+        return rows, batches.state_dict()
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_any_number_of_processes_gets_the_same_tokens(corpus, monkeypatch, streams):
+    alone, _ = take(corpus, monkeypatch, 6, accumulation=2, streams=streams)  # three steps of two
+    shared = [take(corpus, monkeypatch, 3, 2, rank, accumulation=1, streams=streams)[0] for rank in (0, 1)]
+    for step in range(3):
+        for rank in (0, 1):
+            for mine, theirs in zip(shared[rank][step], alone[2 * step + rank], strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def test_micro_batches_go_on_from_their_state(corpus, monkeypatch):
+    whole, _ = take(corpus, monkeypatch, 8, accumulation=2, streams=2)
+    _, state = take(corpus, monkeypatch, 4, accumulation=2, streams=2)
+    rest, _ = take(corpus, monkeypatch, 4, accumulation=2, streams=2, state=state)
+    for (x, y), (x2, y2) in zip(whole[4:], rest, strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+    with pytest.raises(UserError, match="the checkpoint has 4 data streams, this run 2"):
+        take(corpus, monkeypatch, 1, accumulation=2, streams=1, state=state)
+    with pytest.raises(UserError, match="streams must divide the device_batch_size of 2, got 3"):
+        take(corpus, monkeypatch, 1, accumulation=1, streams=3)
+
+
+def test_too_few_row_groups_for_the_streams(corpus, monkeypatch):
+    rows, state = take(corpus, monkeypatch, 4, accumulation=1000, streams=2)
+    assert len(state) == 2
+    assert not torch.equal(rows[0][0], rows[1][0])  # the one set of streams goes on
