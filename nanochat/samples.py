@@ -25,11 +25,12 @@ def prompts() -> list[str]:
 
 
 def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2) -> list[str]:
-    """Greedy continuations of the prompts, then a few texts sampled from nothing at temperature 1."""
+    """Continuations of the prompts at temperature 0.7, then a few texts sampled from nothing at temperature 1."""
     bos = tokenizer.get_bos_token_id()
     texts = []
     for prompt in prompts():
-        ids, _ = engine.generate_batch(tokenizer.encode(prompt, prepend=bos), max_tokens=max_tokens, temperature=0)
+        prompt_ids = tokenizer.encode(prompt, prepend=bos)
+        ids, _ = engine.generate_batch(prompt_ids, max_tokens=max_tokens, temperature=0.7, top_k=50)
         texts.append(tokenizer.decode(ids[0][1:]))
     ids, _ = engine.generate_batch([bos], num_samples=unconditioned, max_tokens=2 * max_tokens, temperature=1.0)
     return texts + [tokenizer.decode(row[1:]) for row in ids]
