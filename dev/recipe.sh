@@ -7,6 +7,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || sysctl -n hw.n
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 DRY_RUN=0
+WANDB_CHOSEN=""
 EXTRA=()          # options for base_train, passed through as they came
 NPROC="${NPROC:-1}"
 USAGE_EXTRA="${USAGE_EXTRA:-}"
@@ -51,7 +52,7 @@ recipe_options() {
                 shift
             fi
             case "$name" in
-            --wandb) export WANDB_RUN="$value" ;;
+            --wandb) WANDB_CHOSEN="$value" ;;
             --nproc) NPROC="$value" ;;
             --gpu) recipe_option "$name" "$value" || die "$0 takes no $name; see --help" ;;
             esac
@@ -116,7 +117,16 @@ ensure_uv() {
     command -v uv >/dev/null || die "uv was installed but is not on the PATH: add ~/.local/bin to it"
 }
 
-# setup cpu|gpu: the environment, activated; .mc_env when present.
+# activate_environment cpu|gpu: install what is missing, enter the virtual environment.
+activate_environment() {
+    ensure_uv
+    ensure_rust
+    [ -d .venv ] || uv venv --quiet
+    uv sync --quiet --extra "$1"
+    . .venv/bin/activate
+}
+
+# recipe_setup cpu|gpu: the environment, activated; .mc_env when present.
 recipe_setup() {
     if [ -f .mc_env ]; then
         echo "using the settings in .mc_env"
@@ -125,18 +135,14 @@ recipe_setup() {
         set +a
     fi
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-    WANDB_RUN="${WANDB_RUN:-dummy}"
+    WANDB_RUN="${WANDB_CHOSEN:-${WANDB_RUN:-dummy}}" # the command line wins over .mc_env
     if [ "$DRY_RUN" = 1 ]; then
         echo "dry run: the commands, none of them run"
         echo "+ uv sync --extra $1"
         return
     fi
     mkdir -p "$NANOCHAT_BASE_DIR"
-    ensure_uv
-    ensure_rust
-    [ -d .venv ] || uv venv --quiet
-    uv sync --quiet --extra "$1"
-    . .venv/bin/activate
+    activate_environment "$1"
 }
 
 # base_tag DEFAULT_DEPTH: the folder of the base model, given the options for base_train.

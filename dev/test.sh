@@ -3,15 +3,11 @@
 #   bash dev/test.sh [pytest arguments]
 DESCRIPTION="Install what is missing, then run ruff and the test suite."
 . "$(dirname "$0")/recipe.sh"
-ensure_uv
-ensure_rust
 # The sandbox of tests/test_execution.py
 if ! command -v bwrap >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     apt-get update -qq && apt-get install -y -qq bubblewrap
 fi
-[ -d .venv ] || uv venv --quiet
-uv sync --quiet --extra cpu
-. .venv/bin/activate
+activate_environment cpu
 ruff check .
 ruff format --check .
 python -m pytest "$@"

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +273,3 @@ def load_model(source, device, phase="eval", model_tag=None, step=None):
         )
     model.train(phase == "train")
     return model, tokenizer, {**meta_data, "model_tag": folder.name, "step": step}
-
-
-def model_config_dict(model: GPT) -> dict:
-    return asdict(model.config)

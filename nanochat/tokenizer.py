@@ -325,6 +325,7 @@ class HuggingFaceTokenizer(ChatTokenizer):
 
     def __init__(self, tokenizer: HFTokenizer):
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # in a text, the names of special tokens are text
 
     @classmethod
     def from_pretrained(cls, name):
@@ -379,16 +380,10 @@ class HuggingFaceTokenizer(ChatTokenizer):
         return self.encode_special("<|endoftext|>") if bos is None else bos
 
     def _encode(self, text):
-        # Special tokens in the text would be taken for themselves, so they are encoded as plain text
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode_batch(self, texts, num_threads):
-        return [encoding.ids for encoding in self._plain.encode_batch(texts, add_special_tokens=False)]
-
-    @property
-    def _plain(self):
-        self.tokenizer.encode_special_tokens = True
-        return self.tokenizer
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.uint32) for ids in self._encode_batch(texts, num_threads)]

@@ -237,6 +237,15 @@ def main(config: Config):
             batches.state_dict(),
         )
 
+    def totals():
+        """What runs are compared by, at the current step."""
+        return {
+            "step": step,
+            "total_training_flops": step * config.total_batch_size * flops_per_token,
+            "total_training_time": total_time,
+            "total_training_tokens": step * config.total_batch_size,
+        }
+
     # Loop
     step = resumed_at or 0
     val_bpb, min_val_bpb = meta.get("val_bpb"), meta.get("min_val_bpb", math.inf)
@@ -253,24 +262,18 @@ def main(config: Config):
         def due(every, last=last, fresh=fresh, step=step):
             return every > 0 and fresh and (last or step % every == 0)
 
-        counts = {
-            "step": step,
-            "total_training_flops": step * config.total_batch_size * flops_per_token,
-            "total_training_time": total_time,
-            "total_training_tokens": step * config.total_batch_size,
-        }
         if due(config.eval_every):
             val_bpb = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
             progress.say(f"step {step:,} | validation bpb {val_bpb:.4f}")
-            log.log(**counts, **{"val/bpb": val_bpb})
+            log.log(**totals(), **{"val/bpb": val_bpb})
         if due(core_every) and step > 0:
             with autocast(device, dtype), torch.no_grad():
                 model.eval()
                 core_results = evaluate_core(model, tokenizer, device, config.core_metric_max_per_task)
                 model.train()
             progress.say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
-            log.log(**counts, core_metric=core_results["core_metric"])
+            log.log(**totals(), core_metric=core_results["core_metric"])
         if due(config.sample_every) and step > 0 and rank == 0:
             with autocast(device, dtype):
                 model.eval()
@@ -327,10 +330,7 @@ def main(config: Config):
             figures.append(f"MFU {100 * mfu:.1f}%")
         progress.update(step, " | ".join(figures))
         log.log(
-            step=step,
-            total_training_flops=step * config.total_batch_size * flops_per_token,
-            total_training_time=total_time,
-            total_training_tokens=step * config.total_batch_size,
+            **totals(),
             **{
                 "train/loss": train_loss,
                 "train/lrm": lrm,
