@@ -162,6 +162,21 @@ def _verify(folder, step, names):
             )
 
 
+def load_meta(folder, step) -> dict:
+    """The meta data of a complete step."""
+    if not is_complete(folder, step):
+        raise UserError(f"there is no complete checkpoint of step {step} in {folder}: choose another --step")
+    return json.loads(_file(folder, "meta", step).read_text("utf-8"))
+
+
+def weights_checksum(folder, step) -> str:
+    """SHA-256 of a step's model file: what its weights are known by."""
+    manifest = _file(folder, "manifest", step)
+    if manifest.exists():
+        return json.loads(manifest.read_text("utf-8"))[_file(folder, "model", step).name]["sha256"]
+    return _sha256(_file(folder, "model", step))
+
+
 def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
     """
     (model_data, optimizer_data, meta_data, state) of a step; the second and fourth None unless asked for.
@@ -171,9 +186,7 @@ def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
     """
     folder = Path(folder)
     _, rank, _, world_size = get_dist_info()
-    if not is_complete(folder, step):
-        raise UserError(f"there is no complete checkpoint of step {step} in {folder}: choose another --step")
-    meta_data = json.loads(_file(folder, "meta", step).read_text("utf-8"))
+    meta_data = load_meta(folder, step)
     paths = [_file(folder, "model", step)]
     if load_optimizer:
         if meta_data.get("world_size", world_size) != world_size:

@@ -1,4 +1,4 @@
-"""The parts that every training loop shares: batch arithmetic, schedules, resuming, logs, the progress line."""
+"""The parts that every training loop shares: batch arithmetic, schedules, logs, the progress line."""
 
 import json
 import math
@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat import checkpoint_manager
-from nanochat.common import UserError, get_base_dir, get_dist_info, print0
+from nanochat.common import UserError, get_base_dir, get_dist_info
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
 
@@ -102,44 +101,6 @@ def maybe_compile(model, mode: str, device):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Resuming
-
-
-def resume_step(folder, resume: bool, settings: dict, num_iterations: int) -> int | None:
-    """
-    The step to go on from, or None to start at the beginning.
-
-    settings: the options that decide what is trained. A checkpoint made with others is a UserError, unless
-    resume is False; then it is moved aside, not overwritten.
-    """
-    _, rank, _, _ = get_dist_info()
-    step = checkpoint_manager.find_last_step(folder)
-    if step is None:
-        return None
-    if not resume:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # all ranks must have looked before the first one moves it
-        if rank == 0:
-            print0(f"starting anew; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
-        return None
-    _, _, meta, _ = checkpoint_manager.load_checkpoint(folder, step)
-    then = meta.get("user_config", {})
-    differ = [key for key, value in settings.items() if key not in then or then[key] != value]
-    if differ:
-        pairs = ", ".join(f"{key}={then.get(key)!r} (now {settings[key]!r})" for key in differ)
-        raise UserError(
-            f"{folder} holds a checkpoint made with {pairs}. Run with the same options to go on from it, choose "
-            "another --model_tag, or start anew with --resume=0 (the old one is then moved aside)"
-        )
-    if step > num_iterations:
-        raise UserError(
-            f"{folder} is at step {step}, beyond the {num_iterations} asked for: start anew with --resume=0"
-        )
-    print0(f"resuming from step {step} in {folder}")
-    return step
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Logs and progress
 
 
@@ -200,21 +161,23 @@ class ProgressLine:
         if self.shown and console.is_terminal:
             columns = TextColumn(stage), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
             self.bar = Progress(*columns, console=console)
-            self.task = self.bar.add_task(stage, total=total, completed=start, text="")
+            self.task = self.bar.add_task(stage, total=1.0, completed=start / total if total else 0.0, text="")
             self.bar.start()
 
-    def update(self, step, figures: str):
-        """step: how many are done."""
+    def update(self, step, figures: str, done: float | None = None):
+        """step: how many are done. done: the part of the run that is, for a run whose steps are not known."""
         if not self.shown:
             return
+        done = step / self.total if done is None else done
         if self.began is None:  # the first step also compiles and warms up, so the clock starts after it
-            self.began, self.start = time.time(), step
-        done = step - self.start
-        left = clock((time.time() - self.began) / done * (self.total - step)) if done else "?"
-        text = f"step {step:,}/{self.total:,} | {figures} | {left} left"
+            self.began, self.start = time.time(), done
+        first = done <= self.start
+        left = "?" if first else clock((time.time() - self.began) / (done - self.start) * (1 - done))
+        count = f"step {step:,}" + (f"/{self.total:,}" if self.total else f" ({100 * done:.0f}%)")
+        text = f"{count} | {figures} | {left} left"
         if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif time.time() - self.last_print >= self.every or step == self.total or done == 0:
+            self.bar.update(self.task, completed=done, text=text)
+        elif time.time() - self.last_print >= self.every or done >= 1 or first:
             print(text, flush=True)
             self.last_print = time.time()
 

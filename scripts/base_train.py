@@ -10,22 +10,11 @@ The same command goes on where an interrupted run's newest checkpoint left off.
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass
 
 import torch
 
-from nanochat import checkpoint_manager
-from nanochat.common import (
-    UserError,
-    autocast,
-    compute_cleanup,
-    compute_init,
-    peak_flops,
-    print0,
-    print_banner,
-    resolve_dtype,
-)
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
 from nanochat.configurator import run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle
 from nanochat.core_eval import evaluate_core
@@ -33,22 +22,12 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loop import (
-    MicroBatches,
-    ProgressLine,
-    RunLog,
-    accumulation_steps,
-    clock,
-    lr_multiplier,
-    maybe_compile,
-    muon_momentum,
-    resume_step,
-)
+from nanochat.loop import MicroBatches, accumulation_steps, lr_multiplier, muon_momentum
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.samples import sample_texts
-from nanochat.sharding import clip_gradients
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.training import Training, decisive
 
 
 @dataclass
@@ -117,13 +96,6 @@ class Config:
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
 
 
-# Options that say how to watch a run; all others decide what comes out of it
-WATCHING = {
-    *("run", "resume", "save_every", "eval_every", "eval_tokens", "sample_every"),
-    *("core_metric_every", "core_metric_max_per_task", "model_tag", "device_type", "compile"),
-}
-
-
 def horizon(config, flops_per_token, num_params) -> int:
     """Steps to take, from the first of num_iterations, target_flops and target_param_data_ratio that is set."""
     if config.num_iterations > 0:
@@ -142,7 +114,7 @@ def horizon(config, flops_per_token, num_params) -> int:
 
 
 def main(config: Config):
-    is_dist, rank, _, world_size, device = compute_init(config.device_type)
+    _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
@@ -160,42 +132,25 @@ def main(config: Config):
     model_config = GPTConfig.from_depth(config.depth, T, tokenizer.get_vocab_size())
     with torch.device("meta"):
         model = GPT(model_config)
-    num_params, flops_per_token = model.num_params(), model.flops_per_token()
-    num_iterations = horizon(config, flops_per_token, num_params)
-    tag = config.model_tag or f"d{config.depth}"
-    folder = checkpoint_manager.checkpoint_root("base") / tag
-    settings = {key: value for key, value in asdict(config).items() if key not in WATCHING}
-    resumed_at = resume_step(folder, config.resume, settings, num_iterations)
-    if resumed_at == num_iterations:
-        print0(f"{folder} is already trained to step {num_iterations}: nothing to do (--resume=0 trains anew)")
-        compute_cleanup()
-        return
-    meta, state = {}, {"loader": None}
-    if resumed_at is None:
+    num_iterations = horizon(config, model.flops_per_token(), model.num_params())
+
+    def fresh_model():
         model.to_empty(device=device)
         model.init_weights()
-    else:
-        loaded = checkpoint_manager.load_checkpoint(folder, resumed_at, device, load_optimizer=True)
-        model_data, optimizer_data, meta, state = loaded
-        model = checkpoint_manager.build_model(model_data, meta["model_config"], device)
-    model.train()
-    compiled = maybe_compile(model, config.compile, device)
-    optimizers = model.setup_optimizers(
-        config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
-    )
-    if resumed_at is not None:
-        for optimizer, data in zip(optimizers, optimizer_data, strict=True):
-            optimizer.load_state_dict(data)
-        del model_data, optimizer_data
-    muon = optimizers[1]
+        return model
 
-    tokens_total = num_iterations * config.total_batch_size
+    tag = config.model_tag or f"d{config.depth}"
+    training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations)
+    if training.finished:
+        compute_cleanup()
+        return
+    model, compiled = training.model, training.compiled
+
     facts = {
-        "Number of parameters": num_params,
-        "FLOPs per token": f"{flops_per_token:.3e}",
+        "Number of parameters": model.num_params(),
+        "FLOPs per token": f"{model.flops_per_token():.3e}",
         "Iterations": num_iterations,
-        "Training tokens": tokens_total,
-        "Tokens per parameter": tokens_total / num_params,
+        "Tokens per parameter": num_iterations * config.total_batch_size / model.num_params(),
         "Processes": world_size,
         "Micro-batches a step": accumulation,
         "Precision": str(dtype).removeprefix("torch."),
@@ -205,9 +160,8 @@ def main(config: Config):
         print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
     # Data
-    batches = MicroBatches(tokenizer, B, T, device, accumulation, config.streams, state["loader"])
+    batches = MicroBatches(tokenizer, B, T, device, accumulation, config.streams, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
-    peak = peak_flops(device)
 
     def validate():
         compiled.eval()
@@ -216,145 +170,58 @@ def main(config: Config):
         compiled.train()
         return bpb
 
-    def save(step):
-        checkpoint_manager.save_checkpoint(
-            folder,
-            step,
-            model.state_dict(),
-            [optimizer.state_dict() for optimizer in optimizers],
-            {
-                "step": step,
-                "val_bpb": val_bpb,
-                "min_val_bpb": min_val_bpb,
-                "smooth_loss": smooth_loss,
-                "total_training_time": total_time,
-                "wandb_id": log.wandb_id,
-                "model_config": asdict(model_config),
-                "user_config": asdict(config),
-                "device_batch_size": B,
-                "max_seq_len": T,
-            },
-            batches.state_dict(),
-        )
-
-    def totals():
-        """What runs are compared by, at the current step."""
-        return {
-            "step": step,
-            "total_training_flops": step * config.total_batch_size * flops_per_token,
-            "total_training_time": total_time,
-            "total_training_tokens": step * config.total_batch_size,
-        }
-
     # Loop
-    step = resumed_at or 0
-    val_bpb, min_val_bpb = meta.get("val_bpb"), meta.get("min_val_bpb", math.inf)
-    smooth_loss, total_time = meta.get("smooth_loss", 0.0), meta.get("total_training_time", 0.0)
+    val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
     core_results = {}
-    log = RunLog(f"base_{tag}", config.run, asdict(config), resumed_at is not None, meta.get("wandb_id"))
-    progress = ProgressLine("base", num_iterations, step)
-    if resumed_at is not None:
-        checkpoint_manager.set_rng_state(state["rng"])
+    say, log = training.progress.say, training.log.log
     while True:
+        step = training.step
         last = step == num_iterations
-        fresh = step != resumed_at  # what follows was done before this checkpoint was written
-
-        def due(every, last=last, fresh=fresh, step=step):
-            return every > 0 and fresh and (last or step % every == 0)
-
-        if due(config.eval_every):
+        if training.due(config.eval_every, last):
             val_bpb = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
-            progress.say(f"step {step:,} | validation bpb {val_bpb:.4f}")
-            log.log(**totals(), **{"val/bpb": val_bpb})
-        if due(core_every) and step > 0:
+            say(f"step {step:,} | validation bpb {val_bpb:.4f}")
+            log(**training.totals(), **{"val/bpb": val_bpb})
+        if step > 0 and training.due(core_every, last):
             with autocast(device, dtype), torch.no_grad():
                 model.eval()
                 core_results = evaluate_core(model, tokenizer, device, config.core_metric_max_per_task)
                 model.train()
-            progress.say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
-            log.log(**totals(), core_metric=core_results["core_metric"])
-        if due(config.sample_every) and step > 0 and rank == 0:
+            say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
+            log(**training.totals(), core_metric=core_results["core_metric"])
+        if step > 0 and rank == 0 and training.due(config.sample_every, last):
             with autocast(device, dtype):
                 model.eval()
                 for text in sample_texts(Engine(model, tokenizer), tokenizer):
-                    progress.say(f"  {text!r}")
+                    say(f"  {text!r}")
                 model.train()
-        if last or (config.save_every > 0 and fresh and step > 0 and step % config.save_every == 0):
-            save(step)
+        if last or (step > 0 and training.due(config.save_every, last)):
+            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb)
         if last:
             break
 
-        started = time.time()
-        train_loss = torch.zeros((), device=device)
+        training.begin_step()
+        loss = torch.zeros((), device=device)
         for _ in range(accumulation):
             x, y = next(batches)
             with autocast(device, dtype):
-                loss = compiled(x, y)
-            train_loss += loss.detach() / accumulation
-            (loss / accumulation).backward()
-        norm = clip_gradients(optimizers, config.grad_clip) if config.grad_clip > 0 else None
+                part = compiled(x, y) / accumulation
+            part.backward()
+            loss += part.detach()
         lrm = lr_multiplier(step, num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lrm
-        for group in muon.param_groups:
-            group["momentum"] = muon_momentum(step)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        if is_dist:
-            torch.distributed.all_reduce(train_loss)
-            train_loss /= world_size
-        train_loss = train_loss.item()  # waits for the device
-        seconds = time.time() - started
-        if not math.isfinite(train_loss):
-            raise UserError(
-                f"the loss became {train_loss} at step {step}: lower the learning rates, or try --dtype=fp32; "
-                f"checkpoints up to there are in {folder}"
-            )
+        norm = training.optimize(lrm, muon_momentum(step), config.grad_clip)
+        loss = training.end_step(loss, config.total_batch_size)
+        training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -")
+        norm = None if norm is None else norm.item()
+        metrics = {"train/loss": loss, "train/lrm": lrm, "train/grad_norm": norm, **training.speed()}
+        log(**training.totals(), **metrics)
 
-        step += 1
-        smooth_loss = 0.9 * smooth_loss + 0.1 * train_loss
-        shown_loss = smooth_loss / (1 - 0.9**step)
-        if step > 10:
-            total_time += seconds  # the first steps compile and warm up
-        tok_per_sec = config.total_batch_size / seconds
-        mfu = flops_per_token * tok_per_sec / (peak * world_size) if peak else None
-        figures = [
-            f"loss {shown_loss:.4f}",
-            f"bpb {val_bpb:.4f}" if val_bpb else "bpb -",
-            f"{tok_per_sec:,.0f} tok/s",
-        ]
-        if mfu is not None:
-            figures.append(f"MFU {100 * mfu:.1f}%")
-        progress.update(step, " | ".join(figures))
-        log.log(
-            **totals(),
-            **{
-                "train/loss": train_loss,
-                "train/lrm": lrm,
-                "train/grad_norm": None if norm is None else norm.item(),
-                "train/dt": seconds,
-                "train/tok_per_sec": tok_per_sec,
-                "train/mfu": mfu,
-            },
-        )
-
-    progress.close()
     batches.close()
-    log.finish()
-    peak_memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    print0(f"trained {num_iterations:,} steps in {clock(total_time)}; checkpoint in {folder}")
     results = {
         "Validation bpb": val_bpb,
         "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
-        "Final training loss": shown_loss,
         "CORE metric estimate": core_results.get("core_metric"),
-        "MFU %": None if mfu is None else 100 * mfu,
-        "Total training FLOPs": f"{num_iterations * config.total_batch_size * flops_per_token:.3e}",
-        "Total training time": clock(total_time),
-        "Peak memory (MiB)": peak_memory,
+        **training.close(),
     }
     get_report().log(section="Base model training", data=[asdict(config), facts, results])
     compute_cleanup()

@@ -10,7 +10,7 @@ from functools import partial
 from nanochat.common import UserError, get_base_dir
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, TaskMixture
+from tasks.common import NumberTask, Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -22,6 +22,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 LOCAL_MID = {"arithmetic": 20_000, "spelling": 2_000, "counting": 1_000, "identity": 2}
 LOCAL_SFT = {"arithmetic": 4_000, "spelling": 300, "counting": 300, "identity": 2}
 LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
+LOCAL_RL = 2_000
 LOCAL_TWO_STEPS = 0.1  # share of the sums in training
 
 # Accuracy of guessing, for ChatCORE = mean of (accuracy - baseline) / (1 - baseline).
@@ -112,6 +113,15 @@ def sft_val(which: str) -> Task:
     """Validation conversations of supervised finetuning."""
     _check(which)
     return _local_val() if which == "local" else SmolTalk("test")
+
+
+def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
+    """(problems to train on, problems to evaluate on) of reinforcement learning."""
+    _check(which)
+    if which == "local":
+        sums = {"stories": 0.5, "two_steps": 0.3}  # harder than those before: there must be something to gain
+        return Arithmetic(LOCAL_RL, "train", **sums), Arithmetic(LOCAL_RL, "test", **sums)
+    return GSM8K("main", "train"), GSM8K("main", "test")
 
 
 def eval_tasks(which: str) -> dict:

@@ -1,0 +1,285 @@
+"""
+Workers: a thread a device, each with its own model, and one bounded queue in front of them all.
+
+A Job is made on the event loop and answered by a worker thread, which hands what it makes back to the loop.
+Nothing that a client does holds a worker: events wait in the job's own queue, which max_tokens bounds, and a job
+that was cancelled ends at the next token.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from nanochat.common import autocast
+from nanochat.streaming import stream_parts
+
+logger = logging.getLogger(__name__)
+MAX_RETRY_AFTER = 60  # seconds
+
+
+class Unavailable(Exception):
+    """No worker can take this job now; try again after `retry_after` seconds."""
+
+    def __init__(self, message, retry_after):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of the answer. kind: "text", "python" or "python_output"."""
+
+    kind: str
+    text: str
+    worker: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The answer is complete. reason: "stop" or "length"."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no more of the answer."""
+
+    message: str
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to be made. Created on the event loop that reads `events`: Pieces, then one Done or Failed."""
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+    stop: list[str] = field(default_factory=list)
+    tokens: int = 0  # generated so far, a tool's answers and the end token included
+    cancelled: bool = False
+
+    def __post_init__(self):
+        self.events = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def emit(self, event):
+        """From any thread."""
+        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+def cut_at(pieces, stop, on_cut):
+    """The pieces up to the first stop string in their text, held back while one may be beginning."""
+    held = ""
+    for kind, text in pieces:
+        if kind != "text":
+            yield kind, text
+            continue
+        held += text
+        found = [place for place in map(held.find, stop) if place >= 0]
+        if found:
+            held = held[: min(found)]
+            on_cut()
+            break
+        begun = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > begun:
+            yield "text", held[: len(held) - begun]
+            held = held[len(held) - begun :]
+    if held:
+        yield "text", held
+
+
+class Worker:
+    """One engine and the numbers that /stats shows of it."""
+
+    def __init__(self, number, engine, dtype):
+        self.number, self.engine, self.dtype = number, engine, dtype
+        self.device = engine.model.get_device()
+        self.job = None
+        self.served = self.failed = 0
+
+    def answer(self, job):
+        """Generate, handing pieces to the job; returns the finish reason, or None if the job was cancelled."""
+        tokenizer, reason = self.engine.tokenizer, "length"
+        ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+
+        def stopped():
+            nonlocal reason
+            reason = "stop"
+
+        def watched(columns):
+            for column, mask in columns:
+                if job.cancelled:
+                    return
+                job.tokens += 1
+                if column[0] in ends:
+                    stopped()
+                yield column, mask
+
+        columns = self.engine.generate(
+            job.prompt, max_tokens=job.max_tokens, temperature=job.temperature, top_k=job.top_k, seed=job.seed
+        )
+        # Closed here and now: a generator that is merely dropped keeps its cache until it is collected
+        with autocast(self.device, self.dtype), contextlib.closing(columns):
+            for kind, text in cut_at(stream_parts(tokenizer, watched(columns)), job.stop, stopped):
+                if job.cancelled:
+                    break
+                job.emit(Piece(kind, text, self.number))
+        return None if job.cancelled else reason
+
+
+class WorkerPool:
+    """state: "loading" until `start`, then "ready", "draining" after `drain`, and "closed"."""
+
+    def __init__(self, queue_size=64):
+        self.queue_size = queue_size
+        self.state = "loading"
+        self.workers = []
+        self.waiting = deque()
+        self.changed = threading.Condition()  # guards everything here
+        self.totals = dict.fromkeys(("requests", "completed", "cancelled", "rejected", "failed", "tokens"), 0)
+        self.threads = []
+        self.seconds = 1.0  # that an answer takes, a running mean
+        self.started = time.monotonic()
+
+    def start(self, engines, dtype=torch.float32):
+        """Begin to work, one thread an engine."""
+        with self.changed:
+            self.workers = [Worker(i, engine, dtype) for i, engine in enumerate(engines)]
+            self.state = "ready"
+        for worker in self.workers:
+            name = f"worker-{worker.number}"
+            self.threads.append(threading.Thread(target=self._work, args=(worker,), name=name, daemon=True))
+            self.threads[-1].start()
+
+    @property
+    def tokenizer(self):
+        return self.workers[0].engine.tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.workers[0].engine.model.config.sequence_len
+
+    def _idle(self):
+        return sum(worker.job is None for worker in self.workers)
+
+    def _check_open(self):
+        if self.state != "ready":
+            doing = {"loading": "still loading the model"}.get(self.state, "shutting down")
+            raise Unavailable(f"the server is {doing}: try again later", 5)
+        if len(self.waiting) >= self.queue_size + self._idle():
+            self.totals["requests"] += 1
+            self.totals["rejected"] += 1
+            wait = math.ceil(self.seconds * (len(self.waiting) + 1) / len(self.workers))
+            raise Unavailable(
+                f"the server is busy: {len(self.waiting)} requests are waiting already", min(wait, MAX_RETRY_AFTER)
+            )
+
+    def check_open(self):
+        """Unavailable if `submit` would refuse just now: a cheap question before a prompt is made."""
+        with self.changed:
+            self._check_open()
+
+    def submit(self, job):
+        """Queue a job. Raises Unavailable."""
+        with self.changed:
+            self._check_open()
+            self.totals["requests"] += 1
+            self.waiting.append(job)
+            self.changed.notify()
+
+    def cancel(self, job):
+        """Nobody waits for this job any more. Does nothing if it has ended."""
+        with self.changed:
+            job.cancelled = True
+            if job in self.waiting:
+                self.waiting.remove(job)
+                self.totals["cancelled"] += 1
+
+    def drain(self):
+        """Take no more jobs; those that are queued or running go on."""
+        with self.changed:
+            self.state = "draining"
+
+    def is_idle(self) -> bool:
+        with self.changed:
+            return not self.waiting and self._idle() == len(self.workers)
+
+    def abort(self, message):
+        """End all jobs, telling their clients why."""
+        with self.changed:
+            running = [worker.job for worker in self.workers if worker.job and not worker.job.cancelled]
+            self.totals["cancelled"] += len(self.waiting)
+            for job in [*running, *self.waiting]:
+                job.cancelled = True
+                job.emit(Failed(message))
+            self.waiting.clear()
+
+    def close(self, timeout=5.0):
+        """Stop the threads. Waits for them, each `timeout` seconds at most, and so must follow `abort` or idleness."""
+        with self.changed:
+            self.state = "closed"
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join(timeout)
+
+    def stats(self) -> dict:
+        """What GET /stats answers."""
+        with self.changed:
+            workers = [
+                {
+                    "id": worker.number,
+                    "device": str(worker.device),
+                    "busy": worker.job is not None,
+                    "served": worker.served,
+                    "failed": worker.failed,
+                }
+                for worker in self.workers
+            ]
+            return {
+                "state": self.state,
+                "workers": workers,
+                "available_workers": self._idle(),
+                "queue": {"length": len(self.waiting), "limit": self.queue_size},
+                "totals": dict(self.totals),
+                "uptime_seconds": round(time.monotonic() - self.started, 3),
+            }
+
+    def _work(self, worker):
+        if worker.device.type == "cuda":
+            torch.cuda.set_device(worker.device)  # a thread's own setting
+        elif len(self.workers) > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // len(self.workers)))
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.state == "closed")
+                if not self.waiting:
+                    return
+                job = worker.job = self.waiting.popleft()
+            start = time.monotonic()
+            try:
+                reason = worker.answer(job)
+                event, outcome = Done(reason), "completed" if reason else "cancelled"
+            except Exception:  # of whatever kind: it costs this job, never the worker
+                logger.exception("worker %d failed on a request", worker.number)
+                event, outcome = Failed("the model failed on this request"), "failed"
+            with self.changed:
+                self.totals[outcome] += 1
+                self.totals["tokens"] += job.tokens
+                worker.served += outcome == "completed"
+                worker.failed += outcome == "failed"
+                worker.job = None
+                self.seconds += 0.2 * (time.monotonic() - start - self.seconds)
+                unheard = job.cancelled
+            if not unheard:
+                job.emit(event)

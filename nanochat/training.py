@@ -1,0 +1,234 @@
+"""
+What every training stage has besides its own loop: a model with its optimizers that begins at a base or where
+an interrupted run ended, checkpoints, totals by which runs are compared, a log, a progress line.
+"""
+
+import math
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from nanochat import checkpoint_manager
+from nanochat.common import UserError, get_dist_info, peak_flops, print0
+from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
+from nanochat.sharding import clip_gradients
+
+# Options that say how to watch a run; all others decide what comes out of it
+WATCHING = {
+    *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
+    *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
+    *("model_tag", "device_type", "compile"),
+}
+
+
+def decisive(config, **others) -> dict:
+    """The settings that decide what is trained; a checkpoint made with others is not gone on with."""
+    return {**{key: value for key, value in asdict(config).items() if key not in WATCHING}, **others}
+
+
+def resume_step(folder, resume: bool, settings: dict) -> int | None:
+    """
+    The step to go on from, or None to start at the beginning.
+
+    A checkpoint made with other settings (see `decisive`) is a UserError, unless resume is False; then it is
+    moved aside, not overwritten.
+    """
+    _, rank, _, _ = get_dist_info()
+    step = checkpoint_manager.find_last_step(folder)
+    if step is None:
+        return None
+    if not resume:
+        if dist.is_initialized():
+            dist.barrier()  # all ranks must have looked before the first one moves it
+        if rank == 0:
+            print0(f"starting anew; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
+        return None
+    meta = checkpoint_manager.load_meta(folder, step)
+    then = meta.get("decisive") or meta.get("user_config", {})
+    differ = [key for key, value in settings.items() if key not in then or then[key] != value]
+    if differ:
+        pairs = ", ".join(f"{key}={then.get(key)!r} (now {settings[key]!r})" for key in differ)
+        raise UserError(
+            f"{folder} holds a checkpoint made with {pairs}. Run with the same options to go on from it, choose "
+            "another --model_tag, or start anew with --resume=0 (the old one is then moved aside)"
+        )
+    return step
+
+
+class Training:
+    """
+    A model under training.
+
+    stage: "base", "mid", "sft" or "rl"; tag: the folder of its checkpoints. config: the script's options, of
+    which it reads resume, run, compile and the learning rates. settings: `decisive` of them. fresh_model(): the
+    model of step 0, on `device`. total: steps to come, or None when they are not known beforehand.
+
+    step: steps taken. meta, loader_state: of the checkpoint that it goes on from, {} and None at the beginning.
+    finished: nothing is left to do (the model is then not loaded).
+    """
+
+    def __init__(self, stage, tag, config, settings, fresh_model, device, total=None):
+        self.stage, self.tag, self.config, self.settings, self.device = stage, tag, config, settings, device
+        self.folder = checkpoint_manager.checkpoint_root(stage) / tag
+        self.resumed_at = resume_step(self.folder, config.resume, settings)
+        self.step = self.resumed_at or 0
+        self.meta, self.loader_state, optimizer_data = {}, None, None
+        if self.resumed_at is not None:
+            self.meta = checkpoint_manager.load_meta(self.folder, self.step)
+        self.finished = self.meta.get("finished", self.step == total)
+        if self.finished:
+            print0(f"{self.folder} is already trained to step {self.step}: nothing to do (--resume=0 trains anew)")
+            return
+        if self.resumed_at is None:
+            self.model = fresh_model()
+        else:
+            print0(f"resuming from step {self.step} in {self.folder}")
+            loaded = checkpoint_manager.load_checkpoint(self.folder, self.step, device, load_optimizer=True)
+            model_data, optimizer_data, _, state = loaded
+            self.model = checkpoint_manager.build_model(model_data, self.meta["model_config"], device)
+            self.loader_state = state["loader"]
+        self.model.train()
+        self.compiled = maybe_compile(self.model, config.compile, device)
+        self.optimizers = self.model.setup_optimizers(
+            config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
+        )
+        for optimizer, data in zip(self.optimizers, optimizer_data or [], strict=optimizer_data is not None):
+            optimizer.load_state_dict(data)
+        self.flops_per_token = self.model.flops_per_token()
+        self.peak_flops = peak_flops(device)
+        self.total_time = self.meta.get("total_training_time", 0.0)
+        self.total_tokens = self.meta.get("total_training_tokens", 0)
+        self.smooth_loss = self.meta.get("smooth_loss", 0.0)
+        self.loss = self.tokens_per_second = self.mfu = None  # of the last step; loss is smoothed
+        self.started = None
+        self.log = RunLog(
+            f"{stage}_{tag}", config.run, asdict(config), self.resumed_at is not None, self.meta.get("wandb_id")
+        )
+        self.progress = ProgressLine(stage, total, self.step)
+        if self.resumed_at is not None:
+            checkpoint_manager.set_rng_state(state["rng"])
+
+    def due(self, every, last) -> bool:
+        """Whether something done every so many steps, and at the last, is due; not what was done before a resume."""
+        return every > 0 and self.step != self.resumed_at and (last or self.step % every == 0)
+
+    def totals(self) -> dict:
+        """What runs are compared by, at the current step."""
+        return {
+            "step": self.step,
+            "total_training_flops": self.total_tokens * self.flops_per_token,
+            "total_training_time": self.total_time,
+            "total_training_tokens": self.total_tokens,
+        }
+
+    def save(self, finished, loader_state=None, **facts):
+        """Write a checkpoint of the current step. facts: what the meta data should also hold."""
+        checkpoint_manager.save_checkpoint(
+            self.folder,
+            self.step,
+            self.model.state_dict(),
+            [optimizer.state_dict() for optimizer in self.optimizers],
+            {
+                **self.totals(),
+                **facts,
+                "finished": finished,
+                "smooth_loss": self.smooth_loss,
+                "wandb_id": self.log.wandb_id,
+                "model_config": asdict(self.model.config),
+                "user_config": asdict(self.config),
+                "decisive": self.settings,
+            },
+            loader_state,
+        )
+
+    def optimize(self, lr_multiplier, momentum, grad_clip=0.0):
+        """Take a step down the gradients. Returns their global norm before clipping; None without clipping."""
+        norm = clip_gradients(self.optimizers, grad_clip) if grad_clip > 0 else None
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_multiplier
+        for group in self.optimizers[1].param_groups:  # Muon
+            group["momentum"] = momentum
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return norm
+
+    def begin_step(self):
+        self.started = time.time()
+
+    def end_step(self, loss, tokens) -> float:
+        """
+        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks together. Returns the loss of all ranks.
+
+        Raises UserError when the loss is not finite.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss = loss / dist.get_world_size()
+        loss = loss.item()  # waits for the device
+        seconds = time.time() - self.started
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {self.step}: lower the learning rates, or try --dtype=fp32; "
+                f"checkpoints up to there are in {self.folder}"
+            )
+        self.step += 1
+        self.total_tokens += tokens
+        self.seconds = seconds
+        if self.step > 10:
+            self.total_time += seconds  # the first steps compile and warm up
+        self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
+        self.loss = self.smooth_loss / (1 - 0.9**self.step)
+        self.tokens_per_second = tokens / seconds
+        if self.peak_flops:
+            world_size = get_dist_info()[3]
+            self.mfu = self.flops_per_token * self.tokens_per_second / (self.peak_flops * world_size)
+        return loss
+
+    def speed(self) -> dict:
+        """Figures of the last step for the log."""
+        return {"train/dt": self.seconds, "train/tok_per_sec": self.tokens_per_second, "train/mfu": self.mfu}
+
+    def show(self, *figures, done=None):
+        """Move the progress line on. done: the part of the run that is done, where the steps are not known."""
+        figures = [f"loss {self.loss:.4f}", *figures, f"{self.tokens_per_second:,.0f} tok/s"]
+        if self.mfu is not None:
+            figures.append(f"MFU {100 * self.mfu:.1f}%")
+        self.progress.update(self.step, " | ".join(figures), done)
+
+    def close(self) -> dict:
+        """End log and progress line; returns the figures that every stage reports."""
+        self.progress.close()
+        self.log.finish()
+        print0(f"trained {self.step:,} steps in {clock(self.total_time)}; checkpoint in {self.folder}")
+        cuda = self.device.type == "cuda"
+        return {
+            "Final training loss": self.loss,
+            "Training tokens": self.total_tokens,
+            "MFU %": None if self.mfu is None else 100 * self.mfu,
+            "Total training FLOPs": f"{self.total_tokens * self.flops_per_token:.3e}",
+            "Total training time": clock(self.total_time),
+            "Peak memory (MiB)": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None,
+        }
+
+
+def parent_model(source, device, model_tag, step):
+    """
+    (fresh_model, tokenizer, facts) of the checkpoint that a chat stage starts from.
+
+    facts name it down to its checksum, so that a stage trained from another model is not taken for this one's.
+    """
+    model, tokenizer, meta = checkpoint_manager.load_model(
+        source, device, "train", model_tag or None, None if step == -1 else step
+    )
+    folder = checkpoint_manager.checkpoint_root(source) / meta["model_tag"]
+    facts = {
+        "source": source,
+        "model_tag": meta["model_tag"],
+        "step": meta["step"],
+        "weights": checkpoint_manager.weights_checksum(folder, meta["step"]),
+    }
+    return model, tokenizer, facts

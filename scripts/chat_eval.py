@@ -1,0 +1,128 @@
+"""
+Evaluate a chat model on tasks.
+
+    python -m scripts.chat_eval -i sft                       # all tasks
+    python -m scripts.chat_eval -- -i mid -a 'ARC-Easy|GSM8K'
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
+    python -m scripts.chat_eval -i sft --tasks=local         # what a small model trained on local tasks can do
+
+Over all tasks there is one figure, ChatCORE: 0 for guessing, 1 for knowing.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
+from nanochat.configurator import run, short
+from nanochat.engine import Engine
+from nanochat.loop import ProgressLine
+from nanochat.report import get_report
+from tasks.mixtures import eval_tasks
+from tasks.scoring import chat_core, evaluate
+
+QUESTIONS = ["Who are you?", "What can you do?", "What is 17 + 25?", "Spell the word: window"]
+
+
+@dataclass
+class Config:
+    source: Annotated[str, short("-i")] = "sft"
+    """stage of the model: mid, sft, rl or base"""
+    task_name: Annotated[str, short("-a")] = ""
+    """tasks with | between them; empty for all"""
+    tasks: str = "full"
+    """full (the hub's datasets) or local"""
+    dtype: Annotated[str, short("-d")] = "auto"
+    """auto, bf16 or fp32"""
+    temperature: Annotated[float, short("-t")] = 0.0
+    """of generated answers"""
+    max_new_tokens: Annotated[int, short("-m")] = 512
+    """of one answer"""
+    num_samples: Annotated[int, short("-n")] = 1
+    """answers a problem; one right answer is enough"""
+    top_k: Annotated[int, short("-k")] = 50
+    """sample among this many; 0 for all"""
+    batch_size: Annotated[int, short("-b")] = 8
+    """multiple choice questions at once"""
+    model_tag: Annotated[str, short("-g")] = ""
+    """model to load; empty for the largest"""
+    step: Annotated[int, short("-s")] = -1
+    """checkpoint to load; -1 for the newest"""
+    max_problems: Annotated[int, short("-x")] = -1
+    """of each task; -1 for all"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+
+
+def fenced(text) -> str:
+    return f"```text\n{text.replace('```', '` ` `')}\n```"
+
+
+def transcript(score) -> str:
+    """Answers as they came, tool calls and all, for the report."""
+    parts = []
+    for conversation, answer, right in score.samples:
+        question = conversation["messages"][-2]["content"]
+        parts.append(fenced(f"{question}\n→ {answer}   ({'right' if right else 'wrong'})"))
+    return "\n\n".join(parts)
+
+
+def talk(model, tokenizer) -> str:
+    """What the model says to some common questions."""
+    engine, parts = Engine(model, tokenizer), []
+    for question in QUESTIONS:
+        prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
+        rows, _ = engine.generate_batch(prompt, max_tokens=64, temperature=0.0)
+        parts.append(fenced(f"{question}\n→ {tokenizer.decode(rows[0][len(prompt) :])}"))
+    return "\n\n".join(parts)
+
+
+def main(config: Config):
+    _, rank, _, _, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    available = eval_tasks(config.tasks)
+    names = [name.strip() for name in config.task_name.split("|")] if config.task_name else list(available)
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise UserError(f"unknown task {', '.join(unknown)}: --tasks {config.tasks} has {', '.join(available)}")
+    tasks = {name: available[name]() for name in names}  # now, so that missing data is known at once
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    print0(f"model: {config.source} {meta['model_tag']}, step {meta['step']}")
+
+    accuracies, transcripts = {}, []
+    with autocast(device, dtype):
+        for name, task in tasks.items():
+            progress = ProgressLine(name, None)
+            score = evaluate(
+                task,
+                model,
+                tokenizer,
+                None if config.max_problems == -1 else config.max_problems,
+                config.num_samples,
+                config.max_new_tokens,
+                config.temperature,
+                config.top_k,
+                config.batch_size,
+                keep=3,
+                progress=lambda done, of, line=progress: line.update(done, f"of {of:,} problems", done / of),
+            )
+            progress.close()
+            accuracies[name] = score.accuracy
+            print0(f"{name}: {100 * score.accuracy:.2f}% ({score.passed:,} of {score.total:,})")
+            transcripts.append(f"### {name}\n\n{transcript(score)}")
+        conversation = talk(model, tokenizer) if rank == 0 else ""
+
+    results = dict(accuracies)
+    if set(names) == set(available):
+        results["ChatCORE"] = chat_core(accuracies)
+        print0(f"ChatCORE: {results['ChatCORE']:.4f}")
+    print0(conversation)
+    facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
+    sections = [facts, results, f"### Conversation\n\n{conversation}", *transcripts]
+    get_report().log(section=f"Chat evaluation {config.source}", data=sections)
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,221 @@
+"""
+Reinforcement learning on problems whose answers can be checked.
+
+    python -m scripts.chat_rl
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --run=default
+    python -m scripts.chat_rl --tasks=local --max_new_tokens=48        # sums, on a CPU
+
+REINFORCE, on policy: each step samples several answers to each of a few problems, and raises the probability of
+those that did better than the mean of their problem's answers. The sum over tokens is divided by the number of
+tokens in the whole step (as in DAPO, arXiv:2503.14476). No reference model, no ratios, no clipping: every sample
+is used once, by the model that wrote it.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.configurator import run
+from nanochat.conversations import pad_rows
+from nanochat.engine import Engine
+from nanochat.loop import muon_momentum
+from nanochat.report import get_report
+from nanochat.training import Training, decisive, parent_model
+from tasks.mixtures import rl_tasks
+from tasks.scoring import pass_at_k
+
+
+@dataclass
+class Config:
+    run: str = "dummy"
+    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
+    # What to train
+    tasks: str = "full"
+    """full (GSM8K) or local (sums)"""
+    source: str = "sft"
+    """stage of the checkpoint to start from: base, mid, sft or rl"""
+    model_tag: str = ""
+    """model to start from, and folder of the new checkpoints; empty for the largest"""
+    step: int = -1
+    """checkpoint to start from; -1 for the newest"""
+    # Runtime
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: str = "auto"
+    """auto, bf16 or fp32: precision of the matrix products"""
+    compile: str = "off"
+    """off, or on: torch.compile (answers differ in length, so that it compiles often)"""
+    # Horizon
+    num_epochs: int = 1
+    """passes over the problems"""
+    num_iterations: int = -1
+    """optimization steps; -1 for num_epochs passes"""
+    # Sampling
+    examples_per_step: int = 16
+    """problems a step, over all processes"""
+    num_samples: int = 16
+    """answers to each problem"""
+    device_batch_size: int = 8
+    """answers that a process samples, or learns from, at once"""
+    max_new_tokens: int = 256
+    """of one answer"""
+    temperature: float = 1.0
+    """of the answers"""
+    top_k: int = 50
+    """sample among this many; 0 for all"""
+    # Optimization
+    embedding_lr: float = 0.2
+    """AdamW, token embedding"""
+    unembedding_lr: float = 0.004
+    """AdamW, head"""
+    matrix_lr: float = 0.02
+    """Muon, block matrices"""
+    weight_decay: float = 0.0
+    """AdamW"""
+    init_lr_frac: float = 0.05
+    """part of these rates to begin with; they fall to 0 in a straight line"""
+    # Evaluation
+    eval_every: int = 60
+    """steps between evaluations of pass@k, k up to device_batch_size; -1 for never"""
+    eval_examples: int = 400
+    """problems of one evaluation"""
+    # Output
+    save_every: int = 60
+    """steps between checkpoints; -1 for only the last"""
+    resume: bool = True
+    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
+
+
+def main(config: Config):
+    is_dist, rank, _, world_size, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    print_banner()
+
+    B, examples, samples = config.device_batch_size, config.examples_per_step, config.num_samples
+    if examples < 1 or examples % world_size:
+        raise UserError(f"examples_per_step must be a multiple of the {world_size} processes, got {examples}")
+    if B < 1 or samples < 2:
+        raise UserError(f"expected device_batch_size >= 1 and num_samples >= 2, got {B} and {samples}")
+    if not config.temperature > 0:
+        raise UserError(f"answers must differ to learn from them: expected temperature > 0, got {config.temperature}")
+    model, tokenizer, parent = parent_model(config.source, device, config.model_tag, config.step)
+    train_set, val_set = rl_tasks(config.tasks)
+    num_iterations = config.num_iterations
+    if num_iterations <= 0:
+        num_iterations = len(train_set) * config.num_epochs // examples
+    if num_iterations < 1:
+        raise UserError(f"{len(train_set)} problems are less than one step of {examples}")
+
+    settings = decisive(config, parent=parent)
+    training = Training("rl", parent["model_tag"], config, settings, lambda: model, device, num_iterations)
+    if training.finished:
+        compute_cleanup()
+        return
+    model, compiled = training.model, training.compiled
+    engine = Engine(model, tokenizer)
+    pad_id = tokenizer.encode_special("<|assistant_end|>")
+    facts = {
+        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
+        "Problems": len(train_set),
+        "Iterations": num_iterations,
+        "Processes": world_size,
+        "Precision": str(dtype).removeprefix("torch."),
+    }
+    for name, value in facts.items():
+        print0(f"{name}: {value}")
+
+    @torch.no_grad()
+    def answers_to(task, conversation, count, seed):
+        """[(ids, mask, reward)] of `count` sampled answers, the prompt with mask 0 before each."""
+        prompt = tokenizer.render_for_completion(conversation)
+        answers = []
+        for start in range(0, count, B):
+            rows, masks = engine.generate_batch(
+                prompt,
+                min(B, count - start),
+                max_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=seed * count + start,
+            )
+            for ids, mask in zip(rows, masks, strict=True):
+                reward = task.reward(conversation, tokenizer.decode(ids[len(prompt) :]))
+                if len(ids) < len(prompt) + config.max_new_tokens:  # it ended by itself, which is to be learned too
+                    ids, mask = [*ids, pad_id], [*mask, 1]
+                answers.append((ids, mask, reward))
+        return answers
+
+    def summed(value):
+        value = torch.tensor(value, dtype=torch.float64, device=device)
+        if is_dist:
+            dist.all_reduce(value)
+        return value.item()
+
+    def evaluate():
+        """pass@k for k = 1 … device_batch_size on problems that are not trained on."""
+        model.eval()
+        total = min(config.eval_examples, len(val_set))
+        right = []
+        with autocast(device, dtype):
+            for i in range(rank, total, world_size):
+                right.append(sum(reward == 1 for *_, reward in answers_to(val_set, val_set[i], B, i)))
+        model.train()
+        return {k: summed(sum(pass_at_k(B, c, k) for c in right)) / total for k in range(1, B + 1)}
+
+    passed = {int(k): value for k, value in training.meta.get("pass_at_k", {}).items()}
+    say, log = training.progress.say, training.log.log
+    while True:
+        step = training.step
+        last = step == num_iterations
+        if training.due(config.eval_every, last):
+            passed = evaluate()
+            say(f"step {step:,} | " + ", ".join(f"pass@{k} {value:.4f}" for k, value in passed.items()))
+            log(**training.totals(), **{f"pass@{k}": value for k, value in passed.items()})
+        if last or (step > 0 and training.due(config.save_every, last)):
+            training.save(last, pass_at_k=passed, parent=parent)
+        if last:
+            break
+
+        training.begin_step()
+        rows, advantages, rewards = [], [], []
+        model.eval()
+        with autocast(device, dtype):
+            for i in range(step * examples + rank, (step + 1) * examples, world_size):
+                answers = answers_to(train_set, train_set[i % len(train_set)], samples, i)
+                mean = sum(reward for *_, reward in answers) / samples
+                for ids, mask, reward in answers:
+                    rows.append((ids, mask))
+                    advantages.append(reward - mean)
+                    rewards.append(reward)
+        model.train()
+        tokens = summed(sum(sum(mask) for _, mask in rows))
+        loss = torch.zeros((), device=device)
+        for start in range(0, len(rows), B):
+            x, y = pad_rows(rows[start : start + B], pad_id, device)
+            advantage = torch.tensor(advantages[start : start + B], device=device)
+            if not advantage.any():  # all right or all wrong: nothing to learn, also not after the model ran
+                continue
+            with autocast(device, dtype):
+                nll = compiled(x, y, loss_reduction="none").view_as(y)
+            part = (nll * advantage[:, None]).sum() / tokens * world_size  # ranks are averaged
+            part.backward()
+            loss += part.detach()
+        for parameter in model.parameters():  # the optimizers, on every rank, need them all
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        lrm = config.init_lr_frac * (1 - step / num_iterations)
+        training.optimize(lrm, muon_momentum(step))
+        training.end_step(loss, round(tokens))
+        reward, length = summed(sum(rewards)) / (examples * samples), tokens / (examples * samples)
+        training.show(f"reward {reward:.4f}", f"{length:.1f} tokens an answer")
+        metrics = {"train/reward": reward, "train/answer_tokens": length, "train/lrm": lrm, **training.speed()}
+        log(**training.totals(), **metrics)
+
+    results = {**{f"pass@{k}": value for k, value in passed.items()}, **training.close()}
+    get_report().log(section="Chat RL", data=[asdict(config), facts, results])
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,195 @@
+"""
+Supervised finetuning: conversations one a row, as they come when people chat; the loss counts what the assistant
+has to produce and nothing else.
+
+    python -m scripts.chat_sft
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
+    python -m scripts.chat_sft --tasks=local --device_batch_size=32
+
+The same command goes on where an interrupted run's newest checkpoint left off.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.configurator import run
+from nanochat.conversations import padded_batches
+from nanochat.loop import muon_momentum
+from nanochat.report import get_report
+from nanochat.training import Training, decisive, parent_model
+from tasks.mixtures import eval_tasks, sft_mixture, sft_val
+from tasks.scoring import evaluate
+
+METRICS = {"full": ["MMLU", "ARC-Easy"], "local": ["Arithmetic"]}  # what training is watched by
+
+
+@dataclass
+class Config:
+    run: str = "dummy"
+    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
+    # What to train
+    tasks: str = "full"
+    """full (the hub's datasets) or local (made here, for a CPU)"""
+    source: str = "mid"
+    """stage of the checkpoint to start from: base, mid, sft or rl"""
+    model_tag: str = ""
+    """model to start from, and folder of the new checkpoints; empty for the largest"""
+    step: int = -1
+    """checkpoint to start from; -1 for the newest"""
+    # Runtime
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: str = "auto"
+    """auto, bf16 or fp32: precision of the matrix products"""
+    compile: str = "off"
+    """off, or on: torch.compile (rows differ in length, so that it compiles often)"""
+    # Horizon
+    num_epochs: int = 1
+    """passes over the conversations"""
+    num_iterations: int = -1
+    """optimization steps; -1 for num_epochs passes"""
+    # Optimization
+    device_batch_size: int = 4
+    """conversations a process handles at once"""
+    target_examples_per_step: int = 32
+    """conversations a step, over all processes; reached by accumulation"""
+    embedding_lr: float = 0.2
+    """AdamW, token embedding"""
+    unembedding_lr: float = 0.004
+    """AdamW, head"""
+    matrix_lr: float = 0.02
+    """Muon, block matrices"""
+    weight_decay: float = 0.0
+    """AdamW"""
+    init_lr_frac: float = 0.02
+    """part of these rates to begin with; they fall to 0 in a straight line"""
+    # Evaluation
+    eval_every: int = 100
+    """steps between validations; -1 for never"""
+    eval_steps: int = 100
+    """micro-batches of one validation, on each process"""
+    eval_metrics_every: int = 200
+    """steps between evaluations on tasks; -1 for never"""
+    eval_metrics_max_problems: int = 1024
+    """problems of each task"""
+    # Output
+    save_every: int = -1
+    """steps between checkpoints; -1 for only the last"""
+    resume: bool = True
+    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
+
+
+def main(config: Config):
+    is_dist, rank, _, world_size, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    print_banner()
+
+    B, examples = config.device_batch_size, config.target_examples_per_step
+    if B < 1 or examples < 1 or examples % world_size:
+        raise UserError(
+            f"target_examples_per_step must be a multiple of the {world_size} processes and device_batch_size at "
+            f"least 1, got {examples} and {B}"
+        )
+    model, tokenizer, parent = parent_model(config.source, device, config.model_tag, config.step)
+    T = model.config.sequence_len
+    train_set, val_set = sft_mixture(config.tasks), sft_val(config.tasks)
+    metric_tasks = {}
+    if config.eval_metrics_every > 0:
+        metric_tasks = {name: eval_tasks(config.tasks)[name]() for name in METRICS[config.tasks]}
+    num_iterations = config.num_iterations
+    if num_iterations <= 0:
+        num_iterations = len(train_set) * config.num_epochs // examples
+    if num_iterations < 1:
+        raise UserError(f"{len(train_set)} conversations are less than one step of {examples}")
+
+    settings = decisive(config, parent=parent)
+    training = Training("sft", parent["model_tag"], config, settings, lambda: model, device, num_iterations)
+    if training.finished:
+        compute_cleanup()
+        return
+    model, compiled = training.model, training.compiled
+    facts = {
+        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
+        "Conversations": len(train_set),
+        "Iterations": num_iterations,
+        "Processes": world_size,
+        "Precision": str(dtype).removeprefix("torch."),
+    }
+    for name, value in facts.items():
+        print0(f"{name}: {value}")
+
+    def batches_of(conversations, indices):
+        """The rows of this rank among these conversations."""
+        own = [conversations[i % len(conversations)] for i in indices[rank::world_size]]
+        return padded_batches(own, tokenizer, B, T, device)
+
+    def loss_of(batches):
+        """(sum of the losses over all tokens that count, a tensor; number of those tokens); this rank's."""
+        with autocast(device, dtype):
+            losses = [compiled(x, y, loss_reduction="sum") for x, y in batches]
+        return torch.stack(losses).sum(), sum((y >= 0).sum() for _, y in batches)
+
+    def summed(tensor):
+        if is_dist:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @torch.no_grad()
+    def validate():
+        indices = range(min(len(val_set), config.eval_steps * B * world_size))
+        nats, count = torch.zeros((), device=device), torch.zeros((), device=device)
+        for start in range(0, len(indices), B * world_size):
+            batch = batches_of(val_set, indices[start : start + B * world_size])
+            if batch:
+                loss, tokens = loss_of(batch)
+                nats, count = nats + loss, count + tokens
+        return (summed(nats) / summed(count).clamp(min=1)).item()
+
+    val_loss, metrics = training.meta.get("val_loss"), training.meta.get("metrics", {})
+    say, log = training.progress.say, training.log.log
+    while True:
+        step = training.step
+        last = step == num_iterations
+        if training.due(config.eval_every, last):
+            val_loss = validate()
+            say(f"step {step:,} | validation loss {val_loss:.4f}")
+            log(**training.totals(), **{"val/loss": val_loss})
+        if step > 0 and training.due(config.eval_metrics_every, last):
+            model.eval()
+            with autocast(device, dtype):
+                for name, task in metric_tasks.items():
+                    score = evaluate(task, model, tokenizer, config.eval_metrics_max_problems, max_new_tokens=256)
+                    metrics[name] = score.accuracy
+            model.train()
+            say(f"step {step:,} | " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            log(**training.totals(), **{f"metrics/{name}": value for name, value in metrics.items()})
+        if last or (step > 0 and training.due(config.save_every, last)):
+            training.save(last, val_loss=val_loss, metrics=metrics, parent=parent)
+        if last:
+            break
+
+        # The mean is over the tokens of the whole step, so that it is the same however rows are shared out
+        training.begin_step()
+        batches = batches_of(train_set, range(step * examples, (step + 1) * examples))
+        count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            part = loss_of([batch])[0] / count * world_size  # ranks are averaged
+            part.backward()
+            loss += part.detach()
+        lrm = config.init_lr_frac * (1 - step / num_iterations)
+        training.optimize(lrm, muon_momentum(step))
+        loss = training.end_step(loss, count.item())
+        training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")
+        log(**training.totals(), **{"train/loss": loss, "train/lrm": lrm, **training.speed()})
+
+    results = {"Validation loss": val_loss, **metrics, **training.close()}
+    get_report().log(section="Chat SFT", data=[asdict(config), facts, results])
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run(main, Config)
