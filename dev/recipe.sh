@@ -7,6 +7,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || sysctl -n hw.n
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 DRY_RUN=0
+RL=0
 WANDB_CHOSEN=""
 EXTRA=()          # options for base_train, passed through as they came
 NPROC="${NPROC:-1}"
@@ -20,6 +21,7 @@ $DESCRIPTION
 
 options:
 ${USAGE_EXTRA}  --dry-run          print the commands instead of running them
+  --rl               reinforcement learning after SFT
   --wandb NAME       log to W&B under this name (default: \$WANDB_RUN, else no W&B)
   --nproc N          processes, one a GPU (default $NPROC)
   --help             this text
@@ -44,6 +46,7 @@ recipe_options() {
         case "$name" in
         --help | -h) usage; exit 0 ;;
         --dry-run | --dry_run) DRY_RUN=1; shift; continue ;;
+        --rl) RL=1; shift; continue ;;
         --) shift; continue ;;
         --wandb | --nproc | --gpu)
             if [ $given = 0 ]; then
@@ -115,6 +118,24 @@ ensure_uv() {
     export PATH="$HOME/.local/bin:$("$python" -m site --user-base)/bin:$PATH"
     command -v pyenv >/dev/null && pyenv rehash
     command -v uv >/dev/null || die "uv was installed but is not on the PATH: add ~/.local/bin to it"
+}
+
+# bubblewrap, in which HumanEval's programs run; without it that one evaluation is left out.
+install_sandbox() {
+    if [ "$DRY_RUN" = 0 ] && ! command -v bwrap >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq && apt-get install -y -qq bubblewrap || echo "bubblewrap could not be installed"
+    fi
+}
+
+chat_hint() {
+    cat <<TXT
+
+Talk to the model:
+  source .venv/bin/activate
+  export NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR"
+  python -m scripts.chat_web -g $1      # in the browser
+  python -m scripts.chat_cli -g $1      # in the terminal
+TXT
 }
 
 # activate_environment cpu|gpu: install what is missing, enter the virtual environment.
@@ -201,18 +222,39 @@ hub_data_wait() {
     wait "$DOWNLOAD_PID" || die "the data download failed; the end of its log: $(tail -n 5 "$NANOCHAT_BASE_DIR/download.log")"
 }
 
+# Conversations about who the model is: yours, if you put some there, else from templates.
+identity_stage() {
+    if [ "$DRY_RUN" = 0 ] && [ -f "$NANOCHAT_BASE_DIR/identity_conversations.jsonl" ]; then
+        echo "using the conversations in $NANOCHAT_BASE_DIR/identity_conversations.jsonl"
+    else
+        stage python -m dev.gen_synthetic_data
+    fi
+}
+
 # hub_recipe DEPTH DEVICE_BATCH_SIZE TRAIN_SHARDS TOKENIZER_CHARS: the full pipeline on web text.
 hub_recipe() {
     local depth="$1" batch="$2" shards="$3" chars="$4" tag
     recipe_setup gpu
+    install_sandbox
     report_reset
     hub_data "$shards"
     tokenizer_stage 65536 --max_chars="$chars"
+    identity_stage
+    stage python -m scripts.prepare
     hub_data_wait
     module scripts.base_train --depth="$depth" --device_batch_size="$batch" --save_every=1000 --run="$WANDB_RUN" \
         ${EXTRA[@]+"${EXTRA[@]}"}
     tag="$(base_tag "$depth")"
     module scripts.base_loss --device_batch_size="$batch" --model_tag="$tag"
-    module scripts.base_eval --download --model_tag="$tag"
+    module scripts.base_eval --model_tag="$tag"
+    module scripts.mid_train --device_batch_size="$batch" --model_tag="$tag" --save_every=200 --run="$WANDB_RUN"
+    module scripts.chat_eval -i mid --model_tag="$tag"
+    module scripts.chat_sft --model_tag="$tag" --save_every=200 --run="$WANDB_RUN"
+    module scripts.chat_eval -i sft --model_tag="$tag"
+    if [ "$RL" = 1 ]; then
+        module scripts.chat_rl --model_tag="$tag" --run="$WANDB_RUN"
+        module scripts.chat_eval -i rl -a GSM8K --model_tag="$tag"
+    fi
     stage python -m nanochat.report generate
+    chat_hint "$tag"
 }

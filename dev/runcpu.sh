@@ -2,7 +2,7 @@
 # The CPU profile of run10.sh (also on its own: bash dev/runcpu.sh): a model of 5M parameters on the sources of
 # Python's standard library, small enough for two cores. It shows every step; do not expect wit.
 if [ -z "${DESCRIPTION:-}" ]; then # started by itself, not through run10.sh
-    DESCRIPTION="Train a small model from text to report card on a CPU in about 12 minutes."
+    DESCRIPTION="Train a small chat model from text to report card on a CPU in about 20 minutes."
     . "$(dirname "$0")/recipe.sh"
     recipe_options "$@"
 fi
@@ -11,9 +11,22 @@ report_reset
 stage python -m nanochat.dataset --source stdlib
 tokenizer_stage 4096 --max_chars=50000000
 module scripts.base_train --depth=4 --max_seq_len=256 --device_batch_size=16 --total_batch_size=4096 --streams=16 \
-    --num_iterations=900 --eval_every=150 --eval_tokens=131072 --core_metric_every=-1 --sample_every=450 \
+    --num_iterations=700 --eval_every=140 --eval_tokens=131072 --core_metric_every=-1 --sample_every=350 \
     --save_every=50 --run="$WANDB_RUN" ${EXTRA[@]+"${EXTRA[@]}"}
 TAG="$(base_tag 4)"
 module scripts.base_loss --device_batch_size=16 --split_tokens=262144 --model_tag="$TAG"
 module scripts.base_eval --model_tag="$TAG"
+identity_stage
+module scripts.mid_train --tasks=local --device_batch_size=16 --total_batch_size=4096 --eval_every=80 \
+    --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN"
+stage python -m scripts.chat_eval -i mid --tasks=local -m 128 --model_tag="$TAG"
+module scripts.chat_sft --tasks=local --device_batch_size=32 --eval_every=40 --eval_steps=5 --eval_metrics_every=-1 \
+    --save_every=20 --model_tag="$TAG" --run="$WANDB_RUN"
+stage python -m scripts.chat_eval -i sft --tasks=local -m 128 --model_tag="$TAG"
+if [ "$RL" = 1 ]; then
+    module scripts.chat_rl --tasks=local --num_iterations=40 --max_new_tokens=40 --device_batch_size=16 \
+        --examples_per_step=8 --eval_every=20 --eval_examples=64 --model_tag="$TAG" --run="$WANDB_RUN"
+    stage python -m scripts.chat_eval -i rl --tasks=local -m 128 --model_tag="$TAG"
+fi
 stage python -m nanochat.report generate
+chat_hint "$TAG"

@@ -88,6 +88,27 @@ def _bpb(axes, steps, values, yardsticks):
     axes.legend(loc="upper right")
 
 
+def _validation_loss(axes, steps, values):
+    label = f"last {values[-1]:.3f}"
+    axes.plot(steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=label)
+    _focus(axes, values)
+    axes.set(title="Validation loss", ylabel="nats per token")
+    axes.legend(loc="upper right")
+
+
+def _share(title, color):
+    """A panel for a share of problems between 0 and 1."""
+
+    def draw(axes, steps, values):
+        trend = smoothed(values, span=len(values) / 20)
+        axes.plot(steps, values, color=color, alpha=0.4, linewidth=1, marker="o" if len(values) < 30 else None)
+        axes.plot(steps, trend, color=color, linewidth=2, label=f"first {values[0]:.3f}, last {values[-1]:.3f}")
+        axes.set(title=title, ylim=(-0.03, 1.03))
+        axes.legend(loc="lower right")
+
+    return draw
+
+
 def _throughput(axes, steps, values):
     human = EngFormatter(sep="")
     median = float(f"{np.median(values):.3g}")
@@ -100,13 +121,16 @@ def _throughput(axes, steps, values):
 
 def plot_log(records, title, yardsticks=None) -> bytes | None:
     """
-    One PNG of a training log: loss, validation bits per byte, tokens per second, as far as they were logged.
+    One PNG of a training log: loss or reward, validation, tokens per second, as far as they were logged.
 
     yardsticks: name → bits per byte, drawn as lines across the validation panel. None if there is no curve.
     """
     panels = [
         ("train/loss", _loss),
+        ("train/reward", _share("Mean reward of the samples", BLUE)),
         ("val/bpb", lambda *args: _bpb(*args, yardsticks or {})),
+        ("val/loss", _validation_loss),
+        ("pass@1", _share("Problems solved, pass@1", ORANGE)),
         ("train/tok_per_sec", _throughput),
     ]
     curves = [(draw, *series(records, key)) for key, draw in panels]

@@ -50,8 +50,11 @@ ROWS = {  # of the final table: title → key among the figures
     "GSM8K": "GSM8K",
     "HumanEval": "HumanEval",
     "MMLU": "MMLU",
+    "Arithmetic": "Arithmetic",
+    "SpellingBee": "SpellingBee",
     "ChatCORE": "ChatCORE",
 }
+IF_THERE = {"Arithmetic", "SpellingBee"}  # rows for models that were evaluated on them
 # report.md lies in two places, so the plots lie in a folder of this name beside each of them
 PLOT_FOLDER = "report"
 
@@ -220,6 +223,8 @@ class Report:
         rows = [["Metric", *COLUMNS]]
         for title, key in ROWS.items():
             values = [records[column].get(key) for column in COLUMNS]
+            if title in IF_THERE and all(value is None for value in values):
+                continue
             rows.append([title, *("-" if value is None else f"{value:.4f}" for value in values)])
         lines = [f"| {row[0]:<15} | " + " | ".join(f"{cell:<8}" for cell in row[1:]) + " |\n" for row in rows]
         lines.insert(1, f"|{'-' * 17}|" + f"{'-' * 10}|" * len(COLUMNS) + "\n")

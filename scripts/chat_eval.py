@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
 from nanochat.configurator import run, short
 from nanochat.engine import Engine
+from nanochat.execution import SandboxUnavailable, find_sandbox
 from nanochat.loop import ProgressLine
 from nanochat.report import get_report
 from tasks.mixtures import eval_tasks
@@ -85,6 +86,12 @@ def main(config: Config):
     unknown = [name for name in names if name not in available]
     if unknown:
         raise UserError(f"unknown task {', '.join(unknown)}: --tasks {config.tasks} has {', '.join(available)}")
+    if not config.task_name and "HumanEval" in names:
+        try:
+            find_sandbox()
+        except SandboxUnavailable as error:
+            print0(f"HumanEval is left out: {error}")
+            names.remove("HumanEval")
     tasks = {name: available[name]() for name in names}  # now, so that missing data is known at once
     step = None if config.step == -1 else config.step
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)

@@ -19,8 +19,8 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # How many conversations of each kind the local mixtures have; identity is a count of passes over its file.
-LOCAL_MID = {"arithmetic": 20_000, "spelling": 2_000, "counting": 1_000, "identity": 2}
-LOCAL_SFT = {"arithmetic": 4_000, "spelling": 300, "counting": 300, "identity": 2}
+LOCAL_MID = {"arithmetic": 12_000, "spelling": 8_000, "counting": 2_000, "identity": 3}
+LOCAL_SFT = {"arithmetic": 1_200, "spelling": 600, "counting": 300, "identity": 2}
 LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
 LOCAL_RL = 2_000
 LOCAL_TWO_STEPS = 0.1  # share of the sums in training

@@ -98,6 +98,19 @@ def cut_at(pieces, stop, on_cut):
         yield "text", held
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """Which model it is; `id` is what OpenAI clients ask for."""
+
+    source: str
+    model_tag: str
+    step: int
+
+    @property
+    def id(self) -> str:
+        return f"nanochat-{self.source}-{self.model_tag}"
+
+
 class Worker:
     """One engine and the numbers that /stats shows of it."""
 
@@ -143,6 +156,7 @@ class WorkerPool:
     def __init__(self, queue_size=64):
         self.queue_size = queue_size
         self.state = "loading"
+        self.model = None
         self.workers = []
         self.waiting = deque()
         self.changed = threading.Condition()  # guards everything here
@@ -151,14 +165,17 @@ class WorkerPool:
         self.seconds = 1.0  # that an answer takes, a running mean
         self.started = time.monotonic()
 
-    def start(self, engines, dtype=torch.float32):
-        """Begin to work, one thread an engine."""
+    def start(self, engines, model: ServedModel, dtype=torch.float32):
+        """Begin to work, one thread an engine, all of the same model."""
+        cores = max(1, torch.get_num_threads() // len(engines))
         with self.changed:
+            self.model = model
             self.workers = [Worker(i, engine, dtype) for i, engine in enumerate(engines)]
-            self.state = "ready"
+            if self.state == "loading":  # else it is to end before it began
+                self.state = "ready"
         for worker in self.workers:
             name = f"worker-{worker.number}"
-            self.threads.append(threading.Thread(target=self._work, args=(worker,), name=name, daemon=True))
+            self.threads.append(threading.Thread(target=self._work, args=(worker, cores), name=name, daemon=True))
             self.threads[-1].start()
 
     @property
@@ -174,9 +191,7 @@ class WorkerPool:
         return sum(worker.job is None for worker in self.workers)
 
     def _check_open(self):
-        if self.state != "ready":
-            doing = {"loading": "still loading the model"}.get(self.state, "shutting down")
-            raise Unavailable(f"the server is {doing}: try again later", 5)
+        self.check_ready()
         if len(self.waiting) >= self.queue_size + self._idle():
             self.totals["requests"] += 1
             self.totals["rejected"] += 1
@@ -184,6 +199,12 @@ class WorkerPool:
             raise Unavailable(
                 f"the server is busy: {len(self.waiting)} requests are waiting already", min(wait, MAX_RETRY_AFTER)
             )
+
+    def check_ready(self):
+        """Unavailable while the model is loading and after `drain`."""
+        if self.state != "ready":
+            doing = "still loading the model" if self.state == "loading" else "shutting down"
+            raise Unavailable(f"the server is {doing}: try again later", 5)
 
     def check_open(self):
         """Unavailable if `submit` would refuse just now: a cheap question before a prompt is made."""
@@ -255,11 +276,11 @@ class WorkerPool:
                 "uptime_seconds": round(time.monotonic() - self.started, 3),
             }
 
-    def _work(self, worker):
+    def _work(self, worker, cores):
         if worker.device.type == "cuda":
             torch.cuda.set_device(worker.device)  # a thread's own setting
         elif len(self.workers) > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // len(self.workers)))
+            torch.set_num_threads(cores)  # workers on the CPU share its cores
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.state == "closed")

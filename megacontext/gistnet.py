@@ -1,0 +1,86 @@
+"""
+GistNet: K neighbours of one level of detail become one gist of the next.
+
+Shapes: M blocks, K = block_size children a block, D = n_embd.
+
+Gists live where token embeddings do, among vectors of root mean square 1, so one network serves every level
+and the GPT reads both alike:
+
+    gist = norm(mean of the children + correction)
+
+The transformer computes the correction; its last matrix is zero at first, so that training starts from plain
+mean pooling, bit for bit, and can only add to it.
+"""
+
+import torch
+import torch.nn as nn
+
+from megacontext.layers import Encoder, Head, check_choice, init_linear
+from nanochat.gpt import norm
+
+TYPES = ("transformer", "mean")
+POOLINGS = ("mean", "query", "cls")
+
+
+class GistNet(nn.Module):
+    """
+    type "mean" has no parameters and ignores what follows it. "transformer": `layers` of bidirectional
+    attention inside the block, then a `pooling` of its K outputs, then a `head` ("linear" or "mlp").
+
+    pooling "mean"; "query": each attention head weighs the outputs by a learned query (zero at first, so equal
+    weights); "cls": the output of one more, learned, input.
+    """
+
+    def __init__(
+        self, n_embd: int, block_size: int, max_levels: int, type="transformer", layers=2, pooling="mean", head="mlp"
+    ):
+        super().__init__()
+        check_choice("gistnet type", type, TYPES)
+        check_choice("gistnet pooling", pooling, POOLINGS)
+        self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
+        if type == "mean":
+            return
+        self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
+        self.encoder = Encoder(layers, n_embd)
+        if pooling == "query":
+            self.query = nn.Parameter(torch.empty(n_embd // self.encoder.head_dim, self.encoder.head_dim))
+        if pooling == "cls":
+            self.cls = nn.Parameter(torch.empty(n_embd))
+        self.head = Head(head, n_embd, n_embd)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fill the parameters in place (the network may have been made on the meta device)."""
+        init_linear(self)
+        for name, p in self.named_parameters(recurse=False):
+            nn.init.normal_(p, std=1.0 if name == "cls" else 0.0)  # from a cls of zeros nothing could be learned
+
+    def forward(self, children, level: int):
+        """
+        Gists [M, D] of `level` (1 or more) from children [M, K, D] of level − 1.
+
+        Levels above max_levels share its embedding. Raises ValueError when a block is not of K children.
+        """
+        if children.size(1) != self.block_size or level < 1:
+            raise ValueError(
+                f"expected blocks of {self.block_size} children and a level of 1 or more, "
+                f"got {children.size(1)} and {level}"
+            )
+        mean = children.mean(dim=1)
+        return norm(mean if self.type == "mean" else mean + self._correction(children, level))
+
+    def _correction(self, children, level):
+        x = children + self.level_embed[min(level, self.max_levels) - 1]
+        if self.pooling == "cls":
+            x = torch.cat((x, self.cls.expand(len(x), 1, -1).to(x.dtype)), dim=1)
+        return self.head(norm(self._pool(self.encoder(x))))
+
+    def _pool(self, x):
+        if self.pooling == "cls":
+            return x[:, -1]
+        if self.pooling == "mean":
+            return x.mean(dim=1)
+        x = x.unflatten(-1, self.query.shape)  # [M, K, H, d]
+        weights = (x * self.query).sum(-1, keepdim=True).softmax(dim=1)
+        return (weights * x).sum(dim=1).flatten(1)

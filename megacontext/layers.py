@@ -1,0 +1,89 @@
+"""
+What GistNet and LensNet share: an encoder (the GPT's blocks without the causal mask), a head, initialization.
+
+Shapes: B batch, T positions, C channels.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.gpt import MLP, Attention, GPTConfig, apply_rotary, norm, rotary_cos_sin
+
+HEAD_DIM = 64
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def num_heads(n_embd: int) -> int:
+    """As many attention heads as fit with HEAD_DIM channels or more, of equal and even size."""
+    fits = (n for n in range(max(1, n_embd // HEAD_DIM), 0, -1) if n_embd % (2 * n) == 0)
+    return next(fits, 1)
+
+
+class BidirectionalAttention(Attention):
+    """The GPT's attention, but each position sees all others that `mask` [B, 1, 1, T] admits (None: all)."""
+
+    def forward(self, x, cos, sin, mask):
+        B, T, C = x.shape
+        q, k, v = (linear(x).view(B, T, self.n_head, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k = (norm(apply_rotary(t, cos, sin)).transpose(1, 2) for t in (q, k))  # [B, H, T, d]
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Encoder(nn.Module):
+    """[B, T, C] → [B, T, C], normalized. Positions are 0 … T−1 and, being rotary, only their differences count."""
+
+    def __init__(self, n_layer: int, n_embd: int):
+        super().__init__()
+        n_head = num_heads(n_embd)
+        config = GPTConfig(n_layer=n_layer, n_head=n_head, n_kv_head=n_head, n_embd=n_embd)
+        self.head_dim = n_embd // n_head
+        self.attn = nn.ModuleList(BidirectionalAttention(config, layer) for layer in range(n_layer))
+        self.mlp = nn.ModuleList(MLP(config) for _ in range(n_layer))
+
+    def forward(self, x, mask=None):
+        cos, sin = rotary_cos_sin(torch.arange(x.size(1), device=x.device), self.head_dim)
+        cos, sin = cos[None, :, None], sin[None, :, None]  # [1, T, 1, d/2]
+        for attn, mlp in zip(self.attn, self.mlp, strict=True):
+            x = x + attn(norm(x), cos, sin, mask)
+            x = x + mlp(norm(x))
+        return norm(x)
+
+
+class Head(nn.Module):
+    """[..., n_in] → [..., n_out]: one matrix ("linear"), or a ReLU² layer of 4·n_in before it ("mlp")."""
+
+    def __init__(self, kind: str, n_in: int, n_out: int):
+        super().__init__()
+        check_choice("head", kind, ("linear", "mlp"))
+        self.c_fc = nn.Linear(n_in, 4 * n_in, bias=False) if kind == "mlp" else None
+        self.c_proj = nn.Linear(n_in if self.c_fc is None else 4 * n_in, n_out, bias=False)
+
+    def forward(self, x):
+        if self.c_fc is not None:
+            x = F.relu(self.c_fc(x)).square()
+        return self.c_proj(x)
+
+
+@torch.no_grad()
+def init_linear(module):
+    """The GPT's initialization of linear layers: every c_proj, which a residual or an output is made of, is zero."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            fan_out, fan_in = layer.weight.shape
+            std = 0.0 if name.endswith("c_proj") else min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5
+            nn.init.normal_(layer.weight, std=std)
+
+
+def split_parameters(*networks) -> tuple[list, list]:
+    """(matrices, others): what Muon is for, and embeddings, single vectors and one-row heads, for AdamW."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Linear)]
+    matrices = [layer.weight for layer in layers if min(layer.weight.shape) > 1]
+    chosen = {id(p) for p in matrices}
+    return matrices, [p for network in networks for p in network.parameters() if id(p) not in chosen]

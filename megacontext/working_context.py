@@ -1,0 +1,268 @@
+"""
+The working context: the tokens so far, tiled in order by nodes of the tree at mixed levels of detail (LOD).
+
+Shapes: B rows, N tokens so far, K = block_size, n_blocks = ceil(N / K), W entries (of the longest row).
+
+Node i of LOD l covers the tokens [i·K^l, (i+1)·K^l); LOD 0 is the tokens themselves. A row is held as one small
+integer a block of K tokens, its *LOD map*: a block mapped to l >= 1 lies inside a node of LOD l, so K^(l−1)
+aligned blocks carry the same l. Gaps, overlaps and disorder cannot be written down. What is derived costs
+O(N / K + W): nothing here has an element a token.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import UserError
+
+
+class Entries(NamedTuple):
+    """What the model attends to, in order: each [B, W], int64 but for `valid`. Padding is (0, 0, 1, False)."""
+
+    lod: torch.Tensor
+    start: torch.Tensor  # first token
+    span: torch.Tensor  # tokens covered: K^lod
+    valid: torch.Tensor  # bool; False for the padding at the end of shorter rows
+
+
+class Edit(NamedTuple):
+    """Give num_blocks blocks of a row, from first_block on, the level new_lod: finer expands, coarser collapses."""
+
+    row: int
+    first_block: int
+    num_blocks: int
+    new_lod: int
+
+
+@dataclass(frozen=True, eq=False)
+class WorkingContext:
+    """
+    An immutable value: edits give a new one. lod_map [B, n_blocks] int8 must never be written to.
+
+    Raises ValueError for a map of the wrong shape or type; `check` tests the values too.
+    """
+
+    lod_map: torch.Tensor
+    num_tokens: int
+    block_size: int
+
+    def __post_init__(self):
+        n_blocks = -(-self.num_tokens // self.block_size)
+        if self.lod_map.dtype != torch.int8 or self.lod_map.dim() != 2 or self.lod_map.size(1) != n_blocks:
+            raise ValueError(
+                f"lod_map: expected int8 [B, {n_blocks}] for {self.num_tokens} tokens in blocks of {self.block_size}, "
+                f"got {self.lod_map.dtype} {list(self.lod_map.shape)}"
+            )
+
+    # -----------------------------------------------------------------------------------------------------
+    # Making one
+
+    @classmethod
+    def finest(cls, rows, num_tokens, block_size, device=None):
+        """Every token at LOD 0."""
+        n_blocks = -(-num_tokens // block_size)
+        return cls(torch.zeros(rows, n_blocks, dtype=torch.int8, device=device), num_tokens, block_size)
+
+    @classmethod
+    def initial(cls, num_tokens, block_size, budget, recent_tokens, rows=1, device=None):
+        """
+        The start of a session, at most `budget` entries a row: as fine as that allows, oldest tokens coarsest.
+
+        The oldest blocks become LOD 1, as few as will do; if all of them are not enough, the oldest of those become
+        LOD 2, and so on. The last recent_tokens tokens stay LOD 0. Raises UserError if no such context fits.
+        """
+        context = cls.finest(rows, num_tokens, block_size, device)
+        smallest = context.smallest_length(recent_tokens)
+        if budget < smallest:
+            raise UserError(
+                f"expected a budget of at least {smallest} entries for {num_tokens} tokens, of which the last "
+                f"{recent_tokens} stay at full detail, got {budget}: raise the budget or keep fewer recent tokens"
+            )
+        saved = block_size - 1  # entries saved by making any one node of K children
+        excess, lod, nodes = num_tokens - budget, 0, context.old_blocks(recent_tokens) * block_size
+        while excess > 0:
+            lod, nodes = lod + 1, nodes // block_size
+            collapsed = min(nodes, -(-excess // saved))
+            context.lod_map[:, : collapsed * block_size ** (lod - 1)] = lod  # not yet seen by anyone else
+            excess -= collapsed * saved
+        return context
+
+    # -----------------------------------------------------------------------------------------------------
+    # Reading it
+
+    @property
+    def num_rows(self) -> int:
+        return self.lod_map.size(0)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.lod_map.size(1)
+
+    def old_blocks(self, recent_tokens) -> int:
+        """How many of the first blocks lie wholly before the last recent_tokens tokens, so that they may collapse."""
+        return max(0, self.num_tokens - recent_tokens) // self.block_size
+
+    def smallest_length(self, recent_tokens) -> int:
+        """Entries of the coarsest possible row that keeps the last recent_tokens tokens at LOD 0."""
+        blocks = self.old_blocks(recent_tokens)
+        length = self.num_tokens - blocks * self.block_size
+        while blocks:  # the largest nodes first: as many of each level as the digits of `blocks` in base K say
+            blocks, digit = divmod(blocks, self.block_size)
+            length += digit
+        return length
+
+    @cached_property
+    def _counts(self):
+        """Entries that begin in each block, [B, n_blocks]: K at LOD 0; 1 in the first block of a node, else 0."""
+        counts = (self.lod_map == 0) * self.block_size
+        if self.num_tokens % self.block_size:
+            counts[:, -1] = self.num_tokens % self.block_size
+        lod, size = 1, 1  # a node of LOD l begins at every size-th block, size = K^(l−1)
+        while size * self.block_size <= self.num_tokens:
+            counts[:, ::size] += self.lod_map[:, ::size] == lod
+            lod, size = lod + 1, size * self.block_size
+        return counts
+
+    @cached_property
+    def _before(self):
+        """Entries before each block, and at last all of them: [B, n_blocks + 1]."""
+        return F.pad(self._counts.cumsum(1), (1, 0))
+
+    def lengths(self):
+        """Entries of each row, [B]."""
+        return self._before[:, -1]
+
+    def entries(self) -> Entries:
+        """The entries of all rows, padded at the end to the longest. Found once, then kept."""
+        return self._entries
+
+    @cached_property
+    def _entries(self):
+        lengths = self.lengths()
+        rank = torch.arange(int(lengths.max()), device=lengths.device).repeat(self.num_rows, 1)
+        valid = rank < lengths[:, None]
+        # Blocks that begin no entry share their count with the next one that does; right=True finds the latter.
+        block = (torch.searchsorted(self._before, rank, right=True) - 1).where(valid, 0)
+        lod = self.lod_map.gather(1, block).long().where(valid, 0)
+        start = (block * self.block_size + rank - self._before.gather(1, block)).where(valid, 0)
+        return Entries(lod, start, self.block_size**lod, valid)
+
+    def block_of_entry(self):
+        """The (first) block of each entry, [B, W]; 0 for padding."""
+        return self.entries().start // self.block_size
+
+    def table_index(self, offsets):
+        """Where each entry stands in the tree's table, [B, W]; offsets: the first place of each level there."""
+        lod, start, span, _ = self.entries()
+        return torch.tensor(offsets, device=lod.device)[lod] + start // span
+
+    def targets(self, y):
+        """
+        What each entry is to predict, [B, W], from y [B, N], the token that follows each position (−1: none).
+
+        An entry over [s, e) predicts token e if that token is an entry itself, or is not here yet (e = N). If a
+        gist comes next there is no target, −1, as for padding.
+        """
+        if y.shape != (self.num_rows, self.num_tokens):
+            raise ValueError(f"y: expected shape {[self.num_rows, self.num_tokens]}, got {list(y.shape)}")
+        lod, start, span, valid = self.entries()
+        token_next = F.pad(lod[:, 1:] == 0, (0, 1), value=True)  # also after the last entry: padding has LOD 0
+        return y.gather(1, start + span - 1).where(valid & token_next, -1)
+
+    def per_block(self, values):
+        """
+        Values [B, W] of entries as values [B, n_blocks] of blocks; differentiable.
+
+        A block at LOD 0 gets the mean of its tokens' values, a block inside a node the value of the node.
+        """
+        valid = self.entries().valid
+        sums = values.new_zeros(self.lod_map.shape).scatter_add(1, self.block_of_entry(), values.where(valid, 0))
+        means = sums / self._counts.clamp(min=1)
+        block = torch.arange(self.num_blocks, device=values.device)
+        first = block.where(self._counts > 0, 0).cummax(1).values  # the block in which the node begins
+        return means.gather(1, first)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Changing it
+
+    def apply(self, edits) -> "WorkingContext":
+        """The context after the edits, in their order. Raises ValueError for one that would break a node."""
+        lod_map = self.lod_map.clone()
+        for edit in edits:
+            self._check_edit(lod_map, edit)
+            lod_map[edit.row, edit.first_block : edit.first_block + edit.num_blocks] = edit.new_lod
+        return WorkingContext(lod_map, self.num_tokens, self.block_size)
+
+    def _check_edit(self, lod_map, edit):
+        row, first, count, lod = edit
+        end, size = first + count, self._blocks_per_node(lod)
+        if not (0 <= row < self.num_rows and 0 <= first < end <= self.num_blocks):
+            raise ValueError(f"{edit}: expected a row below {self.num_rows} and blocks within {self.num_blocks}")
+        if lod < 0 or first % size or count % size or (lod > 0 and end * self.block_size > self.num_tokens):
+            raise ValueError(f"{edit}: expected whole, complete nodes of LOD {lod}, {size} aligned blocks each")
+        for edge in {first, end} - {self.num_blocks}:
+            old = int(lod_map[row, edge])
+            if edge % self._blocks_per_node(old):
+                raise ValueError(
+                    f"{edit}: expected to begin and end between entries, got block {edge} inside LOD {old}"
+                )
+
+    def append(self, n) -> "WorkingContext":
+        """The context after n more tokens, at LOD 0."""
+        num_tokens = self.num_tokens + n
+        new_blocks = -(-num_tokens // self.block_size) - self.num_blocks
+        return WorkingContext(F.pad(self.lod_map, (0, new_blocks)), num_tokens, self.block_size)
+
+    def select(self, rows) -> "WorkingContext":
+        """The context of some of the rows: a slice, a list or an index tensor."""
+        return WorkingContext(self.lod_map[rows], self.num_tokens, self.block_size)
+
+    def first_difference(self, other):
+        """
+        Where two contexts of one stream part ways: (entries, tokens), each [B].
+
+        The first `entries` entries of both are the same and cover the first `tokens` tokens, so keys and values
+        computed for them under one context hold under the other. The number of tokens may differ.
+        """
+        if (self.num_rows, self.block_size) != (other.num_rows, other.block_size):
+            raise ValueError(
+                f"expected contexts of equal rows and block_size, got {self.num_rows} rows of blocks of "
+                f"{self.block_size} and {other.num_rows} of {other.block_size}"
+            )
+        shorter = min(self, other, key=lambda context: context.num_tokens)
+        n = shorter.num_blocks
+        differs = F.pad(self.lod_map[:, :n] != other.lod_map[:, :n], (0, 1), value=True)
+        block = differs.byte().argmax(1)  # the first one; rows part only between nodes, since nodes are aligned
+        entries = shorter._before.gather(1, block[:, None])[:, 0]
+        return entries, (block * self.block_size).clamp(max=shorter.num_tokens)
+
+    # -----------------------------------------------------------------------------------------------------
+
+    def _blocks_per_node(self, lod) -> int:
+        return self.block_size ** max(lod - 1, 0)
+
+    def check(self):
+        """Raise ValueError unless every block of LOD l >= 1 lies in an aligned, complete node that is all LOD l."""
+        if int(self.lod_map.min()) < 0:
+            raise ValueError(f"expected levels of 0 and more, got {int(self.lod_map.min())}")
+        for lod in range(1, int(self.lod_map.max()) + 1):
+            size = self._blocks_per_node(lod)
+            here = self.lod_map == lod
+            nodes = self.num_tokens // (size * self.block_size)  # complete ones
+            whole = here[:, : nodes * size].unflatten(1, (nodes, size))
+            broken = whole.any(2) & ~whole.all(2)
+            if broken.any():
+                row, node = broken.nonzero()[0].tolist()
+                got = self.lod_map[row, node * size : (node + 1) * size].tolist()
+                raise ValueError(
+                    f"row {row}: expected LOD {lod} in all blocks of {node * size}..{(node + 1) * size - 1} or in none, got {got}"
+                )
+            if here[:, nodes * size :].any():
+                row, block = here[:, nodes * size :].nonzero()[0].tolist()
+                raise ValueError(
+                    f"row {row}: expected only complete nodes, got LOD {lod} in block {nodes * size + block}, "
+                    f"whose node ends after token {self.num_tokens}"
+                )

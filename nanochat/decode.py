@@ -1,0 +1,177 @@
+"""
+Fast decoding: a GPT's weights, copied once into the layout and precision that generation likes best.
+
+A transformation from outside, of which the model knows nothing. Decoder and GPT.forward share the KVCache and are
+equal up to rounding: what one of them has read, the other can continue.
+
+Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, G = H / K, L layers, V = vocab_size.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, norm, rotary_cos_sin
+
+
+class KVCache:
+    """
+    Keys and values of all layers, [2, L, B, K, capacity, d], filled up to `pos`; grows when it must.
+
+    `insert` and `advance` are called by the forward pass.
+    """
+
+    def __init__(self, n_layer, capacity):
+        self.n_layer, self.capacity = n_layer, capacity
+        self.data = None  # made at the first insert, in the precision that the model computes in
+        self.pos = 0
+
+    def insert(self, layer, k, v):
+        """Put k, v [B, K, T, d] after what is there; returns all keys and all values so far."""
+        B, K, T, d = k.shape
+        end = self.pos + T
+        if self.data is None:
+            self._hold(k.new_empty(2, self.n_layer, B, K, max(self.capacity, end), d))
+        self.reserve(end)
+        keys, values = self.layers[layer]
+        keys[:, :, self.pos : end] = k
+        values[:, :, self.pos : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, T):
+        self.pos += T
+
+    def truncate(self, pos):
+        """Forget everything from position `pos` on."""
+        self.pos = min(self.pos, pos)
+
+    def repeat(self, rows):
+        """Turn a cache of one row into one of `rows` equal rows."""
+        self._move(rows, self.capacity)
+
+    def reserve(self, end):
+        """Make room for `end` positions in all."""
+        if end > self.capacity:
+            self._move(self.data.size(2), max(end, 2 * self.capacity))
+
+    def _move(self, rows, capacity):
+        old = self.data
+        self._hold(old.new_empty(2, self.n_layer, rows, old.size(3), capacity, old.size(5)))
+        self.data[..., : self.pos, :] = old[..., : self.pos, :]
+
+    def _hold(self, data):
+        self.data, self.capacity = data, data.size(4)
+        self.layers = [pair.unbind() for pair in data.unbind(1)]  # (keys, values), taken apart once and for all
+
+
+def compute_dtype(model):
+    """The precision in which the model computes: autocast's where it is on, else that of its matrices."""
+    device = model.get_device().type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
+
+
+def weight_versions(model):
+    """Where the parameters lie and how often each was written: changes when a copy of them goes stale."""
+    # Inference tensors do not count their versions; an object that equals nothing else is the safe answer for them.
+    return [(p.data_ptr(), object() if p.is_inference() else p._version) for p in model.parameters()]
+
+
+class Decoder:
+    """
+    What GPT.forward computes, for the last token only, from a copy of the weights in `dtype` (see compute_dtype).
+
+    Q, K and V are one matrix, padding is cut off the head, and matrices lie as [in, out]: in float32 on a CPU, the
+    product with a few rows is then up to three times as fast. A surrounding autocast has no effect. `graph`: whether
+    steps are CUDA graphs (None: where there is CUDA); elsewhere True runs the same static shapes without a graph.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, dtype=None, graph=None):
+        self.config, self.device = model.config, model.get_device()
+        self.dtype = dtype or compute_dtype(model)
+        self.graph = self.device.type == "cuda" if graph is None else graph
+        self.versions = weight_versions(model)
+        self.embedding = model.transformer.wte.weight.detach()  # looked up, not multiplied: as it is
+        self.layers = [
+            (
+                self._matrix(block.attn.c_q, block.attn.c_k, block.attn.c_v),
+                self._matrix(block.attn.c_proj),
+                self._matrix(block.mlp.c_fc),
+                self._matrix(block.mlp.c_proj),
+            )
+            for block in model.transformer.h
+        ]
+        self.head = self._matrix(model.lm_head)[:, : self.config.vocab_size].contiguous()
+        self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
+
+    def _matrix(self, *linears):
+        return torch.cat([linear.weight.to(self.dtype) for linear in linears]).T.contiguous()
+
+    def is_current(self, model, dtype):
+        """Whether this is still the decoder of that model, with the weights that it has now, in that precision."""
+        return self.dtype == dtype and self.versions == weight_versions(model)
+
+    @torch.inference_mode()
+    def extend(self, ids, cache, positions=None):
+        """
+        Logits [B, V] in float32 after the tokens ids [B, T], which go into the cache.
+
+        positions, of the rotary angles: None for cache.pos, cache.pos + 1, …; an int for that one and those that
+        follow; or a tensor [B or 1, T]. Given ones may exceed the model's table; without, ValueError.
+        """
+        T = ids.size(1)
+        if positions is None and cache.pos + T > self.cos.size(1):
+            raise ValueError(f"{cache.pos + T} tokens are more than the {self.cos.size(1)} positions of this model")
+
+        def attend(layer, q, k, v):
+            k, v = cache.insert(layer, k, v)
+            return attend_to_all(q, k, v) if T == 1 else attend_causally(q, k, v)
+
+        logits = self._run(ids, self._rotary(cache.pos if positions is None else positions, T), attend)
+        cache.advance(T)
+        return logits
+
+    def step(self, ids, cache, positions=None):
+        """Logits [B, V] after one more token a row, ids [B]; positions: None, an int or a tensor [B or 1]."""
+        if isinstance(positions, torch.Tensor):
+            positions = positions[:, None]
+        return self.extend(ids[:, None], cache, positions)
+
+    def stepper(self, cache):
+        """The fastest step for this cache: a function (ids, positions=None) -> logits."""
+        return StaticStep(self, cache) if self.graph else partial(self.step, cache=cache)
+
+    @torch.inference_mode()
+    def static_step(self, ids, slot, positions, data):
+        """A step without a shape that changes: ids and positions [B]; slot [1], where to write in `KVCache.data`."""
+        hidden = torch.arange(data.size(4), device=self.device) > slot
+        mask = torch.zeros(data.size(4), dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
+
+        def attend(layer, q, k, v):
+            keys, values = data[:, layer]
+            keys.index_copy_(2, slot, k)
+            values.index_copy_(2, slot, v)
+            return attend_to_all(q, keys, values, mask)
+
+        return self._run(ids[:, None], self._rotary(positions[:, None], 1), attend)
+
+    def _rotary(self, positions, T):
+        """(cos, sin), each [1 or B, T, 1, d/2]."""
+        if isinstance(positions, int):
+            if 0 <= positions <= self.cos.size(1) - T:
+                return self.cos[:, positions : positions + T], self.sin[:, positions : positions + T]
+            positions = torch.arange(positions, positions + T, device=self.device)[None]
+        cos_sin = rotary_cos_sin(positions.flatten(), 2 * self.cos.size(-1))
+        return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
+
+    def _run(self, ids, cos_sin, attend):
+        """The network. attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B, H, T, d] is its only memory."""
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self._run(ids, cos_sin, attend)
+        B, T = ids.shape
+        H, K = self.config.n_head, self.config.n_kv_head
+        x = norm(F.embedding(ids.flatten(), self.embedding))  # [B·T, D]; in the embedding's precision, as in training
+        for layer, (qkv, proj, fc, out) in enumerate(self.layers):
+            heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1).transpose(1, 2)

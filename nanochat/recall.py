@@ -1,0 +1,216 @@
+"""
+Generated documents whose later parts depend on earlier ones at a known distance, to train and test long memory.
+
+A document is English of few words and forms, one sentence a line. Three things in it reach far back:
+
+- its vocabulary: its everyday sentences use a few words out of LEXICON, others than the next document does;
+- facts, "The code of Maria is 4817.", stated once; some of them are asked for later, the rest distract:
+  "What is the code of Maria? The code of Maria is 4817.";
+- tables, "- Maria, red, 48" under a head line, one cell of which is asked for later in the same form.
+
+No name has two values of an attribute, so that every question has one right answer, and nothing but the fact tells
+it. A distance is a number of characters: from the start of the fact to the start of the answer. At a vocabulary of
+1,024 tokens about 3.3 characters make a token, at 4,096 about 4.4.
+"""
+
+import heapq
+import itertools
+import json
+import math
+import random
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from nanochat.common import UserError, atomic_write
+from nanochat.sources import VAL_FRACTION, write_shards
+
+KEY_FILE = "recall_val_key.jsonl"  # beside the shards
+
+NAMES = (
+    "Adam Alice Anna Anton Bella Boris Carl Clara Daniel David Diana Edgar Elena Emil Emma Eric Eva Felix Flora Frank "
+    "Fred George Grace Greta Hans Harry Helen Henry Hugo Ida Igor Irene Ivan Jack Jacob James Jane John Julia Karin "
+    "Kate Laura Leo Linda Lisa Louis Lucy Marco Maria Mark Martin Max Mila Nina Nora Oscar Otto Paul Peter Rosa Sam "
+    "Sara Tom Vera"
+).split()
+CITIES = (
+    "Athens Berlin Bern Bombay Boston Cairo Chicago Delhi Dublin Geneva Kiev Lima Lisbon London Madrid Malta Miami "
+    "Milan Moscow Naples Oslo Oxford Paris Prague Riga Rome Seoul Tokyo Turin Venice Vienna Zurich"
+).split()
+FOODS = (
+    "bacon beans bread butter cake carrots cheese corn cream eggs fish fruit garlic ham honey jam lamb meat milk nuts "
+    "onions pasta pears pizza plums rice salad salt soup sugar toast yogurt"
+).split()
+COLOURS = "black blue brown gold green grey orange pink purple red silver white yellow".split()
+
+FACTS = {"code": [f"{n:04d}" for n in range(10_000)], "city": CITIES, "food": FOODS}
+COLUMNS = {"colour": COLOURS, "number": [f"{n:02d}" for n in range(10, 100)]}
+ROWS = 4  # of a table
+MARGIN = 16  # characters for the last answer
+
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+LEXICON = random.Random("lexicon").sample(["".join(word) for word in itertools.product(SYLLABLES, repeat=3)], 2048)
+EVERYDAY = (
+    "The {} sees the {}.",
+    "The {} sits by the {}.",
+    "The {} likes the {}.",
+    "The {} and the {} sleep.",
+    "The {} has a {}.",
+    "The {} brings the {} to the {}.",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Where a question, its answer (with the space before it) and the fact it needs are in a text: [start, end)."""
+
+    kind: str  # "fact" or "table"
+    attribute: str  # of FACTS or COLUMNS
+    fact: tuple[int, int]
+    question: tuple[int, int]
+    answer: tuple[int, int]
+
+    @property
+    def distance(self) -> int:
+        return self.answer[0] - self.fact[0]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a document is like. Raises UserError for what cannot be."""
+
+    chars: int = 4000  # length, to within some lines
+    questions: int = 12  # facts that are asked for
+    tables: int = 4  # of each, one cell is asked for
+    distractors: int = 12  # facts that are not asked for
+    words: int = 16  # of LEXICON
+    min_distance: int = 128  # distances are log-uniform between these two, overshooting by some lines
+    max_distance: int = -1  # -1: as far as the document reaches
+    depth: float | None = None  # of the facts: 0 first, 1 last; without max_distance they are asked for at the end
+
+    def __post_init__(self):
+        def check(fits, expected, got):
+            if not fits:
+                raise UserError(f"recall documents: expected {expected}, got {got}")
+
+        for name in ("questions", "tables", "distractors"):
+            check(getattr(self, name) >= 0, f"0 or more {name}", getattr(self, name))
+        check(3 <= self.words <= len(LEXICON), f"3 to {len(LEXICON)} words", self.words)
+        facts, most = self.questions + self.distractors, len(FACTS) * len(NAMES)
+        check(facts <= most, f"at most {most} questions and distractors together", facts)
+        check(self.tables <= len(NAMES) // ROWS, f"at most {len(NAMES) // ROWS} tables", self.tables)
+        # Smaller than this, a table would not have ended yet when its first row is asked for.
+        check(self.min_distance >= 128, "a min_distance of 128 characters or more", self.min_distance)
+        far = f"a max_distance of {self.min_distance} (min_distance) or more, or -1"
+        check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
+        check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
+        # Long lines of these kinds, and as much again to put between them.
+        least = 2 * (90 * self.questions + 140 * self.tables + 30 * self.distractors)
+        needs = f"for {self.questions} questions, {self.tables} tables and {self.distractors} distractors"
+        check(self.chars >= least, f"at least {least} chars {needs}", self.chars)
+        reach = max(self.min_distance, self.max_distance) + 200
+        check(self.chars >= reach, f"at least {reach} chars for such distances", self.chars)
+        if self.depth is not None and self.max_distance != -1:
+            reach = self.max_distance + self.depth * (self.chars - self.min_distance)
+            expected = f"max_distance or depth so small that questions fit in {self.chars} chars"
+            check(reach <= self.chars, expected, f"{self.max_distance} and {self.depth}")
+
+
+def recall_documents(seed: int, count: int, split="eval", **sizes):
+    """
+    Yield `count` documents (text, questions); `sizes` are fields of Sizes.
+
+    The same seed, split and sizes give the same documents, a smaller count the first of them. Shards hold the splits
+    "train" and "val". No two splits or seeds share a stream of random numbers.
+    """
+    for index in range(count):
+        yield recall_document(random.Random(f"recall {seed} {split} {index}"), **sizes)
+
+
+def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
+    """A document with `sizes`, fields of Sizes, and its questions in the order in which they are asked."""
+    sizes = Sizes(**sizes)
+    words = rng.sample(LEXICON, sizes.words)
+    coming = sorted(_statements(rng, sizes), key=lambda statement: statement.place, reverse=True)
+    lines, length, due, questions = [], 0, [], []
+
+    def add(line):
+        nonlocal length
+        lines.append(line)
+        length += len(line)
+        return length - len(line), length - 1  # without the line end
+
+    while True:
+        if due and due[0][0] <= length:
+            _, fact, statement = heapq.heappop(due)
+            question, told, answer = statement.asked
+            start, end = add(f"{question}{told}{answer}.\n")
+            question, answer = (start, start + len(question)), (end - 1 - len(answer), end - 1)
+            questions.append(Question(statement.kind, statement.attribute, fact, question, answer))
+        elif coming and coming[-1].place <= length:
+            statement = coming.pop()
+            spans = [add(line) for line in statement.lines]
+            if statement.distance:
+                fact = spans[statement.row]
+                question, told, _ = statement.asked
+                start = fact[0] + statement.distance - len(question + told)
+                heapq.heappush(due, (start, fact, statement))
+        else:
+            line = rng.choice(EVERYDAY).format(*rng.choices(words, k=3)) + "\n"
+            if not (coming or due) and length + len(line) > sizes.chars:
+                return "".join(lines), questions
+            add(line)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """Lines that hold a fact in `lines[row]`: where they belong, and how far from there it is asked for (0: never)."""
+
+    place: float
+    distance: int
+    lines: list[str]
+    row: int
+    kind: str
+    attribute: str
+    name: str
+    value: str
+
+    @property
+    def asked(self) -> tuple[str, str, str]:
+        """The question, what leads to the answer, the answer."""
+        of = f"the {self.attribute} of {self.name}"
+        return f"What is {of}?", f" T{of[1:]} is", f" {self.value}"
+
+
+def _statements(rng, sizes):
+    """The statements of a document, in no order."""
+    keys = rng.sample([(attribute, name) for attribute in FACTS for name in NAMES], sizes.questions + sizes.distractors)
+    for number, (attribute, name) in enumerate(keys):
+        value = rng.choice(FACTS[attribute])
+        place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
+        yield _Statement(*place, [f"The {attribute} of {name} is {value}.\n"], 0, "fact", attribute, name, value)
+
+    names = rng.sample(NAMES, ROWS * sizes.tables)
+    for first in range(0, len(names), ROWS):
+        rows = [(name, *map(rng.choice, COLUMNS.values())) for name in names[first : first + ROWS]]
+        lines = [f"{start} {', '.join(row)}\n" for start, row in [("Table:", ("name", *COLUMNS)), *(("-", row) for row in rows)]]
+        row, column = rng.randrange(ROWS), rng.randrange(len(COLUMNS))
+        name, value, attribute = rows[row][0], rows[row][1 + column], [*COLUMNS][column]
+        yield _Statement(*_place(rng, sizes), lines, 1 + row, "table", attribute, name, value)
+
+
+def _place(rng, sizes):
+    """(character at which a statement should begin, distance from there to the answer)"""
+    reach = sizes.chars - MARGIN
+    low, high = sizes.min_distance, min(reach, sizes.max_distance if sizes.max_distance != -1 else reach)
+    distance = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+    if sizes.depth is None:
+        return rng.uniform(0, reach - distance), distance
+    place = round(sizes.depth * (reach - low))
+    return place, reach - place if sizes.max_distance == -1 else distance
+
+
+def key_line(index: int, text: str, questions: list[Question]) -> str:
+    """A document's line of the answer key, as JSON."""
+    asked = [asdict(question) | {"distance": question.distance} for question in questions]
+    return json.dumps({"index": index, "text": text, "questions": asked})

@@ -1,0 +1,174 @@
+"""
+Chat with a model in the terminal.
+
+    python -m scripts.chat_cli                        # the SFT model
+    python -m scripts.chat_cli -i mid -t 0.2 -k 20
+    python -m scripts.chat_cli -p "Who are you?"      # one answer, then the end
+
+Arrow keys edit the line and go through earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the
+program; "clear" begins a new conversation.
+"""
+
+import secrets
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+from rich.console import Console
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
+from nanochat.configurator import run, short
+from nanochat.engine import Engine
+from nanochat.streaming import join_parts, stream_parts
+
+STYLES = {"text": "", "python": "cyan", "python_output": "green"}
+MARKS = {"python": ("[", ""), "python_output": (" = ", "] ")}  # a tool call is shown as [17 + 25 = 42]
+
+
+@dataclass
+class Config:
+    source: Annotated[str, short("-i")] = "sft"
+    """stage of the model: mid, sft, rl or base"""
+    model_tag: Annotated[str, short("-g")] = ""
+    """model to load; empty for the largest"""
+    step: Annotated[int, short("-s")] = -1
+    """checkpoint to load; -1 for the newest"""
+    prompt: Annotated[str, short("-p")] = ""
+    """answer this and end"""
+    temperature: Annotated[float, short("-t")] = 0.6
+    """0 for always the likeliest token"""
+    top_k: Annotated[int, short("-k")] = 50
+    """sample among this many; 0 for all"""
+    max_tokens: Annotated[int, short("-m")] = 256
+    """of one answer"""
+    seed: int = -1
+    """of the sampling; -1 for another one each time"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: Annotated[str, short("-d")] = "auto"
+    """auto, bf16 or fp32"""
+
+
+class Stop:
+    """While in use, Ctrl-C sets `asked` instead of raising KeyboardInterrupt wherever the program happens to be."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+
+def show(console, pieces, stop):
+    """Print (type, text) pieces as they come, until they end or `stop` is asked for; returns those shown."""
+    shown, kind = [], "text"
+    for now, text in pieces:
+        if now != kind:
+            closing, opening = MARKS.get(kind, ("", ""))[1], MARKS.get(now, ("", ""))[0]
+            console.print(closing + opening, end="", style="dim", markup=False, highlight=False)
+            kind = now
+        console.print(text, end="", style=STYLES[kind], markup=False, highlight=False, soft_wrap=True)
+        console.file.flush()
+        shown.append((now, text))
+        if stop.asked:
+            break
+    console.print(" (stopped)" if stop.asked else "", style="dim")
+    return shown
+
+
+def read_line():
+    """A line from the person; None at the end of the input."""
+    try:
+        return input("\nUser: ").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:  # at the prompt it throws away what was typed
+        return ""
+
+
+def remember_lines():
+    """Line editing and a history across sessions, where there is a terminal and a readline."""
+    if not sys.stdin.isatty():
+        return
+    try:
+        import readline
+    except ImportError:  # Python builds without it: lines can still be typed
+        return
+    import atexit
+
+    path = get_base_dir() / "chat_history"
+    if path.exists():
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    atexit.register(readline.write_history_file, path)
+
+
+def main(config: Config):
+    if not 0 <= config.temperature <= 2:
+        raise UserError(f"temperature must be from 0 to 2, got {config.temperature}")
+    if config.top_k < 0 or config.max_tokens < 1:
+        raise UserError(f"expected top_k >= 0 and max_tokens >= 1, got {config.top_k} and {config.max_tokens}")
+    *_, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    engine, console = Engine(model, tokenizer), Console(highlight=False)
+    context = model.config.sequence_len
+    messages, answers = [], 0
+
+    def answer(text):
+        """Add the person's text and the model's answer to the conversation."""
+        nonlocal answers
+        messages.append({"role": "user", "content": text})
+        prompt = tokenizer.render_for_completion({"messages": messages})
+        room = context - len(prompt)
+        if room < 1:
+            messages.pop()
+            raise UserError(
+                f"the conversation has {len(prompt):,} tokens and the model reads {context:,}: "
+                "type clear for a new one, or say it in fewer words"
+            )
+        columns = engine.generate(
+            prompt,
+            max_tokens=min(config.max_tokens, room),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=config.seed + answers if config.seed >= 0 else secrets.randbits(63),
+        )
+        with Stop() as stop, autocast(device, dtype):
+            shown = show(console, stream_parts(tokenizer, columns), stop)
+        columns.close()
+        answers += 1
+        messages.append({"role": "assistant", "content": join_parts(shown)})
+
+    if config.prompt:
+        answer(config.prompt)
+        return
+    console.print(f"{config.source} {meta['model_tag']}, step {meta['step']}; context of {context:,} tokens")
+    console.print("clear: new conversation; quit or Ctrl-D: end; Ctrl-C stops an answer", style="dim")
+    remember_lines()
+    while True:
+        line = read_line()
+        if line is None or line.lower() in ("quit", "exit"):
+            console.print("Goodbye!")
+            return
+        if line.lower() == "clear":
+            messages.clear()
+            console.print("A new conversation.", style="dim")
+        elif line:
+            console.print("\nAssistant: ", end="", style="bold")
+            try:
+                answer(line)
+            except UserError as error:
+                console.print(f"error: {error}", style="red")
+
+
+if __name__ == "__main__":
+    run(main, Config)

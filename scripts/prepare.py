@@ -1,0 +1,51 @@
+"""
+Fetch and check what the chat stages and evaluations need, before hours are spent on pretraining.
+
+    python -m scripts.prepare                   # the hub's datasets, and the CORE bundle
+    python -m scripts.prepare --tasks=local     # what is made on this machine
+
+Says how many conversations each stage has. What is there already is not fetched again.
+"""
+
+from dataclasses import dataclass
+
+from nanochat.common import print0
+from nanochat.configurator import run
+from nanochat.core_bundle import download_bundle
+from nanochat.execution import SandboxUnavailable, find_sandbox
+from tasks.mixtures import eval_tasks, mid_mixture, mid_val, rl_tasks, sft_mixture, sft_val
+
+
+@dataclass
+class Config:
+    tasks: str = "full"
+    """full (the hub's datasets) or local"""
+    core: bool = True
+    """with --tasks full: fetch the CORE bundle for base_eval too"""
+
+
+def main(config: Config):
+    which = config.tasks
+    rl_train, rl_val = rl_tasks(which)
+    sizes = {
+        "midtraining": mid_mixture(which),
+        "midtraining, validation": mid_val(which),
+        "SFT": sft_mixture(which),
+        "SFT, validation": sft_val(which),
+        "RL": rl_train,
+        "RL, validation": rl_val,
+        **{f"evaluation, {name}": make() for name, make in eval_tasks(which).items()},
+    }
+    for name, task in sizes.items():
+        print0(f"{name}: {len(task):,} conversations")
+    if which == "full":
+        if config.core:
+            print0(f"CORE: {download_bundle()}")
+        try:
+            find_sandbox()
+        except SandboxUnavailable as error:
+            print0(f"HumanEval will be left out: {error}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,265 @@
+"""The chat stages on a tiny model: midtraining, SFT, RL, evaluation, the terminal chat."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as cm
+from nanochat.common import UserError
+from nanochat.configurator import parse
+from nanochat.dataset import Config as DatasetConfig
+from nanochat.dataset import main as dataset_main
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import chat_cli, chat_eval, chat_rl, chat_sft, mid_train
+from tasks.customjson import CustomJSON
+from tests.conftest import write_tokenizer
+from tests.test_flow import assert_equal
+
+COMMON = ["--tasks=local", "--device_type=cpu", "--dtype=fp32"]
+MID = [*COMMON, "--device_batch_size=2", "--total_batch_size=256", "--num_iterations=12", "--eval_tokens=256"]
+MID += ["--eval_every=4", "--save_every=3"]
+SFT = [*COMMON, "--device_batch_size=4", "--target_examples_per_step=8", "--num_iterations=12", "--eval_steps=2"]
+SFT += ["--eval_every=4", "--eval_metrics_every=12", "--eval_metrics_max_problems=2", "--save_every=3"]
+RL = [*COMMON, "--num_iterations=12", "--examples_per_step=2", "--num_samples=4", "--device_batch_size=2"]
+RL += ["--max_new_tokens=6", "--eval_every=12", "--eval_examples=2", "--save_every=3"]
+STAGES = {"mid": (mid_train, MID), "sft": (chat_sft, SFT), "rl": (chat_rl, RL)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base folder with text, a tokenizer, identity conversations, and a base model d1 of random weights."""
+    root = tmp_path_factory.mktemp("stages")
+    text = root / "text"
+    text.mkdir()
+    for path in sorted((Path(__file__).parent.parent / "nanochat").glob("*.py")):
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        for i in range(0, len(lines), 20):
+            (text / f"{path.stem}_{i}.py").write_text("".join(lines[i : i + 20]), "utf-8")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the process that is killed: sums then have the same order
+    dataset_main(DatasetConfig(source=str(text)))
+    documents = [path.read_text("utf-8") for path in text.iterdir()]
+    tokenizer = RustBPETokenizer.train_from_iterator(iter(sorted(documents)), 600)
+    write_tokenizer(tokenizer, root / "base")
+    conversation = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am a test."}]
+    (root / "base" / "identity_conversations.jsonl").write_text(json.dumps(conversation) + "\n")
+    torch.manual_seed(1)
+    model = GPT(GPTConfig.from_depth(1, 64, tokenizer.get_vocab_size()))
+    model.init_weights()
+    config = {"sequence_len": 64, "vocab_size": 600, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 64}
+    cm.save_checkpoint(root / "base" / "base_checkpoints" / "d1", 7, model.state_dict(), None, {"model_config": config})
+    yield root / "base"
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+def run(stage, *options):
+    module, defaults = STAGES[stage]
+    module.main(parse(module.Config, [*defaults, *options]))
+
+
+@pytest.fixture(scope="module")
+def trained(base):
+    for stage in STAGES:
+        run(stage)
+    return base
+
+
+def log_of(base, stage, tag="d1"):
+    return [json.loads(line) for line in (base / "logs" / f"{stage}_{tag}.jsonl").read_text().splitlines()]
+
+
+def test_stages_train(trained):
+    mid = [record["train/loss"] for record in log_of(trained, "mid") if "train/loss" in record]
+    assert len(mid) == 12
+    assert mid[-1] < mid[0] - 0.5
+    bpb = [record["val/bpb"] for record in log_of(trained, "mid") if "val/bpb" in record]
+    assert len(bpb) == 4  # steps 0, 4, 8, 12
+    assert bpb[-1] < bpb[0]
+    sft = [record["val/loss"] for record in log_of(trained, "sft") if "val/loss" in record]
+    assert sft[-1] < sft[0]
+    rl = log_of(trained, "rl")
+    assert [record["step"] for record in rl if "pass@2" in record] == [0, 12]
+    assert all(0 <= record["train/reward"] <= 1 for record in rl if "train/reward" in record)
+    for name in ("midtraining", "chat-sft", "chat-rl"):
+        assert (trained / "report" / f"{name}.md").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_equals_unbroken(stage, trained, capsys):
+    """SIGKILL in the middle, the same command again: bit for bit what an unbroken run gives."""
+    source = {"mid": "base", "sft": "mid", "rl": "sft"}[stage]
+    folder = trained / cm.SOURCES[source]
+    if not (folder / "killed").exists():
+        (folder / "killed").symlink_to(folder / "d1")
+    module, defaults = STAGES[stage]
+    command = [sys.executable, "-m", module.__name__, *defaults, "--model_tag=killed"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log, deadline = trained / "logs" / f"{stage}_killed.jsonl", time.time() + 120
+    while time.time() < deadline and not (log.exists() and '"step": 5, "total' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    target = trained / cm.SOURCES[stage]
+    if (target / "killed").is_symlink():
+        pytest.fail("the stage wrote into another model's folder")
+    reached = cm.find_last_step(target / "killed")
+    assert reached is not None
+    assert reached < 12
+    run(stage, "--model_tag=killed")
+    assert f"resuming from step {reached}" in capsys.readouterr().out
+    for kind in ("model", "optim", "state"):
+        files = [target / tag / f"{kind}_000012.pt" for tag in ("d1", "killed")]
+        assert_equal(*(torch.load(path, weights_only=True) for path in files))
+    if stage != "rl":  # the next stage starts from the unbroken model
+        for path in (target / "killed").iterdir():
+            path.unlink()
+        (target / "killed").rmdir()
+    run(stage)
+    assert "already trained to step 12: nothing to do" in capsys.readouterr().out
+
+
+def test_another_parent_is_noticed(trained):
+    """A stage that was trained from other weights is not taken for one trained from these."""
+    folder = trained / "mid_checkpoints" / "d1"
+    path = folder / "meta_000012.json"
+    before = path.read_text()
+    meta = json.loads(before)
+    meta["decisive"]["parent"]["weights"] = "0" * 64
+    path.write_text(json.dumps(meta))
+    manifest = json.loads((folder / "manifest_000012.json").read_text())
+    kept = json.dumps(manifest)
+    manifest[path.name]["bytes"] = path.stat().st_size
+    (folder / "manifest_000012.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="made with parent="):
+        run("mid")
+    path.write_text(before)
+    (folder / "manifest_000012.json").write_text(kept)
+
+
+def test_two_processes_share_the_conversations(trained):
+    """The same step over two processes gives the same model, up to rounding."""
+    (trained / "mid_checkpoints" / "two").symlink_to(trained / "mid_checkpoints" / "d1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command += ["scripts.chat_sft", "--", *SFT, "--model_tag=two"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    logs = [log_of(trained, "sft", tag) for tag in ("d1", "two")]
+    one, two = ([record["train/loss"] for record in log if "train/loss" in record] for log in logs)
+    assert one == pytest.approx(two, rel=2e-3)
+
+
+def test_no_trained_token_is_no_nan(trained, tmp_path, monkeypatch):
+    """Conversations whose answer is beyond the context: nothing to learn from, and no NaN."""
+    long = {"role": "user", "content": "far too long " * 100}
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join([json.dumps([long, {"role": "assistant", "content": "so?"}])] * 3))
+    monkeypatch.setattr(chat_sft, "sft_mixture", lambda which: CustomJSON(path))
+    (trained / "mid_checkpoints" / "nothing").symlink_to(trained / "mid_checkpoints" / "d1")
+    run("sft", "--model_tag=nothing", "--num_iterations=2", "--device_batch_size=1", "--eval_metrics_every=-1")
+    weights = [cm.load_checkpoint(trained / cm.SOURCES[s] / "nothing", n)[0] for s, n in (("mid", 12), ("sft", 2))]
+    assert_equal(*weights)  # nothing was learned, and nothing became NaN
+    assert [r["train/loss"] for r in log_of(trained, "sft", "nothing") if "train/loss" in r] == [0, 0]
+
+
+def test_evaluation_and_its_report(trained, capsys):
+    chat_eval.main(parse(chat_eval.Config, ["-i", "sft", "--tasks=local", "-x", "3", "-m", "8", "-d", "fp32"]))
+    out = capsys.readouterr().out
+    assert "Arithmetic: " in out
+    assert "ChatCORE: " in out
+    report = (trained / "report" / "chat-evaluation-sft.md").read_text()
+    assert "Who are you?" in report
+    assert "ChatCORE" in report
+    chat_eval.main(parse(chat_eval.Config, ["-i", "rl", "-a", "Arithmetic", "--tasks=local", "-x=2", "-m=4"]))
+    assert "ChatCORE" not in capsys.readouterr().out  # not over a part of the tasks
+    with pytest.raises(UserError, match="unknown task Chess"):
+        chat_eval.main(parse(chat_eval.Config, ["-a", "Chess", "--tasks=local"]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("mid", ["--total_batch_size=100"], "total_batch_size must be a multiple"),
+        ("mid", ["--tasks=some"], "expected --tasks full or local"),
+        ("mid", ["--max_seq_len=100000"], "max_seq_len must be from 1"),
+        ("mid", ["--model_tag=absent"], "no complete checkpoint"),
+        ("sft", ["--source=nowhere"], "source must be one of"),
+        ("sft", ["--device_batch_size=0"], "device_batch_size at least 1"),
+        ("sft", ["--step=3000"], "no complete checkpoint of step 3000"),
+        ("rl", ["--temperature=0"], "expected temperature > 0"),
+        ("rl", ["--num_samples=1"], "num_samples >= 2"),
+        ("rl", ["--init_lr_frac=0.5"], "made with init_lr_frac=0.05"),
+    ],
+)
+def test_wrong_options(stage, options, message, trained):
+    with pytest.raises(UserError, match=message):
+        run(stage, *options)
+
+
+def test_full_without_data_stops_at_once(trained):
+    with pytest.raises(UserError, match="SmolTalk|smoltalk|smol-smoltalk|HF_HUB_OFFLINE"):
+        run("mid", "--tasks=full", "--model_tag=d1")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The terminal chat
+
+
+def test_one_answer(trained, capsys):
+    arguments = ["-i", "mid", "-p", "Who are you?", "-t", "0", "-m", "5", "-d", "fp32"]
+    chat_cli.main(parse(chat_cli.Config, arguments))
+    first = capsys.readouterr().out
+    chat_cli.main(parse(chat_cli.Config, arguments))
+    assert capsys.readouterr().out == first
+
+
+def test_a_conversation(trained, monkeypatch, capsys):
+    lines = iter(["Hello", "", "x " * 200, "clear", "Hello", "quit"])
+    seen = []
+
+    def prompt(self, conversation):
+        seen.append([message["role"] for message in conversation["messages"]])
+        return real(self, conversation)
+
+    real = RustBPETokenizer.render_for_completion
+    monkeypatch.setattr(RustBPETokenizer, "render_for_completion", prompt)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    chat_cli.main(parse(chat_cli.Config, ["-t", "0", "-m", "3"]))
+    assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
+    out = capsys.readouterr().out
+    assert "the conversation has" in out  # the long one is refused, and the chat goes on
+    assert "A new conversation." in out
+    assert "Goodbye!" in out
+
+
+def test_interrupt_stops_the_answer_only(trained, monkeypatch, capsys):
+    lines = iter(["Hello", "quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    real = chat_cli.stream_parts
+
+    def interrupted(tokenizer, columns):
+        for n, piece in enumerate(real(tokenizer, columns)):
+            if n == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            yield piece
+
+    monkeypatch.setattr(chat_cli, "stream_parts", interrupted)
+    chat_cli.main(parse(chat_cli.Config, ["-t", "1.5", "-k", "0", "--seed=1"]))
+    out = capsys.readouterr().out
+    assert "(stopped)" in out
+    assert "Goodbye!" in out

@@ -1,0 +1,791 @@
+"""The chat page in a real browser, against a small server that speaks the interface and does what a test asks of it."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = "/usr/bin/chromium"
+if not Path(CHROMIUM).exists():
+    pytest.skip(f"{CHROMIUM} is not installed", allow_module_level=True)
+from playwright.sync_api import expect, sync_playwright
+
+PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+ARGS += ["--disable-sync", "--no-first-run"]
+CONFIG = {
+    "model": "d4",
+    "source": "sft",
+    "step": 600,
+    "context_length": 1024,
+    "temperature": 0.8,
+    "top_k": 50,
+    "max_tokens": 512,
+    "limits": {
+        "messages": 500,
+        "message_chars": 8000,
+        "conversation_chars": 32000,
+        "temperature": [0, 2],
+        "top_k": [1, 200],
+        "max_tokens": [1, 4096],
+    },
+}
+
+
+@dataclass
+class Reply:
+    """What the server answers to one request: a stream of (kind, text) pieces, or a refusal."""
+
+    pieces: list = field(default_factory=list)
+    delay: float = 0.0  # seconds between two pieces
+    end: str = "stop"  # "stop", "length", "error" (a fault is sent) or "drop" (the connection just ends)
+    status: int = 200
+    detail: object = None
+    headers: dict = field(default_factory=dict)
+
+
+def say(text, **options):
+    return Reply([("text", piece) for piece in re.findall(r"\S*\s*", text) if piece], **options)
+
+
+def markdown(text):
+    """Paragraphs, fences and bold: enough to see raw text become HTML."""
+    blocks = []
+    for block in re.split(r"\n\n(?![^`]*```\s*$)", text.strip()):
+        if fence := re.match(r"```(\w*)\n(.*?)(?:\n```|$)", block, re.DOTALL):
+            blocks.append(f'<pre><code class="language-{fence[1]}">{html.escape(fence[2])}\n</code></pre>')
+        else:
+            blocks.append("<p>" + re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(block)) + "</p>")
+    return "\n".join(blocks)
+
+
+def policy(page):
+    def block(tag):
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {block('script')}; style-src {block('style')}; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, kind, body, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def json(self, value, status=200, **headers):
+        self.reply(status, "application/json", json.dumps(value).encode(), **headers)
+
+    def do_GET(self):
+        page = PAGE.read_text("utf-8")
+        if self.path == "/":
+            policies = {"Content-Security-Policy": policy(page)}
+            self.reply(200, "text/html; charset=utf-8", page.encode(), **policies)
+        elif self.path == "/logo.svg":
+            self.reply(200, "image/svg+xml", PAGE.with_name("logo.svg").read_bytes())
+        elif self.path == "/config":
+            self.json(CONFIG)
+        else:
+            self.json({"detail": "Not found"}, 404)
+
+    def do_POST(self):
+        stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/render":
+            stub.renders.append(time.monotonic())
+            if stub.render is None:
+                return self.json({"detail": "no renderer"}, 500)
+            return self.json({"html": [stub.render(text) for text in body["texts"]]})
+        stub.requests.append(body)
+        reply = stub.replies.popleft() if stub.replies else say(f"You said: {body['messages'][-1]['content']}")
+        if reply.status != 200:
+            return self.json({"detail": reply.detail}, reply.status, **reply.headers)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            self.stream(reply)
+        except (BrokenPipeError, ConnectionResetError):
+            stub.left.set()
+
+    def stream(self, reply):
+        self.wfile.write(b": ping\n\n")
+        for kind, text in reply.pieces:
+            event = {"token": text, "gpu": 0} | ({} if kind == "text" else {"kind": kind})
+            self.event(event)
+            time.sleep(reply.delay)
+        if reply.end == "error":
+            self.event({"error": "The worker failed: out of memory."})
+        elif reply.end != "drop":
+            self.event({"done": True, "finish_reason": reply.end})
+
+    def event(self, value):
+        self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+
+
+class Stub(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def reset(self):
+        self.replies, self.requests, self.renders = deque(), [], []
+        self.render, self.left = markdown, threading.Event()
+
+    def handle_error(self, request, client_address):
+        pass  # a browser that closes its connections
+
+    def __call__(self, *replies):
+        self.replies.extend(replies)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Stub(("127.0.0.1", 0), Handler) as server:
+        server.reset()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    profile = tmp_path_factory.mktemp("profile")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS, downloads_path=profile)
+        yield browser
+        browser.close()
+
+
+WATCH = """
+window.ran = []; window.violations = [];
+window.alert = window.prompt = window.confirm = (text) => window.ran.push(text);
+document.addEventListener("securitypolicyviolation", (event) => window.violations.push(
+    `${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
+"""
+
+
+@pytest.fixture
+def visit(server, browser):
+    """Open the page in a fresh profile; afterwards nothing may have gone wrong in it that the test did not name."""
+    server.reset()
+    contexts, faults = [], []
+
+    def visit(expected=r"^$", script="", **options):
+        options = {"viewport": {"width": 1100, "height": 760}, "reduced_motion": "reduce"} | options
+        context = browser.new_context(base_url=f"http://127.0.0.1:{server.server_port}", **options)
+        context.set_default_timeout(8000)
+        context.add_init_script(WATCH + script)
+        contexts.append((context, expected))
+        page = context.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+        page.on(
+            "console",
+            lambda line: (
+                line.type in ("error", "warning") and not re.search(expected, line.text) and faults.append(line.text)
+            ),
+        )
+        page.goto("/")
+        expect(page.locator("#model")).to_contain_text("d4")
+        return page
+
+    yield visit
+    for context, expected in contexts:
+        for page in context.pages:
+            faults += page.evaluate("window.ran")
+            faults += [line for line in page.evaluate("window.violations") if not re.search(expected, line)]
+        context.close()
+    assert faults == []
+
+
+def ask(page, text):
+    page.locator("#input").fill(text)
+    page.keyboard.press("Enter")
+
+
+def answer(page):
+    return page.locator(".answer").last
+
+
+def finished(page):
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
+
+
+def entries(page):
+    return page.locator("#history .open")
+
+
+def test_first_screen_and_a_streamed_answer(visit, server):
+    page = visit()
+    expect(page.locator("#greeting")).to_have_text("d4")
+    expect(page.locator("#model small")).to_have_text("sft · step 600")
+    expect(page.locator("#input")).to_be_focused()
+    assert page.locator("#suggestions button").count() == 4
+    server(say("one **two** three four five six seven eight nine ten", delay=0.12))
+    page.get_by_role("button", name="Who are you?").click()
+    body = answer(page).locator(".body")
+    lengths = set()
+    while page.locator(".running").count():
+        lengths.add(len(body.inner_text()))
+        page.wait_for_timeout(60)
+    assert len(lengths) >= 6, "the text grows while it streams"
+    expect(body).to_have_text("one two three four five six seven eight nine ten")
+    expect(body.locator("strong")).to_have_text("two")
+    expect(page.locator("#live")).to_contain_text("nine ten")
+    expect(page.locator("#input")).to_be_focused()
+    gaps = [b - a for a, b in zip(server.renders, server.renders[1:], strict=False)]
+    assert gaps
+    assert min(gaps) > 0.14, "rendering is throttled"
+    sent = server.requests[0]
+    assert sent["messages"] == [{"role": "user", "content": "Who are you?"}]
+    assert (sent["temperature"], sent["top_k"], sent["max_tokens"]) == (0.8, 50, 512)
+
+
+@pytest.mark.parametrize("way", ["button", "escape"])
+def test_stop_keeps_what_came(visit, server, way):
+    page = visit()
+    server(say("word " * 200, delay=0.03))
+    ask(page, "Go on")
+    expect(answer(page).locator(".body")).to_contain_text("word word word")
+    if way == "button":
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    expect(answer(page).locator(".note")).to_have_text("Stopped.")
+    finished(page)
+    assert server.left.wait(3), "the server sees that nobody listens"
+    expect(page.locator("#input")).to_be_focused()
+    page.keyboard.type("Next")
+    page.keyboard.press("Enter")
+    expect(answer(page).locator(".body")).to_have_text("You said: Next")
+    roles = [message["role"] for message in server.requests[1]["messages"]]
+    assert roles == ["user", "assistant", "user"]
+    assert server.requests[1]["messages"][1]["content"].startswith("word word")
+
+
+def test_regenerate_and_edit(visit, server):
+    page = visit()
+    server(say("first"), say("second"), say("third"), say("fourth"))
+    ask(page, "One?")
+    expect(answer(page).locator(".body")).to_have_text("first")
+    page.get_by_role("button", name="Answer again").click()
+    expect(answer(page).locator(".body")).to_have_text("second")
+    assert server.requests[0] == server.requests[1]
+    ask(page, "Two?")
+    expect(answer(page).locator(".body")).to_have_text("third")
+    assert [m["content"] for m in server.requests[2]["messages"]] == ["One?", "second", "Two?"]
+
+    page.locator(".said").first.hover()
+    page.get_by_role("button", name="Edit the message").first.click()
+    page.keyboard.press("Escape")
+    expect(page.locator(".bubble").first).to_have_text("One?")
+    page.get_by_role("button", name="Edit the message").first.click()
+    page.get_by_role("textbox", name="Edit the message").fill("Another one?")
+    page.keyboard.press("Enter")
+    expect(answer(page).locator(".body")).to_have_text("fourth")
+    assert server.requests[3]["messages"] == [{"role": "user", "content": "Another one?"}]
+    assert page.locator(".turn").count() == 2
+    expect(entries(page)).to_have_text(["Another one?"])
+
+
+def test_history_outlives_a_reload(visit, server):
+    page = visit()
+    ask(page, "What is\na  tree?")
+    expect(answer(page).locator(".body")).to_have_text("You said: What is\na  tree?")
+    finished(page)
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text("What is\na  tree?", use_inner_text=True)
+    expect(answer(page).locator(".body p")).to_contain_text("You said")
+    expect(entries(page)).to_have_text(["What is a tree?"])
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator("#welcome")).to_be_visible()
+    ask(page, "Second chat")
+    finished(page)
+    expect(entries(page)).to_have_text(["Second chat", "What is a tree?"])
+    page.go_back()
+    expect(page.locator(".bubble")).to_contain_text("tree")
+    expect(page.locator("[aria-current=page]")).to_have_text("What is a tree?")
+    entries(page).first.click()
+    expect(page.locator(".bubble")).to_have_text("Second chat")
+
+    page.locator(".entry").first.hover()
+    page.get_by_role("button", name="Delete “Second chat”").click()
+    expect(entries(page)).to_have_text(["What is a tree?"])
+    expect(page.locator("#welcome")).to_be_visible()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(".bubble")).to_have_text("Second chat")
+    page.get_by_role("button", name="Delete “Second chat”").click()
+    page.reload()
+    expect(entries(page)).to_have_text(["What is a tree?"])
+
+
+def test_an_answer_goes_on_while_another_chat_is_open(visit, server):
+    page = visit()
+    server(say("slow " * 30, delay=0.03))
+    ask(page, "Slow")
+    expect(answer(page).locator(".body")).to_contain_text("slow")
+    page.get_by_role("button", name="New chat").first.click()
+    expect(page.locator("[data-running]")).to_have_count(1)
+    ask(page, "Quick")
+    expect(answer(page).locator(".body")).to_have_text("You said: Quick")
+    expect(page.locator("[data-running]")).to_have_count(0)
+    entries(page).filter(has_text="Slow").click()
+    assert answer(page).locator(".body").inner_text().count("slow") == 30
+
+
+def test_a_reload_in_the_middle_keeps_what_came(visit, server):
+    page = visit()
+    server(say("word " * 100, delay=0.03), say("whole"))
+    ask(page, "Go on")
+    expect(answer(page).locator(".body")).to_contain_text("word word word")
+    page.reload()
+    expect(answer(page).locator(".body")).to_contain_text("word word word")
+    expect(answer(page).locator(".note")).to_contain_text(re.compile("interrupted|lost"))
+    page.get_by_role("button", name="Retry").click()
+    expect(answer(page).locator(".body")).to_have_text("whole")
+
+
+def test_two_tabs_share_the_history(visit, server):
+    page = visit()
+    other = page.context.new_page()
+    other.goto("/")
+    ask(page, "From the first tab")
+    expect(entries(other)).to_have_text(["From the first tab"])
+    entries(other).click()
+    expect(answer(other).locator(".body")).to_have_text("You said: From the first tab")
+
+
+def test_copy(visit, server):
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text = "Here **is** code:\n\n```python\nfor i in range(3):\n    print(i)\n```"
+    server(Reply([("text", text)]))
+    ask(page, "Code")
+    finished(page)
+    expect(page.locator(".codeblock pre")).to_have_text("for i in range(3):\n    print(i)", use_inner_text=True)
+    page.get_by_role("button", name="Copy the answer").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == text
+    page.get_by_role("button", name="Copy the code").click()
+    assert page.evaluate("navigator.clipboard.readText()") == "for i in range(3):\n    print(i)"
+    expect(page.locator(".codebar span")).to_have_text("python")
+
+
+def test_copy_where_there_is_no_clipboard_object(visit, server):
+    page = visit(script='Object.defineProperty(navigator, "clipboard", { value: undefined });')
+    ask(page, "copy me")
+    finished(page)
+    page.evaluate("document.addEventListener('copy', () => { window.copied = document.activeElement.value; })")
+    page.get_by_role("button", name="Copy the answer").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_focused()
+    assert page.evaluate("window.copied") == "You said: copy me"
+
+
+def test_settings_are_bounded_sent_and_remembered(visit, server):
+    page = visit()
+    page.get_by_role("button", name="Settings").click()
+    number = page.get_by_role("spinbutton")
+    expect(number.nth(0)).to_have_value("0.8")
+    number.nth(0).fill("1.3")
+    number.nth(1).fill("900")
+    number.nth(2).fill("64")
+    number.nth(2).press("Tab")
+    expect(number.nth(1)).to_have_value("200")
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).to_be_hidden()
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("d4")
+    ask(page, "Hello")
+    finished(page)
+    sent = server.requests[0]
+    assert (sent["temperature"], sent["top_k"], sent["max_tokens"]) == (1.3, 200, 64)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Back to the defaults").click()
+    expect(number.nth(1)).to_have_value("50")
+
+
+def test_tool_calls_are_shown_and_sent_back(visit, server):
+    page = visit()
+    pieces = [
+        ("text", "Let me see. "),
+        ("python", "12*"),
+        ("python", "3"),
+        ("python_output", "36"),
+        ("text", "It is 36."),
+    ]
+    server(Reply(pieces, delay=0.02), Reply([("python", "'berry'.count('r')")], end="length"))
+    ask(page, "What is 12 * 3?")
+    card = page.locator(".tool")
+    expect(card.locator("code")).to_have_text("12 × 3")
+    expect(card.locator("output")).to_have_text("36")
+    expect(answer(page).locator(".prose").last).to_have_text("It is 36.")
+    finished(page)
+    ask(page, "And r in berry?")
+    expect(card.last.locator("code")).to_have_text("'berry'.count('r')")
+    expect(card.last.locator("output")).to_have_text("no result")
+    expect(answer(page).locator(".note")).to_have_text("The answer reached its length limit.")
+    assert server.requests[1]["messages"][1]["content"] == [
+        {"type": "text", "text": "Let me see. "},
+        {"type": "python", "text": "12*3"},
+        {"type": "python_output", "text": "36"},
+        {"type": "text", "text": "It is 36."},
+    ]
+
+
+def test_faults_are_said_and_can_be_tried_again(visit, server):
+    page = visit(expected="status of (500|422|400|503)|Unprocessable")
+    server(
+        Reply(status=500, detail="The model is not loaded."),
+        Reply(status=422, detail=[{"msg": "top_k must be positive"}, {"msg": "and whole"}]),
+        say("It began well", end="error"),
+        say("and then", end="drop"),
+        say("fine"),
+    )
+    ask(page, "Hello")
+    note = answer(page).locator(".note.error span")
+    for text in (
+        "The model is not loaded.",
+        "top_k must be positive; and whole",
+        "The worker failed: out of memory.",
+        "The connection ended before the answer was complete.",
+    ):
+        expect(note).to_have_text(text)
+        finished(page)
+        body = answer(page).locator(".body").inner_text()
+        assert body == {"The w": "It began well", "The c": "and then"}.get(text[:5], "")
+        page.get_by_role("button", name="Retry").click()
+    expect(answer(page).locator(".body")).to_have_text("fine")
+    assert page.locator(".turn").count() == 2
+    assert all(request == server.requests[0] for request in server.requests)
+
+
+def test_a_failed_question_is_not_part_of_the_next_request(visit, server):
+    page = visit(expected="status of 500")
+    server(Reply(status=500, detail="Broken."), say("fine"))
+    ask(page, "First")
+    expect(answer(page).locator(".note")).to_contain_text("Broken.")
+    ask(page, "Second")
+    expect(answer(page).locator(".body")).to_have_text("fine")
+    assert server.requests[1]["messages"] == [{"role": "user", "content": "Second"}]
+    expect(page.get_by_role("button", name="Retry")).to_be_hidden()
+
+
+def test_a_busy_server_names_the_wait(visit, server):
+    page = visit(expected="status of 503")
+    server(Reply(status=503, detail="busy", headers={"Retry-After": "2"}), say("now"))
+    ask(page, "Hello")
+    expect(answer(page).locator(".note")).to_contain_text("The server is busy, try again in 2 s.")
+    again = page.get_by_role("button", name="Try again")
+    expect(again).to_be_disabled()
+    expect(again).to_be_enabled()
+    again.click()
+    expect(answer(page).locator(".body")).to_have_text("now")
+
+
+def test_too_long_a_conversation_offers_a_new_one(visit, server):
+    page = visit(expected="status of 400")
+    server(Reply(status=400, detail="The conversation has 1,400 tokens; the context holds 1,024."))
+    ask(page, "One more")
+    expect(answer(page).locator(".note")).to_contain_text("the context holds 1,024")
+    answer(page).get_by_role("button", name="New chat").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#input")).to_have_value("One more")
+
+
+def test_too_long_a_message_stays_in_the_composer(visit, server):
+    page = visit()
+    ask(page, "x" * 8001)
+    expect(page.locator("#counter")).to_have_text("8,001 of 8,000 characters")
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    assert server.requests == []
+
+
+def test_a_server_that_is_gone(visit, server):
+    page = visit(expected="ERR_(FAILED|CONNECTION)|Failed to load")
+    page.route("**/chat/completions", lambda route: route.abort("connectionrefused"))
+    ask(page, "Hello")
+    expect(answer(page).locator(".note")).to_contain_text("The server cannot be reached.")
+    page.unroute("**/chat/completions")
+    page.get_by_role("button", name="Retry").click()
+    expect(answer(page).locator(".body")).to_have_text("You said: Hello")
+
+
+def test_without_a_renderer_the_text_stays_plain(visit, server):
+    page = visit(expected="status of 500")
+    server.render = None
+    server(say("a **b**\n\n<b>c</b>"))
+    ask(page, "Hello")
+    finished(page)
+    assert answer(page).locator(".body").inner_text() == "a **b**\n\n<b>c</b>"
+
+
+@pytest.mark.parametrize("fault", ["blocked", "full"])
+def test_a_browser_that_keeps_nothing(visit, server, fault):
+    blocked = (
+        'Object.defineProperty(window, "localStorage", { get() { throw new DOMException("no", "SecurityError"); } });'
+    )
+    full = 'Storage.prototype.setItem = () => { throw new DOMException("no", "QuotaExceededError"); };'
+    page = visit(script=blocked if fault == "blocked" else full)
+    ask(page, "Hello")
+    expect(answer(page).locator(".body")).to_have_text("You said: Hello")
+    expect(page.locator("#toast")).to_contain_text("not being saved")
+    page.get_by_role("button", name="New chat").first.click()
+    entries(page).click()
+    expect(answer(page).locator(".body")).to_have_text("You said: Hello")
+
+
+def test_damaged_storage_is_passed_over(visit, server):
+    keys = {"nanochat.chat.a": "{", "nanochat.chat.b": '{"messages":[1]}', "nanochat.settings": '{"top_k":"x"}'}
+    page = visit(script=f"for (const [k, v] of Object.entries({json.dumps(keys)})) localStorage.setItem(k, v);")
+    expect(entries(page)).to_have_count(0)
+    ask(page, "Hello")
+    finished(page)
+    assert server.requests[0]["top_k"] == 50
+
+
+ATTACKS = [
+    "<script>window.ran.push('script')</script>",
+    '<img src=x onerror="window.ran.push(1)">',
+    '<svg onload="window.ran.push(2)"><script>window.ran.push(3)</script></svg>',
+    "<svg><style><img src=x onerror=window.ran.push(4)></style></svg>",
+    "[x](javascript:window.ran.push(5))",
+    "[x](JaVa\tScRiPt:window.ran.push(6))",
+    "[x](data:text/html,<script>window.ran.push(7)</script>)",
+    "[x](vbscript:x) ![x](javascript:alert(1)) ![x](https://tracker.example/pixel.png)",
+    "[a](<javascript:alert(8)>) <javascript:alert(9)> [![x](x)](javascript:alert(10))",
+    '<a href="javascript:window.ran.push(11)">x</a><a href="&#106;avascript:alert(12)">x</a>',
+    '<iframe srcdoc="<script>parent.ran.push(13)</script>"></iframe><object data="javascript:alert(14)"></object>',
+    '<form action="javascript:alert(15)"><button formaction="javascript:alert(16)">x</button><input autofocus></form>',
+    '<math><mtext><table><mglyph><style><img src onerror="window.ran.push(17)"></style></mglyph></table></mtext></math>',
+    '<p style="position:fixed;inset:0" id="input" class="turn drawer">over</p><style>*{display:none}</style>',
+    '<base href="https://evil.example/"><meta http-equiv="refresh" content="0;url=https://evil.example/">',
+    "<details open ontoggle=window.ran.push(18)>x</details><video><source onerror=window.ran.push(19)></video>",
+    "```html\n<img src=x onerror=alert(20)>\n```\n\n`<script>alert(21)</script>`",
+    "> - **[x](javascript:alert(22))** <b onmouseover=alert(23)>y</b>\n\n| a |\n| - |\n| <img src=x onerror=alert(24)> |",
+    "</script></textarea></title><script>window.ran.push(25)</script><!--><img src=x onerror=alert(26)>-->",
+]
+
+
+def audit(page):
+    """Click every link; then name what should not be in the conversation."""
+    page.evaluate("for (const a of document.querySelectorAll('#log a')) if (!a.href.startsWith('http')) a.click()")
+    return page.evaluate("""() => [...document.querySelectorAll("#log *")].flatMap((element) => [
+        ...(element.closest("svg, figure") || !/^(script|style|iframe|object|img|video|form|input|base|meta|math|details)$/
+            .test(element.localName) ? [] : [element.localName]),
+        ...[...element.attributes].filter(({ name, value }) => /^on|^style$|^id$|^formaction|^src/.test(name)
+            || (name === "href" && !/^(https?:|mailto:|#i-)/.test(value))).map(({ name, value }) => `${name}=${value}`),
+        ...(element.closest(".prose") && /turn|drawer/.test(element.className) ? [element.className] : []),
+    ])""")
+
+
+@pytest.mark.parametrize("renderer", ["the server's", "one that escapes nothing"])
+def test_no_text_becomes_code(visit, server, renderer):
+    # Chromium reports the inline handlers and styles of a parsed, inert document too, though they could never take effect
+    inert = r"inline event handler|inline style|^(script|style)-src(-attr|-elem)? inline|base-uri|base URI"
+    page = visit(expected=r"^$" if renderer == "the server's" else inert)
+    if renderer == "the server's":
+        server.render = pytest.importorskip("nanochat.markdown").render
+    else:
+        server.render = lambda text: text
+    text = "\n\n".join(ATTACKS)
+    server(Reply([("text", attack + "\n\n") for attack in ATTACKS], delay=0.02), Reply([("python", ATTACKS[1])]))
+    ask(page, text)
+    finished(page)
+    page.wait_for_timeout(400)
+    assert page.locator(".bubble").text_content() == text
+    assert audit(page) == []
+    ask(page, "and a tool")
+    expect(page.locator(".tool code")).to_have_text(ATTACKS[1])
+    page.reload()
+    expect(answer(page)).to_be_visible()
+    page.wait_for_timeout(400)
+    assert audit(page) == []
+
+
+def test_links_open_elsewhere(visit, server):
+    page = visit()
+    server.render = lambda text: f'<p><a href="{text.strip()}">x</a></p>'
+    server(say("https://example.org/a"))
+    ask(page, "Link")
+    link = answer(page).locator("a")
+    expect(link).to_have_attribute("href", "https://example.org/a")
+    expect(link).to_have_attribute("target", "_blank")
+    assert {"noopener", "noreferrer"} <= set(link.get_attribute("rel").split())
+
+
+def at_the_end(page):
+    below = "(({ scrollHeight, scrollTop, clientHeight: h }) => scrollHeight - scrollTop - h)(document.querySelector('#scroller'))"
+    until = time.monotonic() + 3
+    while page.evaluate(below) > 2:
+        assert time.monotonic() < until
+        page.wait_for_timeout(20)
+
+
+def test_reading_further_up_is_not_disturbed(visit, server):
+    page = visit(viewport={"width": 900, "height": 420})
+    server(say("line\n\n" * 40), say("more\n\n" * 60, delay=0.02))
+    ask(page, "Long")
+    finished(page)
+    at = "document.querySelector('#scroller').scrollTop"
+    at_the_end(page)
+    ask(page, "Longer")
+    expect(answer(page)).to_contain_text("more")
+    at_the_end(page)
+    page.locator("#scroller").hover()
+    page.mouse.wheel(0, -600)
+    jump = page.get_by_role("button", name="Jump to the latest")
+    expect(jump).to_be_visible()
+    page.wait_for_timeout(100)
+    before = page.evaluate(at)
+    page.wait_for_timeout(400)
+    assert page.evaluate(at) == before, "the view stays where the reader is"
+    jump.click()
+    at_the_end(page)
+    expect(jump).to_be_hidden()
+    finished(page)
+    at_the_end(page)
+
+
+def test_nothing_jumps_when_an_answer_ends(visit, server):
+    page = visit()
+    server(say("A short answer in **one** line.", delay=0.03))
+    ask(page, "Hello")
+    tops = set()
+    while page.locator(".running").count():
+        tops.add((page.locator(".bubble").bounding_box()["y"], answer(page).bounding_box()["y"]))
+    finished(page)
+    page.wait_for_timeout(300)
+    tops.add((page.locator(".bubble").bounding_box()["y"], answer(page).bounding_box()["y"]))
+    assert len(tops) == 1
+
+
+def test_the_composer_grows_up_to_a_limit(visit, server):
+    page = visit()
+    field = page.locator("#input")
+    low = field.bounding_box()["height"]
+    field.press_sequentially("a")
+    for _ in range(2):
+        field.press("Shift+Enter")
+    some = field.bounding_box()["height"]
+    assert low < some
+    field.fill("x\n" * 200)
+    assert some < field.bounding_box()["height"] <= 260
+    field.fill("")
+    assert field.bounding_box()["height"] == low
+    assert server.requests == []
+
+
+def test_phone(visit, server):
+    page = visit(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
+    server(say("W" * 300 + "\n\n```text\n" + "x" * 300 + "\n```"))
+    ask(page, "M" * 300)
+    finished(page)
+    page.wait_for_timeout(300)
+    wide = "[...document.querySelectorAll('html, body, #scroller')].map((e) => e.scrollWidth - e.clientWidth)"
+    assert page.evaluate(wide) == [0, 0, 0]
+    assert page.evaluate("(({ scrollWidth: a, clientWidth: b }) => a > b)(document.querySelector('pre'))")
+    expect(page.locator("#new-chat")).to_be_hidden()
+    page.get_by_role("button", name="Show the conversations").click()
+    expect(entries(page)).to_be_in_viewport()
+    page.keyboard.press("Escape")
+    expect(entries(page)).to_be_hidden()
+    page.get_by_role("button", name="Show the conversations").click()
+    page.locator("#new-chat").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#new-chat")).to_be_hidden()
+
+
+CONTRAST = """() => {
+    const draw = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const rgb = (colour) => {
+        draw.fillStyle = colour; draw.fillRect(0, 0, 1, 1);
+        return [...draw.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const light = (colour) => rgb(colour).map((c) => c / 255).map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const probe = document.body.appendChild(document.createElement("i"));
+    const resolve = (name) => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color; };
+    const pairs = [["text", "page"], ["muted", "page"], ["muted", "side"], ["text", "bubble"], ["muted", "hover"], ["accent", "page"],
+        ["on-accent", "accent"], ["error", "error-page"], ["muted", "code-page"], ["code-keyword", "code-page"],
+        ["code-string", "code-page"], ["code-number", "code-page"], ["code-name", "code-page"], ["code-type", "code-page"]];
+    const ratios = pairs.map(([a, b]) => {
+        const [x, y] = [light(resolve(a)), light(resolve(b))];
+        return [`${a} on ${b}`, (Math.max(x, y) + .05) / (Math.min(x, y) + .05)];
+    });
+    probe.remove();
+    return ratios.filter(([, ratio]) => ratio < 4.5);
+}"""
+
+
+def test_light_and_dark(visit, server):
+    page = visit(color_scheme="dark")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(colour)
+    assert page.evaluate(CONTRAST) == []
+    page.get_by_role("button", name="Light colours").click()
+    light = page.evaluate(colour)
+    assert light == "rgb(255, 255, 255)" != dark
+    assert page.evaluate(CONTRAST) == []
+    page.reload()
+    assert page.evaluate(colour) == light
+    page.get_by_role("button", name="Dark colours").click()
+    assert page.evaluate(colour) == dark
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate(colour) == light, "chosen like the system, it follows the system"
+
+
+def test_everything_has_a_name_and_the_keyboard_reaches_it(visit, server):
+    page = visit()
+    ask(page, "Hello")
+    finished(page)
+    unnamed = """() => [...document.querySelectorAll("button, input, textarea, [role=region]")].filter((element) =>
+        !(element.ariaLabel || element.textContent.trim() || element.labels?.length)).map((element) => element.outerHTML)"""
+    assert page.evaluate(unnamed) == []
+    reached = []
+    for _ in range(30):  # from the message box once around
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent.trim()"))
+    order = [
+        "Hide the conversations",
+        "Hello",
+        "Conversation",
+        "Edit the message",
+        "Answer again",
+        "Message",
+        "Settings",
+    ]
+    positions = [reached.index(label, reached.index(order[0])) for label in order]
+    assert positions == sorted(positions)
+    page.get_by_role("button", name="Hide the conversations").click()
+    expect(page.get_by_role("button", name="Show the conversations")).to_be_focused()
+    expect(page.locator("#new-chat")).not_to_be_in_viewport()
+    page.reload()
+    expect(page.locator("#new-chat")).not_to_be_in_viewport()
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = PAGE.read_text("utf-8")
+    assert len(re.findall(r"<script[\s>]", page.split("<script>", 1)[0])) == 0
+    assert page.count("<script>") == page.count("<style>") == 1
+    markup = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.DOTALL)
+    assert not re.search(r'\s(style|on\w+)="', markup)
+    assert not re.search(r"https?://", markup)
+    assert "innerHTML" not in page
