@@ -24,7 +24,7 @@ module scripts.chat_sft --tasks=local --device_batch_size=32 --eval_every=40 --e
     --save_every=20 --model_tag="$TAG" --run="$WANDB_RUN"
 stage python -m scripts.chat_eval -i sft --tasks=local -m 128 --model_tag="$TAG"
 if [ "$RL" = 1 ]; then
-    module scripts.chat_rl --tasks=local --num_iterations=40 --max_new_tokens=40 --device_batch_size=16 \
+    module scripts.chat_rl --tasks=local --num_iterations=60 --max_new_tokens=32 --device_batch_size=16 \
         --examples_per_step=8 --eval_every=20 --eval_examples=64 --model_tag="$TAG" --run="$WANDB_RUN"
     stage python -m scripts.chat_eval -i rl --tasks=local -m 128 --model_tag="$TAG"
 fi

@@ -82,8 +82,7 @@ def init_linear(module):
 
 
 def split_parameters(*networks) -> tuple[list, list]:
-    """(matrices, others): what Muon is for, and embeddings, single vectors and one-row heads, for AdamW."""
-    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Linear)]
-    matrices = [layer.weight for layer in layers if min(layer.weight.shape) > 1]
+    """(matrices, others) of the networks: what Muon is for, and embeddings and single vectors, for AdamW."""
+    matrices = [layer.weight for net in networks for layer in net.modules() if isinstance(layer, nn.Linear)]
     chosen = {id(p) for p in matrices}
-    return matrices, [p for network in networks for p in network.parameters() if id(p) not in chosen]
+    return matrices, [p for net in networks for p in net.parameters() if id(p) not in chosen]

@@ -55,4 +55,5 @@ class LensNet(nn.Module):
         place = torch.cat((span.clamp(min=1).float().log2()[..., None] / 10, distance / (distance + scales)), dim=-1)
         h = self.embed(x.detach()) + self.embed_place(place) + self.lod_embed(lod.long().clamp(max=self.max_levels))
         h = self.encoder(norm(h), valid[:, None, None, :])
-        return self.head(h).squeeze(-1).float().tanh().masked_fill(~valid, 0.0)
+        score = self.head(h).squeeze(-1).float() / h.size(-1) ** 0.5  # no single step may saturate the tanh
+        return score.tanh().masked_fill(~valid, 0.0)

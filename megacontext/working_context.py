@@ -40,9 +40,9 @@ class Edit(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class WorkingContext:
     """
-    An immutable value: edits give a new one. lod_map [B, n_blocks] int8 must never be written to.
+    An immutable value: changes give a new one, and lod_map [B, n_blocks] int8 must not be written to.
 
-    Raises ValueError for a map of the wrong shape or type; `check` tests the values too.
+    Raises ValueError for a map of the wrong shape or type; `check` looks at what is in it too.
     """
 
     lod_map: torch.Tensor
@@ -50,6 +50,10 @@ class WorkingContext:
     block_size: int
 
     def __post_init__(self):
+        if self.num_tokens < 1 or self.block_size < 2:
+            raise ValueError(
+                f"expected at least 1 token and a block_size of at least 2, got {self.num_tokens} and {self.block_size}"
+            )
         n_blocks = -(-self.num_tokens // self.block_size)
         if self.lod_map.dtype != torch.int8 or self.lod_map.dim() != 2 or self.lod_map.size(1) != n_blocks:
             raise ValueError(
@@ -185,6 +189,30 @@ class WorkingContext:
         first = block.where(self._counts > 0, 0).cummax(1).values  # the block in which the node begins
         return means.gather(1, first)
 
+    def check(self):
+        """Raise ValueError unless each block of a LOD l >= 1 lies in an aligned, complete node that is all LOD l."""
+        least, most = (int(level) for level in self.lod_map.aminmax())
+        if least < 0:
+            raise ValueError(f"expected levels of 0 or more, got {least}")
+        for lod in range(1, most + 1):
+            size = self._blocks_per_node(lod)
+            complete = self.num_tokens // (size * self.block_size) * size  # blocks in complete nodes
+            here = self.lod_map == lod
+            nodes = here[:, :complete].unflatten(1, (complete // size, size))
+            for row, node in (nodes.any(2) & ~nodes.all(2)).nonzero()[:1].tolist():
+                raise ValueError(
+                    f"row {row}: expected LOD {lod} in all of the blocks {node * size} to {node * size + size - 1} "
+                    f"or in none, got it in {int(nodes[row, node].sum())} of {size}"
+                )
+            for row, block in here[:, complete:].nonzero()[:1].tolist():
+                raise ValueError(
+                    f"row {row}: expected only complete nodes, got LOD {lod} in block {complete + block}, whose node "
+                    f"would end after the last of {self.num_tokens} tokens"
+                )
+
+    def _blocks_per_node(self, lod) -> int:
+        return self.block_size ** max(lod - 1, 0)
+
     # -----------------------------------------------------------------------------------------------------
     # Changing it
 
@@ -238,31 +266,3 @@ class WorkingContext:
         block = differs.byte().argmax(1)  # the first one; rows part only between nodes, since nodes are aligned
         entries = shorter._before.gather(1, block[:, None])[:, 0]
         return entries, (block * self.block_size).clamp(max=shorter.num_tokens)
-
-    # -----------------------------------------------------------------------------------------------------
-
-    def _blocks_per_node(self, lod) -> int:
-        return self.block_size ** max(lod - 1, 0)
-
-    def check(self):
-        """Raise ValueError unless every block of LOD l >= 1 lies in an aligned, complete node that is all LOD l."""
-        if int(self.lod_map.min()) < 0:
-            raise ValueError(f"expected levels of 0 and more, got {int(self.lod_map.min())}")
-        for lod in range(1, int(self.lod_map.max()) + 1):
-            size = self._blocks_per_node(lod)
-            here = self.lod_map == lod
-            nodes = self.num_tokens // (size * self.block_size)  # complete ones
-            whole = here[:, : nodes * size].unflatten(1, (nodes, size))
-            broken = whole.any(2) & ~whole.all(2)
-            if broken.any():
-                row, node = broken.nonzero()[0].tolist()
-                got = self.lod_map[row, node * size : (node + 1) * size].tolist()
-                raise ValueError(
-                    f"row {row}: expected LOD {lod} in all blocks of {node * size}..{(node + 1) * size - 1} or in none, got {got}"
-                )
-            if here[:, nodes * size :].any():
-                row, block = here[:, nodes * size :].nonzero()[0].tolist()
-                raise ValueError(
-                    f"row {row}: expected only complete nodes, got LOD {lod} in block {nodes * size + block}, "
-                    f"whose node ends after token {self.num_tokens}"
-                )

@@ -81,9 +81,9 @@ class Decoder:
     """
     What GPT.forward computes, for the last token only, from a copy of the weights in `dtype` (see compute_dtype).
 
-    Q, K and V are one matrix, padding is cut off the head, and matrices lie as [in, out]: in float32 on a CPU, the
-    product with a few rows is then up to three times as fast. A surrounding autocast has no effect. `graph`: whether
-    steps are CUDA graphs (None: where there is CUDA); elsewhere True runs the same static shapes without a graph.
+    Q, K and V are one matrix, and matrices lie as [in, out]: in float32 on a CPU, the product with a few rows is then
+    up to three times as fast. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None:
+    where there is CUDA); elsewhere True runs the same static shapes without a graph.
     """
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class Decoder:
             )
             for block in model.transformer.h
         ]
-        self.head = self._matrix(model.lm_head)[:, : self.config.vocab_size].contiguous()
+        self.head = self._matrix(model.lm_head)
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
 
     def _matrix(self, *linears):
@@ -121,14 +121,13 @@ class Decoder:
         follow; or a tensor [B or 1, T]. Given ones may exceed the model's table; without, ValueError.
         """
         T = ids.size(1)
-        if positions is None and cache.pos + T > self.cos.size(1):
-            raise ValueError(f"{cache.pos + T} tokens are more than the {self.cos.size(1)} positions of this model")
+        positions = self.checked(positions, cache, T)
 
         def attend(layer, q, k, v):
             k, v = cache.insert(layer, k, v)
             return attend_to_all(q, k, v) if T == 1 else attend_causally(q, k, v)
 
-        logits = self._run(ids, self._rotary(cache.pos if positions is None else positions, T), attend)
+        logits = self._run(ids, self._rotary(positions, T), attend)
         cache.advance(T)
         return logits
 
@@ -146,7 +145,7 @@ class Decoder:
     def static_step(self, ids, slot, positions, data):
         """A step without a shape that changes: ids and positions [B]; slot [1], where to write in `KVCache.data`."""
         hidden = torch.arange(data.size(4), device=self.device) > slot
-        mask = torch.zeros(data.size(4), dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        mask = torch.zeros(1, data.size(4), dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
 
         def attend(layer, q, k, v):
             keys, values = data[:, layer]
@@ -155,6 +154,12 @@ class Decoder:
             return attend_to_all(q, keys, values, mask)
 
         return self._run(ids[:, None], self._rotary(positions[:, None], 1), attend)
+
+    def checked(self, positions, cache, T):
+        """The positions of T more tokens: those given, or those that come next, if there are so many."""
+        if positions is None and cache.pos + T > self.cos.size(1):
+            raise ValueError(f"{cache.pos + T} tokens are more than the {self.cos.size(1)} positions of this model")
+        return cache.pos if positions is None else positions
 
     def _rotary(self, positions, T):
         """(cos, sin), each [1 or B, T, 1, d/2]."""
@@ -174,4 +179,77 @@ class Decoder:
         H, K = self.config.n_head, self.config.n_kv_head
         x = norm(F.embedding(ids.flatten(), self.embedding))  # [B·T, D]; in the embedding's precision, as in training
         for layer, (qkv, proj, fc, out) in enumerate(self.layers):
-            heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1).transpose(1, 2)
+            heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1)
+            qk, v = heads.split((H + K, K), dim=2)
+            q, k = norm(apply_rotary(qk, *cos_sin)).transpose(1, 2).split((H, K), dim=1)
+            y = attend(layer, q, k, v.transpose(1, 2))
+            x = x + torch.mm(y.transpose(1, 2).reshape(B * T, -1), proj)
+            x = x + torch.mm(F.relu(torch.mm(norm(x).to(self.dtype), fc)).square_(), out)
+        last = norm(x.view(B, T, -1)[:, -1]).to(self.dtype)
+        logits = torch.mm(last, self.head)[:, : self.config.vocab_size].float()
+        return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
+
+
+def attend_causally(q, k, v):
+    """The T queries are the last T of k's positions; each sees all up to its own."""
+    T, total = q.size(2), k.size(2)
+    mask = None
+    if total > T:
+        mask = torch.ones(T, total, dtype=torch.bool, device=q.device).tril(total - T)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def attend_to_all(q, k, v, mask=None):
+    """One query a head, q [B, H, 1, d], on all that the mask [1, capacity], added to the scores, leaves."""
+    B, H, _, d = q.shape
+    G = H // k.size(1)
+    q = q.reshape(B, -1, G, d)  # heads that share keys are handled as so many queries of one head
+    if G == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        q = q.expand(-1, -1, 2, -1)  # twice the work in a third of the time: a lone query takes a slow path there
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :G].reshape(B, H, 1, d)
+
+
+class StaticStep:
+    """
+    `Decoder.step` for one cache in static shapes, on CUDA recorded as a graph: one launch a token, not hundreds.
+
+    Recorded at the first call, and again when the cache has moved because it grew.
+    """
+
+    def __init__(self, decoder, cache):
+        self.decoder, self.cache, self.data = decoder, cache, None
+
+    @torch.inference_mode()
+    def __call__(self, ids, positions=None):
+        cache = self.cache
+        positions = self.decoder.checked(positions, cache, 1)
+        cache.reserve(cache.pos + 1)
+        if self.data is not cache.data:
+            self._record(len(ids))
+        self.ids[:] = ids
+        self.slot[:] = cache.pos
+        self.positions[:] = positions
+        self.run()
+        cache.advance(1)
+        return self.logits.clone()  # the next step writes over it
+
+    def _record(self, B):
+        device, self.data = self.decoder.device, self.cache.data
+        self.data[..., self.cache.pos :, :] = 0  # masked values count 0 times: they must not be infinite or NaN
+        self.ids, self.positions = torch.zeros(2, B, dtype=torch.long, device=device)
+        self.slot = torch.full((1,), self.cache.pos, device=device)
+        self.run = self._step
+        if device.type == "cuda":
+            side = torch.cuda.Stream(device)  # a first run, unrecorded: libraries set themselves up in it
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                self._step()
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads have other GPUs
+                self._step()
+            self.run = graph.replay
+
+    def _step(self):
+        self.logits = self.decoder.static_step(self.ids, self.slot, self.positions, self.data)

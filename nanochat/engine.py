@@ -2,8 +2,8 @@
 Generation: prefill once, then decode all rows together, a token a row at a time.
 
 The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
-two methods: `prefill(tokens) -> logits [rows, V]` and `step(ids [rows]) -> logits [rows, V]`. CacheSession,
-here, is the plain one: all tokens so far, in a KV cache.
+two methods: `prefill(tokens) -> logits [rows, V]` and `step(ids [rows]) -> logits [rows, V]`, or None when there
+is no room for more. CacheSession, here, is the plain one: all tokens so far, in a KV cache.
 """
 
 from collections import deque
@@ -11,70 +11,41 @@ from collections import deque
 import torch
 
 from nanochat.calculator import calculate
+from nanochat.common import UserError
+from nanochat.decode import Decoder, KVCache, compute_dtype
 from nanochat.gpt import sample
 
 
-class KVCache:
-    """
-    Keys and values of all layers, [2, L, B, H_kv, capacity, d], filled up to `pos`; grows when it must.
-
-    `insert` and `advance` are called by the model's forward pass.
-    """
-
-    def __init__(self, n_layer, capacity):
-        self.n_layer, self.capacity = n_layer, capacity
-        self.data = None  # made at the first insert, in the precision that the model computes in
-        self.pos = 0
-
-    def insert(self, layer, k, v):
-        """Put k, v [B, H_kv, T, d] after what is there; returns all keys and all values so far."""
-        end = self.pos + k.size(2)
-        if self.data is None:
-            B, H, _, d = k.shape
-            self.data = k.new_empty(2, self.n_layer, B, H, max(self.capacity, end), d)
-        if end > self.data.size(4):
-            self._grow(end)
-        keys, values = self.data[:, layer]
-        keys[:, :, self.pos : end] = k
-        values[:, :, self.pos : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def advance(self, T):
-        self.pos += T
-
-    def truncate(self, pos):
-        """Forget everything from position `pos` on."""
-        self.pos = min(self.pos, pos)
-
-    def repeat(self, rows):
-        """Turn a cache of one row into one of `rows` equal rows."""
-        self.data = self.data.repeat_interleave(rows, dim=2)
-
-    def _grow(self, needed):
-        capacity = max(needed, 2 * self.data.size(4))
-        bigger = self.data.new_empty(*self.data.shape[:4], capacity, self.data.size(5))
-        bigger[..., : self.pos, :] = self.data[..., : self.pos, :]
-        self.data = bigger
-
-
 class CacheSession:
-    """The plain context: every token, at full detail."""
+    """The plain context: every token, at full detail, as far as the model's positions go."""
 
-    def __init__(self, model, rows=1, max_tokens=None):
+    def __init__(self, model, rows=1, max_tokens=None, decoder=None):
         self.model, self.rows, self.max_tokens = model, rows, max_tokens or 0
+        self.decoder = decoder or Decoder(model)
         self.cache = None
 
     def prefill(self, tokens):
-        """Logits [rows, V] after the prompt (a list of ids), read once and shared by all rows."""
-        self.cache = KVCache(self.model.config.n_layer, len(tokens) + self.max_tokens)
-        ids = torch.tensor([tokens], device=self.model.get_device())
-        logits = self.model(ids, kv_cache=self.cache)[:, -1]
-        self.cache.repeat(self.rows)
+        """
+        Logits [rows, V] after the prompt (a list of ids), read once and shared by all rows.
+
+        Raises UserError when the prompt has more tokens than the model has positions.
+        """
+        limit = self.model.max_seq_len
+        if len(tokens) > limit:
+            raise UserError(
+                f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model "
+                f"(10 × sequence_len {self.model.config.sequence_len:,}): shorten it"
+            )
+        self.cache = KVCache(self.model.config.n_layer, min(len(tokens) + self.max_tokens, limit))
+        logits = self.decoder.extend(torch.tensor([tokens], device=self.decoder.device), self.cache)
+        if self.rows > 1:
+            self.cache.repeat(self.rows)
+        self._step = self.decoder.stepper(self.cache)
         return logits.expand(self.rows, -1)
 
     def step(self, ids):
-        """Logits [rows, V] after one more token a row, ids [rows]."""
-        return self.model(ids[:, None], kv_cache=self.cache)[:, -1]
+        """Logits [rows, V] after one more token a row, ids [rows]; None when the model's positions are used up."""
+        return self._step(ids) if self.cache.pos < self.model.max_seq_len else None
 
 
 class _Row:
@@ -87,32 +58,57 @@ class _Row:
 
 
 class Engine:
-    """Generates from a model and a tokenizer; runs the calculator when the model calls it."""
+    """
+    Generates from a model and a tokenizer; runs the calculator when the model calls it.
 
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    dtype: precision of generation; None for that of a surrounding autocast or else of the weights, looked up at each
+    `generate`. graph: CUDA graphs, None for "where there is CUDA". For one thread at a time.
+    """
+
+    def __init__(self, model, tokenizer, dtype=None, graph=None):
+        self.model, self.tokenizer, self.dtype, self.graph = model, tokenizer, dtype, graph
+        self._decoder = None
+
+    def decoder(self):
+        """The Decoder for the model as it is now: made again when weights have changed since."""
+        dtype = self.dtype or compute_dtype(self.model)
+        if self._decoder is None or not self._decoder.is_current(self.model, dtype):
+            self._decoder = None  # free the old copy of the weights before there is a new one
+            self._decoder = Decoder(self.model, dtype, self.graph)
+        return self._decoder
 
     @torch.inference_mode()
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, session=None):
         """
         Yield (ids, mask) a step: one id a row, and 1 where it was sampled, 0 where a tool's answer forced it.
 
-        tokens: the prompt, a list of ids. Ends after max_tokens steps, or when every row has produced
-        <|assistant_end|> or <|bos|>; a row that is done goes on in its column, to be ignored. session:
-        what the tokens attend to (default: all of them, at full detail).
+        tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
+        Ends after max_tokens steps, or when every row has produced <|assistant_end|> or <|bos|> (a row that is done
+        goes on in its column, to be ignored), or when the session has no room for more: by default, after
+        model.max_seq_len tokens and the one that these predict. The weights must not change meanwhile.
         """
         if not tokens:
             raise ValueError("expected at least one token as the prompt, got none")
-        session = session or CacheSession(self.model, num_samples, max_tokens)
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 or more, or None for no limit, got {max_tokens}")
+        if max_tokens == 0:
+            return
+        if session is None:
+            session = CacheSession(self.model, num_samples, max_tokens, self.decoder())
         generator = torch.Generator(device=self.model.get_device()).manual_seed(seed)
         special = self.tokenizer.encode_special
         ends = {special("<|assistant_end|>"), self.tokenizer.get_bos_token_id()}
         call_start, call_end = special("<|python_start|>"), special("<|python_end|>")
         rows = [_Row() for _ in range(num_samples)]
         logits = session.prefill(tokens)
+        if len(logits) != num_samples:
+            raise ValueError(f"the session has {len(logits)} rows, num_samples is {num_samples}")
         produced = 0
-        while max_tokens is None or produced < max_tokens:
-            sampled = sample(logits, temperature, top_k, generator)[:, 0].tolist()
+        while logits is not None:
+            ids = sample(logits, temperature, top_k, generator)[:, 0]
+            sampled = ids.tolist()  # the one time a step that the host waits for the device
             column, mask = [], []
             for row, token in zip(rows, sampled, strict=True):
                 mask.append(0 if row.forced else 1)
@@ -131,7 +127,7 @@ class Engine:
             produced += 1
             if all(row.done for row in rows) or produced == max_tokens:
                 return
-            logits = session.step(torch.tensor(column, device=logits.device))
+            logits = session.step(ids if column == sampled else torch.tensor(column, device=ids.device))
 
     def _tool_answer(self, call):
         """The ids that the calculator puts after a tool call; none when the call is not for it."""

@@ -171,7 +171,8 @@ def main(config: Config):
         last = step == num_iterations
         if training.due(config.eval_every, last):
             passed = evaluate()
-            say(f"step {step:,} | " + ", ".join(f"pass@{k} {value:.4f}" for k, value in passed.items()))
+            shown = [f"pass@{k} {value:.4f}" for k, value in passed.items() if k.bit_count() == 1]  # 1, 2, 4, 8, …
+            say(f"step {step:,} | {', '.join(shown)}")
             log(**training.totals(), **{f"pass@{k}": value for k, value in passed.items()})
         if last or (step > 0 and training.due(config.save_every, last)):
             training.save(last, pass_at_k=passed, parent=parent)

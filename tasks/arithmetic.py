@@ -18,7 +18,6 @@ from tasks.common import NumberTask
 
 SPOKEN_SHARE = 0.1  # of the questions say "plus" for "+"
 TEST_SHARE = 10  # one pair of operands in ten
-MAX_OPERAND = 99
 TIMES_TABLE = (30, 12)  # the largest factors
 
 PLAIN = [
@@ -80,16 +79,20 @@ class Arithmetic(NumberTask):
     """
     `size` sums of the four operations. split: "train" or "test".
 
-    stories: share that is told as a story; two_steps: share with a third number that is added or taken away.
+    stories: share that is told as a story; two_steps: share with a third number that is added or taken away;
+    max_operand: largest number in sums and differences (beyond 99, a number is more than one token).
     """
 
     marker = "answer is"
 
-    def __init__(self, size: int, split: str, stories: float = 0.3, two_steps: float = 0.0, **slicing):
+    def __init__(
+        self, size: int, split: str, stories: float = 0.3, two_steps: float = 0.0, max_operand: int = 99, **slicing
+    ):
         super().__init__(**slicing)
         if split not in ("train", "test"):
             raise ValueError(f"expected split 'train' or 'test', got {split!r}")
         self.size, self.split, self.stories, self.two_steps = size, split, stories, two_steps
+        self.max_operand = max_operand
 
     def num_examples(self):
         return self.size
@@ -101,7 +104,7 @@ class Arithmetic(NumberTask):
         two_steps = op in "+-" and rng.random() < self.two_steps
         if two_steps:
             then = rng.choice("+-")
-            c = rng.randint(2, MAX_OPERAND if then == "+" else min(MAX_OPERAND, a + b))
+            c = rng.randint(2, self.max_operand if then == "+" else min(self.max_operand, a + b))
             numbers["c"], call, stories = c, f"{a} + {b} {then} {c}", [MORE_STORIES[then]]
         kind = rng.random()
         if kind < self.stories:
@@ -125,7 +128,7 @@ class Arithmetic(NumberTask):
         op = rng.choice("+-*/")
         while True:
             if op in "+-":
-                a, b = rng.randint(2, MAX_OPERAND), rng.randint(2, MAX_OPERAND)
+                a, b = rng.randint(2, self.max_operand), rng.randint(2, self.max_operand)
                 if op == "-":
                     a, b = max(a, b), min(a, b)
             else:

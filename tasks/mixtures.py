@@ -19,8 +19,8 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # How many conversations of each kind the local mixtures have; identity is a count of passes over its file.
-LOCAL_MID = {"arithmetic": 12_000, "spelling": 8_000, "counting": 2_000, "identity": 3}
-LOCAL_SFT = {"arithmetic": 1_200, "spelling": 600, "counting": 300, "identity": 2}
+LOCAL_MID = {"arithmetic": 12_000, "spelling": 8_000, "counting": 2_000, "identity": 2}
+LOCAL_SFT = {"arithmetic": 1_200, "spelling": 1_200, "counting": 300, "identity": 1}
 LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
 LOCAL_RL = 2_000
 LOCAL_TWO_STEPS = 0.1  # share of the sums in training
@@ -119,7 +119,7 @@ def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
     """(problems to train on, problems to evaluate on) of reinforcement learning."""
     _check(which)
     if which == "local":
-        sums = {"stories": 0.5, "two_steps": 0.3}  # harder than those before: there must be something to gain
+        sums = {"two_steps": 0.2, "max_operand": 999}  # harder than those before: there must be something to gain
         return Arithmetic(LOCAL_RL, "train", **sums), Arithmetic(LOCAL_RL, "test", **sums)
     return GSM8K("main", "train"), GSM8K("main", "test")
 
@@ -130,7 +130,7 @@ def eval_tasks(which: str) -> dict:
     if which == "local":
         return {
             "Arithmetic": partial(Arithmetic, 256, "test"),
-            "SpellingBee": partial(SpellingBee, 256, "test", words="text"),
+            "SpellingBee": partial(SpellingBee, 128, "test", words="text"),
         }
     return {
         "ARC-Easy": partial(ARC, "ARC-Easy", "test"),

@@ -1,11 +1,14 @@
 """Facts about the tree: imports go one way, recipes and options hold together."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from nanochat.training import WATCHING
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -44,14 +47,23 @@ def test_every_script_explains_itself(path):
     assert "options" in result.stdout
 
 
-def test_every_option_of_base_train_is_read():
-    source = (ROOT / "scripts" / "base_train.py").read_text()
-    from scripts.base_train import WATCHING, Config
-
-    names = set(Config.__dataclass_fields__)
-    assert names >= WATCHING
-    for name in names:
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_every_option_is_read(path):
+    config = importlib.import_module(f"scripts.{path.stem}").Config
+    source = path.read_text("utf-8")
+    if hasattr(config, "__dataclass_fields__") and "Training(" in source:
+        source += (ROOT / "nanochat" / "training.py").read_text("utf-8")
+    for name in config.__dataclass_fields__:
         assert f"config.{name}" in source, name
+
+
+def test_watching_names_options():
+    """What is left out of the comparison of a resumed run's settings must be an option of some stage."""
+    stages = ("base_train", "mid_train", "chat_sft", "chat_rl")
+    names = {
+        name for stage in stages for name in importlib.import_module(f"scripts.{stage}").Config.__dataclass_fields__
+    }
+    assert names >= WATCHING
 
 
 def dry_run(script, *args):
@@ -73,9 +85,15 @@ def test_recipes_of_eight_gpus(script, depth, shards):
         "report reset",
         "nanochat.dataset -n 8",
         "tok_train",
+        "gen_synthetic_data",
+        "scripts.prepare",
         "base_train",
         "base_loss",
         "base_eval",
+        "mid_train",
+        "chat_eval -- -i mid",
+        "chat_sft",
+        "chat_eval -- -i sft",
         "report generate",
     ]
     places = [out.index(part) for part in order]
@@ -90,6 +108,8 @@ def test_profiles_of_run10():
         out = dry_run("run10.sh", f"--gpu={profile}")
         assert "--extra gpu" in out
         assert "torchrun" not in out
+    assert "-i rl" not in cpu
+    assert "scripts.chat_eval -i rl" in dry_run("run10.sh", "--gpu=cpu", "--rl")
     tagged = dry_run("run10.sh", "--gpu=cpu", "--model_tag", "mine", "--depth=3")
     assert "scripts.base_loss --device_batch_size=16 --split_tokens=262144 --model_tag=mine" in tagged
     bad = subprocess.run(["bash", "run10.sh", "--gpu=abacus"], cwd=ROOT, capture_output=True, text=True)

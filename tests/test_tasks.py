@@ -615,7 +615,7 @@ class TestMixtures:
         identity = CustomJSON(mixtures.get_base_dir() / "identity_conversations.jsonl")
         own = {str(identity[i]) for i in range(len(identity))}
         seen = [{str(task[i]) for i in range(len(task))} - own for task in (mid, sft)]
-        assert len(seen[0] & seen[1]) < 0.4 * len(seen[1]), "the procedural examples of the stages differ"
+        assert len(seen[0] & seen[1]) < 0.5 * len(seen[1]), "the procedural examples of the stages differ"
 
     @pytest.mark.usefixtures("shards", "local_hub")
     def test_full(self):

@@ -13,12 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 if not Path(CHROMIUM).exists():
     pytest.skip(f"{CHROMIUM} is not installed", allow_module_level=True)
-from playwright.sync_api import expect, sync_playwright
-
 PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 ARGS += ["--disable-sync", "--no-first-run"]
@@ -386,7 +385,7 @@ def test_copy(visit, server):
     assert page.evaluate("navigator.clipboard.readText()") == text
     page.get_by_role("button", name="Copy the code").click()
     assert page.evaluate("navigator.clipboard.readText()") == "for i in range(3):\n    print(i)"
-    expect(page.locator(".codebar span")).to_have_text("python")
+    expect(page.locator(".codebar")).to_have_text("python")
 
 
 def test_copy_where_there_is_no_clipboard_object(visit, server):
@@ -463,7 +462,7 @@ def test_faults_are_said_and_can_be_tried_again(visit, server):
     note = answer(page).locator(".note.error span")
     for text in (
         "The model is not loaded.",
-        "top_k must be positive; and whole",
+        "top_k must be positive; and whole.",
         "The worker failed: out of memory.",
         "The connection ended before the answer was complete.",
     ):
@@ -490,7 +489,10 @@ def test_a_failed_question_is_not_part_of_the_next_request(visit, server):
 
 def test_a_busy_server_names_the_wait(visit, server):
     page = visit(expected="status of 503")
-    server(Reply(status=503, detail="busy", headers={"Retry-After": "2"}), say("now"))
+    server(
+        Reply(status=503, detail="the server is busy: 64 requests are waiting already", headers={"Retry-After": "2"}),
+        say("now"),
+    )
     ask(page, "Hello")
     expect(answer(page).locator(".note")).to_contain_text("The server is busy, try again in 2 s.")
     again = page.get_by_role("button", name="Try again")
@@ -513,7 +515,7 @@ def test_too_long_a_conversation_offers_a_new_one(visit, server):
 def test_too_long_a_message_stays_in_the_composer(visit, server):
     page = visit()
     ask(page, "x" * 8001)
-    expect(page.locator("#counter")).to_have_text("8,001 of 8,000 characters")
+    expect(page.locator("#hint")).to_have_text("8,001 of 8,000 characters")
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
     assert server.requests == []
 
@@ -769,8 +771,8 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(visit, server):
         "Conversation",
         "Edit the message",
         "Answer again",
-        "Message",
         "Settings",
+        "Message",
     ]
     positions = [reached.index(label, reached.index(order[0])) for label in order]
     assert positions == sorted(positions)

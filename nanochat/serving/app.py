@@ -136,7 +136,6 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
     service = Service(pool, limits, defaults, ping_seconds)
     page_text, logo_text = _read(page or FOLDER / "ui.html"), _read(logo or FOLDER / "logo.svg")
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, max_body_bytes=limits.body_bytes, complain=_complain, body_seconds=body_seconds)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request, error):
@@ -212,7 +211,7 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
         return {"html": [render_markdown(text) for text in body.texts]}
 
     app.include_router(openai_api.create_router(service), prefix=OPENAI_PREFIX)
-    return app
+    return Gate(app, limits.body_bytes, _complain, body_seconds)
 
 
 async def _native_stream(service, job):

@@ -11,7 +11,7 @@ import uuid
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from nanochat.serving.schema import ApiError, MaxTokens, Strict, Temperature, TopK
 from nanochat.serving.transport import PING, EventStream, sse, unless_gone
@@ -76,7 +76,8 @@ class CompletionRequest(Strict):
     messages: list[OpenAIMessage]
     temperature: Temperature | None = None
     top_k: TopK | None = None
-    max_tokens: MaxTokens | None = Field(None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None  # OpenAI's newer name of the same
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = None
@@ -135,7 +136,8 @@ def create_router(service):
         model = known(body.model)
         messages = [message.as_ours() for message in body.messages]
         seed = None if body.seed is None else body.seed % 2**63
-        job = await service.submit(messages, body.temperature, body.top_k, body.max_tokens, seed, body.stop or [])
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        job = await service.submit(messages, body.temperature, body.top_k, max_tokens, seed, body.stop or [])
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.id}
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -1,0 +1,156 @@
+"""The settings of MegaContext. A field's name is its option's name; -1 stands for a length derived from others."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args, get_origin
+
+from megacontext.working_context import WorkingContext
+from nanochat.common import UserError
+
+
+@dataclass(frozen=True)
+class MCConfig:
+    """Checked when made: raises UserError. `resolve` puts numbers in the place of every -1."""
+
+    # Tree
+    block_size: int = 32
+    """K: nodes that one gist of the next level stands for, tokens at the lowest"""
+    mc_tree: Literal["ram"] = "ram"
+    """where the tree is kept"""
+    mc_positional: Literal["gaussian", "simple"] = "gaussian"
+    """rotary positions of gists: faded by the width of the span, or simply at its centre"""
+    # GistNet
+    gistnet_type: Literal["transformer", "mean"] = "transformer"
+    """what makes gists: a learned network, or the plain mean"""
+    gistnet_layers: Literal[2, 4] = 2
+    """layers of the GistNet"""
+    gistnet_pooling: Literal["mean", "query", "cls"] = "mean"
+    """how the GistNet's outputs become one vector"""
+    gistnet_head: Literal["linear", "mlp"] = "mlp"
+    """last layer of the GistNet"""
+    # LensNet
+    lensnet_type: Literal["transformer"] = "transformer"
+    """what scores the entries of a working context"""
+    lensnet_layers: Literal[2, 4, 8] = 2
+    """layers of the LensNet"""
+    lensnet_head: Literal["linear", "mlp"] = "mlp"
+    """last layer of the LensNet"""
+    # Focus allocator
+    allocator: Literal["greedy", "stochastic_greedy"] = "greedy"
+    """take the best edits, or draw among the best"""
+    allocator_sample_top_k: int = 4
+    """stochastic_greedy: candidates that an edit is drawn from"""
+    allocator_sample_temperature: float = 1.0
+    """stochastic_greedy: temperature of the draw"""
+    allocator_soft_max: int = -1
+    """entries a working context may have; -1 for max_seq_len"""
+    allocator_recent_tokens: int = -1
+    """newest tokens that always stay tokens; -1 for 1/16 of max_seq_len in whole blocks"""
+    allocator_expand_threshold: float = 0.1
+    """least score of an entry that is expanded, 0 to 1"""
+    allocator_collapse_threshold: float = 0.1
+    """siblings collapse when their mean score is at most minus this, 0 to 1"""
+    allocator_max_replacements: int = 4
+    """edits an iteration at most"""
+    allocator_iterations: int = 1
+    """rounds of scoring and editing a refocus"""
+    # Training
+    mc_num_random_variants: int = 4
+    """randomly compressed working contexts a sequence, besides the uncompressed one"""
+    mc_train_wc_length: int = -1
+    """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len"""
+    mc_max_counterfactuals: int = 4
+    """pairs of working contexts a sequence that LensNet learns from, at most"""
+    mc_lens_loss_weight: float = 0.1
+    """weight of LensNet's loss beside the token loss; 0 for none"""
+    mc_auto_batch: bool = True
+    """shrink device_batch_size so that variants fit in the same memory, and keep the tokens seen the same"""
+    mc_aux_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """precision of GistNet and LensNet; auto is bf16 where that is faster"""
+    mc_freeze_base: bool = False
+    """train GistNet and LensNet only"""
+    # Evaluation and inference
+    mc_eval_soft_max_length: int = -1
+    """entries of a working context in validation; -1 for allocator_soft_max"""
+    mc_infer_allocator_max_replacements: int = -1
+    """edits an iteration at most; -1 for allocator_max_replacements"""
+    mc_infer_allocator_iterations: int = -1
+    """rounds a refocus; -1 for allocator_iterations"""
+    mc_infer_refocus_interval: int = 32
+    """tokens between two refocuses"""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal:
+                choices = get_args(field.type)
+                _expect(field.name, value, value in choices, f"one of {', '.join(map(str, choices))}")
+            elif field.name in AT_LEAST:
+                least, derivable = AT_LEAST[field.name], field.default == -1
+                what = f"{least} or more{', or -1' * derivable}"
+                _expect(field.name, value, value >= least or (derivable and value == -1), what)
+        T, weight = self.allocator_sample_temperature, self.mc_lens_loss_weight
+        _expect("allocator_sample_temperature", T, 0 < T < math.inf, "a number above 0")
+        _expect("mc_lens_loss_weight", weight, 0 <= weight < math.inf, "a number of 0 or more")
+        for name in ("allocator_expand_threshold", "allocator_collapse_threshold"):
+            _expect(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+
+    def resolve(self, max_seq_len: int) -> "MCConfig":
+        """
+        These settings for a model of context length max_seq_len, with every -1 replaced.
+
+        Raises UserError where max_seq_len tokens cannot be made into a working context as short as is asked.
+        """
+        K = self.block_size
+        _expect("block_size", K, K <= max_seq_len, f"at most max_seq_len, {max_seq_len}")
+
+        def given(name, derived):
+            value = getattr(self, name)
+            return derived if value == -1 else value
+
+        recent = given("allocator_recent_tokens", -(-max_seq_len // (16 * K)) * K)
+        smallest = WorkingContext.finest(1, max_seq_len, K).smallest_length(recent)
+        soft_max = given("allocator_soft_max", max_seq_len)
+        lengths = {
+            "allocator_soft_max": soft_max,
+            "mc_train_wc_length": given("mc_train_wc_length", max(max_seq_len // 5, smallest)),
+            "mc_eval_soft_max_length": given("mc_eval_soft_max_length", soft_max),
+        }
+        for name, length in lengths.items():
+            what = (
+                f"at least {smallest}, the fewest entries for {max_seq_len} tokens of which the newest {recent} "
+                f"(--allocator_recent_tokens) stay tokens"
+            )
+            _expect(name, length, length >= smallest, what)
+        length = lengths["mc_train_wc_length"]
+        _expect("mc_train_wc_length", length, length <= max_seq_len, f"at most max_seq_len, {max_seq_len}")
+        name_replacements, name_iterations = "mc_infer_allocator_max_replacements", "mc_infer_allocator_iterations"
+        return replace(
+            self,
+            allocator_recent_tokens=recent,
+            mc_infer_allocator_max_replacements=given(name_replacements, self.allocator_max_replacements),
+            mc_infer_allocator_iterations=given(name_iterations, self.allocator_iterations),
+            **lengths,
+        )
+
+
+AT_LEAST = {  # fields whose default is -1 may also be -1
+    "block_size": 2,
+    "allocator_sample_top_k": 1,
+    "allocator_soft_max": 1,
+    "allocator_recent_tokens": 0,
+    "allocator_max_replacements": 1,
+    "allocator_iterations": 1,
+    "mc_num_random_variants": 1,
+    "mc_train_wc_length": 1,
+    "mc_max_counterfactuals": 1,
+    "mc_eval_soft_max_length": 1,
+    "mc_infer_allocator_max_replacements": 1,
+    "mc_infer_allocator_iterations": 1,
+    "mc_infer_refocus_interval": 1,
+}
+
+
+def _expect(name, value, holds, what):
+    if not holds:
+        raise UserError(f"--{name}: expected {what}, got {value!r}")

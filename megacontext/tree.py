@@ -1,0 +1,178 @@
+"""
+The tree: a stream of tokens at every level of detail (LOD), each level a summary of the one below.
+
+Shapes: B rows, N tokens, K = block_size, D = n_embd, W entries of a working context.
+
+Level 0 is the tokens. Node i of level l >= 1 is the gist of nodes K·i … K·i + K − 1 of level l − 1 and so covers
+the tokens [i·K^l, (i+1)·K^l); it exists once they are all there. Both forms ask a gist function for the nodes of
+one level at a time: gist_fn(children [M, K, D], level) -> [M, D].
+
+- `build_table`, for training: a whole batch at once, with gradients; a value.
+- `MegaContextTree`, for inference: grows by any number of tokens, in a store that may be large.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+INGEST_TOKENS = 16384  # a row; longer appends are cut into pieces of this many, to bound the memory they need
+
+
+def _gists(gist_fn, children, block_size, level):
+    """Children [B, m·K, D] of level − 1 to their parents [B, m, D], in the children's precision."""
+    blocks = children.unflatten(1, (-1, block_size)).flatten(0, 1)
+    return gist_fn(blocks, level).unflatten(0, (children.size(0), -1)).to(children.dtype)
+
+
+class Table(NamedTuple):
+    """All levels of a batch side by side: values [B, M, D], where level l begins at offsets[l]."""
+
+    values: torch.Tensor
+    offsets: tuple[int, ...]
+
+    def materialize(self, context):
+        """
+        Embeddings [R, W, D] of a working context's entries, in one gather; padding gets the first token's.
+
+        The context's R rows may be several variants of each of the B here: row r is one of batch row r // (R / B).
+        """
+        B, M, _ = self.values.shape
+        variants, rest = divmod(context.num_rows, B)
+        if rest:
+            raise ValueError(f"expected a multiple of {B} rows, got {context.num_rows}")
+        row = torch.arange(context.num_rows, device=self.values.device)[:, None] // variants
+        return F.embedding(row * M + context.table_index(self.offsets), self.values.flatten(0, 1))
+
+
+def build_table(gist_fn, embeds, block_size) -> Table:
+    """The tree over embeddings [B, N, D] as a table; gradients flow to the embeddings and the gist function."""
+    levels, offsets = [embeds], [0]
+    while whole := levels[-1].size(1) // block_size * block_size:
+        offsets.append(offsets[-1] + levels[-1].size(1))
+        levels.append(_gists(gist_fn, levels[-1][:, :whole], block_size, len(levels)))
+    return Table(torch.cat(levels, dim=1), tuple(offsets))
+
+
+class Store(Protocol):
+    """Where the nodes of a tree are kept: for each level, values [B, count, …] that grow at the end."""
+
+    def append(self, level: int, values: torch.Tensor) -> None: ...
+
+    def get(self, level: int, index: torch.Tensor) -> torch.Tensor:
+        """Values [B, n, …] at index [B, n]."""
+
+    def count(self, level: int) -> int:
+        """Values a row of this level; 0 for a level that was never appended to."""
+
+    def truncate(self, level: int, count: int) -> None:
+        """Forget all values of the level but the first `count`."""
+
+    def repeat(self, rows: int) -> None:
+        """Make each row into `rows` equal ones."""
+
+
+class RamStore:
+    """A tensor a level, on the device of what is appended; its room doubles when it is full."""
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        """dtype: precision in which gists are kept, None for that in which they come; token ids stay integers."""
+        self.dtype = dtype
+        self._buffers, self._counts = [], []
+
+    def append(self, level, values):
+        if level == len(self._buffers):
+            self._buffers.append(values[:, :0])
+            self._counts.append(0)
+        start, end = self._counts[level], self._counts[level] + values.size(1)
+        if end > self._buffers[level].size(1):
+            self._grow(level, values, max(end, 2 * start))
+        self._buffers[level][:, start:end] = values
+        self._counts[level] = end
+
+    def _grow(self, level, values, capacity):
+        dtype = self.dtype if self.dtype and values.is_floating_point() else values.dtype
+        shape = values.size(0), capacity, *values.shape[2:]
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
+            bigger = torch.empty(shape, dtype=dtype, device=values.device)
+        count = self._counts[level]
+        bigger[:, :count] = self._buffers[level][:, :count]
+        self._buffers[level] = bigger
+
+    def get(self, level, index):
+        buffer = self._buffers[level]
+        return buffer[torch.arange(buffer.size(0), device=buffer.device)[:, None], index]
+
+    def count(self, level):
+        return self._counts[level] if level < len(self._counts) else 0
+
+    def truncate(self, level, count):
+        self._counts[level] = count
+
+    def repeat(self, rows):
+        with torch.inference_mode(False):
+            self._buffers = [buffer.repeat_interleave(rows, dim=0) for buffer in self._buffers]
+
+
+STORES = {"ram": RamStore}  # --mc_tree
+
+
+class MegaContextTree:
+    """
+    An append-only tree over B rows of equal length.
+
+    The store holds tokens as they are appended, ids [B, N] say, and embed_fn turns those that are looked at into
+    embeddings [B, n, D]. Since nothing that was appended ever changes, its number of tokens is a snapshot of it:
+    `truncate(num_tokens)` goes back there.
+    """
+
+    def __init__(self, gist_fn, block_size: int, store: Store, embed_fn=lambda tokens: tokens):
+        self.gist_fn, self.block_size, self.store, self.embed_fn = gist_fn, block_size, store, embed_fn
+
+    @property
+    def num_tokens(self) -> int:
+        return self.store.count(0)
+
+    @torch.no_grad()
+    def append(self, tokens):
+        """Add tokens [B, n] to every row, and the nodes that they complete."""
+        for piece in tokens.split(INGEST_TOKENS, dim=1):
+            self.store.append(0, piece)
+            level, K = 1, self.block_size
+            while (done := self.store.count(level)) < (ready := self.store.count(level - 1) // K):
+                index = torch.arange(done * K, ready * K, device=tokens.device).expand(tokens.size(0), -1)
+                self.store.append(level, _gists(self.gist_fn, self._get(level - 1, index), K, level))
+                level += 1
+
+    def _get(self, level, index):
+        values = self.store.get(level, index)
+        return self.embed_fn(values) if level == 0 else values
+
+    @torch.no_grad()
+    def materialize(self, context):
+        """Embeddings [B, W, D] of a working context's entries; padding gets the first token's."""
+        if context.num_tokens > self.num_tokens:
+            raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
+        lod, start, span, _ = context.entries()
+        index = start // span
+        x = self._get(0, index.where(lod == 0, 0))
+        level = 1
+        while self.store.count(level):
+            here = lod == level
+            values = self._get(level, index.where(here, 0)).to(x.dtype)
+            x = values.where(here[..., None], x)
+            level += 1
+        return x
+
+    def truncate(self, num_tokens: int):
+        """Forget all tokens but the first num_tokens, and the nodes that need the others."""
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ValueError(f"num_tokens: expected 0 to {self.num_tokens}, got {num_tokens}")
+        level = 0
+        while self.store.count(level):
+            self.store.truncate(level, num_tokens // self.block_size**level)
+            level += 1
+
+    def repeat(self, rows: int):
+        """Turn each row into `rows` equal ones, which may then go on differently."""
+        self.store.repeat(rows)

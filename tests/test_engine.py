@@ -1,0 +1,531 @@
+"""Generation against the slow, obvious model: decoder, cache, sessions, sampling, tools, weights that change."""
+
+import gc
+import math
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gpt import make_model
+
+from nanochat.common import UserError, autocast
+from nanochat.decode import Decoder, KVCache, StaticStep, compute_dtype
+from nanochat.engine import CacheSession, Engine
+from nanochat.gpt import GPTConfig, rotary_cos_sin
+
+V = 300  # of the tokenizer; the models' matrices have 320 rows
+CONFIGS = {
+    "plain": GPTConfig(sequence_len=8, vocab_size=V, n_layer=2, n_head=2, n_kv_head=2, n_embd=32),
+    "grouped": GPTConfig(sequence_len=8, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32),
+    "one key head": GPTConfig(sequence_len=8, vocab_size=V, n_layer=3, n_head=3, n_kv_head=1, n_embd=48),
+    "odd sizes": GPTConfig(sequence_len=8, vocab_size=V, n_layer=1, n_head=5, n_kv_head=5, n_embd=70),
+}
+CPU = torch.device("cpu")
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def make(name="grouped", seed=0, sharpness=1.0):
+    """A model in which every matrix matters, also the padding of the vocabulary: it would win if it were read."""
+    model = make_model(CONFIGS[name], seed=seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+        model.lm_head.weight[V:] = 100.0
+        model.transformer.wte.weight[V:] = torch.nan
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def any_model(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    return Engine(model, tokenizer)
+
+
+def ends(tokenizer):
+    return {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+
+
+@torch.inference_mode()
+def naive(model, ids, dtype=torch.float32):
+    """Logits [B, V] after ids [B, T], everything computed anew."""
+    with autocast(CPU, dtype):
+        return model(ids)[:, -1]
+
+
+def columns(engine, *args, **kwargs):
+    return [column for column, _ in engine.generate(*args, **kwargs)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The decoder computes what the model computes
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_best_tokens_equal_the_naive_way(any_model, tokenizer, graph):
+    engine = Engine(any_model, tokenizer, graph=graph)
+    for seed in range(3):
+        prompt = torch.randint(0, V - 9, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+        expected = []
+        for token in any_model.generate(prompt, 30, temperature=0):
+            expected.append(token)
+            if token in ends(tokenizer):
+                break
+        assert columns(engine, prompt, 2, 30, temperature=0) == [[token] * 2 for token in expected]
+
+
+def test_logits_of_chunks_and_steps(any_model):
+    ids = torch.randint(0, V, (3, 20))
+    decoder, cache = Decoder(any_model), KVCache(any_model.config.n_layer, 4)
+    at = 0
+    for T in (5, 1, 6, 1, 1, 4):
+        at += T
+        logits = decoder.extend(ids[:, at - T : at], cache)
+        assert logits.shape == (3, V)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, naive(any_model, ids[:, :at]), **CLOSE)
+    assert torch.equal(decoder.step(ids[:, at], cache), Decoder(any_model).step(ids[:, at], truncated(cache, at)))
+
+
+def truncated(cache, pos):
+    cache.truncate(pos)
+    return cache
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_and_decoder_share_a_cache(any_model, dtype):
+    ids = torch.randint(0, V, (2, 20))
+    tolerance = CLOSE if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
+    decoder, cache = Decoder(any_model, dtype), KVCache(any_model.config.n_layer, 20)
+    for at, T in ((0, 4), (4, 1), (5, 3), (8, 1), (9, 6), (15, 1)):
+        chunk = ids[:, at : at + T]
+        with autocast(CPU, dtype):
+            logits = any_model(chunk, kv_cache=cache)[:, -1] if at % 2 else decoder.extend(chunk, cache)
+        assert cache.data.dtype == dtype
+        torch.testing.assert_close(logits, naive(any_model, ids[:, : at + T], dtype), **tolerance)
+
+
+def test_bf16_is_as_close_to_the_truth_as_the_autocast_model(any_model):
+    ids = torch.randint(0, V, (4, 12))
+    exact, rough = naive(any_model, ids), naive(any_model, ids, torch.bfloat16)
+    with autocast(CPU, torch.bfloat16):
+        decoder = Decoder(any_model)
+    assert decoder.dtype == torch.bfloat16
+    cache = KVCache(any_model.config.n_layer, 12)
+    decoder.extend(ids[:, :10], cache)
+    decoder.step(ids[:, 10], cache)
+    logits = decoder.step(ids[:, 11], cache)
+    error = (rough - exact).square().mean().sqrt()
+    assert 0 < error < 0.2
+    assert (logits - exact).square().mean().sqrt() < 1.5 * error
+    assert (logits - rough).square().mean().sqrt() < 1.5 * error
+
+
+def test_precision_is_the_surroundings_or_what_was_asked_for(model, tokenizer):
+    dtypes = lambda engine: (engine.decoder().dtype, compute_dtype(engine.model))  # noqa: E731
+    plain, bf16, fp32 = (Engine(model, tokenizer, dtype=d) for d in (None, torch.bfloat16, torch.float32))
+    assert dtypes(plain) == (torch.float32, torch.float32)
+    assert dtypes(bf16) == (torch.bfloat16, torch.float32)
+    expected = columns(plain, [7, 8], 4, 12)
+    with autocast(CPU, torch.bfloat16):
+        assert dtypes(plain) == (torch.bfloat16, torch.bfloat16)
+        assert dtypes(fp32) == (torch.float32, torch.bfloat16)
+        assert columns(fp32, [7, 8], 4, 12) == expected  # autocast has no say inside
+        assert columns(plain, [7, 8], 4, 12) == columns(bf16, [7, 8], 4, 12)
+    assert dtypes(plain)[0] == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Positions and the cache
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("where", [2, 79, 80, 10_000_000, "rows"])
+def test_explicit_positions(any_model, where, static):
+    """80 positions have angles in the table; others are computed."""
+    ids = torch.randint(0, V, (2, 7))
+    positions = torch.tensor([50, 3_000_000]) if where == "rows" else where
+    decoder, cache = Decoder(any_model, graph=static), KVCache(any_model.config.n_layer, 9)
+    any_model(ids[:, :6], kv_cache=cache)
+    logits = decoder.stepper(cache)(ids[:, 6], positions=positions)
+    cache.truncate(6)
+    at = positions if where == "rows" else torch.tensor([where, where])
+    cos, sin = rotary_cos_sin(at, any_model.config.n_embd // any_model.config.n_head)
+    cos_sin = cos[:, None, None, :], sin[:, None, None, :]
+    expected = any_model(ids[:, 6:], kv_cache=cache, cos_sin=cos_sin)[:, -1]
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert cache.pos == 7
+    if where != 2:
+        assert not torch.allclose(logits, naive(any_model, ids), atol=1e-3)  # positions do matter
+
+
+@torch.inference_mode()
+def test_a_chunk_at_explicit_positions(any_model):
+    ids = torch.randint(0, V, (2, 9))
+    decoder, cache = Decoder(any_model), KVCache(any_model.config.n_layer, 9)
+    decoder.extend(ids[:, :4], cache, positions=100)
+    logits = decoder.extend(ids[:, 4:], cache, positions=torch.arange(104, 109)[None])
+    cos, sin = rotary_cos_sin(torch.arange(100, 109), any_model.config.n_embd // any_model.config.n_head)
+    cos_sin = cos[None, :, None, :], sin[None, :, None, :]
+    torch.testing.assert_close(logits, any_model(ids, cos_sin=cos_sin)[:, -1], **CLOSE)
+
+
+EDITS = st.lists(
+    st.one_of(
+        st.tuples(st.just("chunk"), st.integers(2, 6)),
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.just("truncate"), st.integers(0, 8)),
+        st.tuples(st.just("repeat"), st.integers(2, 3)),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(edits=EDITS, name=st.sampled_from(sorted(CONFIGS)), static=st.booleans(), seed=st.integers(0, 9))
+def test_any_history_equals_reading_what_is_left_of_it(edits, name, static, seed):
+    model, generator = make(name), torch.Generator().manual_seed(seed)
+    decoder, cache = Decoder(model, graph=static), KVCache(model.config.n_layer, 3)
+    new = lambda T: torch.randint(0, V, (len(ids), T), generator=generator)  # noqa: E731
+    ids = torch.zeros(1, 0, dtype=torch.long)
+    ids = new(2)
+    decoder.extend(ids, cache)
+    step = decoder.stepper(cache)
+    for edit, n in edits:
+        if edit == "truncate":
+            cache.truncate(max(1, cache.pos - n))
+            ids = ids[:, : cache.pos]
+        elif edit == "repeat" and len(ids) == 1:
+            cache.repeat(n)
+            ids = ids.expand(n, -1)
+        elif edit == "chunk":
+            ids = torch.cat((ids, new(n)), dim=1)
+            logits = decoder.extend(ids[:, -n:], cache)
+            torch.testing.assert_close(logits, naive(model, ids), **CLOSE)
+        elif edit == "step":
+            for _ in range(n):
+                ids = torch.cat((ids, new(1)), dim=1)
+                torch.testing.assert_close(step(ids[:, -1]), naive(model, ids), **CLOSE)
+    assert cache.pos == ids.size(1) <= cache.capacity
+
+
+def test_static_step_is_recorded_again_only_when_the_cache_has_moved(model, monkeypatch):
+    recorded = []
+    record = StaticStep._record
+    monkeypatch.setattr(StaticStep, "_record", lambda self, B: (recorded.append(self.cache.pos), record(self, B)))
+    cache, ids = KVCache(2, 8), torch.randint(0, V, (3, 40))
+    decoder = Decoder(model, graph=True)
+    decoder.extend(ids[:, :5], cache)
+    cache.data[..., 5:, :] = torch.nan  # memory that nobody has written to yet
+    step = decoder.stepper(cache)
+    for t in range(5, 40):
+        logits = step(ids[:, t])
+        assert not logits.isnan().any()
+    torch.testing.assert_close(logits, naive(model, ids), **CLOSE)
+    assert recorded == [5, 8, 16, 32]
+    kept = logits.clone()
+    cache.truncate(20)
+    step(ids[:, 0])
+    assert torch.equal(logits, kept)  # what a step returned stays
+    assert recorded == [5, 8, 16, 32]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_positions_run_out(model, tokenizer, static):
+    assert model.max_seq_len == 80
+    engine = Engine(model, tokenizer, graph=static)
+    ids = columns(engine, [5] * 77, 1, None, temperature=0)
+    expected = list(model.generate([5] * 77, 4, temperature=0))
+    assert not set(expected) & ends(tokenizer)  # or this test would test nothing
+    assert [token for (token,) in ids] == expected  # after 77, 78, 79 and 80 tokens, and no more
+    assert len(columns(engine, [5] * 80, 2, 9, temperature=0)) == 1
+    assert engine.generate_batch([5] * 77, max_tokens=10**12, temperature=0)[0] == [[5] * 77 + expected]
+    with pytest.raises(UserError, match=r"81 tokens, more than the 80 positions .* sequence_len 8\): shorten it"):
+        columns(engine, [5] * 81)
+    session = CacheSession(model, 1, decoder=Decoder(model, graph=static))
+    session.prefill([5] * 80)
+    assert session.step(torch.tensor([1])) is None
+    with pytest.raises(ValueError, match="81 tokens are more than the 80 positions"):
+        session.decoder.stepper(session.cache)(torch.tensor([1]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def surprise(counts, probabilities):
+    """χ² of the counts {id: n} in standard deviations above what is expected; rare ids are taken as one."""
+    n = sum(counts.values())
+    cells, rare = [], [0, 0.0]
+    for i, p in enumerate(probabilities.double().tolist()):
+        if n * p >= 8:
+            cells.append((counts.get(i, 0), n * p))
+        else:
+            rare = [rare[0] + counts.get(i, 0), rare[1] + n * p]
+    if rare[1] >= 8:
+        cells.append(tuple(rare))
+    else:
+        assert rare[0] <= rare[1] + 6 * math.sqrt(rare[1] + 1)
+    assert len(cells) > 4  # or there would be nothing to compare
+    chi2 = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    return (chi2 - (len(cells) - 1)) / math.sqrt(2 * (len(cells) - 1))
+
+
+def probabilities(logits, temperature, top_k):
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    return (logits / temperature).softmax(-1)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, None), (1.0, 7), (1.5, 12)])
+def test_rows_are_drawn_independently_from_the_naive_distribution(tokenizer, temperature, top_k):
+    model, rows = make("grouped", seed=4, sharpness=3.0), 3000
+    first, second, third = columns(Engine(model, tokenizer), [11, 12, 13], rows, 3, temperature, top_k, seed=1)
+    exact = lambda *ids: probabilities(naive(model, torch.tensor([[11, 12, 13, *ids]]))[0], temperature, top_k)  # noqa: E731
+    assert surprise(Counter(first), exact()) < 5
+    (a, n), *_ = Counter(first).most_common()
+    assert n > 100
+    assert surprise(Counter(y for x, y in zip(first, second, strict=True) if x == a), exact(a)) < 5
+    pairs = list(zip(first, second, third, strict=True))
+    (a, b), n = Counter((x, y) for x, y, _ in pairs).most_common()[0]
+    if n > 100:
+        assert surprise(Counter(z for x, y, z in pairs if (x, y) == (a, b)), exact(a, b)) < 5
+    wrong = probabilities(naive(model, torch.tensor([[11, 12, 14]]))[0], temperature, top_k)
+    assert surprise(Counter(first), wrong.clamp_min(1e-9)) > 5  # the measure can tell distributions apart
+    if top_k:
+        assert len(set(first)) <= top_k
+
+
+def test_seeds(engine):
+    draw = lambda seed: columns(engine, [1, 2], 8, 6, seed=seed)  # noqa: E731
+    assert draw(3) == draw(3) != draw(4)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    draw(3)
+    assert torch.equal(torch.get_rng_state(), state)  # the program's own random numbers stay as they were
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": []}, "at least one token"),
+        ({"num_samples": 0}, "num_samples must be 1 or more, got 0"),
+        ({"max_tokens": -1}, "max_tokens must be 0 or more, or None for no limit, got -1"),
+        ({"temperature": -0.5}, "temperature must be 0 or more"),
+        ({"temperature": math.nan}, "temperature must be 0 or more"),
+        ({"top_k": -1}, "top_k must be 0"),
+    ],
+)
+def test_arguments_that_make_no_sense(engine, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(engine.generate(**{"tokens": [1]} | arguments))
+
+
+def test_arguments_at_their_limits(engine):
+    assert columns(engine, [1], 2, 0) == []
+    assert len(columns(engine, [1], 2, 1)) == 1
+    assert columns(engine, [1], 2, 5, top_k=0) == columns(engine, [1], 2, 5, top_k=None)
+    assert columns(engine, [1], 2, 5, top_k=1) == columns(engine, [1], 2, 5, temperature=0)
+    columns(engine, [1], 2, 5, top_k=10**6)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sessions, tools, the end
+
+
+class Script:
+    """A session in which row i 'says' the tokens of rows[i] one after another (the last for ever), n steps long."""
+
+    def __init__(self, rows, steps=1000):
+        self.rows, self.steps, self.seen = rows, steps, []
+
+    def prefill(self, tokens):
+        self.seen.append(tokens)
+        return self._logits(0)
+
+    def step(self, ids):
+        self.seen.append(ids.tolist())
+        t = len(self.seen) - 1
+        return self._logits(t) if t < self.steps else None
+
+    def _logits(self, t):
+        logits = torch.zeros(len(self.rows), V)
+        for i, row in enumerate(self.rows):
+            logits[i, row[min(t, len(row) - 1)]] = 1000.0
+        return logits
+
+
+def test_tool_answers_are_forced_row_by_row(engine, tokenizer):
+    special, encode = tokenizer.encode_special, tokenizer.encode
+    start, end = special("<|python_start|>"), special("<|python_end|>")
+    stop, [x] = special("<|assistant_end|>"), encode("x")
+    answer = lambda text: [special("<|output_start|>"), *encode(text), special("<|output_end|>")]  # noqa: E731
+    call = lambda text: [start, *encode(text), end]  # noqa: E731
+    first, late, nine = answer("144"), answer("3"), answer("9")
+    scripts = [
+        # what the row samples; x where something else will be forced
+        [*call("12*12"), *[x] * len(first), *call("4+5"), *[x] * len(nine), stop],
+        [*[x] * 6, *call("1+2"), *[x] * len(late), stop],
+        [*call("import os"), *[x] * 3, end, x, stop],  # not for the calculator; an end without a start
+        [start, start, *encode("4+5"), end, *[x] * len(nine), stop],
+    ]
+    expected = [
+        [(call("12*12"), 1), (first, 0), (call("4+5"), 1), (nine, 0)],
+        [([x] * 6, 1), (call("1+2"), 1), (late, 0)],
+        [(scripts[2][:-1], 1)],
+        [([start, start, *encode("4+5"), end], 1), (nine, 0)],
+    ]
+    session = Script(scripts)
+    ids, masks = engine.generate_batch([5, 6], 4, temperature=0, session=session)
+    assert ids == [[5, 6, *(i for part, _ in row for i in part)] for row in expected]
+    assert masks == [[0, 0, *(m for part, m in row for _ in part)] for row in expected]
+    width = max(map(len, ids)) - 2
+    assert session.seen[0] == [5, 6]
+    assert [row[0] for row in session.seen[1:]] == (ids[0] + [stop] * width)[2 : 2 + len(session.seen) - 1]
+    sampled = engine.generate_batch([5, 6], 4, temperature=1.0, top_k=3, session=Script(scripts))
+    assert sampled == (ids, masks)  # forced tokens do not depend on how the rest is chosen
+
+
+def test_generation_ends_with_the_last_row(engine, tokenizer):
+    stop, bos = tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()
+    rows = [[1, stop, 2, 2, 2], [3, 3, 3, bos, 4], [bos]]
+    assert columns(engine, [9], 3, session=Script(rows)) == [[1, 3, bos], [stop, 3, bos], [2, 3, bos], [2, bos, bos]]
+    ids, masks = engine.generate_batch([9], 3, session=Script(rows))
+    assert ids == [[9, 1], [9, 3, 3, 3], [9]]
+    assert masks == [[0, 1], [0, 1, 1, 1], [0]]
+    assert len(columns(engine, [9], 3, max_tokens=2, session=Script(rows))) == 2
+
+
+def test_a_session_without_room_ends_generation(engine):
+    assert columns(engine, [9], 2, session=Script([[1], [2]], steps=3)) == [[1, 2]] * 3
+
+
+def test_a_session_of_another_size_is_refused(engine):
+    with pytest.raises(ValueError, match="the session has 3 rows, num_samples is 2"):
+        columns(engine, [9], 2, session=Script([[1], [2], [3]]))
+
+
+def test_a_session_is_handed_in(model, engine):
+    session = CacheSession(model, rows=3)
+    assert columns(engine, [1, 2, 3], 3, 9, session=session) == columns(engine, [1, 2, 3], 3, 9)
+    assert session.cache.pos == 3 + 8  # the last token was not read
+    assert columns(engine, [4], 3, 2, session=session) == columns(engine, [4], 3, 2)  # a new prompt starts afresh
+
+
+def test_closing_frees_the_cache(model, tokenizer):
+    caches = []
+
+    class Watched(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(weakref.ref(self))
+
+    for graph in (False, True):
+        engine = Engine(model, tokenizer, graph=graph)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nanochat.engine.KVCache", Watched)
+            gc.disable()  # at once, not when the collector comes by
+            try:
+                running = engine.generate([1, 2], 4, 30)
+                next(running)
+                next(running)
+                assert caches[-1]() is not None
+                running.close()
+                assert caches[-1]() is None
+                columns(engine, [1, 2], 4, 3)
+                assert caches[-1]() is None
+            finally:
+                gc.enable()
+    assert len(caches) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights that change
+
+
+def train(model):
+    """One step with the optimizers of training."""
+    optimizers = model.setup_optimizers(unembedding_lr=1.0, embedding_lr=1.0, matrix_lr=0.3)
+    ids = torch.randint(0, V, (4, 9))
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def load(model, **kwargs):
+    model.load_state_dict(make("plain", seed=5).state_dict(), **kwargs)
+
+
+CHANGES = {
+    "AdamW only": lambda model: train_part(model, 0),
+    "Muon only": lambda model: train_part(model, 1),
+    "all optimizers": train,
+    "load_state_dict": load,
+    "load_state_dict(assign)": lambda model: load(model, assign=True),
+    "init_weights": lambda model: torch.nn.init.normal_(model.lm_head.weight, std=0.1),
+    "in place, without gradients": torch.no_grad()(lambda model: model.transformer.h[0].mlp.c_fc.weight.mul_(-1)),
+    "in place, in inference mode": torch.inference_mode()(lambda model: model.transformer.h[1].attn.c_k.weight.mul_(2)),
+    "other precision": lambda model: model.bfloat16(),
+}
+
+
+def train_part(model, which):
+    optimizer = model.setup_optimizers(matrix_lr=0.3, unembedding_lr=1.0, embedding_lr=1.0)[which]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_weights_are_used(tokenizer, change):
+    model = make("plain")
+    engine = Engine(model, tokenizer)
+    before = columns(engine, [1, 2], 8, 10)
+    decoder = engine.decoder()
+    assert engine.decoder() is decoder  # built once
+    change(model)
+    assert engine.decoder() is not decoder
+    after = columns(engine, [1, 2], 8, 10)
+    assert after == columns(Engine(model, tokenizer), [1, 2], 8, 10)
+    assert after != before
+    assert engine.decoder() is engine.decoder()
+
+
+@torch.inference_mode()
+def test_inference_tensors_are_copied_each_time(tokenizer):
+    """They do not count how often they were written to."""
+    model = make("plain")
+    engine = Engine(model, tokenizer)
+    before = columns(engine, [1, 2], 8, 10)
+    model.lm_head.weight.mul_(-1)
+    assert columns(engine, [1, 2], 8, 10) != before
+
+
+def test_old_weights_are_freed_before_new_ones_are_made(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    old = weakref.ref(engine.decoder())
+    with autocast(CPU, torch.bfloat16):
+        engine.decoder()
+    assert old() is None
+
+
+def test_two_engines_in_one_process(tokenizer):
+    one, two = (Engine(make("plain", seed=seed), tokenizer) for seed in (1, 2))
+    alone = [columns(engine, [1], 2, 12) for engine in (one, two)]
+    together = list(zip(one.generate([1], 2, 12), two.generate([1], 2, 12), strict=True))
+    assert [[a for (a, _), _ in together], [b for _, (b, _) in together]] == alone
