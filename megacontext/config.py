@@ -102,36 +102,32 @@ class MCConfig:
         Raises UserError where max_seq_len tokens cannot be made into a working context as short as is asked.
         """
         K = self.block_size
-        _expect("block_size", K, K <= max_seq_len, f"at most max_seq_len, {max_seq_len}")
-
-        def given(name, derived):
-            value = getattr(self, name)
-            return derived if value == -1 else value
-
-        recent = given("allocator_recent_tokens", -(-max_seq_len // (16 * K)) * K)
+        _expect("block_size", K, max_seq_len >= K, f"at most max_seq_len, {max_seq_len}")
+        config = self._derive(
+            allocator_recent_tokens=-(-max_seq_len // (16 * K)) * K,
+            allocator_soft_max=max_seq_len,
+            mc_infer_allocator_max_replacements=self.allocator_max_replacements,
+            mc_infer_allocator_iterations=self.allocator_iterations,
+        )
+        recent = config.allocator_recent_tokens
         smallest = WorkingContext.finest(1, max_seq_len, K).smallest_length(recent)
-        soft_max = given("allocator_soft_max", max_seq_len)
-        lengths = {
-            "allocator_soft_max": soft_max,
-            "mc_train_wc_length": given("mc_train_wc_length", max(max_seq_len // 5, smallest)),
-            "mc_eval_soft_max_length": given("mc_eval_soft_max_length", soft_max),
-        }
-        for name, length in lengths.items():
+        config = config._derive(
+            mc_train_wc_length=max(max_seq_len // 5, smallest),
+            mc_eval_soft_max_length=config.allocator_soft_max,
+        )
+        for name in ("allocator_soft_max", "mc_train_wc_length", "mc_eval_soft_max_length"):
             what = (
                 f"at least {smallest}, the fewest entries for {max_seq_len} tokens of which the newest {recent} "
                 f"(--allocator_recent_tokens) stay tokens"
             )
-            _expect(name, length, length >= smallest, what)
-        length = lengths["mc_train_wc_length"]
+            _expect(name, getattr(config, name), getattr(config, name) >= smallest, what)
+        length = config.mc_train_wc_length
         _expect("mc_train_wc_length", length, length <= max_seq_len, f"at most max_seq_len, {max_seq_len}")
-        name_replacements, name_iterations = "mc_infer_allocator_max_replacements", "mc_infer_allocator_iterations"
-        return replace(
-            self,
-            allocator_recent_tokens=recent,
-            mc_infer_allocator_max_replacements=given(name_replacements, self.allocator_max_replacements),
-            mc_infer_allocator_iterations=given(name_iterations, self.allocator_iterations),
-            **lengths,
-        )
+        return config
+
+    def _derive(self, **values):
+        """These settings with the values given for those that are -1."""
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) == -1})
 
 
 AT_LEAST = {  # fields whose default is -1 may also be -1

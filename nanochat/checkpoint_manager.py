@@ -1,7 +1,7 @@
 """
 Checkpoints: written so that a kill, a full disk or a flipped bit never costs more than the one being written.
 
-A step's files are model_%06d.pt, optim_%06d.pt and state_%06d.pt (one of the latter two for each rank, the
+A step's files are model_%06d.pt, mc_%06d.pt (networks beside the model, if there are any), optim_%06d.pt and state_%06d.pt (one of the latter two for each rank, the
 first rank's without a suffix), meta_%06d.json, and last manifest_%06d.json with the size and SHA-256 of each.
 Without its manifest a step does not exist. Steps saved by nanochat, which knew no manifest, are read too.
 """
@@ -94,11 +94,14 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
-def save_checkpoint(folder, step, model_data, optimizer_data=None, meta_data=None, loader_state=None):
+def save_checkpoint(
+    folder, step, model_data, optimizer_data=None, meta_data=None, loader_state=None, companion_data=None
+):
     """
     Write one step. Every rank must call this: each writes its optimizer and loader state, the first the rest.
 
-    optimizer_data: the state dicts of the optimizers. meta_data: what JSON can hold. Raises UserError when
+    optimizer_data: the state dicts of the optimizers. meta_data: what JSON can hold. companion_data: state dict
+    of networks that go with the model, as MegaContext's do. Raises UserError when
     the disk refuses; steps written before are untouched.
     """
     is_dist, rank, _, world_size = get_dist_info()
@@ -108,6 +111,9 @@ def save_checkpoint(folder, step, model_data, optimizer_data=None, meta_data=Non
         if rank == 0:
             written.append(_file(folder, "model", step))
             _write_tensors(written[-1], model_data)
+            if companion_data is not None:
+                written.append(_file(folder, "mc", step))
+                _write_tensors(written[-1], companion_data)
         if optimizer_data is not None:
             written.append(_file(folder, "optim", step, rank))
             _write_tensors(written[-1], optimizer_data)
@@ -201,6 +207,15 @@ def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
     if not load_optimizer:
         return loaded[0], None, meta_data, None
     return loaded[0], loaded[1], meta_data, loaded[2]
+
+
+def load_companion(folder, step, device="cpu"):
+    """State dict of the networks saved beside the model of a step; None if it has none."""
+    path = _file(folder, "mc", step)
+    if not path.exists():
+        return None
+    _verify(folder, step, [path.name])
+    return _read_tensors(path, device)
 
 
 # ---------------------------------------------------------------------------------------------------------

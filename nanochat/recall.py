@@ -23,25 +23,30 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from nanochat.common import UserError, atomic_write
-from nanochat.sources import VAL_FRACTION, write_shards
+from nanochat.sources import SHARD_CHARS, VAL_FRACTION, write_shards
 
-KEY_FILE = "recall_val_key.jsonl"  # beside the shards
+KEY_FILE = "recall_val_key.jsonl"  # the answer key, beside the shards
 
-NAMES = (
+
+def _words(text):
+    return text.split()
+
+
+NAMES = _words(
     "Adam Alice Anna Anton Bella Boris Carl Clara Daniel David Diana Edgar Elena Emil Emma Eric Eva Felix Flora Frank "
     "Fred George Grace Greta Hans Harry Helen Henry Hugo Ida Igor Irene Ivan Jack Jacob James Jane John Julia Karin "
     "Kate Laura Leo Linda Lisa Louis Lucy Marco Maria Mark Martin Max Mila Nina Nora Oscar Otto Paul Peter Rosa Sam "
     "Sara Tom Vera"
-).split()
-CITIES = (
+)
+CITIES = _words(
     "Athens Berlin Bern Bombay Boston Cairo Chicago Delhi Dublin Geneva Kiev Lima Lisbon London Madrid Malta Miami "
     "Milan Moscow Naples Oslo Oxford Paris Prague Riga Rome Seoul Tokyo Turin Venice Vienna Zurich"
-).split()
-FOODS = (
+)
+FOODS = _words(
     "bacon beans bread butter cake carrots cheese corn cream eggs fish fruit garlic ham honey jam lamb meat milk nuts "
     "onions pasta pears pizza plums rice salad salt soup sugar toast yogurt"
-).split()
-COLOURS = "black blue brown gold green grey orange pink purple red silver white yellow".split()
+)
+COLOURS = _words("black blue brown gold green grey orange pink purple red silver white yellow")
 
 FACTS = {"code": [f"{n:04d}" for n in range(10_000)], "city": CITIES, "food": FOODS}
 COLUMNS = {"colour": COLOURS, "number": [f"{n:02d}" for n in range(10, 100)]}
@@ -104,8 +109,8 @@ class Sizes:
         far = f"a max_distance of {self.min_distance} (min_distance) or more, or -1"
         check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
         check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
-        # Long lines of these kinds, and as much again to put between them.
-        least = 2 * (90 * self.questions + 140 * self.tables + 30 * self.distractors)
+        # The mean lengths of these lines, and a quarter more to put between them.
+        least = (80 * self.questions + 165 * self.tables + 27 * self.distractors) * 5 // 4
         needs = f"for {self.questions} questions, {self.tables} tables and {self.distractors} distractors"
         check(self.chars >= least, f"at least {least} chars {needs}", self.chars)
         reach = max(self.min_distance, self.max_distance) + 200
@@ -193,7 +198,10 @@ def _statements(rng, sizes):
     names = rng.sample(NAMES, ROWS * sizes.tables)
     for first in range(0, len(names), ROWS):
         rows = [(name, *map(rng.choice, COLUMNS.values())) for name in names[first : first + ROWS]]
-        lines = [f"{start} {', '.join(row)}\n" for start, row in [("Table:", ("name", *COLUMNS)), *(("-", row) for row in rows)]]
+        lines = [
+            f"{start} {', '.join(row)}\n"
+            for start, row in [("Table:", ("name", *COLUMNS)), *(("-", row) for row in rows)]
+        ]
         row, column = rng.randrange(ROWS), rng.randrange(len(COLUMNS))
         name, value, attribute = rows[row][0], rows[row][1 + column], [*COLUMNS][column]
         yield _Statement(*_place(rng, sizes), lines, 1 + row, "table", attribute, name, value)
@@ -210,7 +218,43 @@ def _place(rng, sizes):
     return place, reach - place if sizes.max_distance == -1 else distance
 
 
-def key_line(index: int, text: str, questions: list[Question]) -> str:
-    """A document's line of the answer key, as JSON."""
-    asked = [asdict(question) | {"distance": question.distance} for question in questions]
-    return json.dumps({"index": index, "text": text, "questions": asked})
+# ---------------------------------------------------------------------------------------------------------
+# Shards and their answer key
+
+
+def make_shards(seed: int, documents: int, sizes: Sizes, track, train_paths, val_path) -> dict:
+    """
+    Write `documents` training documents, VAL_FRACTION as many for validation, and KEY_FILE beside val_path.
+
+    track(iterable, label, total=...): shows progress. Returns what nanochat.sources.make_shards does.
+    The key has one JSON object a validation document, in the order of the shard's rows: "index", "text" and
+    "questions", each the fields of Question and its distance.
+    """
+    if documents < 1:
+        raise UserError(f"recall documents: expected 1 or more documents, got {documents}")
+
+    def generate(split, count):
+        return track(recall_documents(seed, count, split, **asdict(sizes)), split, total=count)
+
+    def keyed(documents, key):
+        for index, (text, questions) in enumerate(documents):
+            asked = [asdict(question) | {"distance": question.distance} for question in questions]
+            key.write(json.dumps({"index": index, "text": text, "questions": asked}) + "\n")
+            yield text
+
+    val = min(max(1, round(VAL_FRACTION * documents)), max(1, SHARD_CHARS // (2 * sizes.chars)))  # they fit in a shard
+    with atomic_write(val_path.with_name(KEY_FILE), "w") as key:
+        val = write_shards(keyed(generate("val", val), key), [val_path])
+    return {"val": val, "train": write_shards((text for text, _ in generate("train", documents)), train_paths)}
+
+
+def token_spans(ids, token_bytes, spans) -> list[tuple[int, int]]:
+    """
+    The tokens [first, last) that cover each span of characters of a document.
+
+    ids: the document as tokens, with BOS or without; token_bytes: bytes a token, from get_token_bytes().
+    """
+    ends = np.cumsum(np.asarray(token_bytes)[np.asarray(ids)])  # all characters of a document are ASCII
+    starts, stops = np.array(spans).T
+    first, last = np.searchsorted(ends, starts, side="right"), np.searchsorted(ends, stops, side="left")
+    return list(zip(first.tolist(), (last + 1).tolist(), strict=True))

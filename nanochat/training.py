@@ -63,17 +63,19 @@ class Training:
 
     stage: "base", "mid", "sft" or "rl"; tag: the folder of its checkpoints. config: the script's options, of
     which it reads resume, run, compile and the learning rates. settings: `decisive` of them. fresh_model(): the
-    model of step 0, on `device`. total: steps to come, or None when they are not known beforehand.
+    model of step 0, on `device`. total: steps to come, or None when they are not known beforehand. companion:
+    networks on `device` that are trained with the model and kept beside it: a module with setup_optimizers().
 
     step: steps taken. meta, loader_state: of the checkpoint that it goes on from, {} and None at the beginning.
     finished: nothing is left to do (the model is then not loaded).
     """
 
-    def __init__(self, stage, tag, config, settings, fresh_model, device, total=None):
+    def __init__(self, stage, tag, config, settings, fresh_model, device, total=None, companion=None):
         self.stage, self.tag, self.config, self.settings, self.device = stage, tag, config, settings, device
         self.folder = checkpoint_manager.checkpoint_root(stage) / tag
         self.resumed_at = resume_step(self.folder, config.resume, settings)
         self.step = self.resumed_at or 0
+        self.companion = companion
         self.meta, self.loader_state, optimizer_data = {}, None, None
         if self.resumed_at is not None:
             self.meta = checkpoint_manager.load_meta(self.folder, self.step)
@@ -89,11 +91,16 @@ class Training:
             model_data, optimizer_data, _, state = loaded
             self.model = checkpoint_manager.build_model(model_data, self.meta["model_config"], device)
             self.loader_state = state["loader"]
+            if companion is not None:
+                companion.load_state_dict(checkpoint_manager.load_companion(self.folder, self.step, device))
         self.model.train()
         self.compiled = maybe_compile(self.model, config.compile, device)
         self.optimizers = self.model.setup_optimizers(
             config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
         )
+        if companion is not None:
+            self.optimizers += companion.setup_optimizers()
+        self.parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         for optimizer, data in zip(self.optimizers, optimizer_data or [], strict=optimizer_data is not None):
             optimizer.load_state_dict(data)
         self.flops_per_token = self.model.flops_per_token()
@@ -141,19 +148,22 @@ class Training:
                 "decisive": self.settings,
             },
             loader_state,
+            None if self.companion is None else self.companion.state_dict(),
         )
 
     def optimize(self, lr_multiplier, momentum, grad_clip=0.0):
         """Take a step down the gradients. Returns their global norm before clipping; None without clipping."""
+        for parameter in self.parameters:  # on every rank the optimizers need them all
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = clip_gradients(self.optimizers, grad_clip) if grad_clip > 0 else None
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_multiplier
-        for group in self.optimizers[1].param_groups:  # Muon
-            group["momentum"] = momentum
-        for optimizer in self.optimizers:
+                if "momentum" in group:  # Muon
+                    group["momentum"] = momentum
             optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         return norm
 
     def begin_step(self):

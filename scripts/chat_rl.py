@@ -203,8 +203,6 @@ def main(config: Config):
             part = (nll * advantage[:, None]).sum() / tokens * world_size  # ranks are averaged
             part.backward()
             loss += part.detach()
-        for parameter in model.parameters():  # the optimizers, on every rank, need them all
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         lrm = config.init_lr_frac * (1 - step / num_iterations)
         training.optimize(lrm, muon_momentum(step))
         training.end_step(loss, round(tokens))

@@ -1,8 +1,5 @@
 """The chat page in a real browser, against a small server that speaks the interface and does what a test asks of it."""
 
-import base64
-import hashlib
-import html
 import json
 import re
 import threading
@@ -11,9 +8,16 @@ from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import uvicorn
 from playwright.sync_api import expect, sync_playwright
+
+from nanochat.markdown import render_markdown
+from nanochat.serving.app import content_security_policy, create_app
+from nanochat.serving.worker_pool import ServedModel, WorkerPool
 
 CHROMIUM = "/usr/bin/chromium"
 if not Path(CHROMIUM).exists():
@@ -56,28 +60,6 @@ def say(text, **options):
     return Reply([("text", piece) for piece in re.findall(r"\S*\s*", text) if piece], **options)
 
 
-def markdown(text):
-    """Paragraphs, fences and bold: enough to see raw text become HTML."""
-    blocks = []
-    for block in re.split(r"\n\n(?![^`]*```\s*$)", text.strip()):
-        if fence := re.match(r"```(\w*)\n(.*?)(?:\n```|$)", block, re.DOTALL):
-            blocks.append(f'<pre><code class="language-{fence[1]}">{html.escape(fence[2])}\n</code></pre>')
-        else:
-            blocks.append("<p>" + re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(block)) + "</p>")
-    return "\n".join(blocks)
-
-
-def policy(page):
-    def block(tag):
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; script-src {block('script')}; style-src {block('style')}; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
@@ -95,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         page = PAGE.read_text("utf-8")
         if self.path == "/":
-            policies = {"Content-Security-Policy": policy(page)}
+            policies = {"Content-Security-Policy": content_security_policy(page)}
             self.reply(200, "text/html; charset=utf-8", page.encode(), **policies)
         elif self.path == "/logo.svg":
             self.reply(200, "image/svg+xml", PAGE.with_name("logo.svg").read_bytes())
@@ -144,7 +126,7 @@ class Stub(ThreadingHTTPServer):
 
     def reset(self):
         self.replies, self.requests, self.renders = deque(), [], []
-        self.render, self.left = markdown, threading.Event()
+        self.render, self.left = render_markdown, threading.Event()
 
     def handle_error(self, request, client_address):
         pass  # a browser that closes its connections
@@ -188,8 +170,9 @@ def visit(server, browser):
     contexts, faults = [], []
 
     def visit(expected=r"^$", script="", **options):
-        options = {"viewport": {"width": 1100, "height": 760}, "reduced_motion": "reduce"} | options
-        context = browser.new_context(base_url=f"http://127.0.0.1:{server.server_port}", **options)
+        usual = {"viewport": {"width": 1100, "height": 760}, "reduced_motion": "reduce"}
+        usual |= {"base_url": f"http://127.0.0.1:{server.server_port}"}
+        context = browser.new_context(**(usual | options))
         context.set_default_timeout(8000)
         context.add_init_script(WATCH + script)
         contexts.append((context, expected))
@@ -576,12 +559,13 @@ ATTACKS = [
     '<a href="javascript:window.ran.push(11)">x</a><a href="&#106;avascript:alert(12)">x</a>',
     '<iframe srcdoc="<script>parent.ran.push(13)</script>"></iframe><object data="javascript:alert(14)"></object>',
     '<form action="javascript:alert(15)"><button formaction="javascript:alert(16)">x</button><input autofocus></form>',
-    '<math><mtext><table><mglyph><style><img src onerror="window.ran.push(17)"></style></mglyph></table></mtext></math>',
+    '<math><mtext><table><mglyph><style><img src onerror="ran.push(17)"></style></mglyph></table></mtext></math>',
     '<p style="position:fixed;inset:0" id="input" class="turn drawer">over</p><style>*{display:none}</style>',
     '<base href="https://evil.example/"><meta http-equiv="refresh" content="0;url=https://evil.example/">',
     "<details open ontoggle=window.ran.push(18)>x</details><video><source onerror=window.ran.push(19)></video>",
     "```html\n<img src=x onerror=alert(20)>\n```\n\n`<script>alert(21)</script>`",
-    "> - **[x](javascript:alert(22))** <b onmouseover=alert(23)>y</b>\n\n| a |\n| - |\n| <img src=x onerror=alert(24)> |",
+    "> - **[x](javascript:alert(22))** <b onmouseover=alert(23)>y</b>",
+    "| a |\n| - |\n| <img src=x onerror=alert(24)> |",
     "</script></textarea></title><script>window.ran.push(25)</script><!--><img src=x onerror=alert(26)>-->",
 ]
 
@@ -589,23 +573,25 @@ ATTACKS = [
 def audit(page):
     """Click every link; then name what should not be in the conversation."""
     page.evaluate("for (const a of document.querySelectorAll('#log a')) if (!a.href.startsWith('http')) a.click()")
-    return page.evaluate("""() => [...document.querySelectorAll("#log *")].flatMap((element) => [
-        ...(element.closest("svg, figure") || !/^(script|style|iframe|object|img|video|form|input|base|meta|math|details)$/
-            .test(element.localName) ? [] : [element.localName]),
-        ...[...element.attributes].filter(({ name, value }) => /^on|^style$|^id$|^formaction|^src/.test(name)
-            || (name === "href" && !/^(https?:|mailto:|#i-)/.test(value))).map(({ name, value }) => `${name}=${value}`),
-        ...(element.closest(".prose") && /turn|drawer/.test(element.className) ? [element.className] : []),
-    ])""")
+    return page.evaluate("""() => {
+        const banned = /^(script|style|iframe|object|img|video|form|input|base|meta|math|details)$/;
+        const attribute = ({ name, value }) => /^on|^style$|^id$|^formaction|^src/.test(name)
+            || (name === "href" && !/^(https?:|mailto:|#i-)/.test(value)) || (name === "class" && /drawer/.test(value));
+        const faults = [];
+        for (const element of document.querySelectorAll("#log *")) {
+            if (banned.test(element.localName)) faults.push(element.localName);
+            for (const found of [...element.attributes].filter(attribute)) faults.push(`${found.name}=${found.value}`);
+        }
+        return faults;
+    }""")
 
 
 @pytest.mark.parametrize("renderer", ["the server's", "one that escapes nothing"])
 def test_no_text_becomes_code(visit, server, renderer):
-    # Chromium reports the inline handlers and styles of a parsed, inert document too, though they could never take effect
+    # Chromium also reports the inline handlers and styles of an inert document, which could never take effect
     inert = r"inline event handler|inline style|^(script|style)-src(-attr|-elem)? inline|base-uri|base URI"
     page = visit(expected=r"^$" if renderer == "the server's" else inert)
-    if renderer == "the server's":
-        server.render = pytest.importorskip("nanochat.markdown").render
-    else:
+    if renderer != "the server's":
         server.render = lambda text: text
     text = "\n\n".join(ATTACKS)
     server(Reply([("text", attack + "\n\n") for attack in ATTACKS], delay=0.02), Reply([("python", ATTACKS[1])]))
@@ -634,7 +620,7 @@ def test_links_open_elsewhere(visit, server):
 
 
 def at_the_end(page):
-    below = "(({ scrollHeight, scrollTop, clientHeight: h }) => scrollHeight - scrollTop - h)(document.querySelector('#scroller'))"
+    below = "(e => e.scrollHeight - e.scrollTop - e.clientHeight)(document.querySelector('#scroller'))"
     until = time.monotonic() + 3
     while page.evaluate(below) > 2:
         assert time.monotonic() < until
@@ -717,23 +703,25 @@ def test_phone(visit, server):
 
 CONTRAST = """() => {
     const draw = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-    const rgb = (colour) => {
-        draw.fillStyle = colour; draw.fillRect(0, 0, 1, 1);
-        return [...draw.getImageData(0, 0, 1, 1).data].slice(0, 3);
-    };
-    const light = (colour) => rgb(colour).map((c) => c / 255).map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
     const probe = document.body.appendChild(document.createElement("i"));
-    const resolve = (name) => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color; };
-    const pairs = [["text", "page"], ["muted", "page"], ["muted", "side"], ["text", "bubble"], ["muted", "hover"], ["accent", "page"],
-        ["on-accent", "accent"], ["error", "error-page"], ["muted", "code-page"], ["code-keyword", "code-page"],
-        ["code-string", "code-page"], ["code-number", "code-page"], ["code-name", "code-page"], ["code-type", "code-page"]];
-    const ratios = pairs.map(([a, b]) => {
-        const [x, y] = [light(resolve(a)), light(resolve(b))];
-        return [`${a} on ${b}`, (Math.max(x, y) + .05) / (Math.min(x, y) + .05)];
+    const luminance = (name) => {
+        probe.style.color = `var(--${name})`;
+        draw.fillStyle = getComputedStyle(probe).color;
+        draw.fillRect(0, 0, 1, 1);
+        const linear = (c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+        const [r, g, b] = [...draw.getImageData(0, 0, 1, 1).data].map((c) => linear(c / 255));
+        return .2126 * r + .7152 * g + .0722 * b;
+    };
+    const surfaces = { page: "text muted accent", side: "text muted", raised: "text muted", bubble: "text muted",
+        hover: "text muted", accent: "on-accent", "error-page": "error",
+        "code-page": "text muted code-keyword code-string code-number code-name code-type" };
+    const pairs = Object.entries(surfaces).flatMap(([surface, inks]) => inks.split(" ").map((ink) => [ink, surface]));
+    const ratios = pairs.map(([ink, surface]) => {
+        const [low, high] = [luminance(ink), luminance(surface)].sort((a, b) => a - b);
+        return [ink, surface, (high + .05) / (low + .05)];
     });
     probe.remove();
-    return ratios.filter(([, ratio]) => ratio < 4.5);
+    return ratios.filter(([, , ratio]) => ratio < 4.5);
 }"""
 
 
@@ -758,8 +746,9 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(visit, server):
     page = visit()
     ask(page, "Hello")
     finished(page)
-    unnamed = """() => [...document.querySelectorAll("button, input, textarea, [role=region]")].filter((element) =>
-        !(element.ariaLabel || element.textContent.trim() || element.labels?.length)).map((element) => element.outerHTML)"""
+    unnamed = """() => [...document.querySelectorAll("button, input, textarea, [role=region]")]
+        .filter((element) => !(element.ariaLabel || element.textContent.trim() || element.labels?.length))
+        .map((element) => element.outerHTML)"""
     assert page.evaluate(unnamed) == []
     reached = []
     for _ in range(30):  # from the message box once around
@@ -781,6 +770,53 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(visit, server):
     expect(page.locator("#new-chat")).not_to_be_in_viewport()
     page.reload()
     expect(page.locator("#new-chat")).not_to_be_in_viewport()
+
+
+class Parrot:
+    """An engine that says the same every time, with a tool call."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=300), get_device=lambda: torch.device("cpu"))
+
+    def generate(self, tokens, max_tokens, temperature, top_k, seed):
+        pieces = ["I use a **tool**: ", "<|python_start|>", "12*3", "<|python_end|>"]
+        pieces += ["<|output_start|>", "36", "<|output_end|>", "It is 36 \N{BANANA}.", "<|assistant_end|>"]
+        for piece in pieces:
+            special = piece.startswith("<|")
+            for token in [self.tokenizer.encode_special(piece)] if special else self.tokenizer.encode(piece):
+                time.sleep(0.005)
+                yield [token], [1]
+
+
+@pytest.fixture
+def real_server(tokenizer):
+    pool = WorkerPool()
+    pool.start([Parrot(tokenizer)], ServedModel("sft", "d4", 600))
+    server = uvicorn.Server(uvicorn.Config(create_app(pool), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    pool.close()
+
+
+def test_with_the_real_server(visit, real_server):
+    page = visit(expected="status of 400", base_url=real_server)
+    ask(page, "What is 12 * 3?")
+    expect(page.locator(".tool code")).to_have_text("12 × 3")
+    expect(page.locator(".tool output")).to_have_text("36")
+    expect(answer(page).locator(".prose").last).to_have_text("It is 36 \N{BANANA}.")
+    expect(answer(page).locator("strong")).to_have_text("tool")
+    finished(page)
+    ask(page, "x" * 301)
+    expect(answer(page).locator(".note")).to_contain_text("this model's context holds 300")
+    answer(page).get_by_role("button", name="New chat").click()
+    ask(page, "Again")
+    expect(answer(page).locator(".tool output")).to_have_text("36")
 
 
 def test_the_page_needs_nothing_from_outside():

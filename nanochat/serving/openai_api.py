@@ -56,7 +56,7 @@ class OpenAIMessage(BaseModel):
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    tool_calls: None | Annotated[list, Field(max_length=0)] = None
+    tool_calls: Annotated[list, Field(max_length=0)] | None = None
     function_call: None = None
 
     def as_ours(self) -> dict:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanochat.common import autocast
 from nanochat.streaming import stream_parts
 
 logger = logging.getLogger(__name__)
@@ -114,8 +113,8 @@ class ServedModel:
 class Worker:
     """One engine and the numbers that /stats shows of it."""
 
-    def __init__(self, number, engine, dtype):
-        self.number, self.engine, self.dtype = number, engine, dtype
+    def __init__(self, number, engine):
+        self.number, self.engine = number, engine
         self.device = engine.model.get_device()
         self.job = None
         self.served = self.failed = 0
@@ -142,7 +141,7 @@ class Worker:
             job.prompt, max_tokens=job.max_tokens, temperature=job.temperature, top_k=job.top_k, seed=job.seed
         )
         # Closed here and now: a generator that is merely dropped keeps its cache until it is collected
-        with autocast(self.device, self.dtype), contextlib.closing(columns):
+        with contextlib.closing(columns):
             for kind, text in cut_at(stream_parts(tokenizer, watched(columns)), job.stop, stopped):
                 if job.cancelled:
                     break
@@ -165,17 +164,17 @@ class WorkerPool:
         self.seconds = 1.0  # that an answer takes, a running mean
         self.started = time.monotonic()
 
-    def start(self, engines, model: ServedModel, dtype=torch.float32):
-        """Begin to work, one thread an engine, all of the same model."""
+    def start(self, engines, model: ServedModel):
+        """Begin to work, one thread an engine; they hold the same model."""
         cores = max(1, torch.get_num_threads() // len(engines))
         with self.changed:
             self.model = model
-            self.workers = [Worker(i, engine, dtype) for i, engine in enumerate(engines)]
+            self.workers = [Worker(i, engine) for i, engine in enumerate(engines)]
             if self.state == "loading":  # else it is to end before it began
                 self.state = "ready"
         for worker in self.workers:
             name = f"worker-{worker.number}"
-            self.threads.append(threading.Thread(target=self._work, args=(worker, cores), name=name, daemon=True))
+            self.threads.append(threading.Thread(target=self._work, args=(worker, cores), name=name))
             self.threads[-1].start()
 
     @property
@@ -246,13 +245,13 @@ class WorkerPool:
                 job.emit(Failed(message))
             self.waiting.clear()
 
-    def close(self, timeout=5.0):
-        """Stop the threads. Waits for them, each `timeout` seconds at most, and so must follow `abort` or idleness."""
+    def close(self):
+        """Stop the threads and wait for them: for a running job, unless `abort` came before, for the next token."""
         with self.changed:
             self.state = "closed"
             self.changed.notify_all()
         for thread in self.threads:
-            thread.join(timeout)
+            thread.join()
 
     def stats(self) -> dict:
         """What GET /stats answers."""

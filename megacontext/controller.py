@@ -1,0 +1,126 @@
+"""
+The recipe by which a GPT learns to read gists: one call a micro-batch.
+
+    embed → tree → variants → one forward pass for all of them → losses
+
+Shapes: B sequences of T tokens, V variants of each (R = B·V rows), W entries of the longest variant, D = n_embd.
+The controller holds networks and settings, and nothing of any batch.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+
+from megacontext.config import MCConfig
+from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.gistnet import GistNet
+from megacontext.layers import split_parameters
+from megacontext.lensnet import LensNet
+from megacontext.objective import lens_preference, mean_nll, pairs_of_variants, tail_nll
+from megacontext.tree import build_table
+from megacontext.variants import random_variants, target_length
+from nanochat.common import autocast
+
+MAX_LEVELS = 8  # levels with an embedding of their own: 32^8 tokens
+
+
+@dataclass
+class MCBatchResult:
+    """
+    loss: what to minimize. stats: tensors for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
+    working contexts of one's own. positional_cache: (cos, sin) of the variants, each [R, W, 1, d/2].
+    positional_caches: the same a row, {session id: (cos, sin, alibi)}, alibi None: positions are rotary only.
+    """
+
+    loss: torch.Tensor
+    stats: dict
+    cached_embeddings: torch.Tensor
+    positional_cache: tuple
+    positional_caches: dict = field(default_factory=dict)
+
+
+class MCNetworks(nn.Module):
+    """GistNet and LensNet: what MegaContext adds to a GPT, and what its checkpoints hold."""
+
+    def __init__(self, n_embd: int, config: MCConfig):
+        super().__init__()
+        c = config
+        self.gistnet = GistNet(
+            n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
+        )
+        self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head)
+
+    def split_parameters(self):
+        """(matrices, other parameters), for the optimizers."""
+        return split_parameters(self.gistnet, self.lensnet)
+
+
+class MCController:
+    """config: resolved for the model's context length. dtype: precision of the two networks."""
+
+    def __init__(self, model, networks: MCNetworks, config: MCConfig, dtype=torch.float32):
+        self.model, self.networks, self.config, self.dtype = model, networks, config, dtype
+
+    def gist(self, children, level):
+        with autocast(children.device, self.dtype):
+            return self.networks.gistnet(children, level)
+
+    def process_batch(self, x, y, progress, generator=None, session_ids=None) -> MCBatchResult:
+        """
+        Losses of one micro-batch, x and y [B, T] as the loader gives them.
+
+        progress: part of the training that is done, which the length of the variants follows. generator: of the
+        variants, on x's device. session_ids: a name for each sequence, default 0 … B − 1.
+        """
+        c, (B, T), V = self.config, x.shape, self.config.mc_num_random_variants
+        embeds = self.model.embed(x)
+        table = build_table(self.gist, embeds, c.block_size)
+        length = target_length(progress, T, c.mc_train_wc_length)
+        context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, generator, x.device)
+
+        entries, targets = context.entries(), context.targets(y.repeat_interleave(V, 0))
+        gists_and_tokens = table.materialize(context)
+        head_dim = self.model.config.n_embd // self.model.config.n_head
+        cos_sin = entry_cos_sin(entries.start, entries.span, head_dim, mode=c.mc_positional)
+        nll = self.model(
+            inputs_embeds=gists_and_tokens, cos_sin=cos_sin, targets=targets, loss_reduction="none"
+        ).view_as(targets)
+        row_loss = mean_nll(nll, targets)
+        variant_loss = row_loss.mean()
+        base_loss = variant_loss.new_zeros(())
+        if not c.mc_freeze_base:
+            base_loss = self.model(inputs_embeds=embeds, targets=y)
+        loss = base_loss + variant_loss
+        stats = {"mc/token_loss": variant_loss, "mc/base_loss": base_loss, "mc/variants_total": B * V}
+        stats |= self._lod_stats(context, entries, nll, targets)
+
+        if c.mc_lens_loss_weight > 0 and V > 1:
+            with autocast(x.device, self.dtype):
+                scores = self.networks.lensnet(gists_and_tokens, *entries, T)
+            pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
+            tail = tail_nll(nll.detach(), context.lengths(), max(1, c.allocator_recent_tokens))
+            lens_loss, difference, agreement = lens_preference(context.per_block(scores), context.lod_map, tail, pairs)
+            loss = loss + c.mc_lens_loss_weight * lens_loss
+            stats |= {
+                "mc/lens_loss": lens_loss,
+                "mc/adv_delta_mean": difference.abs().mean(),
+                "mc/adv_delta_p95": difference.abs().flatten().float().quantile(0.95),
+                "mc/preference_agreement": agreement,
+            }
+        cos, sin = cos_sin
+        names = list(range(B)) if session_ids is None else session_ids
+        caches = {name: (cos[i * V : i * V + V], sin[i * V : i * V + V], None) for i, name in enumerate(names)}
+        stats = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in stats.items()}
+        return MCBatchResult(loss, stats, embeds, cos_sin, caches)
+
+    @staticmethod
+    def _lod_stats(context, entries, nll, targets):
+        """Entries a row of each level, and the loss of what follows a token (LOD 0) or a gist of each level."""
+        stats = {}
+        for lod in range(int(context.lod_map.max()) + 1):
+            here = (entries.lod == lod) & entries.valid
+            stats[f"mc/lod_count/{lod}"] = here.sum() / context.num_rows
+            scored = here & (targets >= 0)
+            stats[f"mc/lod_loss/{lod}"] = (nll.detach() * scored).sum() / scored.sum().clamp(min=1)
+        return stats

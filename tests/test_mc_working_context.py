@@ -1,0 +1,299 @@
+"""The working context against walks over Python lists, for any number of tokens, block size and mixture of levels."""
+
+import random
+
+import pytest
+import reference_mc as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+from megacontext.working_context import Edit, WorkingContext
+from nanochat.common import UserError
+
+shapes = st.tuples(st.integers(1, 90), st.integers(2, 5), st.integers(1, 3), st.randoms(use_true_random=False))
+
+
+def random_context(N, K, rows, rng):
+    coarse = rng.random()
+    maps = [reference.random_row(rng, N, K, coarse) for _ in range(rows)]
+    return WorkingContext(torch.tensor(maps, dtype=torch.int8), N, K)
+
+
+def row_entries(context, row):
+    """[(lod, start, span)] of the valid entries of a row."""
+    lod, start, span, valid = (field[row] for field in context.entries())
+    return list(zip(lod[valid].tolist(), start[valid].tolist(), span[valid].tolist(), strict=True))
+
+
+def padded(rows, value):
+    longest = max(map(len, rows))
+    return [row + [value] * (longest - len(row)) for row in rows]
+
+
+@given(shapes)
+@settings(max_examples=300, deadline=None)
+def test_entries_are_those_of_a_walk_and_tile_the_tokens(shape):
+    N, K, rows, _ = shape
+    context = random_context(*shape)
+    context.check()
+    expected = [reference.entries(row, N, K) for row in context.lod_map.tolist()]
+    assert context.lengths().tolist() == [len(row) for row in expected]
+    got = context.entries()
+    assert got.valid.tolist() == padded([[True] * len(row) for row in expected], False)
+    for field, place, padding in (("lod", 0, 0), ("start", 1, 0), ("span", 2, 1)):
+        values = [[entry[place] for entry in row] for row in expected]
+        assert getattr(got, field).tolist() == padded(values, padding)
+    for row in range(rows):
+        covered = [token for _, start, span in row_entries(context, row) for token in range(start, start + span)]
+        assert covered == list(range(N))
+    blocks = [[start // K for _, start, _ in row] for row in expected]
+    assert context.block_of_entry().tolist() == padded(blocks, 0)
+
+
+@given(shapes)
+@settings(max_examples=200, deadline=None)
+def test_targets(shape):
+    N, K, rows, rng = shape
+    context = random_context(*shape)
+    y = [[rng.choice([-1, t + 1]) for t in range(N)] for _ in range(rows)]
+    expected = [reference.targets(*pair, N, K) for pair in zip(context.lod_map.tolist(), y, strict=True)]
+    assert context.targets(torch.tensor(y)).tolist() == padded(expected, -1)
+
+
+def test_targets_of_a_row_written_out():
+    # tokens 0 1 2 3 | 4 5 6 7 | 8 9 with K = 2: a node of LOD 2, two of LOD 1, two tokens; token t + 1 follows t
+    context = WorkingContext(torch.tensor([[2, 2, 1, 1, 0]], dtype=torch.int8), 10, 2)
+    y = torch.arange(1, 11)[None]
+    assert context.targets(y).tolist() == [[-1, -1, 8, 9, 10]]
+
+
+@given(shapes)
+@settings(max_examples=200, deadline=None)
+def test_per_block(shape):
+    N, K, _, rng = shape
+    context = random_context(*shape)
+    valid = context.entries().valid
+    values = torch.tensor([[rng.random() for _ in row] for row in valid.tolist()], requires_grad=True)
+    got = context.per_block(values)
+    for row, lod_row in enumerate(context.lod_map.tolist()):
+        expected = reference.per_block(lod_row, values[row][valid[row]].tolist(), N, K)
+        assert got[row].tolist() == pytest.approx(expected)
+    (got * got.detach()).sum().backward()  # each entry gets back its share of the blocks it went into
+    for row, lod_row in enumerate(context.lod_map.tolist()):
+        for w, (lod, start, span) in enumerate(reference.entries(lod_row, N, K)):
+            block = start // K
+            share = got[row, block] / min(K, N - block * K) if lod == 0 else got[row, block] * (span // K)
+            assert values.grad[row, w].item() == pytest.approx(share.item())
+    assert not values.grad[~valid].any()
+
+
+def test_per_block_ignores_what_stands_in_the_padding():
+    context = WorkingContext(torch.tensor([[1, 1], [0, 0]], dtype=torch.int8), 4, 2)
+    values = torch.full((2, 4), float("nan"))
+    values[0, :2] = torch.tensor([3.0, 5.0])
+    values[1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert context.per_block(values).tolist() == [[3.0, 5.0], [1.5, 3.5]]
+
+
+@given(shapes)
+@settings(max_examples=200, deadline=None)
+def test_table_index(shape):
+    N, K, rows, _ = shape
+    context = random_context(*shape)
+    table, offsets = [], []
+    for lod in range(reference.levels(N, K) + 1):
+        offsets.append(len(table))
+        table += [(lod, i * K**lod) for i in range(N // K**lod)]
+    index = context.table_index(offsets)
+    for row in range(rows):
+        length = int(context.lengths()[row])
+        assert [table[i] for i in index[row, :length].tolist()] == [e[:2] for e in row_entries(context, row)]
+    assert not index[~context.entries().valid].any()
+
+
+@given(st.integers(2, 3), st.integers(1, 28), st.data())
+@settings(max_examples=500, deadline=None)
+def test_check_accepts_exactly_the_valid_maps(K, N, data):
+    n_blocks = reference.num_blocks(N, K)
+    row = reference.random_row(random.Random(data.draw(st.integers(0, 99))), N, K, 0.9)
+    for block in data.draw(st.lists(st.integers(0, n_blocks - 1), max_size=2)):
+        row[block] = data.draw(st.integers(-1, 4))
+    context = WorkingContext(torch.tensor([row], dtype=torch.int8), N, K)
+    if reference.is_valid(row, N, K):
+        context.check()
+    else:
+        with pytest.raises(ValueError, match="expected"):
+            context.check()
+
+
+@given(st.tuples(st.integers(1, 60), st.integers(2, 3), st.integers(1, 2), st.randoms(use_true_random=False)))
+@settings(max_examples=100, deadline=None)
+def test_random_edits_are_refused_or_keep_the_invariants(shape):
+    K, rng = shape[1], shape[3]
+    context = random_context(*shape)
+    for _ in range(40):
+        if rng.random() < 0.2:
+            context = context.append(rng.randint(0, 2 * K))
+            context.check()
+            continue
+        lod = rng.randint(-1, reference.levels(context.num_tokens, K) + 1)
+        size = K ** max(lod - 1, 0)
+        count = size * rng.randint(0, 2) if rng.random() < 0.8 else rng.randint(0, 4)
+        first = rng.randrange(-1, context.num_blocks + 1) // size * size
+        edit = Edit(rng.randrange(context.num_rows), first, count, lod)
+        rows = context.lod_map.tolist()
+        rows[edit.row][max(first, 0) : first + count] = [lod] * min(count, context.num_blocks - first)
+        inside = 0 <= first < first + count <= context.num_blocks
+        whole = first % size == 0 and count % size == 0
+        if inside and whole and reference.is_valid(rows[edit.row], context.num_tokens, K):
+            before, context = context, context.apply([edit])
+            assert context.lod_map.tolist() == rows
+            assert not torch.equal(before.lod_map, context.lod_map) or lod == before.lod_map[edit.row, first]
+        else:
+            with pytest.raises(ValueError, match="Edit.*expected"):
+                context.apply([edit])
+        context.check()
+
+
+def test_thousands_of_expansions_and_collapses_change_the_length_by_one_less_than_a_block():
+    rng, K, N = random.Random(1), 4, 4**4 + 7
+    context = WorkingContext.finest(2, N, K)
+    for _ in range(3000):
+        row = rng.randrange(2)
+        lod, start, span = rng.choice(row_entries(context, row))
+        block, lengths = start // K, context.lengths()
+        if lod > 0 and rng.random() < 0.5:
+            edit, change = Edit(row, block, span // K, lod - 1), K - 1
+        else:
+            size = K**lod  # blocks of the parent
+            block = block // size * size
+            siblings = context.lod_map[row, block : block + size].tolist()
+            if (block + size) * K > N or siblings != [lod] * size:
+                continue
+            edit, change = Edit(row, block, size, lod + 1), 1 - K
+        context = context.apply([edit])
+        context.check()
+        lengths[row] += change
+        assert torch.equal(context.lengths(), lengths)
+        assert sum(span for _, _, span in row_entries(context, row)) == N
+
+
+def test_edits_are_applied_in_order_and_leave_the_old_context_alone():
+    context = WorkingContext.finest(1, 8, 2)
+    edits = [Edit(0, 0, 2, 1), Edit(0, 0, 2, 2), Edit(0, 2, 1, 1)]
+    assert context.apply(edits).lod_map.tolist() == [[2, 2, 1, 0]]
+    assert context.lod_map.tolist() == [[0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="got block 1 inside LOD 2"):
+        context.apply([*edits, Edit(0, 1, 1, 0)])
+
+
+@given(shapes, st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_append_adds_tokens_at_full_detail(shape, n):
+    context = random_context(*shape)
+    longer = context.append(n)
+    longer.check()
+    for row in range(context.num_rows):
+        tokens = [(0, context.num_tokens + t, 1) for t in range(n)]
+        assert row_entries(longer, row) == row_entries(context, row) + tokens
+
+
+@given(st.integers(1, 400), st.integers(2, 6), st.integers(0, 60), st.integers(1, 400))
+@settings(max_examples=300, deadline=None)
+def test_initial_is_as_fine_as_the_budget_allows(N, K, recent, budget):
+    recent = min(recent, N)
+    smallest = reference.smallest_length(N, K, recent)
+    assert WorkingContext.finest(1, N, K).smallest_length(recent) == smallest
+    if budget < smallest:
+        with pytest.raises(UserError, match=f"at least {smallest} entries for {N} tokens.*got {budget}"):
+            WorkingContext.initial(N, K, budget, recent)
+        return
+    context = WorkingContext.initial(N, K, budget, recent, rows=2)
+    context.check()
+    row = context.lod_map[0].tolist()
+    assert context.lod_map[1].tolist() == row
+    assert row == sorted(row, reverse=True)  # the older the coarser
+    length = int(context.lengths()[0])
+    assert length <= budget
+    assert length > budget - (K - 1) or length == N  # one node less would not fit
+    assert not any(lod for lod, start, span in row_entries(context, 0) if start + span > N - recent)
+
+
+@given(shapes, st.integers(0, 20))
+@settings(max_examples=200, deadline=None)
+def test_first_difference(shape, n):
+    N, K, _, rng = shape
+    a = random_context(*shape)
+    rows = a.lod_map.clone()
+    place = rng.randrange(a.num_blocks + 1)
+    for row, lod_row in enumerate(rows.tolist()):  # b begins like a, up to some place where a node begins
+        other = reference.random_row(rng, N, K)
+        mixed = torch.tensor(lod_row[:place] + other[place:], dtype=torch.int8)
+        if reference.is_valid(mixed.tolist(), N, K):
+            rows[row] = mixed
+    b = WorkingContext(rows, N, K).append(n)
+    for one, two in ((a, b), (b, a)):
+        entries, tokens = one.first_difference(two)
+        for row in range(a.num_rows):
+            expected = reference.common_prefix(row_entries(one, row), row_entries(two, row))
+            assert (int(entries[row]), int(tokens[row])) == expected
+
+
+def test_first_difference_when_a_full_block_collapses_as_the_next_tokens_come():
+    before = WorkingContext.finest(1, 7, 4)
+    after = before.append(3).apply([Edit(0, 1, 1, 1)])
+    assert [t.item() for t in before.first_difference(after)] == [4, 4]
+    assert [t.item() for t in before.first_difference(before.append(3))] == [7, 7]
+    with pytest.raises(ValueError, match="1 rows of blocks of 4 and 1 of 2"):
+        before.first_difference(WorkingContext.finest(1, 7, 2))
+
+
+def test_select():
+    context = random_context(30, 3, 3, random.Random(0))
+    for rows in (slice(1, 3), [2, 0, 2], torch.tensor([1])):
+        assert torch.equal(context.select(rows).lod_map, context.lod_map[rows])
+
+
+@pytest.mark.parametrize(
+    ("lod_map", "N", "K", "message"),
+    [
+        (torch.zeros(1, 3), 9, 3, "expected int8 .B, 3. for 9 tokens in blocks of 3, got torch.float32"),
+        (torch.zeros(1, 3, dtype=torch.int8), 10, 3, "expected int8 .B, 4.*got torch.int8 .1, 3."),
+        (torch.zeros(3, dtype=torch.int8), 9, 3, "expected int8 .B, 3.*got torch.int8 .3."),
+        (torch.zeros(1, 0, dtype=torch.int8), 0, 3, "at least 1 token.*got 0 and 3"),
+        (torch.zeros(1, 9, dtype=torch.int8), 9, 1, "a block_size of at least 2, got 9 and 1"),
+    ],
+)
+def test_wrong_maps_are_refused(lod_map, N, K, message):
+    with pytest.raises(ValueError, match=message):
+        WorkingContext(lod_map, N, K)
+
+
+def test_wrong_targets_are_refused():
+    with pytest.raises(ValueError, match="expected shape .2, 9., got .1, 9."):
+        WorkingContext.finest(2, 9, 3).targets(torch.zeros(1, 9, dtype=torch.long))
+
+
+class LargestTensor(TorchFunctionMode):
+    """Remembers the most elements that the result of any call had."""
+
+    elements = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, (tuple, list)) else [out]
+        self.elements = max([self.elements, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_a_million_tokens_cost_no_tensor_with_an_element_a_token():
+    N, K, budget = 1_000_000, 32, 2048
+    with LargestTensor() as largest:
+        context = WorkingContext.initial(N, K, budget, 128).append(1)
+        context.check()
+        context.per_block(torch.ones(1, context.entries().lod.size(1)))
+        context.apply([Edit(0, 0, K**2, 2)]).first_difference(context)
+    assert context.entries().span.sum() == N + 1
+    assert largest.elements == N // K + 2
