@@ -4,6 +4,7 @@ Benchmarks; each prints a table and one JSON line. Compare figures of one run on
     python dev/bench.py tokenizer [--vocab_size 8192]    # ours, Hugging Face's, the PyPI package rustbpe
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
     python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
+    python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
 
 The text is the standard library's, so that no data is needed. PyPI's `rustbpe` has the name of our own trainer:
 it is measured when --other_python names an interpreter of an environment in which it is installed.
@@ -29,7 +30,9 @@ from rich.table import Table
 from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import run
 from nanochat.dataloader import TokenLoader
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.decode import Decoder, KVCache
+from nanochat.engine import CacheSession
+from nanochat.gpt import GPT, GPTConfig, sample
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.sharding import clip_gradients
 from nanochat.sources import stdlib_documents, stdlib_files
@@ -39,7 +42,7 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader or train; also as the first word"""
+    """tokenizer, loader, train or decode; also as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
@@ -53,15 +56,19 @@ class Config:
     total_batch_size: int = -1
     """train: tokens a step; -1 for B × T"""
     depth: int = 4
-    """train: layers"""
+    """train, decode: layers"""
     steps: int = 10
     """train: steps to measure, after 3 that warm up"""
+    prompt_tokens: int = 64
+    """decode: length of the prompt"""
+    new_tokens: int = 100
+    """decode: tokens a row to measure, after 2 that warm up"""
     device_type: str = ""
-    """train: cuda, cpu or mps"""
+    """train, decode: cuda, cpu or mps"""
     dtype: str = "auto"
-    """train: auto, bf16, fp32, or both (for a comparison)"""
+    """train, decode: auto, bf16, fp32, or both (for a comparison)"""
     compile: str = "auto"
-    """train: auto, on or off"""
+    """train: auto, on or off; decode: the same of CUDA graphs"""
 
 
 def texts() -> list[str]:
@@ -201,8 +208,110 @@ def bench_train(config):
     show(f"train: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", rows)
 
 
+# Bytes/s that the memory can deliver, by a part of the device name, first match wins. Sources: vendors' data sheets.
+PEAK_BANDWIDTH = [
+    ("GH200", 4.0e12),
+    ("H200", 4.8e12),
+    ("H100 NVL", 3.9e12),
+    ("H100 PCIe", 2.0e12),
+    ("H100", 3.35e12),
+    ("H800", 3.35e12),
+    ("B200", 8.0e12),
+    ("A100-SXM4-80GB", 2.039e12),
+    ("A100 80GB", 1.935e12),
+    ("A100", 1.555e12),
+    ("L40", 0.864e12),
+    ("L4", 0.3e12),
+    ("RTX 5090", 1.792e12),
+    ("RTX 4090", 1.008e12),
+    ("RTX 3090", 0.936e12),
+    ("MI300X", 5.3e12),
+]
+
+
+class ForwardSession:
+    """GPT.forward and a KV cache under autocast: the plain way, to compare the Decoder with."""
+
+    def __init__(self, model, rows, max_tokens, dtype):
+        self.model, self.rows, self.max_tokens, self.dtype = model, rows, max_tokens, dtype
+
+    def prefill(self, tokens):
+        self.cache = KVCache(self.model.config.n_layer, len(tokens) + self.max_tokens)
+        logits = self.step(torch.tensor(tokens, device=self.model.get_device()), 1)
+        self.cache.repeat(self.rows)
+        return logits.expand(self.rows, -1)
+
+    def step(self, ids, rows=None):
+        with autocast(ids.device, self.dtype):
+            return self.model(ids.view(rows or self.rows, -1), kv_cache=self.cache)[:, -1]
+
+
+@torch.inference_mode()
+def generate(session, prompt, steps) -> tuple[float, float]:
+    """Seconds to the first token, and for each one of `steps` later ones: with sampling, and the ids on the host."""
+
+    def choose(logits):
+        ids = sample(logits, temperature=1.0, top_k=50)[:, 0]
+        ids.tolist()
+        return ids
+
+    started = time.perf_counter()
+    ids = choose(session.prefill(prompt))
+    first = time.perf_counter() - started
+    for _ in range(2):  # in the first of these a CUDA graph is recorded
+        ids = choose(session.step(ids))
+    started = time.perf_counter()
+    for _ in range(steps):
+        ids = choose(session.step(ids))
+    return first, (time.perf_counter() - started) / steps
+
+
+def bench_decode(config):
+    _, _, _, _, device = compute_init(config.device_type)
+    prompt = torch.randint(0, config.vocab_size, (config.prompt_tokens,)).tolist()
+    steps = config.new_tokens
+    model = GPT(GPTConfig.from_depth(config.depth, len(prompt) + steps, config.vocab_size)).to(device)
+    model.init_weights()
+    graph = {"auto": None, "on": True, "off": False}[config.compile]
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    peak = next((peak for part, peak in PEAK_BANDWIDTH if part.lower() in name), None)
+    rows = []
+    for dtype in [
+        resolve_dtype(n, device.type) for n in (["fp32", "bf16"] if config.dtype == "both" else [config.dtype])
+    ]:
+        decoder = Decoder(model, dtype)
+        weights = sum(w.nbytes for matrices in decoder.layers for w in matrices) + decoder.head.nbytes
+        c = model.config
+        per_token = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head) * dtype.itemsize  # of the cache
+        for B in (1, 8, 32):
+            read = weights + B * per_token * (len(prompt) + 2 + steps / 2)
+            ways = {
+                "GPT.forward": lambda B=B, dtype=dtype: ForwardSession(model, B, steps + 2, dtype),
+                "Decoder": lambda B=B, dtype=dtype: CacheSession(model, B, steps + 2, Decoder(model, dtype, graph)),
+            }
+            for way, session in ways.items():
+                times = [generate(session(), prompt, steps) for _ in range(config.repeat)]
+                first, each = map(min, zip(*times, strict=True))
+                rows.append(
+                    {
+                        "precision": str(dtype).removeprefix("torch."),
+                        "rows": B,
+                        "way": way,
+                        "TTFT ms": first * 1e3,
+                        "ms/token": each * 1e3,
+                        "tokens/s": B / each,
+                        "GB/s": read / each / 1e9,
+                        "MBU %": 100 * read / each / peak if peak else "-",
+                    }
+                )
+    show(
+        f"decode: depth {config.depth}, vocabulary {config.vocab_size:,}, {len(prompt)} + {steps} tokens, {device}",
+        rows,
+    )
+
+
 def main(config: Config):
-    benchmarks = {"tokenizer": bench_tokenizer, "loader": bench_loader, "train": bench_train}
+    benchmarks = {"tokenizer": bench_tokenizer, "loader": bench_loader, "train": bench_train, "decode": bench_decode}
     if config.benchmark not in benchmarks:
         raise SystemExit(f"error: name a benchmark, one of {', '.join(benchmarks)}; got {config.benchmark!r}")
     benchmarks[config.benchmark](config)

@@ -10,19 +10,14 @@ The controller holds networks and settings, and nothing of any batch.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn as nn
 
 from megacontext.config import MCConfig
 from megacontext.gaussian_rope import entry_cos_sin
-from megacontext.gistnet import GistNet
-from megacontext.layers import split_parameters
-from megacontext.lensnet import LensNet
+from megacontext.networks import MCNetworks
 from megacontext.objective import lens_preference, mean_nll, pairs_of_variants, tail_nll
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
 from nanochat.common import autocast
-
-MAX_LEVELS = 8  # levels with an embedding of their own: 32^8 tokens
 
 
 @dataclass
@@ -38,22 +33,6 @@ class MCBatchResult:
     cached_embeddings: torch.Tensor
     positional_cache: tuple
     positional_caches: dict = field(default_factory=dict)
-
-
-class MCNetworks(nn.Module):
-    """GistNet and LensNet: what MegaContext adds to a GPT, and what its checkpoints hold."""
-
-    def __init__(self, n_embd: int, config: MCConfig):
-        super().__init__()
-        c = config
-        self.gistnet = GistNet(
-            n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
-        )
-        self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head)
-
-    def split_parameters(self):
-        """(matrices, other parameters), for the optimizers."""
-        return split_parameters(self.gistnet, self.lensnet)
 
 
 class MCController:
@@ -76,7 +55,7 @@ class MCController:
         c, (B, T), V = self.config, x.shape, self.config.mc_num_random_variants
         embeds = self.model.embed(x)
         table = build_table(self.gist, embeds, c.block_size)
-        length = target_length(progress, T, c.mc_train_wc_length)
+        length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
         context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, generator, x.device)
 
         entries, targets = context.entries(), context.targets(y.repeat_interleave(V, 0))

@@ -20,6 +20,7 @@ from nanochat.gpt import norm
 
 TYPES = ("transformer", "mean")
 POOLINGS = ("mean", "query", "cls")
+HEAD_DIM = 64
 
 
 class GistNet(nn.Module):
@@ -41,9 +42,9 @@ class GistNet(nn.Module):
         if type == "mean":
             return
         self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
-        self.encoder = Encoder(layers, n_embd)
+        self.encoder = Encoder(layers, n_embd, HEAD_DIM)
         if pooling == "query":
-            self.query = nn.Parameter(torch.empty(n_embd // self.encoder.head_dim, self.encoder.head_dim))
+            self.query = nn.Parameter(torch.empty(self.encoder.n_head, self.encoder.head_dim))
         if pooling == "cls":
             self.cls = nn.Parameter(torch.empty(n_embd))
         self.head = Head(head, n_embd, n_embd)

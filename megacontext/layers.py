@@ -10,48 +10,50 @@ import torch.nn.functional as F
 
 from nanochat.gpt import MLP, Attention, GPTConfig, apply_rotary, norm, rotary_cos_sin
 
-HEAD_DIM = 64
-
 
 def check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def num_heads(n_embd: int) -> int:
-    """As many attention heads as fit with HEAD_DIM channels or more, of equal and even size."""
-    fits = (n for n in range(max(1, n_embd // HEAD_DIM), 0, -1) if n_embd % (2 * n) == 0)
-    return next(fits, 1)
+def num_heads(n_embd: int, head_dim: int) -> int:
+    """The most attention heads of equal, even size that have at least head_dim channels each; else one."""
+    return next((n for n in range(n_embd // head_dim, 1, -1) if n_embd % (2 * n) == 0), 1)
 
 
 class BidirectionalAttention(Attention):
-    """The GPT's attention, but each position sees all others that `mask` [B, 1, 1, T] admits (None: all)."""
+    """The GPT's attention without the causal mask: every position sees every other."""
 
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, bias):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, self.n_head, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = (norm(apply_rotary(t, cos, sin)).transpose(1, 2) for t in (q, k))  # [B, H, T, d]
-        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask)
+        bias = None if bias is None else bias.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=bias)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Encoder(nn.Module):
-    """[B, T, C] → [B, T, C], normalized. Positions are 0 … T−1 and, being rotary, only their differences count."""
+    """
+    [B, T, C] → [B, T, C], normalized. Positions are 0 … T−1 and, being rotary, only their differences count.
 
-    def __init__(self, n_layer: int, n_embd: int):
+    bias [B, H, 1, T] is added to the attention logits of every key; −inf hides one.
+    """
+
+    def __init__(self, n_layer: int, n_embd: int, head_dim: int):
         super().__init__()
-        n_head = num_heads(n_embd)
-        config = GPTConfig(n_layer=n_layer, n_head=n_head, n_kv_head=n_head, n_embd=n_embd)
-        self.head_dim = n_embd // n_head
+        self.n_head = num_heads(n_embd, head_dim)
+        self.head_dim = n_embd // self.n_head
+        config = GPTConfig(n_layer=n_layer, n_head=self.n_head, n_kv_head=self.n_head, n_embd=n_embd)
         self.attn = nn.ModuleList(BidirectionalAttention(config, layer) for layer in range(n_layer))
         self.mlp = nn.ModuleList(MLP(config) for _ in range(n_layer))
 
-    def forward(self, x, mask=None):
+    def forward(self, x, bias=None):
         cos, sin = rotary_cos_sin(torch.arange(x.size(1), device=x.device), self.head_dim)
         cos, sin = cos[None, :, None], sin[None, :, None]  # [1, T, 1, d/2]
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            x = x + attn(norm(x), cos, sin, mask)
+            x = x + attn(norm(x), cos, sin, bias)
             x = x + mlp(norm(x))
         return norm(x)
 

@@ -1,15 +1,20 @@
 """
 LensNet: which parts of the working context deserve more detail, judged in the light of all the others.
 
-Shapes: B rows, W entries (padded at the end), D = n_embd.
+Shapes: B rows, W entries (padded at the end), D = n_embd, C = min(D, MAX_WIDTH) channels, H heads.
 
-It sees an entry's embedding, level and span, and its place as two things that stay bounded however long the
-stream: the rank among the entries (rotary, so only differences count) and the distance d to the newest token
-as d / (d + s) for a few scales s, which is a sigmoid of log d and settles once d >> s. Hence scores are the
-same when a stream's positions are all shifted, and very old spans are judged by what they say alone.
+All that it knows of an entry's place stays bounded, or fades, however long the stream:
 
-Cost a call: 2·P·W + 4·layers·C·W² multiply-adds' worth of FLOPs, with C = min(D, MAX_WIDTH) channels and P
-about 12·layers·C² + D·C parameters: 1.7M and 16 GFLOP for 2 layers, D = 768 and W = 2,048.
+- the rank among the entries, by rotary attention, of which only differences count;
+- the distance d to the newest token, as d / (d + s) for a few scales s: a sigmoid of log d, settled once d >> s;
+- in head h of H, attention to an entry at distance d is weighed by (1 + d)^(−2h / (H−1)): some heads see the whole
+  context alike, the others the newest tokens more and more sharply. What is asked for stands there, and without
+  this the heads must first learn to find it among thousands of entries.
+
+So scores are the same when a whole stream is shifted, and very old spans are judged by their content.
+
+Parameters, P: about 12·layers·C² + D·C. Forward FLOPs a row: 2·P·W + 4·layers·C·W², that is 1.8M and 16 GFLOP for 2
+layers, D = 768 and W = 2,048.
 """
 
 import torch
@@ -19,6 +24,8 @@ from megacontext.layers import Encoder, Head, init_linear
 from nanochat.gpt import norm
 
 MAX_WIDTH = 256
+HEAD_DIM = 32  # many narrow heads, for a choice of slopes
+STEEPEST = 2.0
 SCALES = tuple(4.0**i for i in range(6))  # 1 to 1,024 tokens
 
 
@@ -32,7 +39,7 @@ class LensNet(nn.Module):
         self.embed = nn.Linear(n_embd, width, bias=False)
         self.embed_place = nn.Linear(1 + len(SCALES), width, bias=False)
         self.lod_embed = nn.Embedding(max_levels + 1, width)
-        self.encoder = Encoder(layers, width)
+        self.encoder = Encoder(layers, width, HEAD_DIM)
         self.head = Head(head, width, 1)
         self.init_weights()
 
@@ -44,16 +51,20 @@ class LensNet(nn.Module):
 
     def forward(self, x, lod, start, span, valid, num_tokens):
         """
-        Scores [B, W], float32 in [−1, 1]: positive = expand, negative = collapse, 0 where not valid.
+        Scores [B, W], float32 in (−1, 1): positive = expand, negative = collapse, 0 where not valid.
 
-        x [B, W, D] embeddings (no gradient goes back into them); lod, start and span (in tokens) [B, W]
-        integers; valid [B, W] bool; num_tokens: length of the stream, an int or [B].
+        x [B, W, D] embeddings (no gradient goes back into them); lod, start and span (in tokens) [B, W] int64 and
+        valid [B, W] bool, as WorkingContext.entries() gives them; num_tokens: length of the stream, an int or [B].
+        Levels above max_levels share its embedding.
         """
         length = torch.as_tensor(num_tokens, device=x.device).view(-1, 1)
-        distance = (length - start - span).clamp(min=0).float()[..., None]  # 0 for the newest entry
+        distance = (length - start - span).clamp(min=0).float()[..., None]  # 0 for the newest entry; [B, W, 1]
         scales = torch.tensor(SCALES, device=x.device)
-        place = torch.cat((span.clamp(min=1).float().log2()[..., None] / 10, distance / (distance + scales)), dim=-1)
-        h = self.embed(x.detach()) + self.embed_place(place) + self.lod_embed(lod.long().clamp(max=self.max_levels))
-        h = self.encoder(norm(h), valid[:, None, None, :])
+        place = torch.cat((span.float().log2()[..., None] / 10, distance / (distance + scales)), dim=-1)
+        h = self.embed(x.detach()) + self.embed_place(place) + self.lod_embed(lod.clamp(max=self.max_levels))
+
+        slopes = torch.linspace(0, STEEPEST, self.encoder.n_head, device=x.device)
+        bias = (-slopes * distance.log1p()).masked_fill(~valid[..., None], -torch.inf)  # [B, W, H]
+        h = self.encoder(norm(h), bias.transpose(1, 2)[:, :, None])
         score = self.head(h).squeeze(-1).float() / h.size(-1) ** 0.5  # no single step may saturate the tanh
         return score.tanh().masked_fill(~valid, 0.0)

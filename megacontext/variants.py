@@ -8,22 +8,32 @@ import torch
 
 from megacontext.working_context import WorkingContext
 
+START_SHARE = 0.8  # of the tokens, the entries of the first variants
+STAGES = 8
 COARSE_SHARE = 0.25  # of what has to be saved, at most, is saved by nodes above LOD 1
 
 
-def target_length(progress, num_tokens, final_length, start_share=0.8) -> int:
-    """Entries that variants shrink to: from start_share of the tokens in a straight line to final_length."""
-    start = max(start_share * num_tokens, final_length)
-    return round(start + (final_length - start) * min(1.0, max(0.0, progress)))
+def target_length(progress, num_tokens, block_size, final_length, start_share=START_SHARE) -> int:
+    """
+    Entries that variants shrink to: from start_share of the tokens down to final_length, or just below it.
+
+    Always num_tokens less a multiple of K − 1, which is what every collapse saves, so that all variants have exactly
+    this length. The way down has STAGES steps, so that few shapes occur.
+    """
+    saved = block_size - 1
+    last = -(-(num_tokens - final_length) // saved)
+    first = min(last, -(-round((1 - start_share) * num_tokens) // saved))
+    stage = min(STAGES - 1, int(progress * STAGES))
+    return num_tokens - saved * round(first + (last - first) * stage / (STAGES - 1))
 
 
 def random_variants(rows, num_tokens, block_size, length, recent_tokens, generator=None, device=None):
     """
-    A WorkingContext of `rows` rows, each of about `length` entries; the last recent_tokens tokens stay LOD 0.
+    A WorkingContext of `rows` rows, each of `length` entries (see target_length; or the next smaller possible
+    number); the last recent_tokens tokens stay LOD 0.
 
     First nodes of the coarse levels collapse, highest level first, in a random order and as long as they save at
-    most COARSE_SHARE of what has to be saved; then blocks, until a row has no more than `length` entries or nothing
-    is left to collapse.
+    most COARSE_SHARE of what has to be saved; then blocks.
     """
     K = block_size
     context = WorkingContext.finest(rows, num_tokens, K, device)

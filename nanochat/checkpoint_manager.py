@@ -1,8 +1,9 @@
 """
 Checkpoints: written so that a kill, a full disk or a flipped bit never costs more than the one being written.
 
-A step's files are model_%06d.pt, mc_%06d.pt (networks beside the model, if there are any), optim_%06d.pt and state_%06d.pt (one of the latter two for each rank, the
-first rank's without a suffix), meta_%06d.json, and last manifest_%06d.json with the size and SHA-256 of each.
+A step's files are model_%06d.pt, mc_%06d.pt if networks go with the model, optim_%06d.pt and state_%06d.pt (one of
+the latter two for each rank, the first rank's without a suffix), meta_%06d.json, and last manifest_%06d.json with
+the size and SHA-256 of each.
 Without its manifest a step does not exist. Steps saved by nanochat, which knew no manifest, are read too.
 """
 

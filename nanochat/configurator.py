@@ -18,6 +18,10 @@ from nanochat.common import UserError, fail
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
+group = tyro.conf.arg(name="")
+"""Annotation for options that are a dataclass of their own: `megacontext: Annotated[MCConfig, group]`."""
+
+
 def short(*names):
     """Annotation for short forms: `source: Annotated[str, short("-i")] = "sft"`."""
     return tyro.conf.arg(aliases=names)
@@ -41,12 +45,21 @@ def _spell_out_booleans(argv, names):
     return out
 
 
+def _booleans(config_class) -> set[str]:
+    """Names of the boolean options, those of groups among them."""
+    names = set()
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            names |= _booleans(hint)
+        elif hint is bool:
+            names.add(name)
+    return names
+
+
 def parse(config_class, argv=None):
     """An instance of config_class from the command line. Exits with a message on options that do not fit."""
     argv = sys.argv[1:] if argv is None else argv
-    hints = typing.get_type_hints(config_class)
-    booleans = {field.name for field in dataclasses.fields(config_class) if hints[field.name] is bool}
-    argv = _spell_out_booleans([arg for arg in argv if arg != "--"], booleans)
+    argv = _spell_out_booleans([arg for arg in argv if arg != "--"], _booleans(config_class))
     return tyro.cli(
         config_class,
         args=argv,

@@ -71,19 +71,13 @@ def compute_dtype(model):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
 
 
-def weight_versions(model):
-    """Where the parameters lie and how often each was written: changes when a copy of them goes stale."""
-    # Inference tensors do not count their versions; an object that equals nothing else is the safe answer for them.
-    return [(p.data_ptr(), object() if p.is_inference() else p._version) for p in model.parameters()]
-
-
 class Decoder:
     """
     What GPT.forward computes, for the last token only, from a copy of the weights in `dtype` (see compute_dtype).
 
-    Q, K and V are one matrix, and matrices lie as [in, out]: in float32 on a CPU, the product with a few rows is then
-    up to three times as fast. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None:
-    where there is CUDA); elsewhere True runs the same static shapes without a graph.
+    The copy takes about as long as two steps and does not follow the model: make a new Decoder when the weights have
+    changed. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where there is CUDA);
+    elsewhere True runs the same static shapes without a graph.
     """
 
     @torch.no_grad()
@@ -91,7 +85,6 @@ class Decoder:
         self.config, self.device = model.config, model.get_device()
         self.dtype = dtype or compute_dtype(model)
         self.graph = self.device.type == "cuda" if graph is None else graph
-        self.versions = weight_versions(model)
         self.embedding = model.transformer.wte.weight.detach()  # looked up, not multiplied: as it is
         self.layers = [
             (
@@ -106,11 +99,11 @@ class Decoder:
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
 
     def _matrix(self, *linears):
-        return torch.cat([linear.weight.to(self.dtype) for linear in linears]).T.contiguous()
-
-    def is_current(self, model, dtype):
-        """Whether this is still the decoder of that model, with the weights that it has now, in that precision."""
-        return self.dtype == dtype and self.versions == weight_versions(model)
+        """Their weights side by side, [in, out]."""
+        matrix = torch.cat([linear.weight.to(self.dtype) for linear in linears]).T
+        # For a few rows, float32 products on a CPU are up to three times as fast if it also lies in memory that way.
+        # bf16 ones are not, and the copy would take five times as long.
+        return matrix.contiguous() if self.dtype == torch.float32 else matrix
 
     @torch.inference_mode()
     def extend(self, ids, cache, positions=None):
@@ -218,7 +211,7 @@ class StaticStep:
     """
 
     def __init__(self, decoder, cache):
-        self.decoder, self.cache, self.data = decoder, cache, None
+        self.decoder, self.cache, self.data, self.graph = decoder, cache, None, None
 
     @torch.inference_mode()
     def __call__(self, ids, positions=None):
@@ -230,7 +223,10 @@ class StaticStep:
         self.ids[:] = ids
         self.slot[:] = cache.pos
         self.positions[:] = positions
-        self.run()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._step()
         cache.advance(1)
         return self.logits.clone()  # the next step writes over it
 
@@ -239,17 +235,15 @@ class StaticStep:
         self.data[..., self.cache.pos :, :] = 0  # masked values count 0 times: they must not be infinite or NaN
         self.ids, self.positions = torch.zeros(2, B, dtype=torch.long, device=device)
         self.slot = torch.full((1,), self.cache.pos, device=device)
-        self.run = self._step
         if device.type == "cuda":
             side = torch.cuda.Stream(device)  # a first run, unrecorded: libraries set themselves up in it
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 self._step()
             torch.cuda.current_stream(device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads have other GPUs
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use other GPUs
                 self._step()
-            self.run = graph.replay
 
     def _step(self):
         self.logits = self.decoder.static_step(self.ids, self.slot, self.positions, self.data)

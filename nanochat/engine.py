@@ -12,17 +12,19 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.decode import Decoder, KVCache, compute_dtype
+from nanochat.decode import Decoder, KVCache
 from nanochat.gpt import sample
 
 
 class CacheSession:
-    """The plain context: every token, at full detail, as far as the model's positions go."""
+    """
+    The plain context: every token, at full detail, as far as the model's positions go.
+
+    decoder: None makes one at each prefill, from the weights as they are then.
+    """
 
     def __init__(self, model, rows=1, max_tokens=None, decoder=None):
-        self.model, self.rows, self.max_tokens = model, rows, max_tokens or 0
-        self.decoder = decoder or Decoder(model)
-        self.cache = None
+        self.model, self.rows, self.max_tokens, self.decoder = model, rows, max_tokens or 0, decoder
 
     def prefill(self, tokens):
         """
@@ -37,10 +39,11 @@ class CacheSession:
                 f"(10 × sequence_len {self.model.config.sequence_len:,}): shorten it"
             )
         self.cache = KVCache(self.model.config.n_layer, min(len(tokens) + self.max_tokens, limit))
-        logits = self.decoder.extend(torch.tensor([tokens], device=self.decoder.device), self.cache)
+        decoder = self.decoder or Decoder(self.model)
+        logits = decoder.extend(torch.tensor([tokens], device=decoder.device), self.cache)
         if self.rows > 1:
             self.cache.repeat(self.rows)
-        self._step = self.decoder.stepper(self.cache)
+        self._step = decoder.stepper(self.cache)
         return logits.expand(self.rows, -1)
 
     def step(self, ids):
@@ -61,21 +64,13 @@ class Engine:
     """
     Generates from a model and a tokenizer; runs the calculator when the model calls it.
 
-    dtype: precision of generation; None for that of a surrounding autocast or else of the weights, looked up at each
-    `generate`. graph: CUDA graphs, None for "where there is CUDA". For one thread at a time.
+    dtype: precision of generation; None for that of a surrounding autocast, or else of the weights. graph: CUDA
+    graphs; None for "where there is CUDA". Each `generate` uses the weights as they are when it starts, and they must
+    not change until it ends.
     """
 
     def __init__(self, model, tokenizer, dtype=None, graph=None):
         self.model, self.tokenizer, self.dtype, self.graph = model, tokenizer, dtype, graph
-        self._decoder = None
-
-    def decoder(self):
-        """The Decoder for the model as it is now: made again when weights have changed since."""
-        dtype = self.dtype or compute_dtype(self.model)
-        if self._decoder is None or not self._decoder.is_current(self.model, dtype):
-            self._decoder = None  # free the old copy of the weights before there is a new one
-            self._decoder = Decoder(self.model, dtype, self.graph)
-        return self._decoder
 
     @torch.inference_mode()
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, session=None):
@@ -85,7 +80,7 @@ class Engine:
         tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
         Ends after max_tokens steps, or when every row has produced <|assistant_end|> or <|bos|> (a row that is done
         goes on in its column, to be ignored), or when the session has no room for more: by default, after
-        model.max_seq_len tokens and the one that these predict. The weights must not change meanwhile.
+        model.max_seq_len tokens and the one that these predict.
         """
         if not tokens:
             raise ValueError("expected at least one token as the prompt, got none")
@@ -96,7 +91,8 @@ class Engine:
         if max_tokens == 0:
             return
         if session is None:
-            session = CacheSession(self.model, num_samples, max_tokens, self.decoder())
+            decoder = Decoder(self.model, self.dtype, self.graph)  # a copy each time is cheap, and never stale
+            session = CacheSession(self.model, num_samples, max_tokens, decoder)
         generator = torch.Generator(device=self.model.get_device()).manual_seed(seed)
         special = self.tokenizer.encode_special
         ends = {special("<|assistant_end|>"), self.tokenizer.get_bos_token_id()}

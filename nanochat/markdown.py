@@ -47,7 +47,7 @@ def _fence(self, tokens, index, options, env):
     if language not in LANGUAGES.split():
         return f"<pre><code>{escapeHtml(code)}</code></pre>\n"
     if len(code) <= MAX_CODE:
-        html = highlight(code, get_lexer_by_name(language, stripnl=False), HtmlFormatter(nowrap=True))
+        html = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True))
     else:
         html = escapeHtml(code)
     return f'<pre><code class="language-{language}">{html}</code></pre>\n'
@@ -85,10 +85,15 @@ def _only_our_classes(tag, attribute, value):
 
 def render_markdown(text: str) -> str:
     """Sanitized HTML of a Markdown text. The time is bounded by its length, whatever it contains."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can hold halves of characters
+    plain = f"<pre>{escapeHtml(text)}</pre>\n"
     if len(text) > MAX_CHARS or text.count("[") > MAX_BRACKETS or text.count("\n") > MAX_LINES:
-        return f"<pre>{escapeHtml(text)}</pre>\n"
+        return plain
+    tokens = PARSER.parse(text)
+    if any(token.level >= MAX_NESTING - 1 for token in tokens):  # what is deeper was left out by the parser
+        return plain
     return nh3.clean(
-        PARSER.render(text),
+        PARSER.renderer.render(tokens, PARSER.options, {}),
         tags=set(TAGS.split()),
         clean_content_tags={"script", "style"},
         attributes=ATTRIBUTES,

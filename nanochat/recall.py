@@ -136,6 +136,7 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
     """A document with `sizes`, fields of Sizes, and its questions in the order in which they are asked."""
     sizes = Sizes(**sizes)
     words = rng.sample(LEXICON, sizes.words)
+    friends = dict(zip(words, words[1:] + words[:1], strict=True))
     coming = sorted(_statements(rng, sizes), key=lambda statement: statement.place, reverse=True)
     lines, length, due, questions = [], 0, [], []
 
@@ -161,7 +162,8 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
                 start = fact[0] + statement.distance - len(question + told)
                 heapq.heappush(due, (start, fact, statement))
         else:
-            line = rng.choice(EVERYDAY).format(*rng.choices(words, k=3)) + "\n"
+            word = rng.choice(words)
+            line = rng.choice(EVERYDAY).format(word, friends[word], friends[friends[word]]) + "\n"
             if not (coming or due) and length + len(line) > sizes.chars:
                 return "".join(lines), questions
             add(line)

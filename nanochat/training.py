@@ -25,7 +25,10 @@ WATCHING = {
 
 def decisive(config, **others) -> dict:
     """The settings that decide what is trained; a checkpoint made with others is not gone on with."""
-    return {**{key: value for key, value in asdict(config).items() if key not in WATCHING}, **others}
+    settings = {key: value for key, value in asdict(config).items() if key not in WATCHING}
+    if not settings.pop("mc", False):  # then its options decide nothing
+        settings["megacontext"] = None
+    return {**settings, **others}
 
 
 def resume_step(folder, resume: bool, settings: dict) -> int | None:
@@ -47,7 +50,7 @@ def resume_step(folder, resume: bool, settings: dict) -> int | None:
         return None
     meta = checkpoint_manager.load_meta(folder, step)
     then = meta.get("decisive") or meta.get("user_config", {})
-    differ = [key for key, value in settings.items() if key not in then or then[key] != value]
+    differ = [key for key, value in settings.items() if then.get(key) != value]
     if differ:
         pairs = ", ".join(f"{key}={then.get(key)!r} (now {settings[key]!r})" for key in differ)
         raise UserError(
@@ -107,6 +110,7 @@ class Training:
         self.peak_flops = peak_flops(device)
         self.total_time = self.meta.get("total_training_time", 0.0)
         self.total_tokens = self.meta.get("total_training_tokens", 0)
+        self.total_flops = self.meta.get("total_training_flops", 0)
         self.smooth_loss = self.meta.get("smooth_loss", 0.0)
         self.loss = self.tokens_per_second = self.mfu = None  # of the last step; loss is smoothed
         self.started = None
@@ -125,7 +129,7 @@ class Training:
         """What runs are compared by, at the current step."""
         return {
             "step": self.step,
-            "total_training_flops": self.total_tokens * self.flops_per_token,
+            "total_training_flops": self.total_flops,
             "total_training_time": self.total_time,
             "total_training_tokens": self.total_tokens,
         }
@@ -169,9 +173,10 @@ class Training:
     def begin_step(self):
         self.started = time.time()
 
-    def end_step(self, loss, tokens) -> float:
+    def end_step(self, loss, tokens, work=1.0) -> float:
         """
-        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks together. Returns the loss of all ranks.
+        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks together; work: times the FLOPs that the
+        model alone needs for them. Returns the loss of all ranks.
 
         Raises UserError when the loss is not finite.
         """
@@ -187,6 +192,7 @@ class Training:
             )
         self.step += 1
         self.total_tokens += tokens
+        self.total_flops += tokens * self.flops_per_token * work
         self.seconds = seconds
         if self.step > 10:
             self.total_time += seconds  # the first steps compile and warm up
@@ -195,7 +201,7 @@ class Training:
         self.tokens_per_second = tokens / seconds
         if self.peak_flops:
             world_size = get_dist_info()[3]
-            self.mfu = self.flops_per_token * self.tokens_per_second / (self.peak_flops * world_size)
+            self.mfu = work * self.flops_per_token * self.tokens_per_second / (self.peak_flops * world_size)
         return loss
 
     def speed(self) -> dict:
@@ -219,10 +225,28 @@ class Training:
             "Final training loss": self.loss,
             "Training tokens": self.total_tokens,
             "MFU %": None if self.mfu is None else 100 * self.mfu,
-            "Total training FLOPs": f"{self.total_tokens * self.flops_per_token:.3e}",
+            "Total training FLOPs": f"{self.total_flops:.3e}",
             "Total training time": clock(self.total_time),
             "Peak memory (MiB)": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None,
         }
+
+
+class PlainObjective:
+    """The loss of the model itself; --mc puts another object of this form in its place."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, y, progress, seed):
+        """(loss, metrics for the log) of a micro-batch. progress: part of training that is done; seed: of chance."""
+        return self.model(x, y), {}
+
+    def work(self, progress, T) -> float:
+        return 1.0
+
+    def validate(self, batches, steps, token_bytes) -> dict:
+        """Figures beside bits per byte."""
+        return {}
 
 
 def parent_model(source, device, model_tag, step):

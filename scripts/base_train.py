@@ -10,12 +10,15 @@ The same command goes on where an interrupted run's newest checkpoint left off.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
 
+from megacontext.attach import attach, batch_shape, meta_of
+from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
-from nanochat.configurator import run
+from nanochat.configurator import group, run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenLoader
@@ -94,6 +97,11 @@ class Config:
     """steps between checkpoints; -1 for only the last"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
+    # MegaContext
+    mc: bool = False
+    """train the model to read gists too, and GistNet and LensNet with it"""
+    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
+    """what follows counts with --mc only"""
 
 
 def horizon(config, flops_per_token, num_params) -> int:
@@ -113,13 +121,18 @@ def horizon(config, flops_per_token, num_params) -> int:
     return steps
 
 
+def described(figures) -> str:
+    return "".join(f" | {name} {value:.4f}" for name, value in figures.items() if value is not None)
+
+
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
     # Everything that could be missing is looked for before anything long begins
-    B, T = config.device_batch_size, config.max_seq_len
+    T = config.max_seq_len
+    B, streams = batch_shape(config, T)
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     tokenizer = get_tokenizer()
     token_bytes = get_token_bytes(device)
@@ -140,11 +153,13 @@ def main(config: Config):
         return model
 
     tag = config.model_tag or f"d{config.depth}"
-    training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations)
+    networks, make_objective = attach(config, model_config, device)
+    training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations, networks)
     if training.finished:
         compute_cleanup()
         return
     model, compiled = training.model, training.compiled
+    objective = make_objective(compiled)
 
     facts = {
         "Number of parameters": model.num_params(),
@@ -160,28 +175,31 @@ def main(config: Config):
         print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
     # Data
-    batches = MicroBatches(tokenizer, B, T, device, accumulation, config.streams, training.loader_state)
+    batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     def validate():
         compiled.eval()
-        with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
-            bpb = evaluate_bpb(compiled, loader, eval_steps, token_bytes)
+        with autocast(device, dtype):
+            with TokenLoader(tokenizer, B, T, "val", device) as loader:
+                bpb = evaluate_bpb(compiled, loader, eval_steps, token_bytes)
+            with TokenLoader(tokenizer, B, T, "val", device) as loader:
+                others = objective.validate(loader, eval_steps, token_bytes)
         compiled.train()
-        return bpb
+        return bpb, others
 
     # Loop
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
-    core_results = {}
+    core_results, others = {}, {}
     say, log = training.progress.say, training.log.log
     while True:
         step = training.step
         last = step == num_iterations
         if training.due(config.eval_every, last):
-            val_bpb = validate()
+            val_bpb, others = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
-            say(f"step {step:,} | validation bpb {val_bpb:.4f}")
-            log(**training.totals(), **{"val/bpb": val_bpb})
+            say(f"step {step:,} | validation bpb {val_bpb:.4f}" + described(others))
+            log(**training.totals(), **{"val/bpb": val_bpb}, **others)
         if step > 0 and training.due(core_every, last):
             with autocast(device, dtype), torch.no_grad():
                 model.eval()
@@ -196,29 +214,31 @@ def main(config: Config):
                     say(f"  {text!r}")
                 model.train()
         if last or (step > 0 and training.due(config.save_every, last)):
-            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb)
+            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, **meta_of(config, T))
         if last:
             break
 
         training.begin_step()
+        progress = step / num_iterations
         loss = torch.zeros((), device=device)
-        for _ in range(accumulation):
+        for i in range(accumulation):
             x, y = next(batches)
             with autocast(device, dtype):
-                part = compiled(x, y) / accumulation
-            part.backward()
-            loss += part.detach()
+                part, stats = objective(x, y, progress, seed=(step * accumulation + i) * world_size + rank)
+            (part / accumulation).backward()
+            loss += part.detach() / accumulation
         lrm = lr_multiplier(step, num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
         norm = training.optimize(lrm, muon_momentum(step), config.grad_clip)
-        loss = training.end_step(loss, config.total_batch_size)
+        loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -")
         norm = None if norm is None else norm.item()
         metrics = {"train/loss": loss, "train/lrm": lrm, "train/grad_norm": norm, **training.speed()}
-        log(**training.totals(), **metrics)
+        log(**training.totals(), **metrics, **{name: float(value) for name, value in stats.items()})
 
     batches.close()
     results = {
         "Validation bpb": val_bpb,
+        **others,
         "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
         "CORE metric estimate": core_results.get("core_metric"),
         **training.close(),

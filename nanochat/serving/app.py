@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import json
 import secrets
 from dataclasses import asdict, dataclass
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from nanochat.common import UserError
 from nanochat.markdown import render_markdown
 from nanochat.serving import openai_api, schema
 from nanochat.serving.schema import ApiError, Defaults, Limits
-from nanochat.serving.transport import PING, EventStream, Gate, sse, with_pings
+from nanochat.serving.transport import PING, EventStream, Gate, next_or_none, sse
 from nanochat.serving.worker_pool import Done, Failed, Job, Piece, Unavailable, WorkerPool
 
 FOLDER = Path(__file__).parent.parent
@@ -60,9 +61,9 @@ class Service:
             raise ApiError(503, str(error), code="unavailable", retry_after=error.retry_after) from error
         return job
 
-    def events(self, job):
-        """What becomes of a job, and None whenever nothing has happened for a while."""
-        return with_pings(job.events, self.ping_seconds)
+    async def next_event(self, job):
+        """What becomes of a job: a Piece, Done or Failed, or None when nothing has happened for a while."""
+        return await next_or_none(job.events, self.ping_seconds)
 
     def model(self):
         """The ServedModel. ApiError (503) while there is none."""
@@ -123,7 +124,8 @@ def _complain(path, status, message, code=None, param=None, headers=None):
         content = openai_api.error_body(status, message, code, param)
     else:
         content = {"detail": message}
-    return JSONResponse(content, status, headers)
+    # ASCII: what is quoted from a request may not be Unicode text
+    return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seconds=10.0, body_seconds=30.0):
@@ -205,18 +207,21 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
         job = await service.submit(**body.model_dump())
         return EventStream(_native_stream(service, job), on_end=lambda: pool.cancel(job))
 
+    rendering = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too
+
     @app.post("/render")
-    def render(body: schema.RenderRequest):
+    async def render(body: schema.RenderRequest):
         schema.check_texts(body.texts, limits)
-        return {"html": [render_markdown(text) for text in body.texts]}
+        async with rendering:
+            return {"html": [await asyncio.to_thread(render_markdown, text) for text in body.texts]}
 
     app.include_router(openai_api.create_router(service), prefix=OPENAI_PREFIX)
     return Gate(app, limits.body_bytes, _complain, body_seconds)
 
 
 async def _native_stream(service, job):
-    async for event in service.events(job):
-        match event:
+    while True:
+        match await service.next_event(job):
             case None:
                 yield PING
             case Piece(kind, text, worker):

@@ -157,8 +157,8 @@ def _usage(job):
 
 async def _collect(service, job, head):
     text = ""
-    async for event in service.events(job):
-        match event:
+    while True:
+        match await service.next_event(job):
             case Piece("text", more, _):
                 text += more
             case Done(reason):
@@ -178,8 +178,8 @@ async def _stream(service, job, head, with_usage):
         return sse({**head, "choices": [choice], **extra})
 
     yield chunk({"role": "assistant", "content": ""})
-    async for event in service.events(job):
-        match event:
+    while True:
+        match await service.next_event(job):
             case Piece("text", text, _):
                 yield chunk({"content": text})
             case Piece() | None:

@@ -156,7 +156,8 @@ def explain(error: dict) -> tuple[str, str | None]:
     """(sentence, parameter) of one of pydantic's errors."""
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
-    where = ".".join(str(part) for part in error["loc"] if part != "body")
+    unnamed = ("body", "str", "list[Part]", "list[TextPart]")  # the body itself, and branches of a union
+    where = ".".join(str(part) for part in error["loc"] if part not in unnamed)
     value = error.get("input")
     simple = value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40)
     got = f", got {value!r}"[:60] if simple and error["type"] not in ("missing", "extra_forbidden") else ""

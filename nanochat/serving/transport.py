@@ -172,15 +172,13 @@ def sse(data) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-async def with_pings(events: asyncio.Queue, seconds):
-    """What comes out of a queue, and None whenever nothing has for so many seconds."""
-    while True:
-        try:
-            async with asyncio.timeout(seconds):
-                event = await events.get()
-        except TimeoutError:
-            event = None
-        yield event
+async def next_or_none(events: asyncio.Queue, seconds):
+    """What comes out of a queue next, or None if nothing does within so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await events.get()
+    except TimeoutError:
+        return None
 
 
 class EventStream(StreamingResponse):
@@ -195,8 +193,9 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
-        finally:  # not left to the generator, which is only closed when it is collected
+        finally:  # a generator that is merely dropped would be closed when it is collected, some time
             self.on_end()
+            await self.body_iterator.aclose()
 
 
 async def unless_gone(receive, work):

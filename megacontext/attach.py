@@ -1,0 +1,42 @@
+"""The one place where --mc becomes objects. With the flag off, none of MegaContext's networks or losses is made."""
+
+import math
+from dataclasses import asdict
+
+from megacontext.auto_batch import auto_batch_size
+from megacontext.networks import MCNetworks
+from megacontext.training import MCObjective
+from nanochat.common import resolve_dtype
+from nanochat.training import PlainObjective
+
+
+def batch_shape(config, T) -> tuple[int, int]:
+    """
+    (device_batch_size, streams) of this run: as given, or shrunk by --mc_auto_batch to make room for variants.
+
+    A smaller micro-batch is put together from fewer streams; more micro-batches a step make up for both.
+    """
+    B, streams = config.device_batch_size, getattr(config, "streams", 1)
+    if not config.mc:
+        return B, streams
+    smaller = auto_batch_size(B, config.megacontext.resolve(T), T)
+    return smaller, streams if smaller == B else math.gcd(streams, smaller)
+
+
+def attach(config, model_config, device, networks=None):
+    """
+    (networks, make_objective) for a run with these options on a model of this GPTConfig.
+
+    networks: None with the flag off; else those given, or new ones. make_objective(model) is what the loop calls.
+    """
+    if not config.mc:
+        return None, PlainObjective
+    mc = config.megacontext.resolve(model_config.sequence_len)
+    networks = (networks or MCNetworks(model_config.n_embd, mc)).to(device)
+    dtype = resolve_dtype(mc.mc_aux_dtype, device.type)
+    return networks, lambda model: MCObjective(model, networks, mc, dtype)
+
+
+def meta_of(config, T) -> dict:
+    """What a checkpoint's meta data says of MegaContext; nothing with the flag off."""
+    return {"megacontext": asdict(config.megacontext.resolve(T))} if config.mc else {}

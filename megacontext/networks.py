@@ -1,0 +1,59 @@
+"""GistNet and LensNet together: what MegaContext adds to a GPT and its checkpoints hold beside it."""
+
+import torch
+import torch.nn as nn
+
+from megacontext.config import MCConfig
+from megacontext.gistnet import GistNet
+from megacontext.layers import split_parameters
+from megacontext.lensnet import LensNet
+from nanochat import checkpoint_manager
+from nanochat.adamw import DistAdamW
+from nanochat.common import UserError, get_dist_info
+from nanochat.muon import DistMuon, Muon
+
+MAX_LEVELS = 8  # levels with an embedding of their own
+
+
+class MCNetworks(nn.Module):
+    """The two networks for a model of width n_embd."""
+
+    def __init__(self, n_embd: int, config: MCConfig):
+        super().__init__()
+        c = config
+        self.gistnet = GistNet(
+            n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
+        )
+        self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head)
+
+    def setup_optimizers(self, matrix_lr=0.02, other_lr=0.003) -> list[torch.optim.Optimizer]:
+        """[Muon for the matrices, AdamW for the rest]; sharded over ranks under torchrun."""
+        matrices, others = split_parameters(self.gistnet, self.lensnet)
+        adam_args = {"lr": other_lr, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+        if get_dist_info()[0]:
+            optimizers = [DistMuon(matrices, lr=matrix_lr), DistAdamW([{"params": others}], **adam_args)]
+        else:
+            optimizers = [Muon(matrices, lr=matrix_lr), torch.optim.AdamW(others, fused=True, **adam_args)]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return optimizers
+
+
+def load_networks(source, meta, device):
+    """
+    (networks, config) that lie beside the checkpoint of which `meta` came from `load_model`; (None, None) if none do.
+
+    Raises UserError when the file does not fit what the meta data says of it.
+    """
+    folder = checkpoint_manager.checkpoint_root(source) / meta["model_tag"]
+    state = checkpoint_manager.load_companion(folder, meta["step"], device)
+    if state is None or "megacontext" not in meta:
+        return None, None
+    config = MCConfig(**meta["megacontext"])
+    networks = MCNetworks(meta["model_config"]["n_embd"], config).to(device)
+    try:
+        networks.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"the MegaContext networks in {folder} do not fit their settings: {error}") from error
+    return networks, config

@@ -1,0 +1,91 @@
+"""
+MegaContext in a training script: what --mc puts in the place of the plain loss.
+
+Shapes: B sequences of T tokens, W entries of a working context.
+"""
+
+import math
+import time
+
+import torch
+import torch.distributed as dist
+
+from megacontext.auto_batch import variant_tokens
+from megacontext.config import MCConfig
+from megacontext.controller import MCController
+from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.networks import MCNetworks
+from megacontext.tree import build_table
+from megacontext.working_context import WorkingContext
+
+
+class MCObjective:
+    """
+    Called as `objective(x, y, progress, seed)` by the training loops, gives (loss, metrics for the log).
+
+    model: the GPT, compiled or not. config: resolved for its context length.
+    """
+
+    def __init__(self, model, networks: MCNetworks, config: MCConfig, dtype):
+        self.controller = MCController(model, networks, config, dtype)
+        self.networks, self.config = networks, config
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            torch._dynamo.config.recompile_limit = 64  # each stage of the variants' length is a shape of its own
+
+    def __call__(self, x, y, progress, seed):
+        started = time.perf_counter()
+        generator = torch.Generator(x.device).manual_seed(seed)
+        result = self.controller.process_batch(x, y, progress, generator)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        return result.loss, {**result.stats, "mc/time_controller_ms": milliseconds}
+
+    def work(self, progress, T) -> float:
+        """Tokens and entries that the model reads for one token of training text: what FLOPs are multiplied by."""
+        own = 0 if self.config.mc_freeze_base else 1
+        return own + variant_tokens(self.config, progress, T) / T
+
+    @torch.no_grad()
+    def validate(self, batches, steps, token_bytes) -> dict:
+        """
+        Bits per byte of the newest tokens (allocator_recent_tokens of them) in three contexts: all T tokens; a working
+        context of mc_eval_soft_max_length entries; the last so many tokens. And the share of what the first gains
+        over the last that the second keeps. Over all ranks.
+        """
+        c, controller = self.config, self.controller
+        model = controller.model
+        head_dim = model.config.n_embd // model.config.n_head
+        tail = max(1, c.allocator_recent_tokens)
+        nats = {name: 0.0 for name in ("full", "mc", "truncated")}
+        total_bytes = 0
+        self.networks.eval()
+        for _ in range(steps):
+            x, y = next(batches)
+            B, T = x.shape
+            budget = min(T, c.mc_eval_soft_max_length)
+            scored = token_bytes[y[:, -tail:].clamp(min=0)] * (y[:, -tail:] >= 0)
+            embeds = model.embed(x)
+            context = WorkingContext.initial(T, c.block_size, budget, c.allocator_recent_tokens, B, x.device)
+            entries = context.entries()
+            inputs = build_table(controller.gist, embeds, c.block_size).materialize(context)
+            cos_sin = entry_cos_sin(entries.start, entries.span, head_dim, mode=c.mc_positional)
+            targets = context.targets(y)
+            losses = {
+                "full": model(inputs_embeds=embeds, targets=y, loss_reduction="none"),
+                "mc": model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, loss_reduction="none"),
+                "truncated": model(x[:, -budget:], y[:, -budget:], loss_reduction="none"),
+            }
+            for name, loss in losses.items():
+                nats[name] += (loss.view(B, -1)[:, -tail:] * (scored > 0)).sum(dtype=torch.float64)
+            total_bytes += scored.sum()
+        self.networks.train()
+        sums = torch.stack([*nats.values(), total_bytes.double()])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        full, mc, truncated = (sums[:3] / sums[3] / math.log(2)).tolist()
+        gain = truncated - full
+        return {
+            "val/mc_bpb": mc,
+            "val/mc_full_bpb": full,
+            "val/mc_truncated_bpb": truncated,
+            "val/mc_context_gain": (truncated - mc) / gain if gain > 0 else None,
+        }

@@ -1,0 +1,1120 @@
+"""The chat server over real sockets: a tiny model or scripted engines behind it, faulty clients in front of it."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import torch
+from conftest import write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import checkpoint_manager
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.serving.app import content_security_policy, create_app
+from nanochat.serving.schema import Limits
+from nanochat.serving.transport import PatientProtocol, Server, open_socket
+from nanochat.serving.worker_pool import ServedModel, WorkerPool, cut_at
+from nanochat.streaming import stream_parts
+from scripts import chat_web
+
+PAGE = "<!doctype html><style>p {}</style><script>let a = 1 < 2;</script><p>hello</p>"
+USER = [{"role": "user", "content": "hi"}]
+MODEL = ServedModel("sft", "d1", 7)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scripted engines, and a server in a thread
+
+
+@dataclass
+class Script:
+    """
+    Stands in for an Engine: says `text` (a str, or ids), over and over, up to max_tokens; then, unless endless, ends.
+
+    `go` holds it back before the first token, and `each` before every other one; `fault` is raised after `fault_at`.
+    """
+
+    tokenizer: object
+    text: object = "Hello there."
+    go: threading.Event = None
+    each: float = 0.0
+    endless: bool = False
+    fault: Exception = None
+    fault_at: int = 0
+    context: int = 4096
+    prompts: list = field(default_factory=list)
+    settings: list = field(default_factory=list)
+    started: threading.Event = field(default_factory=threading.Event)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def model(self):
+        return SimpleNamespace(
+            config=SimpleNamespace(sequence_len=self.context), get_device=lambda: torch.device("cpu")
+        )
+
+    def generate(self, tokens, max_tokens, **settings):
+        self.prompts.append(tokens)
+        self.settings.append(settings)
+        self.closed.clear()
+        self.started.set()
+        try:
+            assert self.go is None or self.go.wait(30)
+            ids = self.tokenizer.encode(self.text) if isinstance(self.text, str) else list(self.text)
+            if not self.endless:
+                ids.append(self.tokenizer.encode_special("<|assistant_end|>"))
+            for i in range(max_tokens if self.endless else min(max_tokens, len(ids))):
+                if self.fault and i == self.fault_at:
+                    raise self.fault
+                yield [ids[i % len(ids)]], [1]
+                time.sleep(self.each)
+        finally:
+            self.closed.set()
+
+
+@contextlib.contextmanager
+def serving(tmp_path, *engines, queue_size=64, drain_seconds=30.0, sndbuf=None, **options):
+    """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
+    page, logo = tmp_path / "ui.html", tmp_path / "logo.svg"
+    page.write_text(PAGE)
+    logo.write_text("<svg/>")
+    pool = WorkerPool(queue_size)
+    app = create_app(pool, page=page, logo=logo, **options)
+    server = Server(app, pool, drain_seconds)
+    listener = open_socket("127.0.0.1", 0)
+    if sndbuf:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    if engines:
+        pool.start(engines, MODEL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            until(lambda: server.started)
+            yield SimpleNamespace(url=url, port=port, pool=pool, server=server, client=client, thread=thread)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(engine, …): a running server, stopped at the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *engines, **options: stack.enter_context(serving(tmp_path, *engines, **options))
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model.init_weights()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    return Engine(model.eval(), tokenizer)
+
+
+def until(condition, seconds=10.0):
+    """Wait for a condition; fail if it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def events(lines):
+    """The JSON values of server-sent events; pings left out."""
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+
+def ask(server, messages=USER, path="/chat/completions", **options):
+    response = server.client.post(path, json={"messages": messages, **options})
+    assert response.status_code == 200, response.text
+    return events(response.text.split("\n"))
+
+
+def said(replies):
+    return "".join(event["token"] for event in replies if "token" in event)
+
+
+def totals(server):
+    return server.client.get("/stats").json()["totals"]
+
+
+def is_idle(server):
+    return server.pool.is_idle()
+
+
+def send_raw(server, body, path="/chat/completions"):
+    """A raw connection that has sent a request and read nothing yet."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The page and its headers
+
+
+def test_page(serve, engine):
+    server = serve(engine)
+    response = server.client.get("/")
+    assert response.text == PAGE
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
+    digest = base64.b64encode(hashlib.sha256(b"let a = 1 < 2;").digest()).decode()
+    assert policy["script-src"] == f"'sha256-{digest}'"
+    digest = base64.b64encode(hashlib.sha256(b"p {}").digest()).decode()
+    assert policy["style-src"] == f"'sha256-{digest}'"
+    for directive in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert policy[directive] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert policy["img-src"] == "'self' data:"
+    logo = server.client.get("/logo.svg")
+    assert (logo.text, logo.headers["content-type"]) == ("<svg/>", "image/svg+xml")
+
+
+@pytest.mark.parametrize("path", ["/", "/logo.svg", "/health", "/stats", "/config", "/v1/models", "/nothing", "/docs"])
+def test_security_headers(serve, engine, path):
+    response = serve(engine).client.get(path)
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"] or path == "/logo.svg"
+    assert "unsafe" not in response.headers["content-security-policy"] or path == "/logo.svg"
+    assert response.status_code == (404 if path in ("/nothing", "/docs") else 200)
+
+
+def test_policy_of_other_pages():
+    assert "script-src 'none'; style-src 'none'" in content_security_policy("<p>no script</p>")
+    policy = content_security_policy("<script>a</script><script src=b></script><script>c</script>")
+    assert len(re.findall("sha256-", policy)) == 2
+
+
+def test_the_page_must_be_there(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the page's file .*ui\.html"):
+        create_app(WorkerPool(), page=tmp_path / "ui.html")
+
+
+def test_render(serve, engine):
+    server = serve(engine)
+    response = server.client.post("/render", json={"texts": ["**a**", "<script>alert(1)</script>", "\ud800"]})
+    assert response.json()["html"][0] == "<p><strong>a</strong></p>\n"
+    assert "<script" not in response.json()["html"][1]
+    for texts, message in [
+        (["a"] * 501, "too many texts: at most 500"),
+        (["a" * 32_001] * 2, "at most 64000 characters"),
+    ]:
+        response = server.client.post("/render", json={"texts": texts})
+        assert response.status_code == 400
+        assert message in response.json()["detail"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The native API
+
+
+def test_answer_of_a_model(serve, engine, tokenizer):
+    """What is streamed is what the engine generates, with the same seed; without one, answers differ."""
+    server = serve(engine)
+    prompt = tokenizer.render_for_completion({"messages": USER})
+    columns = engine.generate(prompt, max_tokens=20, temperature=0.9, top_k=40, seed=5)
+    expected = [text for kind, text in stream_parts(tokenizer, columns) if kind == "text"]
+    replies = ask(server, temperature=0.9, top_k=40, seed=5, max_tokens=20)
+    assert [event["token"] for event in replies if event.get("kind") is None and "token" in event] == expected
+    assert all(event["gpu"] == 0 for event in replies[:-1])
+    assert replies[-1]["done"] is True
+    assert len({said(ask(server, temperature=2, max_tokens=20)) for _ in range(4)}) > 1
+
+
+def test_defaults_are_used(serve, tokenizer):
+    script = Script(tokenizer)
+    server = serve(script)
+    assert said(ask(server)) == "Hello there."
+    assert script.settings[0]["temperature"] == 0.8
+    assert script.settings[0]["top_k"] == 50
+    ask(server, temperature=0, top_k=1, seed=3, max_tokens=None)
+    assert script.settings[1] == {"temperature": 0, "top_k": 1, "seed": 3}
+    assert script.settings[0]["seed"] != 3
+
+
+def test_stop_and_length(serve, tokenizer):
+    server = serve(Script(tokenizer, "abc"))
+    replies = ask(server)
+    assert said(replies) == "abc"
+    assert replies[-1] == {"done": True, "finish_reason": "stop"}
+    replies = ask(server, max_tokens=2)
+    assert said(replies) == "ab"
+    assert replies[-1] == {"done": True, "finish_reason": "length"}
+
+
+def test_context(serve, tokenizer):
+    """The answer ends where the context does; a conversation that fills it alone is refused."""
+    script = Script(tokenizer, "x", endless=True, context=40)
+    server = serve(script)
+    replies = ask(server, [{"role": "user", "content": "y" * 29}])
+    assert len(script.prompts[0]) == 33
+    assert said(replies) == "x" * 7
+    assert replies[-1]["finish_reason"] == "length"
+    ask(server, [{"role": "user", "content": "y" * 35}])
+    response = server.client.post("/chat/completions", json={"messages": [{"role": "user", "content": "y" * 36}]})
+    assert response.status_code == 400
+    assert "has 40 tokens and this model's context holds 40" in response.json()["detail"]
+    assert "new chat" in response.json()["detail"]
+
+
+def tool_script(tokenizer):
+    special = tokenizer.encode_special
+    call = [special("<|python_start|>"), *tokenizer.encode("17+25"), special("<|python_end|>")]
+    result = [special("<|output_start|>"), *tokenizer.encode("42"), special("<|output_end|>")]
+    return Script(tokenizer, [*tokenizer.encode("So: "), *call, *result, *tokenizer.encode("It is 42.")])
+
+
+def test_tool_calls_are_marked(serve, tokenizer):
+    said_by_kind = {}
+    for event in ask(serve(tool_script(tokenizer)))[:-1]:
+        kind = event.get("kind", "text")
+        said_by_kind[kind] = said_by_kind.get(kind, "") + event["token"]
+    assert said_by_kind == {"text": "So: It is 42.", "python": "17+25", "python_output": "42"}
+
+
+def test_characters_split_across_tokens(serve, tokenizer):
+    text = "é漢字🙂 ∀ ok"
+    ids = [tokenizer.encode(bytes([byte]).decode("latin-1"))[0] for byte in b"a"]  # a byte has one token
+    ids = [next(i for i in range(256) if tokenizer.id_to_bytes(i) == bytes([byte])) for byte in text.encode()]
+    replies = ask(serve(Script(tokenizer, ids)))
+    assert said(replies) == text
+    assert all("\ufffd" not in event.get("token", "") for event in replies)
+    assert len(replies) == len(text) + 1
+
+
+def test_conversation_reaches_the_model(serve, tokenizer):
+    script = Script(tokenizer)
+    server = serve(script)
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2."}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": ""},  # it may have said nothing
+        {"role": "user", "content": "?"},
+    ]
+    ask(server, messages)
+    assert script.prompts[0] == tokenizer.render_for_completion({"messages": messages})
+    ask(server, [*USER, {"role": "assistant", "content": "a" * 9000}, *USER])  # what it wrote is taken back
+
+
+def test_special_tokens_in_a_message_stay_text(serve, tokenizer):
+    script = Script(tokenizer)
+    names = "".join(sorted(tokenizer.get_special_tokens()))
+    messages = [
+        {"role": "system", "content": names},
+        {"role": "user", "content": f"a{names}b"},
+        {"role": "assistant", "content": [{"type": "text", "text": names}]},
+        {"role": "user", "content": names},
+    ]
+    ask(serve(script), messages)
+    special = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
+    found = [tokenizer.decode([i]) for i in script.prompts[0] if i in special]
+    user, assistant = ["<|user_start|>", "<|user_end|>"], ["<|assistant_start|>", "<|assistant_end|>"]
+    assert found == ["<|bos|>", *user, *assistant, *user, "<|assistant_start|>"]
+
+
+def test_information(serve, engine):
+    server = serve(engine, engine)
+    assert server.client.get("/health").json() == {
+        "status": "ok",
+        "ready": True,
+        "num_gpus": 2,
+        "available_workers": 2,
+    }
+    assert server.client.get("/config").json() == {
+        "model": "d1",
+        "source": "sft",
+        "step": 7,
+        "context_length": 64,
+        "temperature": 0.8,
+        "top_k": 50,
+        "max_tokens": 512,
+        "limits": {
+            "messages": 500,
+            "message_chars": 8000,
+            "conversation_chars": 32000,
+            "temperature": [0, 2],
+            "top_k": [1, 200],
+            "max_tokens": [1, 4096],
+        },
+    }
+    ask(server, max_tokens=5)
+    stats = server.client.get("/stats").json()
+    assert [worker["device"] for worker in stats["workers"]] == ["cpu", "cpu"]
+    assert sum(worker["served"] for worker in stats["workers"]) == 1
+    assert stats["totals"]["requests"] == stats["totals"]["completed"] == 1
+    assert 1 <= stats["totals"]["tokens"] <= 5
+    assert stats["queue"] == {"length": 0, "limit": 64}
+    assert stats["uptime_seconds"] > 0
+
+
+def test_while_loading(serve):
+    server = serve()
+    response = server.client.get("/health")
+    assert response.status_code == 503
+    assert response.json() == {"status": "loading", "ready": False, "num_gpus": 0, "available_workers": 0}
+    assert server.client.get("/").status_code == 200
+    for path in ("/config", "/v1/models"):
+        assert server.client.get(path).status_code == 503
+    response = server.client.post("/chat/completions", json={"messages": USER})
+    assert response.status_code == 503
+    assert "still loading" in response.json()["detail"]
+    assert int(response.headers["retry-after"]) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Requests that are refused
+
+
+def chat(**changes):
+    return {"messages": USER, **changes}
+
+
+def spoken(*roles, content="hi"):
+    return {"messages": [{"role": role, "content": content} for role in roles]}
+
+
+BAD = [
+    (chat(max_tokens=0), "max_tokens: .* 1, got 0"),
+    (chat(max_tokens=-1), "max_tokens: .* 1, got -1"),
+    (chat(max_tokens=10**9), "max_tokens: .* 4096, got 1000000000"),
+    (chat(max_tokens=1.5), "max_tokens: .*integer"),
+    (chat(max_tokens="5"), "max_tokens: .*integer"),
+    (chat(max_tokens=True), "max_tokens: .*integer"),
+    (chat(top_k=0), "top_k: .* 1, got 0"),
+    (chat(top_k=201), "top_k: .* 200, got 201"),
+    (chat(temperature=-0.1), "temperature: .* 0, got -0.1"),
+    (chat(temperature=2.1), "temperature: .* 2, got 2.1"),
+    (chat(temperature="hot"), "temperature: .*number, got 'hot'"),
+    (chat(temperature=True), "temperature: .*number, got True"),
+    (chat(temperature=float("nan")), "temperature: .*finite number, got nan"),
+    (chat(temperature=float("inf")), "temperature: .*finite number, got inf"),
+    (chat(messages=[]), "messages is empty"),
+    (chat(messages={}), "messages: .*list"),
+    (chat(messages=[{"role": "user"}]), "messages.0.content: Field required"),
+    (chat(messages=[{"role": "user", "content": 5}]), "messages.0.content: .*string, got 5"),
+    (chat(messages=[{"role": "user", "content": None}]), "messages.0.content: .*string"),
+    (spoken("user", content=""), "messages.0.content is empty"),
+    (spoken("user", content=" \n"), "messages.0.content is empty"),
+    (spoken("oracle"), "messages.0.role: .*got 'oracle'"),
+    (spoken("\ud800"), "messages.0.role"),
+    (spoken("assistant"), "messages.0.role: expected 'user', got 'assistant'"),
+    (spoken("system"), "the last message must be the user's"),
+    (spoken("user", "assistant"), "the last message must be the user's"),
+    (spoken("user", "user"), "messages.1.role: expected 'assistant', got 'user'"),
+    (spoken("user", "system", "user"), "messages.1.role: expected 'assistant', got 'system'"),
+    (spoken("system", "system", "user"), "messages.1.role: expected 'user', got 'system'"),
+    (spoken("user", content="a" * 8001), "messages.0.content is too long: at most 8000 characters, got 8001"),
+    (spoken("user", *["assistant", "user"] * 250), "too many messages: at most 500 are taken, got 501"),
+    (spoken("user", *["assistant", "user"] * 2, content="a" * 6500), "at most 32000 characters in all, got 32500"),
+]
+NATIVE_ONLY = [
+    ([], "body: .*dictionary"),
+    ({}, "messages: Field required"),
+    (chat(max_token=5), "max_token: Extra inputs are not permitted"),
+    (chat(seed=-1), "seed: .* 0, got -1"),
+    (chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}]), "only the assistant's messages"),
+    (chat(messages=[*USER, {"role": "assistant", "content": [{"type": "image", "text": "a"}]}, *USER]), "type: "),
+]
+OPENAI_ONLY = [
+    ({"messages": USER}, "model: Field required"),
+    (chat(n=2), "n: only 1 is supported"),
+    (chat(top_p=0.5), "top_p: only 1 is supported"),
+    (chat(presence_penalty=1), "presence_penalty: only 0"),
+    (chat(frequency_penalty=-0.5), "frequency_penalty: only 0"),
+    (chat(logit_bias={"5": 1}), "logit_bias: only {}"),
+    (chat(logprobs=True), "logprobs: only False"),
+    (chat(tools=[{"type": "function"}]), "tools: only"),
+    (chat(tool_choice="required"), "tool_choice: only 'none' or 'auto'"),
+    (chat(response_format={"type": "json_object"}), "response_format: only"),
+    (chat(banana=1), "banana: unknown parameter"),
+    (chat(stop=["a", "b", "c", "d", "e"]), "stop: .*at most 4"),
+    (chat(stop=""), "stop: .*1 to 200 characters"),
+    (chat(stop=["a" * 201]), "stop: .*1 to 200 characters"),
+    (chat(stream_options={"include_usage": True}), "stream_options: only allowed with stream"),
+    (chat(max_completion_tokens=0), "max_completion_tokens: .* 1, got 0"),
+    (spoken("tool"), "messages.0.role: .*got 'tool'"),
+    (chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages.0.content"),
+    (chat(messages=[*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}, *USER]), "tool_calls"),
+    ({"messages": USER, "model": "\ud800"}, "there is no model"),
+    (chat(**{"\ud800": 1}), "unknown parameter"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory, tokenizer):
+    """One server for all requests that are to be refused: none of them may reach the engine."""
+    script = Script(tokenizer)
+    with serving(tmp_path_factory.mktemp("refusing"), script) as server:
+        yield server
+        assert not script.prompts
+        assert totals(server)["requests"] == 0
+
+
+def post_json(server, path, body):
+    return server.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(("body", "message"), BAD + NATIVE_ONLY)
+def test_refused(refusing, body, message):
+    response = post_json(refusing, "/chat/completions", body)
+    assert response.status_code == 400
+    assert set(response.json()) == {"detail"}
+    assert re.search(message, response.json()["detail"]), response.json()
+    assert len(response.json()["detail"]) < 300
+
+
+@pytest.mark.parametrize(("body", "message"), BAD + OPENAI_ONLY)
+def test_refused_by_the_openai_api(refusing, body, message):
+    if message != "model: Field required" and "model" not in body:
+        body = {"model": MODEL.id, **body}
+    response = post_json(refusing, "/v1/chat/completions", body)
+    assert response.status_code == (404 if "no model" in message else 400)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert re.search(message, error["message"]), error
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"{'a': 1}", b"\xff\xfe", b"[" * 50_000, b'{"a": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions", "/render"])
+def test_not_json(refusing, path, body):
+    response = refusing.client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json().get("detail") or response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_only_json_is_taken(refusing, kind):
+    headers = {"Content-Type": kind} if kind else {}
+    response = refusing.client.post("/chat/completions", content=json.dumps(chat()).encode(), headers=headers)
+    assert response.status_code == 415
+    assert "expected Content-Type: application/json" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions", "/render", "/nothing"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_oversize(refusing, path, chunked):
+    limit = Limits().body_bytes
+    content = (b"[" * 65_536 for _ in range(limit // 65_536 + 1)) if chunked else b"[" * (limit + 1)
+    response = refusing.client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert str(limit) in response.text
+    assert ("error" if path.startswith("/v1") else "detail") in response.json()
+
+
+def test_oversize_is_refused_before_it_is_sent(refusing):
+    """A client that asks first (Expect: 100-continue) does not send its gigabyte at all."""
+    with socket.create_connection(("127.0.0.1", refusing.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n"
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_methods_and_paths(refusing):
+    assert refusing.client.get("/chat/completions").status_code == 405
+    assert refusing.client.get("/openapi.json").status_code == 404
+    response = refusing.client.get("/v1/nothing")
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == "Not Found"
+
+
+def test_slow_senders_are_cut_off(serve, tokenizer, monkeypatch):
+    """A head that never ends is dropped; a body that never ends is answered 408. Neither costs a worker."""
+    monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
+    server = serve(Script(tokenizer), body_seconds=0.3)
+    address = ("127.0.0.1", server.port)
+    with socket.create_connection(address, timeout=10) as silent, socket.create_connection(address, timeout=10) as head:
+        head.sendall(b"POST /chat/comp")
+        body = send_raw(server, b"{" + b" " * 100)
+        body.close()
+        with socket.create_connection(address, timeout=10) as body:
+            body.sendall(
+                b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
+            )
+            assert body.recv(1000).startswith(b"HTTP/1.1 408")
+        for connection in (silent, head):
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1000) == b""
+    ask(server)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The queue, clients that leave, engines that fail
+
+
+def in_background(function, *args, **kwargs):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)))
+    thread.start()
+    return thread, results
+
+
+def test_full_queue(serve, tokenizer):
+    go = threading.Event()
+    server = serve(Script(tokenizer, go=go), queue_size=2)
+    connections = [send_raw(server, chat()) for _ in range(3)]  # one runs, two wait
+    until(lambda: server.pool.stats()["queue"]["length"] == 2)
+    assert server.client.get("/health").json()["available_workers"] == 0
+    response = server.client.post("/chat/completions", json=chat())
+    assert response.status_code == 503
+    assert "busy" in response.json()["detail"]
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    response = server.client.post("/v1/chat/completions", json=chat(model=MODEL.id))
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "server_error"
+    assert int(response.headers["retry-after"]) >= 1
+    go.set()
+    for connection in connections:
+        received = b""
+        while b'"done": true' not in received:
+            more = connection.recv(10_000)
+            assert more
+            received += more
+        connection.close()
+    assert said(ask(server)) == "Hello there."
+    counts = totals(server)
+    assert (counts["requests"], counts["completed"], counts["rejected"]) == (6, 4, 2)
+
+
+def test_without_a_queue(serve, tokenizer):
+    go = threading.Event()
+    server = serve(Script(tokenizer, go=go), queue_size=0)
+    with send_raw(server, chat()):
+        until(lambda: not is_idle(server))
+        assert server.client.post("/chat/completions", json=chat()).status_code == 503
+        go.set()
+        until(lambda: is_idle(server))
+    assert said(ask(server)) == "Hello there."
+
+
+@pytest.mark.parametrize("api", ["native", "openai", "openai stream"])
+@pytest.mark.parametrize("moment", ["queued", "before the first token", "mid-stream"])
+def test_the_client_leaves(serve, tokenizer, api, moment):
+    """At whatever moment: the worker is free soon, the generator is closed, and the next client is served."""
+    go = threading.Event()
+    script = Script(tokenizer, "x", go=go, each=0.002, endless=True)
+    server = serve(script)
+    path = "/chat/completions" if api == "native" else "/v1/chat/completions"
+    body = chat(max_tokens=4096) | ({} if api == "native" else {"model": MODEL.id, "stream": "stream" in api})
+    leaving = send_raw(server, body, path)
+    assert script.started.wait(10)
+    if moment == "queued":
+        second = send_raw(server, body, path)
+        until(lambda: server.pool.stats()["queue"]["length"] == 1)
+        second.close()
+        until(lambda: server.pool.stats()["queue"]["length"] == 0)
+        assert server.pool.totals["cancelled"] == 1
+    if moment == "mid-stream":
+        go.set()
+        if api == "openai":
+            until(lambda: server.pool.workers[0].job.tokens > 5)
+        else:
+            received = b""
+            while received.count(b"data: ") < 5:
+                received += leaving.recv(10_000)
+    leaving.close()
+    until(lambda: server.pool.workers[0].job is None or server.pool.workers[0].job.cancelled)
+    go.set()
+    until(lambda: is_idle(server))
+    assert script.closed.is_set()
+    assert len(script.prompts) == 1  # what left the queue was never begun
+    script.endless = False
+    assert said(ask(server)) == "x"
+    counts = totals(server)
+    assert (counts["completed"], counts["failed"]) == (1, 0)
+    assert counts["cancelled"] == counts["requests"] - 1
+    assert counts["tokens"] < 3000
+
+
+def test_slow_reader(serve, tokenizer, monkeypatch):
+    """One who takes nothing holds no worker, and is cut off after a while."""
+    monkeypatch.setattr(PatientProtocol, "send_seconds", 1.0)
+    script = Script(tokenizer, "x", endless=True)
+    server = serve(script, sndbuf=4096)
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    reader.connect(("127.0.0.1", server.port))
+    body = json.dumps(chat(max_tokens=4096)).encode()
+    head = (
+        f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    reader.sendall(f"{head}\r\n\r\n".encode() + body)
+    assert script.started.wait(10)
+    until(lambda: server.pool.totals["completed"] == 1)  # the answer is made, though nobody has read it
+    assert len(server.server.server_state.connections) == 1
+    until(lambda: not server.server.server_state.connections)
+    reader.close()
+    script.endless = False
+    assert said(ask(server)) == "x"
+
+
+@pytest.mark.parametrize("fault_at", [0, 3])
+def test_a_worker_survives_a_fault(serve, tokenizer, caplog, fault_at):
+    script = Script(tokenizer, "some words", fault=RuntimeError("out of memory"), fault_at=fault_at)
+    server = serve(script)
+    secret = "the user's secret"
+    with caplog.at_level(logging.INFO):
+        replies = ask(server, [{"role": "user", "content": secret}])
+        assert len(replies) == fault_at + 1
+        assert replies[-1] == {"error": "the model failed on this request"}
+        body = {"model": MODEL.id, "messages": [{"role": "user", "content": secret}]}
+        response = server.client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+        chunks = events(server.client.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n")[:-3])
+        assert chunks[-1]["error"]["message"] == "the model failed on this request"
+    assert caplog.text.count("RuntimeError: out of memory") == 3
+    assert "Traceback" in caplog.text
+    assert secret not in caplog.text
+    script.fault = None
+    assert said(ask(server)) == "some words"
+    stats = server.client.get("/stats").json()
+    assert stats["workers"][0] == {"id": 0, "device": "cpu", "busy": False, "served": 1, "failed": 3}
+    assert stats["totals"]["failed"] == 3
+
+
+def test_pings_while_nothing_happens(serve, tokenizer):
+    go = threading.Event()
+    server = serve(Script(tokenizer, go=go), ping_seconds=0.02)
+    with server.client.stream("POST", "/chat/completions", json=chat()) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-store"
+        lines = response.iter_lines()
+        assert [next(lines) for _ in range(4)] == [": ping", "", ": ping", ""]
+        go.set()
+        assert said(events(lines)) == "Hello there."
+
+
+def test_two_workers_work_at_once(serve, tokenizer):
+    """Each of the two answers only ends after both have begun."""
+    first, second = Script(tokenizer), Script(tokenizer)
+    first.go, second.go = second.started, first.started
+    server = serve(first, second)
+    threads = [in_background(httpx.post, f"{server.url}/chat/completions", json=chat(), timeout=30) for _ in range(2)]
+    for thread, _ in threads:
+        thread.join(30)
+    replies = [events(results[0].text.split("\n")) for _, results in threads]
+    assert [said(events_of_one) for events_of_one in replies] == ["Hello there."] * 2
+    assert {events_of_one[0]["gpu"] for events_of_one in replies} == {0, 1}
+
+
+def test_log(serve, tokenizer, caplog):
+    server = serve(Script(tokenizer))
+    with caplog.at_level(logging.INFO):
+        ask(server, [{"role": "user", "content": "a secret"}])
+        server.client.get("/%0Aforged%20line")
+        server.client.get("/health")
+        until(lambda: "forged" in caplog.text)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("nanochat.serving")]
+    assert re.fullmatch(r"POST /chat/completions 200 \d+\.\d\ds", lines[0])
+    assert lines[1].startswith("GET /%0Aforged%20line 404")
+    assert len(lines) == 2
+    assert "secret" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A thousand at once
+
+
+async def one_of_many(port, request, leave_after):
+    """(status, whole answer, has Retry-After) of one request; None if it left after so many seconds."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        async with asyncio.timeout(leave_after):
+            received = await reader.read()
+    except TimeoutError:
+        return None
+    finally:
+        writer.transport.abort()
+    head, _, body = received.partition(b"\r\n\r\n")
+    return int(head.split()[1]), b'"finish_reason": "stop"' in body, b"retry-after: " in head
+
+
+async def many(port, request, leave_after):
+    return await asyncio.gather(*(one_of_many(port, request, seconds) for seconds in leave_after))
+
+
+@pytest.mark.parametrize("impatient", [False, True])
+def test_a_thousand_at_once(serve, tokenizer, impatient):
+    """Each is answered in full or told when to come back; afterwards every worker is free and the counts add up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8192)), hard))
+    server = serve(*(Script(tokenizer, each=0.0005) for _ in range(4)), queue_size=64)
+    body = json.dumps(chat()).encode()
+    head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+    leave_after = [0.001 * (i % 500) if impatient and i % 2 else 50 for i in range(1000)]
+    results = asyncio.run(many(server.port, request, leave_after))
+    until(lambda: is_idle(server))
+    complete = results.count((200, True, False))
+    refused = results.count((503, False, True))
+    left = results.count(None)
+    assert complete + refused + left == 1000, set(results)
+    assert complete >= 64
+    assert refused > 0
+    assert (left > 0) == impatient
+    counts = totals(server)
+    assert counts["failed"] == 0
+    assert counts["requests"] == counts["completed"] + counts["cancelled"] + counts["rejected"]
+    if not impatient:
+        assert (counts["completed"], counts["rejected"], counts["cancelled"]) == (complete, refused, 0)
+    assert server.client.get("/health").json()["available_workers"] == 4
+    until(lambda: len(server.server.server_state.connections) <= 1)  # our own keep-alive one
+    assert said(ask(server)) == "Hello there."
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# OpenAI's client
+
+
+@pytest.fixture
+def client(serve):
+    with contextlib.ExitStack() as stack:
+
+        def connect(*engines, max_retries=0, **options):
+            server = serve(*engines, **options)
+            made = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=max_retries, timeout=30)
+            return stack.enter_context(made), server
+
+        yield connect
+
+
+def test_openai_complete(client, tokenizer):
+    script = Script(tokenizer)
+    openai_client, _ = client(script)
+    answer = openai_client.chat.completions.create(model=MODEL.id, messages=USER, seed=-3, temperature=0.5, user="me")
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert abs(answer.created - time.time()) < 60
+    assert answer.model == MODEL.id
+    [choice] = answer.choices
+    assert (choice.index, choice.finish_reason) == (0, "stop")
+    assert (choice.message.role, choice.message.content) == ("assistant", "Hello there.")
+    produced = len(tokenizer.encode("Hello there.")) + 1
+    assert answer.usage.prompt_tokens == len(script.prompts[0])
+    assert answer.usage.completion_tokens == produced
+    assert answer.usage.total_tokens == len(script.prompts[0]) + produced
+    assert script.settings[0]["temperature"] == 0.5
+    again = openai_client.chat.completions.create(
+        model=MODEL.id, messages=[*USER, choice.message, *USER], max_completion_tokens=2
+    )
+    assert again.choices[0].finish_reason == "length"
+    assert again.usage.completion_tokens == 2
+
+
+def test_openai_stream(client, tokenizer):
+    openai_client, server = client(Script(tokenizer, "é🙂 and more"))
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(openai_client.chat.completions.create(model=MODEL.id, messages=USER, **options))
+    assert {(chunk.object, chunk.model) for chunk in chunks} == {("chat.completion.chunk", MODEL.id)}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "é🙂 and more"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    with openai_client.chat.completions.stream(model=MODEL.id, messages=USER) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == "é🙂 and more"
+    raw = server.client.post("/v1/chat/completions", json=chat(model=MODEL.id, stream=True)).text
+    assert raw.endswith("data: [DONE]\n\n")
+    assert '"usage"' not in raw
+
+
+def test_openai_stream_is_left(client, tokenizer):
+    script = Script(tokenizer, "x", endless=True, each=0.002)
+    openai_client, server = client(script)
+    with openai_client.chat.completions.create(model=MODEL.id, messages=USER, stream=True, max_tokens=4096) as stream:
+        next(stream)
+    until(lambda: is_idle(server))
+    assert script.closed.is_set()
+    assert server.pool.totals["cancelled"] == 1
+
+
+def test_openai_messages(client, tokenizer):
+    """Content in parts, the newer name of the system role, and parameters that ask for nothing."""
+    script = Script(tokenizer)
+    openai_client, _ = client(script)
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]
+    neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "tools": []}
+    openai_client.chat.completions.create(model=MODEL.id, messages=messages, extra_body={"top_k": 7}, **neutral)
+    ours = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "ab"}]
+    assert script.prompts[0] == tokenizer.render_for_completion({"messages": ours})
+    assert script.settings[0]["top_k"] == 7
+
+
+def test_openai_sees_no_tool_calls(client, tokenizer):
+    openai_client, _ = client(tool_script(tokenizer))
+    answer = openai_client.chat.completions.create(model=MODEL.id, messages=USER)
+    assert answer.choices[0].message.content == "So: It is 42."
+    chunks = openai_client.chat.completions.create(model=MODEL.id, messages=USER, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "So: It is 42."
+
+
+def test_openai_stop(client, tokenizer):
+    script = Script(tokenizer, "one two three", endless=True)
+    openai_client, _ = client(script)
+    for stop, expected in [
+        ("two", "one "),
+        (["zzz", " thr"], "one two"),
+        (["one"], ""),
+        (["e o", "threeo"], "one two thr"),
+    ]:
+        answer = openai_client.chat.completions.create(model=MODEL.id, messages=USER, stop=stop, max_tokens=200)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (expected, "stop")
+        assert script.closed.is_set()
+        stream = openai_client.chat.completions.create(model=MODEL.id, messages=USER, stop=stop, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["text", "text", "python"]), st.text("ab", min_size=1, max_size=3))),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_cut_at(pieces, stop):
+    """Equal to cutting the whole text, and nothing is held back that cannot begin a stop string."""
+    text = "".join(piece for kind, piece in pieces if kind == "text")
+    places = [text.find(word) for word in stop if word in text]
+    cuts = []
+    got = list(cut_at(iter(pieces), stop, lambda: cuts.append(1)))
+    assert "".join(piece for kind, piece in got if kind == "text") == (text[: min(places)] if places else text)
+    assert len(cuts) == bool(places)
+    if not stop:
+        assert got == pieces
+
+
+def test_openai_errors(client, tokenizer):
+    go = threading.Event()
+    openai_client, server = client(Script(tokenizer, go=go, context=20), queue_size=0)
+    create = openai_client.chat.completions.create
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(model=MODEL.id, messages=[{"role": "user", "content": "y" * 50}])
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "messages"
+    assert "54 tokens" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(model=MODEL.id, messages=USER, max_tokens=10**9)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(openai.BadRequestError):
+        create(model=MODEL.id, messages=USER, n=2)
+    with pytest.raises(openai.NotFoundError) as caught:
+        create(model="gpt-4o", messages=USER)
+    assert caught.value.code == "model_not_found"
+    assert MODEL.id in caught.value.message
+    with send_raw(server, chat()):
+        until(lambda: not is_idle(server))
+        with pytest.raises(openai.APIStatusError) as caught:
+            create(model=MODEL.id, messages=USER)
+        assert caught.value.status_code == 503
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        go.set()
+        until(lambda: is_idle(server))
+    assert create(model=MODEL.id, messages=USER).choices[0].message.content == "Hello there."
+
+
+def test_openai_client_tries_again(client, tokenizer):
+    """A busy server's Retry-After is understood: the client comes back by itself and is served."""
+    go = threading.Event()
+    openai_client, server = client(Script(tokenizer, go=go), queue_size=0, max_retries=2)
+    with send_raw(server, chat()):
+        until(lambda: not is_idle(server))
+        thread, results = in_background(openai_client.chat.completions.create, model=MODEL.id, messages=USER)
+        until(lambda: server.pool.totals["rejected"] == 1)
+        go.set()
+        thread.join(30)
+    assert results[0].choices[0].message.content == "Hello there."
+
+
+def test_openai_error_in_a_stream(client, tokenizer):
+    openai_client, _ = client(Script(tokenizer, fault=RuntimeError("broken"), fault_at=2))
+    stream = openai_client.chat.completions.create(model=MODEL.id, messages=USER, stream=True)
+    with pytest.raises(openai.APIError, match="the model failed on this request"):
+        list(stream)
+
+
+def test_openai_models(client, tokenizer):
+    openai_client, _ = client(Script(tokenizer))
+    assert [(model.id, model.object) for model in openai_client.models.list()] == [(MODEL.id, "model")]
+    assert openai_client.models.retrieve(MODEL.id).owned_by == "nanochat"
+    with pytest.raises(openai.NotFoundError):
+        openai_client.models.retrieve("other")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The end of a server, and its beginning
+
+
+def test_draining(serve, tokenizer):
+    """After a signal: no new chat, health says so, what runs and what waits is finished, then the server ends."""
+    go = threading.Event()
+    server = serve(Script(tokenizer, go=go))
+    asking = [in_background(httpx.post, f"{server.url}/chat/completions", json=chat(), timeout=30) for _ in range(2)]
+    until(lambda: server.pool.stats()["queue"]["length"] == 1)
+    server.server.handle_exit(signal.SIGTERM, None)
+    until(lambda: server.pool.state == "draining")
+    response = server.client.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "draining")
+    response = server.client.post("/chat/completions", json=chat())
+    assert response.status_code == 503
+    assert "shutting down" in response.json()["detail"]
+    assert response.headers["retry-after"]
+    go.set()
+    for thread, results in asking:
+        thread.join(30)
+        assert said(events(results[0].text.split("\n"))) == "Hello there."
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_the_end_of_patience(serve, tokenizer, signals):
+    """Answers that outlast the drain time, or a second signal, end with an error that says why."""
+    script = Script(tokenizer, "x", endless=True, each=0.01)
+    server = serve(script, drain_seconds=0.2 if signals == 1 else 60)
+    asking = [
+        in_background(httpx.post, f"{server.url}/chat/completions", json=chat(max_tokens=4096), timeout=30)
+        for _ in range(2)
+    ]
+    until(lambda: server.pool.stats()["queue"]["length"] == 1)
+    for _ in range(signals):
+        server.server.handle_exit(signal.SIGINT, None)
+    for thread, results in asking:
+        thread.join(30)
+        assert events(results[0].text.split("\n"))[-1] == {"error": "the server is shutting down"}
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+    assert script.closed.is_set()
+
+
+def save_tiny_model(base_dir, tokenizer):
+    """A model that, at temperature 0, says the same byte for ever."""
+    write_tokenizer(tokenizer, base_dir)
+    config = GPTConfig(sequence_len=4096, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
+    model = GPT(config)
+    model.init_weights()
+    folder = checkpoint_manager.checkpoint_root("sft") / "d1"
+    checkpoint_manager.save_checkpoint(folder, 3, model.state_dict(), meta_data={"model_config": asdict(config)})
+
+
+def test_the_whole_program(base_dir, tokenizer):
+    """Started as people do, asked, and told to end in the middle of an answer, which it finishes."""
+    save_tiny_model(base_dir, tokenizer)
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.chat_web",
+        "-p",
+        "0",
+        "--host=127.0.0.1",
+        "--device_type=cpu",
+        "-d",
+        "fp32",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        shown = ""
+        while "page " not in shown:
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
+        assert "sft/d1, step 3: " in shown
+        assert "context 4096 tokens, on cpu" in shown
+        assert "500 messages, 8,000 characters a message, 32,000 in all, 64 waiting requests" in shown
+        url = re.search(r"page +(http://127\.0\.0\.1:\d+)/\n", shown)[1]
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert "<title>" in client.get("/").text
+            assert client.get("/health").status_code == 200
+            body = chat(temperature=0, max_tokens=1000)
+            with client.stream("POST", "/chat/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = events(lines)
+        assert rest[-1] == {"done": True, "finish_reason": "length"}
+        assert len(rest) > 500
+        assert process.wait(30) == 0, process.stdout.read()
+        assert "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 3.0}, "--temperature must be 0.0 to 2.0, got 3.0"),
+        ({"temperature": float("nan")}, "--temperature must be 0.0 to 2.0, got nan"),
+        ({"top_k": 0}, "--top_k must be 1 to 200, got 0"),
+        ({"max_tokens": 5000}, "--max_tokens must be 1 to 4096"),
+        ({"num_gpus": 0}, "--num_gpus must be 1 to"),
+        ({"queue_size": -1}, "--queue_size must be 0 to"),
+        ({"max_messages": 0}, "--max_messages must be 1 to"),
+        ({"drain_seconds": -1}, "--drain_seconds must be 0 to"),
+        ({"dtype": "fp8"}, "--dtype must be auto, bf16 or fp32, got 'fp8'"),
+        ({"source": "best"}, "source must be one of base, mid, sft, rl, got 'best'"),
+        ({"device_type": "abacus"}, "device_type 'abacus' is not available"),
+        ({"port": 70_000}, "port must be 0 .* to 65535, got 70000"),
+        ({"host": "256.256.256.256"}, "cannot listen on 256.256.256.256"),
+        ({}, "no complete checkpoint in .*chatsft_checkpoints"),
+    ],
+)
+def test_mistakes_at_the_start(base_dir, options, message):
+    with pytest.raises(UserError, match=message):
+        chat_web.main(chat_web.Config(**{"port": 0, "device_type": "cpu", "host": "127.0.0.1", **options}))
+
+
+def test_port_in_use(base_dir):
+    with open_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} \(it is in use\): choose another --port"):
+            chat_web.main(chat_web.Config(port=port, device_type="cpu", host="127.0.0.1"))
