@@ -23,16 +23,19 @@ def batch_shape(config, T) -> tuple[int, int]:
     return smaller, streams if smaller == B else math.gcd(streams, smaller)
 
 
-def attach(config, model_config, device, networks=None):
+def attach(config, model_config, device, parent=None):
     """
     (networks, make_objective) for a run with these options on a model of this GPTConfig.
 
-    networks: None with the flag off; else those given, or new ones. make_objective(model) is what the loop calls.
+    networks: None with the flag off. parent: (state dict, settings) of networks to go on from, else they are new.
+    make_objective(model) is what the loop calls. Raises UserError when the parent's networks are of another shape.
     """
     if not config.mc:
         return None, PlainObjective
     mc = config.megacontext.resolve(model_config.sequence_len)
-    networks = (networks or MCNetworks(model_config.n_embd, mc)).to(device)
+    networks = MCNetworks(model_config.n_embd, mc).to(device)
+    if parent is not None:
+        networks.load(*parent)
     dtype = resolve_dtype(mc.mc_aux_dtype, device.type)
     return networks, lambda model: MCObjective(model, networks, mc, dtype)
 

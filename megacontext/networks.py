@@ -26,6 +26,16 @@ class MCNetworks(nn.Module):
         )
         self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head)
 
+    def load(self, state: dict, settings: dict):
+        """Take over a checkpoint's weights. Raises UserError when they were made with settings of another shape."""
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint's MegaContext networks do not fit: they were made with {settings}. Choose the same "
+                f"--block_size, --gistnet_* and --lensnet_* options ({str(error).splitlines()[0]})"
+            ) from error
+
     def setup_optimizers(self, matrix_lr=0.02, other_lr=0.003) -> list[torch.optim.Optimizer]:
         """[Muon for the matrices, AdamW for the rest]; sharded over ranks under torchrun."""
         matrices, others = split_parameters(self.gistnet, self.lensnet)
@@ -52,8 +62,5 @@ def load_networks(source, meta, device):
         return None, None
     config = MCConfig(**meta["megacontext"])
     networks = MCNetworks(meta["model_config"]["n_embd"], config).to(device)
-    try:
-        networks.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the MegaContext networks in {folder} do not fit their settings: {error}") from error
+    networks.load(state, meta["megacontext"])
     return networks, config

@@ -25,6 +25,7 @@ class CacheSession:
 
     def __init__(self, model, rows=1, max_tokens=None, decoder=None):
         self.model, self.rows, self.max_tokens, self.decoder = model, rows, max_tokens or 0, decoder
+        self.cache = self._step = None
 
     def prefill(self, tokens):
         """
@@ -38,6 +39,7 @@ class CacheSession:
                 f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model "
                 f"(10 × sequence_len {self.model.config.sequence_len:,}): shorten it"
             )
+        self._step = None  # it holds the cache of an earlier prompt
         self.cache = KVCache(self.model.config.n_layer, min(len(tokens) + self.max_tokens, limit))
         decoder = self.decoder or Decoder(self.model)
         logits = decoder.extend(torch.tensor([tokens], device=decoder.device), self.cache)

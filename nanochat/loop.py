@@ -92,6 +92,11 @@ def muon_momentum(step) -> float:
     return (1 - part) * 0.85 + part * 0.95
 
 
+def described(figures: dict) -> str:
+    """Figures that there are, for a line of text: " | name 0.1234 | …"."""
+    return "".join(f" | {name} {value:.4f}" for name, value in figures.items() if value is not None)
+
+
 def maybe_compile(model, mode: str, device):
     """The model compiled (mode "on", or "auto" on CUDA), or as it is."""
     if mode not in ("auto", "on", "off"):

@@ -63,6 +63,7 @@ EVERYDAY = (
     "The {} has a {}.",
     "The {} brings the {} to the {}.",
 )
+ASK, SAY = "What is the {attribute} of {name}?", "The {attribute} of {name} is"
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ class _Statement:
     @property
     def asked(self) -> tuple[str, str, str]:
         """The question, what leads to the answer, the answer."""
-        of = f"the {self.attribute} of {self.name}"
-        return f"What is {of}?", f" T{of[1:]} is", f" {self.value}"
+        key = {"attribute": self.attribute, "name": self.name}
+        return ASK.format(**key), f" {SAY.format(**key)}", f" {self.value}"
 
 
 def _statements(rng, sizes):
@@ -195,7 +196,8 @@ def _statements(rng, sizes):
     for number, (attribute, name) in enumerate(keys):
         value = rng.choice(FACTS[attribute])
         place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
-        yield _Statement(*place, [f"The {attribute} of {name} is {value}.\n"], 0, "fact", attribute, name, value)
+        line = f"{SAY.format(attribute=attribute, name=name)} {value}.\n"
+        yield _Statement(*place, [line], 0, "fact", attribute, name, value)
 
     names = rng.sample(NAMES, ROWS * sizes.tables)
     for first in range(0, len(names), ROWS):

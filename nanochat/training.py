@@ -68,17 +68,20 @@ class Training:
     which it reads resume, run, compile and the learning rates. settings: `decisive` of them. fresh_model(): the
     model of step 0, on `device`. total: steps to come, or None when they are not known beforehand. companion:
     networks on `device` that are trained with the model and kept beside it: a module with setup_optimizers().
+    frozen: train the companion alone.
 
     step: steps taken. meta, loader_state: of the checkpoint that it goes on from, {} and None at the beginning.
     finished: nothing is left to do (the model is then not loaded).
     """
 
-    def __init__(self, stage, tag, config, settings, fresh_model, device, total=None, companion=None):
+    def __init__(self, stage, tag, config, settings, fresh_model, device, total=None, companion=None, frozen=False):
         self.stage, self.tag, self.config, self.settings, self.device = stage, tag, config, settings, device
         self.folder = checkpoint_manager.checkpoint_root(stage) / tag
         self.resumed_at = resume_step(self.folder, config.resume, settings)
         self.step = self.resumed_at or 0
         self.companion = companion
+        self.carried_meta = {}
+        self.carried = None  # state dict of networks that are kept as they are, see `carry`
         self.meta, self.loader_state, optimizer_data = {}, None, None
         if self.resumed_at is not None:
             self.meta = checkpoint_manager.load_meta(self.folder, self.step)
@@ -98,11 +101,13 @@ class Training:
                 companion.load_state_dict(checkpoint_manager.load_companion(self.folder, self.step, device))
         self.model.train()
         self.compiled = maybe_compile(self.model, config.compile, device)
-        self.optimizers = self.model.setup_optimizers(
-            config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
-        )
-        if companion is not None:
-            self.optimizers += companion.setup_optimizers()
+        self.optimizers = [] if companion is None else companion.setup_optimizers()
+        if frozen:
+            self.model.requires_grad_(False)
+        else:
+            self.optimizers += self.model.setup_optimizers(
+                config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
+            )
         self.parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         for optimizer, data in zip(self.optimizers, optimizer_data or [], strict=optimizer_data is not None):
             optimizer.load_state_dict(data)
@@ -120,6 +125,10 @@ class Training:
         self.progress = ProgressLine(stage, total, self.step)
         if self.resumed_at is not None:
             checkpoint_manager.set_rng_state(state["rng"])
+
+    def carry(self, companion_data, **meta):
+        """Save these networks beside the model, unchanged, and say so in the meta data."""
+        self.carried, self.carried_meta = companion_data, meta
 
     def due(self, every, last) -> bool:
         """Whether something done every so many steps, and at the last, is due; not what was done before a resume."""
@@ -143,6 +152,7 @@ class Training:
             [optimizer.state_dict() for optimizer in self.optimizers],
             {
                 **self.totals(),
+                **self.carried_meta,
                 **facts,
                 "finished": finished,
                 "smooth_loss": self.smooth_loss,
@@ -152,7 +162,7 @@ class Training:
                 "decisive": self.settings,
             },
             loader_state,
-            None if self.companion is None else self.companion.state_dict(),
+            self.carried if self.companion is None else self.companion.state_dict(),
         )
 
     def optimize(self, lr_multiplier, momentum, grad_clip=0.0):
@@ -251,9 +261,10 @@ class PlainObjective:
 
 def parent_model(source, device, model_tag, step):
     """
-    (fresh_model, tokenizer, facts) of the checkpoint that a chat stage starts from.
+    (model, tokenizer, facts, networks) of the checkpoint that a stage starts from.
 
     facts name it down to its checksum, so that a stage trained from another model is not taken for this one's.
+    networks: what lies beside the model, as (state dict, meta data "megacontext"); None if nothing does.
     """
     model, tokenizer, meta = checkpoint_manager.load_model(
         source, device, "train", model_tag or None, None if step == -1 else step
@@ -265,4 +276,5 @@ def parent_model(source, device, model_tag, step):
         "step": meta["step"],
         "weights": checkpoint_manager.weights_checksum(folder, meta["step"]),
     }
-    return model, tokenizer, facts
+    state = checkpoint_manager.load_companion(folder, meta["step"], device)
+    return model, tokenizer, facts, None if state is None else (state, meta["megacontext"])

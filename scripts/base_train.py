@@ -25,7 +25,7 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loop import MicroBatches, accumulation_steps, lr_multiplier, muon_momentum
+from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.samples import sample_texts
@@ -121,10 +121,6 @@ def horizon(config, flops_per_token, num_params) -> int:
     return steps
 
 
-def described(figures) -> str:
-    return "".join(f" | {name} {value:.4f}" for name, value in figures.items() if value is not None)
-
-
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
@@ -153,8 +149,8 @@ def main(config: Config):
         return model
 
     tag = config.model_tag or f"d{config.depth}"
-    networks, make_objective = attach(config, model_config, device)
-    training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations, networks)
+    companion, make_objective = attach(config, model_config, device)
+    training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations, companion)
     if training.finished:
         compute_cleanup()
         return
@@ -198,7 +194,7 @@ def main(config: Config):
         if training.due(config.eval_every, last):
             val_bpb, others = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
-            say(f"step {step:,} | validation bpb {val_bpb:.4f}" + described(others))
+            say(f"step {step:,} | validation bpb {val_bpb:.4f}{described(others)}")
             log(**training.totals(), **{"val/bpb": val_bpb}, **others)
         if step > 0 and training.due(core_every, last):
             with autocast(device, dtype), torch.no_grad():

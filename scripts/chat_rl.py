@@ -100,7 +100,7 @@ def main(config: Config):
         raise UserError(f"expected device_batch_size >= 1 and num_samples >= 2, got {B} and {samples}")
     if not config.temperature > 0:
         raise UserError(f"answers must differ to learn from them: expected temperature > 0, got {config.temperature}")
-    model, tokenizer, parent = parent_model(config.source, device, config.model_tag, config.step)
+    model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     train_set, val_set = rl_tasks(config.tasks)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
@@ -113,6 +113,8 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
+    if networks:  # MegaContext's go on as they are
+        training.carry(networks[0], megacontext=networks[1])
     model, compiled = training.model, training.compiled
     engine = Engine(model, tokenizer)
     pad_id = tokenizer.encode_special("<|assistant_end|>")

@@ -93,7 +93,7 @@ def main(config: Config):
             f"target_examples_per_step must be a multiple of the {world_size} processes and device_batch_size at "
             f"least 1, got {examples} and {B}"
         )
-    model, tokenizer, parent = parent_model(config.source, device, config.model_tag, config.step)
+    model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     T = model.config.sequence_len
     train_set, val_set = sft_mixture(config.tasks), sft_val(config.tasks)
     metric_tasks = {}
@@ -110,6 +110,8 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
+    if networks:  # MegaContext's go on as they are
+        training.carry(networks[0], megacontext=networks[1])
     model, compiled = training.model, training.compiled
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",

@@ -10,15 +10,18 @@ interrupted run's newest checkpoint left off.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 
+from megacontext.attach import attach, batch_shape, meta_of
+from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
-from nanochat.configurator import run
+from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
-from nanochat.loop import accumulation_steps, muon_momentum
+from nanochat.loop import accumulation_steps, described, muon_momentum
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
@@ -78,30 +81,40 @@ class Config:
     """steps between checkpoints; -1 for only the last"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
+    # MegaContext
+    mc: bool = False
+    """train the model to read gists too, and GistNet and LensNet with it"""
+    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
+    """what follows counts with --mc only"""
 
 
 def main(config: Config):
-    _, _, _, world_size, device = compute_init(config.device_type)
+    _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
-    model, tokenizer, parent = parent_model(config.source, device, config.model_tag, config.step)
-    B = config.device_batch_size
+    model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     if not 0 < T <= model.max_seq_len:
         raise UserError(f"max_seq_len must be from 1 to the model's {model.max_seq_len} positions, got {T}")
     model.config.sequence_len = T
+    B, _ = batch_shape(config, T)
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = get_token_bytes(device)
     train_set, val_set = mid_mixture(config.tasks), mid_val(config.tasks)
 
     total = config.num_iterations if config.num_iterations > 0 else None
     settings = decisive(config, parent=parent)
-    training = Training("mid", parent["model_tag"], config, settings, lambda: model, device, total)
+    companion, make_objective = attach(config, model.config, device, networks)
+    frozen = config.mc and config.megacontext.mc_freeze_base
+    training = Training("mid", parent["model_tag"], config, settings, lambda: model, device, total, companion, frozen)
     if training.finished:
         compute_cleanup()
         return
-    model, compiled = training.model, training.compiled
+    if networks and not companion:  # MegaContext's go on as they are
+        training.carry(networks[0], megacontext=networks[1])
+    compiled = training.compiled
+    objective = make_objective(compiled)
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
         "Conversations": len(train_set),
@@ -116,10 +129,12 @@ def main(config: Config):
 
     def validate():
         compiled.eval()
+        loaders = [PackedConversations(val_set, tokenizer, B, T, device) for _ in range(2)]
         with autocast(device, dtype):
-            bpb = evaluate_bpb(compiled, PackedConversations(val_set, tokenizer, B, T, device), eval_steps, token_bytes)
+            bpb = evaluate_bpb(compiled, loaders[0], eval_steps, token_bytes)
+            others = objective.validate(loaders[1], eval_steps, token_bytes)
         compiled.train()
-        return bpb
+        return bpb, others
 
     def part_done():
         """The part of the run that is done, the same on every rank."""
@@ -131,37 +146,43 @@ def main(config: Config):
         return done.item()
 
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
+    others = {}
     say, log = training.progress.say, training.log.log
     while True:
         done = part_done()
         last = done >= 1
         if training.due(config.eval_every, last):
-            val_bpb = validate()
+            val_bpb, others = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
-            say(f"step {training.step:,} | validation bpb {val_bpb:.4f}")
-            log(**training.totals(), **{"val/bpb": val_bpb})
+            say(f"step {training.step:,} | validation bpb {val_bpb:.4f}{described(others)}")
+            log(**training.totals(), **{"val/bpb": val_bpb}, **others)
         if last or (training.step > 0 and training.due(config.save_every, last)):
-            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, parent=parent)
+            facts_of_mc = meta_of(config, T)
+            training.save(
+                last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, parent=parent, **facts_of_mc
+            )
         if last:
             break
 
         training.begin_step()
         loss = torch.zeros((), device=device)
-        for _ in range(accumulation):
+        for i in range(accumulation):
             x, y = next(batches)
             with autocast(device, dtype):
-                part = compiled(x, y) / accumulation
-            part.backward()
-            loss += part.detach()
+                part, stats = objective(x, y, done, seed=(training.step * accumulation + i) * world_size + rank)
+            (part / accumulation).backward()
+            loss += part.detach() / accumulation
         lrm = config.init_lr_frac * min(1.0, (1 - done) / max(config.warmdown_ratio, 1e-9))
         training.optimize(lrm, muon_momentum(training.step))
-        loss = training.end_step(loss, config.total_batch_size)
+        loss = training.end_step(loss, config.total_batch_size, objective.work(done, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", done=part_done())
-        log(**training.totals(), **{"train/loss": loss, "train/lrm": lrm, **training.speed()})
+        metrics = {"train/loss": loss, "train/lrm": lrm, **training.speed()}
+        log(**training.totals(), **metrics, **{name: float(value) for name, value in stats.items()})
 
     results = {
         "Iterations": training.step,
         "Validation bpb": val_bpb,
+        **others,
         "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
         **training.close(),
     }

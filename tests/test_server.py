@@ -31,9 +31,10 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.app import content_security_policy, create_app
+from nanochat.serving.job import cut_at
 from nanochat.serving.schema import Limits
 from nanochat.serving.transport import PatientProtocol, Server, open_socket
-from nanochat.serving.worker_pool import ServedModel, WorkerPool, cut_at
+from nanochat.serving.worker_pool import ServedModel, WorkerPool
 from nanochat.streaming import stream_parts
 from scripts import chat_web
 
@@ -156,6 +157,11 @@ def ask(server, messages=USER, path="/chat/completions", **options):
     return events(response.text.split("\n"))
 
 
+def post_json(server, path, body):
+    """As httpx would, but NaN and halves of characters are let through."""
+    return server.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
 def said(replies):
     return "".join(event["token"] for event in replies if "token" in event)
 
@@ -223,7 +229,7 @@ def test_the_page_must_be_there(tmp_path):
 
 def test_render(serve, engine):
     server = serve(engine)
-    response = server.client.post("/render", json={"texts": ["**a**", "<script>alert(1)</script>", "\ud800"]})
+    response = post_json(server, "/render", {"texts": ["**a**", "<script>alert(1)</script>", "\ud800"]})
     assert response.json()["html"][0] == "<p><strong>a</strong></p>\n"
     assert "<script" not in response.json()["html"][1]
     for texts, message in [
@@ -314,7 +320,7 @@ def test_characters_split_across_tokens(serve, tokenizer):
 
 
 def test_conversation_reaches_the_model(serve, tokenizer):
-    script = Script(tokenizer)
+    script = Script(tokenizer, context=10_000)
     server = serve(script)
     parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2."}]
     messages = [
@@ -470,7 +476,7 @@ OPENAI_ONLY = [
     (chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages.0.content"),
     (chat(messages=[*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}, *USER]), "tool_calls"),
     ({"messages": USER, "model": "\ud800"}, "there is no model"),
-    (chat(**{"\ud800": 1}), "unknown parameter"),
+    (chat(**{"\ud800": 1}), "unicode|unknown parameter"),
 ]
 
 
@@ -482,10 +488,6 @@ def refusing(tmp_path_factory, tokenizer):
         yield server
         assert not script.prompts
         assert totals(server)["requests"] == 0
-
-
-def post_json(server, path, body):
-    return server.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
 @pytest.mark.parametrize(("body", "message"), BAD + NATIVE_ONLY)
@@ -772,11 +774,18 @@ async def many(port, request, leave_after):
     return await asyncio.gather(*(one_of_many(port, request, seconds) for seconds in leave_after))
 
 
-@pytest.mark.parametrize("impatient", [False, True])
-def test_a_thousand_at_once(serve, tokenizer, impatient):
-    """Each is answered in full or told when to come back; afterwards every worker is free and the counts add up."""
+@pytest.fixture
+def many_files():
+    """Two thousand connections, both ends, in this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8192)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("impatient", [False, True])
+def test_a_thousand_at_once(serve, tokenizer, impatient, many_files):
+    """Each is answered in full or told when to come back; afterwards every worker is free and the counts add up."""
     server = serve(*(Script(tokenizer, each=0.0005) for _ in range(4)), queue_size=64)
     body = json.dumps(chat()).encode()
     head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
@@ -788,7 +797,7 @@ def test_a_thousand_at_once(serve, tokenizer, impatient):
     refused = results.count((503, False, True))
     left = results.count(None)
     assert complete + refused + left == 1000, set(results)
-    assert complete >= 64
+    assert complete >= (1 if impatient else 68)
     assert refused > 0
     assert (left > 0) == impatient
     counts = totals(server)
@@ -799,7 +808,6 @@ def test_a_thousand_at_once(serve, tokenizer, impatient):
     assert server.client.get("/health").json()["available_workers"] == 4
     until(lambda: len(server.server.server_state.connections) <= 1)  # our own keep-alive one
     assert said(ask(server)) == "Hello there."
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -901,7 +909,7 @@ def test_openai_stop(client, tokenizer):
         ("two", "one "),
         (["zzz", " thr"], "one two"),
         (["one"], ""),
-        (["e o", "threeo"], "one two thr"),
+        (["reeon", "eeo"], "one two thr"),
     ]:
         answer = openai_client.chat.completions.create(model=MODEL.id, messages=USER, stop=stop, max_tokens=200)
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (expected, "stop")
@@ -915,13 +923,14 @@ def test_openai_stop(client, tokenizer):
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_cut_at(pieces, stop):
-    """Equal to cutting the whole text, and nothing is held back that cannot begin a stop string."""
+    """Equal to cutting the whole text, however it comes in pieces; without stop strings nothing changes."""
     text = "".join(piece for kind, piece in pieces if kind == "text")
-    places = [text.find(word) for word in stop if word in text]
+    ends = [text[:end] for end in range(len(text) + 1) if any(text[:end].endswith(word) for word in stop)]
+    expected = min((ends[0].removesuffix(word) for word in stop if ends[0].endswith(word)), key=len) if ends else text
     cuts = []
     got = list(cut_at(iter(pieces), stop, lambda: cuts.append(1)))
-    assert "".join(piece for kind, piece in got if kind == "text") == (text[: min(places)] if places else text)
-    assert len(cuts) == bool(places)
+    assert "".join(piece for kind, piece in got if kind == "text") == expected
+    assert len(cuts) == bool(ends)
     if not stop:
         assert got == pieces
 

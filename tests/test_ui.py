@@ -522,6 +522,20 @@ def test_without_a_renderer_the_text_stays_plain(visit, server):
     assert answer(page).locator(".body").inner_text() == "a **b**\n\n<b>c</b>"
 
 
+def test_rendering_that_comes_late_changes_nothing(visit, server):
+    page = visit()
+    reply = say("a b c d **e**", delay=0.05)
+    server(reply, reply)
+    ask(page, "Hello")
+    expect(answer(page).locator("strong")).to_have_text("e")
+    server.render = lambda text: [time.sleep(0.2), render_markdown(text)][1]
+    page.get_by_role("button", name="Answer again").click()
+    finished(page)
+    expect(answer(page).locator("strong")).to_have_text("e")  # it has been rendered before
+    page.wait_for_timeout(500)
+    expect(answer(page).locator(".body")).to_have_text("a b c d e")
+
+
 @pytest.mark.parametrize("fault", ["blocked", "full"])
 def test_a_browser_that_keeps_nothing(visit, server, fault):
     blocked = (

@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from nanochat.common import UserError
 from nanochat.markdown import render_markdown
 from nanochat.serving import openai_api, schema
+from nanochat.serving.job import Done, Failed, Job, Piece
 from nanochat.serving.schema import ApiError, Defaults, Limits
 from nanochat.serving.transport import PING, EventStream, Gate, next_or_none, sse
-from nanochat.serving.worker_pool import Done, Failed, Job, Piece, Unavailable, WorkerPool
+from nanochat.serving.worker_pool import Unavailable, WorkerPool
 
 FOLDER = Path(__file__).parent.parent
 OPENAI_PREFIX = "/v1"
@@ -145,7 +146,7 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request, error):
-        message, param = schema.explain(error.errors()[0])
+        message, param = schema.explain(error.errors())
         return _complain(request.url.path, 400, message, "invalid_value", param)
 
     @app.exception_handler(HTTPException)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from nanochat.serving.job import Done, Failed, Piece
 from nanochat.serving.schema import ApiError, MaxTokens, Strict, Temperature, TopK
 from nanochat.serving.transport import PING, EventStream, sse, unless_gone
-from nanochat.serving.worker_pool import Done, Failed, Piece
 
 STOP_CHARS = 200  # of one stop string
 NEUTRAL = {  # parameter → the values that ask for nothing we cannot do

@@ -1,5 +1,6 @@
 """What a request may look like. Every limit of the server is here, and so is every complaint about a request."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -152,13 +153,15 @@ def room(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
     return min(max_tokens, context_length - prompt_tokens)
 
 
-def explain(error: dict) -> tuple[str, str | None]:
-    """(sentence, parameter) of one of pydantic's errors."""
+def explain(errors: list[dict]) -> tuple[str, str | None]:
+    """(sentence, parameter) of the first of pydantic's errors that helps."""
+    # Of a list that may also be a string, the complaints are about the list
+    error = next((e for e in errors if e["type"] != "string_type" or not isinstance(e["input"], list)), errors[0])
     if error["type"] == "json_invalid":
-        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
-    unnamed = ("body", "str", "list[Part]", "list[TextPart]")  # the body itself, and branches of a union
-    where = ".".join(str(part) for part in error["loc"] if part not in unnamed)
-    value = error.get("input")
+        return f"the body is not valid JSON: {error['ctx']['error']}", None
+    # Without the body itself and the branches of a union, such as "list[Part]"
+    names = [str(part) for part in error["loc"] if part not in ("body", "str") and re.fullmatch(r"\w+", str(part))]
+    value, where = error.get("input"), ".".join(names)
     simple = value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40)
     got = f", got {value!r}"[:60] if simple and error["type"] not in ("missing", "extra_forbidden") else ""
     return f"{where or 'body'}: {error['msg']}{got}", where or None

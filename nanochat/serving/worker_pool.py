@@ -1,22 +1,21 @@
 """
 Workers: a thread a device, each with its own model, and one bounded queue in front of them all.
 
-A Job is made on the event loop and answered by a worker thread, which hands what it makes back to the loop.
-Nothing that a client does holds a worker: events wait in the job's own queue, which max_tokens bounds, and a job
-that was cancelled ends at the next token.
+Nothing that a client does holds a worker: what is made waits in the job's own queue, which max_tokens bounds, and a
+job that was cancelled ends at the next token.
 """
 
-import asyncio
 import contextlib
 import logging
 import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from nanochat.serving.job import Done, Failed, Piece, cut_at
 from nanochat.streaming import stream_parts
 
 logger = logging.getLogger(__name__)
@@ -29,72 +28,6 @@ class Unavailable(Exception):
     def __init__(self, message, retry_after):
         super().__init__(message)
         self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A bit of the answer. kind: "text", "python" or "python_output"."""
-
-    kind: str
-    text: str
-    worker: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """The answer is complete. reason: "stop" or "length"."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """There will be no more of the answer."""
-
-    message: str
-
-
-@dataclass(eq=False)
-class Job:
-    """One answer to be made. Created on the event loop that reads `events`: Pieces, then one Done or Failed."""
-
-    prompt: list[int]
-    max_tokens: int
-    temperature: float
-    top_k: int
-    seed: int
-    stop: list[str] = field(default_factory=list)
-    tokens: int = 0  # generated so far, a tool's answers and the end token included
-    cancelled: bool = False
-
-    def __post_init__(self):
-        self.events = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-
-    def emit(self, event):
-        """From any thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-def cut_at(pieces, stop, on_cut):
-    """The pieces up to the first stop string in their text, held back while one may be beginning."""
-    held = ""
-    for kind, text in pieces:
-        if kind != "text":
-            yield kind, text
-            continue
-        held += text
-        found = [place for place in map(held.find, stop) if place >= 0]
-        if found:
-            held = held[: min(found)]
-            on_cut()
-            break
-        begun = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > begun:
-            yield "text", held[: len(held) - begun]
-            held = held[len(held) - begun :]
-    if held:
-        yield "text", held
 
 
 @dataclass(frozen=True)
