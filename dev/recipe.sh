@@ -143,7 +143,7 @@ activate_environment() {
     ensure_uv
     ensure_rust
     [ -d .venv ] || uv venv --quiet
-    uv sync --quiet --extra "$1"
+    UV_COMPILE_BYTECODE=1 uv sync --quiet --extra "$1" # once: every start of Python is seconds faster
     . .venv/bin/activate
 }
 

@@ -58,7 +58,7 @@ class MCConfig:
     mc_num_random_variants: int = 4
     """randomly compressed working contexts a sequence, besides the uncompressed one"""
     mc_train_wc_length: int = -1
-    """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len"""
+    """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len, or two blocks open"""
     mc_max_counterfactuals: int = 4
     """pairs of working contexts a sequence that LensNet learns from, at most"""
     mc_lens_loss_weight: float = 0.1
@@ -71,7 +71,7 @@ class MCConfig:
     """train GistNet and LensNet only"""
     # Evaluation and inference
     mc_eval_soft_max_length: int = -1
-    """entries of a working context in validation; -1 for allocator_soft_max"""
+    """entries of a working context in validation; -1 for mc_train_wc_length"""
     mc_infer_allocator_max_replacements: int = -1
     """edits an iteration at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: int = -1

@@ -270,12 +270,11 @@ def build_model(model_data, model_config: dict, device) -> GPT:
             model_data[key] = torch.cat((tensor, padding))
     with torch.device("meta"):
         model = GPT(config)
-    model.to_empty(device=device)
-    model.init_weights()  # the rotary caches are not in the file
     try:
         model.load_state_dict(model_data, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(f"the checkpoint's weights do not fit its model_config: {error}") from error
+    model.init_rotary()
     return model
 
 

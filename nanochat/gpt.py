@@ -120,13 +120,18 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def _embedding(rows, n_embd):
+    """Not filled yet: nn.Embedding's own random start, on the meta device, would load seconds of torch's compiler."""
+    return nn.Embedding(rows, n_embd, _weight=torch.empty(rows, n_embd))
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "wte": _embedding(config.padded_vocab_size, config.n_embd),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             }
         )
@@ -155,9 +160,13 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
-        self.cos, self.sin = self._rotary_cache(self.get_device())
+        self.init_rotary()
         if self.get_device().type == "cuda":
             self.transformer.wte.to(dtype=torch.bfloat16)  # halves the memory of the largest lookup table
+
+    def init_rotary(self):
+        """Fill the buffers, which no checkpoint holds."""
+        self.cos, self.sin = self._rotary_cache(self.get_device())
 
     @property
     def max_seq_len(self) -> int:

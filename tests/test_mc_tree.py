@@ -198,7 +198,14 @@ def test_store_keeps_gists_in_the_precision_asked_for_and_ids_exactly():
     assert got[1].dtype == torch.bfloat16
     for level, other in zip(got[1:], exact[1:], strict=True):
         torch.testing.assert_close(level.double(), other, atol=0.02, rtol=0.02)
-    assert tree.materialize(WorkingContext.initial(64, 4, 20, 0)).dtype == torch.float64  # as embeddings are
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_entries_come_in_the_precision_of_the_embeddings(dtype, stored):
+    tree = MegaContextTree(gist, 4, RamStore(stored), embedding(dtype=dtype))
+    tree.append(random_ids(1, 64))
+    assert tree.materialize(WorkingContext.initial(64, 4, 20, 0)).dtype == dtype
 
 
 def test_trees_work_across_inference_mode_and_keep_no_graph():
@@ -207,10 +214,11 @@ def test_trees_work_across_inference_mode_and_keep_no_graph():
     ids = random_ids(1, 24)
     with torch.inference_mode():
         tree.append(ids[:, :9])
-    tree.append(ids[:, 9:20])
+        tree.append(ids[:, 9:10])  # now the store has room, made in inference mode
+    tree.append(ids[:, 10:14])
     with torch.inference_mode():
         tree.repeat(2)
-    tree.append(ids[:, 20:].repeat(2, 1))
+    tree.append(ids[:, 14:].repeat(2, 1))
     assert not any(level.requires_grad for level in levels_of(tree, 2))
     expected = build_table(gist, embedding()(ids), 2)
     for level, other in zip(levels_of(tree, 2)[1:], levels_of_table(expected)[1:], strict=True):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "nanochat": {"nanochat", "rustbpe"},
     "tasks": {"tasks", "nanochat"},
-    "scripts": {"scripts", "tasks", "nanochat"},
+    "megacontext": {"megacontext", "nanochat"},
+    "scripts": {"scripts", "tasks", "nanochat", "megacontext"},
 }
 OURS = {"nanochat", "tasks", "scripts", "megacontext", "rustbpe", "tests", "dev"}
 

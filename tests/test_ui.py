@@ -211,6 +211,11 @@ def finished(page):
     expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
 
 
+def rendered(page):
+    finished(page)
+    expect(page.locator(".tail:not(:empty)")).to_have_count(0)
+
+
 def entries(page):
     return page.locator("#history .open")
 
@@ -610,16 +615,23 @@ def test_no_text_becomes_code(visit, server, renderer):
     text = "\n\n".join(ATTACKS)
     server(Reply([("text", attack + "\n\n") for attack in ATTACKS], delay=0.02), Reply([("python", ATTACKS[1])]))
     ask(page, text)
-    finished(page)
-    page.wait_for_timeout(400)
+    rendered(page)
     assert page.locator(".bubble").text_content() == text
     assert audit(page) == []
     ask(page, "and a tool")
     expect(page.locator(".tool code")).to_have_text(ATTACKS[1])
     page.reload()
     expect(answer(page)).to_be_visible()
-    page.wait_for_timeout(400)
+    rendered(page)
     assert audit(page) == []
+
+
+def test_lines_stay_lines_when_they_are_rendered(visit, server):
+    page = visit()
+    server(Reply([("python", "1+1"), ("python_output", "2"), ("text", "\n\none\ntwo  \nthree **four**")]))
+    ask(page, "Lines")
+    expect(answer(page).locator("strong")).to_have_text("four")
+    assert answer(page).locator(".prose").inner_text() == "one\ntwo\nthree four"
 
 
 def test_links_open_elsewhere(visit, server):
@@ -701,8 +713,7 @@ def test_phone(visit, server):
     page = visit(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
     server(say("W" * 300 + "\n\n```text\n" + "x" * 300 + "\n```"))
     ask(page, "M" * 300)
-    finished(page)
-    page.wait_for_timeout(300)
+    rendered(page)
     wide = "[...document.querySelectorAll('html, body, #scroller')].map((e) => e.scrollWidth - e.clientWidth)"
     assert page.evaluate(wide) == [0, 0, 0]
     assert page.evaluate("(({ scrollWidth: a, clientWidth: b }) => a > b)(document.querySelector('pre'))")
