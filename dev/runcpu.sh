@@ -11,7 +11,7 @@ report_reset
 stage python -m nanochat.dataset --source stdlib
 tokenizer_stage 4096 --max_chars=50000000
 module scripts.base_train --depth=4 --max_seq_len=256 --device_batch_size=16 --total_batch_size=4096 --streams=16 \
-    --num_iterations=700 --eval_every=140 --eval_tokens=131072 --core_metric_every=-1 --sample_every=350 \
+    --num_iterations=900 --eval_every=150 --eval_tokens=131072 --core_metric_every=-1 --sample_every=450 \
     --save_every=50 --run="$WANDB_RUN" ${EXTRA[@]+"${EXTRA[@]}"}
 TAG="$(base_tag 4)"
 module scripts.base_loss --device_batch_size=16 --split_tokens=262144 --model_tag="$TAG"

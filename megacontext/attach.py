@@ -10,6 +10,11 @@ from nanochat.common import resolve_dtype
 from nanochat.training import PlainObjective
 
 
+def is_on(config) -> bool:
+    """Whether a script's options ask for MegaContext; a script without the flag, but with its options, always does."""
+    return getattr(config, "mc", True)
+
+
 def batch_shape(config, T) -> tuple[int, int]:
     """
     (device_batch_size, streams) of this run: as given, or shrunk by --mc_auto_batch to make room for variants.
@@ -17,7 +22,7 @@ def batch_shape(config, T) -> tuple[int, int]:
     A smaller micro-batch is put together from fewer streams; more micro-batches a step make up for both.
     """
     B, streams = config.device_batch_size, getattr(config, "streams", 1)
-    if not config.mc:
+    if not is_on(config):
         return B, streams
     smaller = auto_batch_size(B, config.megacontext.resolve(T), T)
     return smaller, streams if smaller == B else math.gcd(streams, smaller)
@@ -30,7 +35,7 @@ def attach(config, model_config, device, parent=None):
     networks: None with the flag off. parent: (state dict, settings) of networks to go on from, else they are new.
     make_objective(model) is what the loop calls. Raises UserError when the parent's networks are of another shape.
     """
-    if not config.mc:
+    if not is_on(config):
         return None, PlainObjective
     mc = config.megacontext.resolve(model_config.sequence_len)
     networks = MCNetworks(model_config.n_embd, mc).to(device)
@@ -42,4 +47,4 @@ def attach(config, model_config, device, parent=None):
 
 def meta_of(config, T) -> dict:
     """What a checkpoint's meta data says of MegaContext; nothing with the flag off."""
-    return {"megacontext": asdict(config.megacontext.resolve(T))} if config.mc else {}
+    return {"megacontext": asdict(config.megacontext.resolve(T))} if is_on(config) else {}

@@ -71,7 +71,7 @@ class MCConfig:
     """train GistNet and LensNet only"""
     # Evaluation and inference
     mc_eval_soft_max_length: int = -1
-    """entries of a working context in validation; -1 for mc_train_wc_length"""
+    """entries of a working context in validation; -1 for mc_train_wc_length, but no more than allocator_soft_max"""
     mc_infer_allocator_max_replacements: int = -1
     """edits an iteration at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: int = -1
@@ -110,11 +110,12 @@ class MCConfig:
             mc_infer_allocator_iterations=self.allocator_iterations,
         )
         recent = config.allocator_recent_tokens
-        smallest = WorkingContext.finest(1, max_seq_len, K).smallest_length(recent)
-        config = config._derive(
-            mc_train_wc_length=max(max_seq_len // 5, smallest),
-            mc_eval_soft_max_length=config.allocator_soft_max,
-        )
+        finest = WorkingContext.finest(1, max_seq_len, K)
+        smallest = finest.smallest_length(recent)
+        # Two blocks stay open, somewhere: if all were gists, variants would be equal and LensNet learn nothing
+        two_open = max_seq_len - (K - 1) * max(0, finest.old_blocks(recent) - 2)
+        config = config._derive(mc_train_wc_length=max(max_seq_len // 5, two_open))
+        config = config._derive(mc_eval_soft_max_length=min(config.mc_train_wc_length, config.allocator_soft_max))
         for name in ("allocator_soft_max", "mc_train_wc_length", "mc_eval_soft_max_length"):
             what = (
                 f"at least {smallest}, the fewest entries for {max_seq_len} tokens of which the newest {recent} "

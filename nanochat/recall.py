@@ -48,23 +48,21 @@ FOODS = _words(
 )
 COLOURS = _words("black blue brown gold green grey orange pink purple red silver white yellow")
 
-FACTS = {"code": [f"{n:04d}" for n in range(10_000)], "city": CITIES, "food": FOODS}
+FACTS = {"code": [f"{n:04d}" for n in range(10_000)], "city": CITIES, "food": FOODS}  # attribute -> its values
 COLUMNS = {"colour": COLOURS, "number": [f"{n:02d}" for n in range(10, 100)]}
+ASK = dict.fromkeys([*FACTS, *COLUMNS], "What is the {attribute} of {name}?")
+SAY = dict.fromkeys([*FACTS, *COLUMNS], "The {attribute} of {name} is")
 ROWS = 4  # of a table
 MARGIN = 16  # characters for the last answer
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 LEXICON = random.Random("lexicon").sample(["".join(word) for word in itertools.product(SYLLABLES, repeat=3)], 2048)
 EVERYDAY = (
-    "The {} sees the {}.",
-    "The {} sits by the {}.",
-    "The {} likes the {}.",
-    "The {} and the {} sleep.",
-    "The {} has a {}.",
-    "The {} brings the {} to the {}.",
+    "The {0} sees the {1}.",
+    "The {0} sits by the {1}.",
+    "The {0} likes the {1}.",
+    "The {0} and the {1} sleep.",
 )
-ASK, SAY = "What is the {attribute} of {name}?", "The {attribute} of {name} is"
-
 
 @dataclass(frozen=True)
 class Question:
@@ -163,8 +161,8 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
                 start = fact[0] + statement.distance - len(question + told)
                 heapq.heappush(due, (start, fact, statement))
         else:
-            word = rng.choice(words)
-            line = rng.choice(EVERYDAY).format(word, friends[word], friends[friends[word]]) + "\n"
+            one, other = rng.choices(words, k=2)
+            line = rng.choice(EVERYDAY).format(one, friends[one], other, friends[other]) + "\n"
             if not (coming or due) and length + len(line) > sizes.chars:
                 return "".join(lines), questions
             add(line)
@@ -187,7 +185,7 @@ class _Statement:
     def asked(self) -> tuple[str, str, str]:
         """The question, what leads to the answer, the answer."""
         key = {"attribute": self.attribute, "name": self.name}
-        return ASK.format(**key), f" {SAY.format(**key)}", f" {self.value}"
+        return ASK[self.attribute].format(**key), f" {SAY[self.attribute].format(**key)}", f" {self.value}"
 
 
 def _statements(rng, sizes):
@@ -196,7 +194,7 @@ def _statements(rng, sizes):
     for number, (attribute, name) in enumerate(keys):
         value = rng.choice(FACTS[attribute])
         place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
-        line = f"{SAY.format(attribute=attribute, name=name)} {value}.\n"
+        line = f"{SAY[attribute].format(attribute=attribute, name=name)} {value}.\n"
         yield _Statement(*place, [line], 0, "fact", attribute, name, value)
 
     names = rng.sample(NAMES, ROWS * sizes.tables)

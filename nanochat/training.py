@@ -26,7 +26,7 @@ WATCHING = {
 def decisive(config, **others) -> dict:
     """The settings that decide what is trained; a checkpoint made with others is not gone on with."""
     settings = {key: value for key, value in asdict(config).items() if key not in WATCHING}
-    if not settings.pop("mc", False):  # then its options decide nothing
+    if not settings.pop("mc", True):  # then its options decide nothing
         settings["megacontext"] = None
     return {**settings, **others}
 
@@ -102,7 +102,7 @@ class Training:
         self.model.train()
         self.compiled = maybe_compile(self.model, config.compile, device)
         self.optimizers = [] if companion is None else companion.setup_optimizers()
-        if frozen:
+        if frozen:  # its training mode makes no difference: there is no dropout
             self.model.requires_grad_(False)
         else:
             self.optimizers += self.model.setup_optimizers(

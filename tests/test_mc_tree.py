@@ -218,7 +218,8 @@ def test_trees_work_across_inference_mode_and_keep_no_graph():
     tree.append(ids[:, 10:14])
     with torch.inference_mode():
         tree.repeat(2)
-    tree.append(ids[:, 14:].repeat(2, 1))
+    for token in ids[:, 14:].split(1, dim=1):
+        tree.append(token.repeat(2, 1))
     assert not any(level.requires_grad for level in levels_of(tree, 2))
     expected = build_table(gist, embedding()(ids), 2)
     for level, other in zip(levels_of(tree, 2)[1:], levels_of_table(expected)[1:], strict=True):

@@ -1,0 +1,156 @@
+"""
+Attach MegaContext to a trained model: the model stays as it is, GistNet and LensNet learn to serve it.
+
+    python -m scripts.mc_train                                   # the largest base model → <tag>-mc
+    python -m scripts.mc_train -i sft -g d20 --num_iterations=2000
+    torchrun --standalone --nproc_per_node=8 -m scripts.mc_train -- -i base
+
+The text is that of pretraining. The result is a checkpoint of the same stage, of the same weights with the two
+networks beside them. The same command goes on where an interrupted run's newest checkpoint left off.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
+
+import torch
+
+from megacontext.attach import attach, batch_shape, meta_of
+from megacontext.config import MCConfig
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.configurator import group, run, short
+from nanochat.dataloader import TokenLoader
+from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum
+from nanochat.report import get_report
+from nanochat.tokenizer import get_token_bytes
+from nanochat.training import Training, decisive, parent_model
+
+
+@dataclass
+class Config:
+    run: str = "dummy"
+    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
+    # Which model
+    source: Annotated[str, short("-i")] = "base"
+    """stage of the model: base, mid, sft or rl"""
+    model_tag: Annotated[str, short("-g")] = ""
+    """model to attach to; empty for the largest"""
+    step: Annotated[int, short("-s")] = -1
+    """its checkpoint; -1 for the newest"""
+    output_tag: str = ""
+    """folder of the result; empty for <model_tag>-mc"""
+    # Runtime
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: str = "auto"
+    """auto, bf16 or fp32: precision of the model's matrix products"""
+    compile: str = "auto"
+    """auto (on for CUDA), on or off: torch.compile"""
+    # Training
+    num_iterations: int = 1000
+    """optimization steps"""
+    max_seq_len: int = -1
+    """context length T; -1 for the model's own"""
+    device_batch_size: int = 32
+    """sequences a process handles at once; lower it when memory runs out"""
+    total_batch_size: int = 524288
+    """tokens a step, over all processes; reached by accumulation"""
+    streams: int = 1
+    """streams of text that a micro-batch is put together from"""
+    grad_clip: float = 1.0
+    """largest global gradient norm; 0 for no clipping"""
+    warmdown_ratio: float = 0.2
+    """part of the steps in which the rate falls to 0"""
+    # Evaluation
+    eval_every: int = 100
+    """steps between validations; -1 for never"""
+    eval_tokens: int = 20 * 524288
+    """tokens of one validation"""
+    # Output
+    save_every: int = -1
+    """steps between checkpoints; -1 for only the last"""
+    resume: bool = True
+    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
+    # MegaContext
+    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
+    """its settings"""
+
+
+def main(config: Config):
+    _, rank, _, world_size, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    print_banner()
+    if config.num_iterations < 1:
+        raise UserError(f"num_iterations must be at least 1, got {config.num_iterations}")
+    config = replace(config, megacontext=replace(config.megacontext, mc_freeze_base=True))
+
+    model, tokenizer, parent, _ = parent_model(config.source, device, config.model_tag, config.step)
+    T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
+    if not 0 < T <= model.max_seq_len:
+        raise UserError(f"max_seq_len must be from 1 to the model's {model.max_seq_len} positions, got {T}")
+    model.config.sequence_len = T
+    B, streams = batch_shape(config, T)
+    accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
+    token_bytes = get_token_bytes(device)
+
+    tag = config.output_tag or f"{parent['model_tag']}-mc"
+    if tag == parent["model_tag"]:
+        raise UserError(f"output_tag must differ from the model's own, {tag!r}, whose checkpoints stay as they are")
+    companion, make_objective = attach(config, model.config, device)
+    settings, total = decisive(config, parent=parent), config.num_iterations
+    training = Training(config.source, tag, config, settings, lambda: model, device, total, companion, frozen=True)
+    if training.finished:
+        compute_cleanup()
+        return
+    objective = make_objective(training.compiled)
+    facts = {
+        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
+        "Parameters of the model, frozen": training.model.num_params(),
+        "Parameters of GistNet": sum(p.numel() for p in companion.gistnet.parameters()),
+        "Parameters of LensNet": sum(p.numel() for p in companion.lensnet.parameters()),
+        "Micro-batches a step": accumulation,
+    }
+    for name, value in facts.items():
+        print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
+    eval_steps = max(1, config.eval_tokens // (B * T * world_size))
+
+    figures = {}
+    say, log = training.progress.say, training.log.log
+    while True:
+        step = training.step
+        last = step == config.num_iterations
+        if training.due(config.eval_every, last):
+            with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
+                figures = objective.validate(loader, eval_steps, token_bytes)
+            say(f"step {step:,}{described(figures)}")
+            log(**training.totals(), **figures)
+        if last or (step > 0 and training.due(config.save_every, last)):
+            training.save(last, batches.state_dict(), parent=parent, **figures, **meta_of(config, T))
+        if last:
+            break
+
+        training.begin_step()
+        progress = step / config.num_iterations
+        loss = torch.zeros((), device=device)
+        for i in range(accumulation):
+            x, y = next(batches)
+            with autocast(device, dtype):
+                part, stats = objective(x, y, progress, seed=(step * accumulation + i) * world_size + rank)
+            (part / accumulation).backward()
+            loss += part.detach() / accumulation
+        lrm = lr_multiplier(step, config.num_iterations, warmdown_ratio=config.warmdown_ratio)
+        training.optimize(lrm, muon_momentum(step), config.grad_clip)
+        loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
+        gain = figures.get("val/mc_context_gain")
+        training.show("gain -" if gain is None or math.isnan(gain) else f"gain {100 * gain:.1f}%")
+        metrics = {"train/loss": loss, "train/lrm": lrm, **training.speed()}
+        log(**training.totals(), **metrics, **{name: float(value) for name, value in stats.items()})
+
+    batches.close()
+    get_report().log(section="MegaContext training", data=[asdict(config), facts, {**figures, **training.close()}])
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run(main, Config)
