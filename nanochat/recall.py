@@ -64,6 +64,7 @@ EVERYDAY = (
     "The {0} and the {1} sleep.",
 )
 
+
 @dataclass(frozen=True)
 class Question:
     """Where a question, its answer (with the space before it) and the fact it needs are in a text: [start, end)."""

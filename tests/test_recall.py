@@ -205,7 +205,7 @@ def test_shards_and_their_key(base_dir, capsys):
     assert texts("val") == [text for text, _ in val]
     key = read_key()
     assert [(entry["index"], entry["text"]) for entry in key] == list(enumerate(texts("val")))
-    for entry, (text, questions) in zip(key, val, strict=True):
+    for entry, (_, questions) in zip(key, val, strict=True):
         asked = [recall.Question(**{k: v for k, v in q.items() if k != "distance"}) for q in entry["questions"]]
         assert [json.loads(json.dumps(asdict(q))) for q in asked] == [
             json.loads(json.dumps(asdict(q))) for q in questions
