@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.layers import Encoder, Head, check_choice, init_linear
-from nanochat.gpt import norm
+from nanochat.gpt import norm, rotary_cos_sin
 
 TYPES = ("transformer", "mean")
 POOLINGS = ("mean", "query", "cls")
@@ -75,7 +75,10 @@ class GistNet(nn.Module):
         x = children + self.level_embed[min(level, self.max_levels) - 1]
         if self.pooling == "cls":
             x = torch.cat((x, self.cls.expand(len(x), 1, -1).to(x.dtype)), dim=1)
-        return self.head(norm(self._pool(self.encoder(x))))
+        places = torch.arange(x.size(1), device=x.device)
+        cos, sin = rotary_cos_sin(places, self.encoder.head_dim)
+        x = self.encoder(x, (cos[:, None], sin[:, None]))
+        return self.head(norm(self._pool(x)))
 
     def _pool(self, x):
         if self.pooling == "cls":

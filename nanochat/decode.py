@@ -4,7 +4,7 @@ Fast decoding: a GPT's weights, copied once into the layout and precision that g
 A transformation from outside, of which the model knows nothing. Decoder and GPT.forward share the KVCache and are
 equal up to rounding: what one of them has read, the other can continue.
 
-Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, G = H / K, L layers, V = vocab_size.
+Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, L layers, V = vocab_size.
 """
 
 from functools import partial
@@ -73,11 +73,11 @@ def compute_dtype(model):
 
 class Decoder:
     """
-    What GPT.forward computes, for the last token only, from a copy of the weights in `dtype` (see compute_dtype).
+    What GPT.forward computes, for the last token only, with weights converted once to `dtype` (see compute_dtype).
 
-    The copy takes about as long as two steps and does not follow the model: make a new Decoder when the weights have
-    changed. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where there is CUDA);
-    elsewhere True runs the same static shapes without a graph.
+    Making one takes about as long as two steps. It does not follow the model: make another when weights have changed.
+    A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where there is CUDA); elsewhere
+    True runs the same static shapes without a graph.
     """
 
     @torch.no_grad()
@@ -85,25 +85,21 @@ class Decoder:
         self.config, self.device = model.config, model.get_device()
         self.dtype = dtype or compute_dtype(model)
         self.graph = self.device.type == "cuda" if graph is None else graph
-        self.embedding = model.transformer.wte.weight.detach()  # looked up, not multiplied: as it is
-        self.layers = [
-            (
-                self._matrix(block.attn.c_q, block.attn.c_k, block.attn.c_v),
-                self._matrix(block.attn.c_proj),
-                self._matrix(block.mlp.c_fc),
-                self._matrix(block.mlp.c_proj),
-            )
-            for block in model.transformer.h
-        ]
-        self.head = self._matrix(model.lm_head)
+        self.embedding = model.transformer.wte.weight  # looked up, not multiplied: in its own precision, as in training
+        self.layers = []
+        for attn, mlp in ((block.attn, block.mlp) for block in model.transformer.h):
+            qkv = torch.cat((attn.c_q.weight, attn.c_k.weight, attn.c_v.weight))
+            weights = (qkv, attn.c_proj.weight, mlp.c_fc.weight, mlp.c_proj.weight)
+            self.layers.append([self._laid_out(weight) for weight in weights])
+        self.head = self._laid_out(model.lm_head.weight)
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
 
-    def _matrix(self, *linears):
-        """Their weights side by side, [in, out]."""
-        matrix = torch.cat([linear.weight.to(self.dtype) for linear in linears]).T
-        # For a few rows, float32 products on a CPU are up to three times as fast if it also lies in memory that way.
-        # bf16 ones are not, and the copy would take five times as long.
-        return matrix.contiguous() if self.dtype == torch.float32 else matrix
+    def _laid_out(self, weight):
+        """A weight [out, in] as [in, out]."""
+        matrix = weight.to(self.dtype).T
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            return matrix.contiguous()  # else a product with one row is done by one core
+        return matrix
 
     @torch.inference_mode()
     def extend(self, ids, cache, positions=None):
@@ -164,43 +160,41 @@ class Decoder:
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
     def _run(self, ids, cos_sin, attend):
-        """The network. attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B, H, T, d] is its only memory."""
+        """The network. attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is its only memory."""
         if torch.is_autocast_enabled(self.device.type):
             with torch.autocast(self.device.type, enabled=False):
                 return self._run(ids, cos_sin, attend)
         B, T = ids.shape
         H, K = self.config.n_head, self.config.n_kv_head
-        x = norm(F.embedding(ids.flatten(), self.embedding))  # [B·T, D]; in the embedding's precision, as in training
-        for layer, (qkv, proj, fc, out) in enumerate(self.layers):
-            heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1)
+        x = norm(F.embedding(ids.flatten(), self.embedding))  # [B·T, D]
+        for layer, (c_qkv, c_attn, c_fc, c_mlp) in enumerate(self.layers):
+            heads = torch.mm(norm(x).to(self.dtype), c_qkv).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = norm(apply_rotary(qk, *cos_sin)).transpose(1, 2).split((H, K), dim=1)
-            y = attend(layer, q, k, v.transpose(1, 2))
-            x = x + torch.mm(y.transpose(1, 2).reshape(B * T, -1), proj)
-            x = x + torch.mm(F.relu(torch.mm(norm(x).to(self.dtype), fc)).square_(), out)
+            x = x + torch.mm(attend(layer, q, k, v.transpose(1, 2)), c_attn)
+            x = x + torch.mm(F.relu(torch.mm(norm(x).to(self.dtype), c_fc)).square_(), c_mlp)
         last = norm(x.view(B, T, -1)[:, -1]).to(self.dtype)
         logits = torch.mm(last, self.head)[:, : self.config.vocab_size].float()
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
 
 
 def attend_causally(q, k, v):
-    """The T queries are the last T of k's positions; each sees all up to its own."""
-    T, total = q.size(2), k.size(2)
-    mask = None
-    if total > T:
-        mask = torch.ones(T, total, dtype=torch.bool, device=q.device).tril(total - T)
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    """[B·T, D]. The T queries are at the last T of k's positions; each sees all up to its own."""
+    B, H, T, d = q.shape
+    past = k.size(2) - T
+    mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past) if past else None
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=k.size(1) != H)
+    return y.transpose(1, 2).reshape(B * T, H * d)
 
 
 def attend_to_all(q, k, v, mask=None):
-    """One query a head, q [B, H, 1, d], on all that the mask [1, capacity], added to the scores, leaves."""
+    """[B, D]. One query a head, q [B, H, 1, d], on all that the mask [1, capacity], added to the scores, leaves."""
     B, H, _, d = q.shape
     G = H // k.size(1)
-    q = q.reshape(B, -1, G, d)  # heads that share keys are handled as so many queries of one head
+    q = q.reshape(B, -1, G, d)  # heads that share keys are so many queries of one head
     if G == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         q = q.expand(-1, -1, 2, -1)  # twice the work in a third of the time: a lone query takes a slow path there
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :G].reshape(B, H, 1, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :G].reshape(B, H * d)
 
 
 class StaticStep:

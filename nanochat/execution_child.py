@@ -52,6 +52,8 @@ def serve(function, peer):
             reply = "ok " + to_literal(function(*ast.literal_eval(line)))
         except BaseException as error:  # also SystemExit: whatever the code did, the caller hears of it
             reply = "error " + describe(error).replace("\n", " ")
+        with contextlib.suppress(OSError, ValueError):  # closed ones
+            sys.__stdout__.flush()  # before the reply: once the check has its answers, this process is ended
         peer.write(reply + "\n")
         peer.flush()
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import random
+import string
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -48,8 +49,14 @@ FOODS = _words(
 )
 COLOURS = _words("black blue brown gold green grey orange pink purple red silver white yellow")
 
-FACTS = {"code": [f"{n:04d}" for n in range(10_000)], "city": CITIES, "food": FOODS}  # attribute -> its values
-COLUMNS = {"colour": COLOURS, "number": [f"{n:02d}" for n in range(10, 100)]}
+NUMBERS = _words(
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty"
+)
+CODES = [f"{letter}{number}" for letter in string.ascii_uppercase for number in range(10, 100)]
+
+FACTS = {"code": CODES, "city": CITIES, "food": FOODS}  # attribute -> its values
+COLUMNS = {"colour": COLOURS, "number": NUMBERS}
 ASK = dict.fromkeys([*FACTS, *COLUMNS], "What is the {attribute} of {name}?")
 SAY = dict.fromkeys([*FACTS, *COLUMNS], "The {attribute} of {name} is")
 ROWS = 4  # of a table
