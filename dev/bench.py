@@ -17,6 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
+from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import run
 from nanochat.dataloader import TokenLoader
 from nanochat.decode import Decoder, KVCache
@@ -230,68 +231,68 @@ PEAK_BANDWIDTH = [
 
 
 class ForwardSession:
-    """GPT.forward and a KV cache under autocast: the plain way, to compare the Decoder with."""
+    """The model's own forward pass under autocast, with a KV cache: the plain way, to compare the Decoder with."""
 
     def __init__(self, model, rows, max_tokens, dtype):
         self.model, self.rows, self.max_tokens, self.dtype = model, rows, max_tokens, dtype
 
     def prefill(self, tokens):
         self.cache = KVCache(self.model.config.n_layer, len(tokens) + self.max_tokens)
-        logits = self.step(torch.tensor(tokens, device=self.model.get_device()), 1)
+        logits = self._logits(torch.tensor([tokens], device=self.model.get_device()))
         self.cache.repeat(self.rows)
         return logits.expand(self.rows, -1)
 
-    def step(self, ids, rows=None):
+    def step(self, ids):
+        return self._logits(ids[:, None])
+
+    def _logits(self, ids):
         with autocast(ids.device, self.dtype):
-            return self.model(ids.view(rows or self.rows, -1), kv_cache=self.cache)[:, -1]
+            return self.model(ids, kv_cache=self.cache)[:, -1]
 
 
 @torch.inference_mode()
-def generate(session, prompt, steps) -> tuple[float, float]:
-    """Seconds to the first token, and for each one of `steps` later ones: with sampling, and the ids on the host."""
-
-    def choose(logits):
+def generate(make_session, prompt, steps) -> tuple[float, float]:
+    """Seconds to the first token and for each of `steps` later ones, with sampling and the ids brought to the host."""
+    times = [time.perf_counter()]
+    session = make_session()
+    logits = session.prefill(prompt)
+    for _ in range(steps + 2):
         ids = sample(logits, temperature=1.0, top_k=50)[:, 0]
-        ids.tolist()
-        return ids
-
-    started = time.perf_counter()
-    ids = choose(session.prefill(prompt))
-    first = time.perf_counter() - started
-    for _ in range(2):  # in the first of these a CUDA graph is recorded
-        ids = choose(session.step(ids))
-    started = time.perf_counter()
-    for _ in range(steps):
-        ids = choose(session.step(ids))
-    return first, (time.perf_counter() - started) / steps
+        ids.tolist()  # waits for the device
+        times.append(time.perf_counter())
+        logits = session.step(ids)
+    return times[1] - times[0], (times[-1] - times[2]) / steps  # for the second token, a CUDA graph is recorded
 
 
 def bench_decode(config):
-    _, _, _, _, device = compute_init(config.device_type)
+    graphs = {"auto": None, "on": True, "off": False}
+    if config.compile not in graphs:
+        raise UserError(f"--compile must be auto, on or off, got {config.compile!r}")
+    *_, device = compute_init(config.device_type)
     prompt = torch.randint(0, config.vocab_size, (config.prompt_tokens,)).tolist()
     steps = config.new_tokens
-    model = GPT(GPTConfig.from_depth(config.depth, len(prompt) + steps, config.vocab_size)).to(device)
-    model.init_weights()
-    graph = {"auto": None, "on": True, "off": False}[config.compile]
+    c = GPTConfig.from_depth(config.depth, len(prompt) + steps, config.vocab_size)
+    model = GPT(c).to(device)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
     peak = next((peak for part, peak in PEAK_BANDWIDTH if part.lower() in name), None)
     rows = []
-    for dtype in [
-        resolve_dtype(n, device.type) for n in (["fp32", "bf16"] if config.dtype == "both" else [config.dtype])
-    ]:
-        decoder = Decoder(model, dtype)
-        weights = sum(w.nbytes for matrices in decoder.layers for w in matrices) + decoder.head.nbytes
-        c = model.config
-        per_token = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head) * dtype.itemsize  # of the cache
+    for precision in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
+        dtype = resolve_dtype(precision, device.type)
+        cached = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # numbers a token in the KV cache
         for B in (1, 8, 32):
-            read = weights + B * per_token * (len(prompt) + 2 + steps / 2)
+            read = model.num_params() - model.transformer.wte.weight.numel() + B * cached * (len(prompt) + steps / 2)
             ways = {
-                "GPT.forward": lambda B=B, dtype=dtype: ForwardSession(model, B, steps + 2, dtype),
-                "Decoder": lambda B=B, dtype=dtype: CacheSession(model, B, steps + 2, Decoder(model, dtype, graph)),
+                "model": partial(ForwardSession, model, B, steps + 2, dtype),
+                "Decoder": lambda B=B, dtype=dtype: CacheSession(
+                    model, B, steps + 2, Decoder(model, dtype, graphs[config.compile])
+                ),
             }
-            for way, session in ways.items():
-                times = [generate(session(), prompt, steps) for _ in range(config.repeat)]
+            for way, make_session in ways.items():
+                times = [generate(make_session, prompt, steps) for _ in range(config.repeat)]
                 first, each = map(min, zip(*times, strict=True))
+                bandwidth = read * dtype.itemsize / each
                 rows.append(
                     {
                         "precision": str(dtype).removeprefix("torch."),
@@ -300,8 +301,8 @@ def bench_decode(config):
                         "TTFT ms": first * 1e3,
                         "ms/token": each * 1e3,
                         "tokens/s": B / each,
-                        "GB/s": read / each / 1e9,
-                        "MBU %": 100 * read / each / peak if peak else "-",
+                        "GB/s": bandwidth / 1e9,
+                        "MBU %": 100 * bandwidth / peak if peak else "-",
                     }
                 )
     show(

@@ -102,7 +102,8 @@ class _Row:
             fits = (self.lod[: runs * size] == lod) & among[: runs * size]
             run = fits.view(runs, size).all(1).nonzero()[:, 0]
             gains.append(cost * self.value[: runs * size].view(runs, size)[run].mean(1))
-            edits += [torch.stack((run * size, torch.full_like(run, size), torch.full_like(run, new_lod)), dim=1)]
+            first, ones = run * size, torch.ones_like(run)
+            edits.append(torch.stack((first, size * ones, new_lod * ones), dim=1))
         if not edits:
             return []
         gains, order = torch.cat(gains).sort(descending=True, stable=True)
@@ -135,7 +136,9 @@ class _Row:
         """Make edits that promise enough; room: how many expansions fit before anything else collapses."""
         expand, collapse = settings.allocator_expand_threshold, settings.allocator_collapse_threshold
         top_k = 1 if settings.allocator == "greedy" else settings.allocator_sample_top_k
-        left = max(0, settings.allocator_max_replacements - len(self.edits))
+        left = settings.allocator_max_replacements - len(self.edits)
+        if left <= 0:
+            return
         wanted = (self.lod > 0) & (self.value >= expand)
         # Collapses are few, W / K at most. An edit takes no more than K expansions out of the running.
         collapses = self.collapses(~self.resting)

@@ -7,12 +7,16 @@ equal up to rounding: what one of them has read, the other can continue.
 Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, L layers, V = vocab_size.
 """
 
+import threading
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, norm, rotary_cos_sin
+
+_threads = set()  # those that have put something into a cache
 
 
 class KVCache:
@@ -29,6 +33,7 @@ class KVCache:
 
     def insert(self, layer, k, v):
         """Put k, v [B, K, T, d] after what is there; returns all keys and all values so far."""
+        _threads.add(threading.get_ident())
         B, K, T, d = k.shape
         end = self.pos + T
         if self.data is None:
@@ -71,13 +76,31 @@ def compute_dtype(model):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
 
 
+@contextmanager
+def without_onednn():
+    """
+    For bf16 products of one row on a CPU: oneDNN prepares each anew, which makes a step 20 to 30% longer.
+
+    With many rows it is needed, and the switch is the whole process's: if other threads generate too, it stays on.
+    """
+    onednn = torch.backends.mkldnn  # by its old name
+    if len(_threads) > 1 or not onednn.enabled:
+        yield
+        return
+    onednn.enabled = False
+    try:
+        yield
+    finally:
+        onednn.enabled = True
+
+
 class Decoder:
     """
     What GPT.forward computes, for the last token only, with weights converted once to `dtype` (see compute_dtype).
 
-    Making one takes about as long as two steps. It does not follow the model: make another when weights have changed.
-    A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where there is CUDA); elsewhere
-    True runs the same static shapes without a graph.
+    Making one costs about a step (in float32 on a CPU, some five). It does not follow the model: make another when
+    weights have changed. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where
+    there is CUDA); elsewhere True runs the same static shapes without a graph.
     """
 
     @torch.no_grad()
@@ -160,19 +183,27 @@ class Decoder:
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
     def _run(self, ids, cos_sin, attend):
-        """The network. attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is its only memory."""
-        if torch.is_autocast_enabled(self.device.type):
-            with torch.autocast(self.device.type, enabled=False):
-                return self._run(ids, cos_sin, attend)
+        """The network under the settings that suit it."""
+        device = self.device.type
+        lone = ids.numel() == 1 and device == "cpu" and self.dtype == torch.bfloat16
+        autocast = torch.is_autocast_enabled(device)
+        with (
+            torch.autocast(device, enabled=False) if autocast else nullcontext(),
+            without_onednn() if lone else nullcontext(),
+        ):
+            return self._network(ids, cos_sin, attend)
+
+    def _network(self, ids, cos_sin, attend):
+        """attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is the network's only memory."""
         B, T = ids.shape
         H, K = self.config.n_head, self.config.n_kv_head
         x = norm(F.embedding(ids.flatten(), self.embedding))  # [B·T, D]
-        for layer, (c_qkv, c_attn, c_fc, c_mlp) in enumerate(self.layers):
-            heads = torch.mm(norm(x).to(self.dtype), c_qkv).view(B, T, H + 2 * K, -1)
+        for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
+            heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = norm(apply_rotary(qk, *cos_sin)).transpose(1, 2).split((H, K), dim=1)
-            x = x + torch.mm(attend(layer, q, k, v.transpose(1, 2)), c_attn)
-            x = x + torch.mm(F.relu(torch.mm(norm(x).to(self.dtype), c_fc)).square_(), c_mlp)
+            x = x + torch.mm(attend(layer, q, k, v.transpose(1, 2)), attn_proj)
+            x = x + torch.mm(F.relu(torch.mm(norm(x).to(self.dtype), fc)).square_(), mlp_proj)
         last = norm(x.view(B, T, -1)[:, -1]).to(self.dtype)
         logits = torch.mm(last, self.head)[:, : self.config.vocab_size].float()
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)

@@ -68,11 +68,12 @@ class Engine:
 
     dtype: precision of generation; None for that of a surrounding autocast, or else of the weights. graph: CUDA
     graphs; None for "where there is CUDA". Each `generate` uses the weights as they are when it starts, and they must
-    not change until it ends.
+    not change until it ends; with `fixed`, never again, so that they are laid out once for all.
     """
 
-    def __init__(self, model, tokenizer, dtype=None, graph=None):
+    def __init__(self, model, tokenizer, dtype=None, graph=None, fixed=False):
         self.model, self.tokenizer, self.dtype, self.graph = model, tokenizer, dtype, graph
+        self.decoder = Decoder(model, dtype, graph) if fixed else None
 
     @torch.inference_mode()
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, session=None):
@@ -93,7 +94,8 @@ class Engine:
         if max_tokens == 0:
             return
         if session is None:
-            decoder = Decoder(self.model, self.dtype, self.graph)  # a copy each time is cheap, and never stale
+            # A copy each time is cheap beside an answer, and never stale
+            decoder = self.decoder or Decoder(self.model, self.dtype, self.graph)
             session = CacheSession(self.model, num_samples, max_tokens, decoder)
         generator = torch.Generator(device=self.model.get_device()).manual_seed(seed)
         special = self.tokenizer.encode_special

@@ -63,9 +63,10 @@ def apply_rotary(x, cos, sin):
 
 def rotary_cos_sin(positions, head_dim, base=10000.0):
     """cos and sin [T, d/2] in float32 of positions [T]. Phases are taken in float64: exact for long streams."""
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    phase = positions.double()[:, None] * base ** (-channels / head_dim)
-    return phase.cos().float(), phase.sin().float()
+    device = "cpu" if positions.device.type == "mps" else positions.device  # MPS has no float64
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
+    phase = positions.to(device).double()[:, None] * base ** (-channels / head_dim)
+    return phase.cos().float().to(positions.device), phase.sin().float().to(positions.device)
 
 
 class Attention(nn.Module):

@@ -1,5 +1,6 @@
 """Text that a base model writes, for people to look at."""
 
+import itertools
 import json
 
 from nanochat.dataset import get_data_dir, iter_documents
@@ -20,8 +21,8 @@ def prompts() -> list[str]:
     record = get_data_dir() / "source.json"
     if not record.exists() or json.loads(record.read_text("utf-8"))["source"] == "hub":
         return PROMPTS
-    documents = next(iter_documents("val"))[: len(PROMPTS)]
-    return [document[:40] for document in documents]
+    documents = itertools.chain.from_iterable(iter_documents("val"))
+    return [document[:40] for document in itertools.islice(documents, len(PROMPTS))]
 
 
 def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2) -> list[str]:

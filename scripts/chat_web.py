@@ -107,7 +107,7 @@ def load(config, device):
     """(Engine, ServedModel) of one worker."""
     step = None if config.step == -1 else config.step
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
-    engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type))
+    engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type), fixed=True)
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"])
 
 

@@ -2,17 +2,19 @@
 
 import gc
 import math
+import threading
 import weakref
 from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gpt import make_model
 
 from nanochat.common import UserError, autocast
-from nanochat.decode import Decoder, KVCache, StaticStep, compute_dtype
+from nanochat.decode import Decoder, KVCache, StaticStep, compute_dtype, without_onednn
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig, rotary_cos_sin
 
@@ -143,6 +145,38 @@ def test_precision_is_the_surroundings_or_what_was_asked_for(model, tokenizer):
         assert compute_dtype(model) == Decoder(model).dtype == torch.bfloat16
         assert columns(plain, [7, 8], 64, 20) == columns(bf16, [7, 8], 64, 20) == rough
         assert columns(fp32, [7, 8], 64, 20) == exact  # autocast has no say inside
+
+
+def test_onednn_is_off_only_for_a_lone_row_in_bf16_and_a_lone_thread(model, monkeypatch):
+    monkeypatch.setattr("nanochat.decode._threads", set())
+    seen, relu = [], F.relu
+
+    def watched(x):
+        seen.append(torch.backends.mkldnn.enabled)
+        return relu(x)
+
+    monkeypatch.setattr(F, "relu", watched)
+
+    def off(dtype, rows):
+        decoder, cache = Decoder(model, dtype), KVCache(2, 9)
+        decoder.extend(torch.ones(rows, 3, dtype=torch.long), cache)
+        seen.clear()
+        decoder.step(torch.ones(rows, dtype=torch.long), cache)
+        assert torch.backends.mkldnn.enabled
+        assert len(set(seen)) == 1
+        return not seen[0]
+
+    assert torch.backends.mkldnn.enabled
+    assert off(torch.bfloat16, 1)
+    assert not off(torch.bfloat16, 2)
+    assert not off(torch.float32, 1)
+    with pytest.raises(ValueError, match="on purpose"), without_onednn():
+        raise ValueError("on purpose")
+    assert off(torch.bfloat16, 1)
+    other = threading.Thread(target=lambda: Decoder(model).extend(torch.ones(1, 3, dtype=torch.long), KVCache(2, 9)))
+    other.start()
+    other.join()
+    assert not off(torch.bfloat16, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -519,3 +553,13 @@ def test_two_engines_in_one_process(tokenizer):
     alone = [columns(engine, [1], 2, 12) for engine in (one, two)]
     together = list(zip(one.generate([1], 2, 12), two.generate([1], 2, 12), strict=True))
     assert [[a for (a, _), _ in together], [b for _, (b, _) in together]] == alone
+
+
+def test_fixed_weights_are_laid_out_once(tokenizer, monkeypatch):
+    model, made = make("plain"), []
+    before = columns(Engine(model, tokenizer), [1, 2], 2, 9)
+    real = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *args: (made.append(self), real(self, *args))[1])
+    engine = Engine(model, tokenizer, fixed=True)
+    assert columns(engine, [1, 2], 2, 9) == columns(engine, [1, 2], 2, 9) == before
+    assert len(made) == 1
