@@ -18,7 +18,7 @@ from nanochat.dataset import Config as DatasetConfig
 from nanochat.dataset import main as dataset_main
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import chat_cli, chat_eval, chat_rl, chat_sft, mid_train
+from scripts import chat_cli, chat_eval, chat_rl, chat_sft, mid_train, prepare
 from tasks.customjson import CustomJSON
 from tests.conftest import write_tokenizer
 from tests.test_flow import assert_equal
@@ -213,6 +213,15 @@ def test_wrong_options(stage, options, message, trained):
 def test_full_without_data_stops_at_once(trained):
     with pytest.raises(UserError, match="SmolTalk|smoltalk|smol-smoltalk|HF_HUB_OFFLINE"):
         run("mid", "--tasks=full", "--model_tag=d1")
+
+
+def test_prepare_counts_what_there_is(trained, capsys):
+    prepare.main(parse(prepare.Config, ["--tasks=local"]))
+    out = capsys.readouterr().out
+    assert "evaluation, Arithmetic: 256 conversations" in out
+    assert "midtraining: 22,002 conversations" in out  # 12,000 + 8,000 + 2,000, and the identity file twice
+    with pytest.raises(UserError):
+        prepare.main(parse(prepare.Config, ["--tasks=full"]))
 
 
 # ---------------------------------------------------------------------------------------------------------
