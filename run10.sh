@@ -29,7 +29,6 @@ fi
 
 case "$GPU" in
 cpu)
-    export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-cpu}"
     . dev/runcpu.sh
     ;;
 # $10 of one GPU. Data: depth 12 has 186M parameters; × 20 tokens × 4.8 characters / 250M ≈ 72 shards.

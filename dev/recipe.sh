@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 DRY_RUN=0
 RL=0
 WANDB_CHOSEN=""
+SHARDS=""
 EXTRA=()          # options for base_train, passed through as they came
 NPROC="${NPROC:-1}"
 USAGE_EXTRA="${USAGE_EXTRA:-}"
@@ -23,6 +24,7 @@ options:
 ${USAGE_EXTRA}  --dry-run          print the commands instead of running them
   --rl               reinforcement learning after SFT
   --wandb NAME       log to W&B under this name (default: \$WANDB_RUN, else no W&B)
+  --shards N         shards of web text to train on (a bigger model needs more; see the README)
   --nproc N          processes, one a GPU (default $NPROC)
   --help             this text
 Every other option (--depth=12, --device_batch_size 8, …) goes to scripts.base_train; see
@@ -48,7 +50,7 @@ recipe_options() {
         --dry-run | --dry_run) DRY_RUN=1; shift; continue ;;
         --rl) RL=1; shift; continue ;;
         --) shift; continue ;;
-        --wandb | --nproc | --gpu)
+        --wandb | --nproc | --gpu | --shards)
             if [ $given = 0 ]; then
                 [ $# -ge 2 ] || die "$name takes a value"
                 value="$2"
@@ -57,6 +59,7 @@ recipe_options() {
             case "$name" in
             --wandb) WANDB_CHOSEN="$value" ;;
             --nproc) NPROC="$value" ;;
+            --shards) SHARDS="$value" ;;
             --gpu) recipe_option "$name" "$value" || die "$0 takes no $name; see --help" ;;
             esac
             shift
@@ -71,6 +74,7 @@ recipe_options() {
             ;;
         esac
     done
+    [[ "$SHARDS" =~ ^([1-9][0-9]*)?$ ]] || die "--shards takes a number of shards, got '$SHARDS'"
     [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "--nproc takes a number of processes, got '$NPROC'"
 }
 recipe_option() { return 1; }
@@ -166,21 +170,30 @@ recipe_setup() {
     activate_environment "$1"
 }
 
-# base_tag DEFAULT_DEPTH: the folder of the base model, given the options for base_train.
-base_tag() {
-    local tag="d$1" chosen="" name=""
+# extra_option NAME DEFAULT: the value of an option among those for base_train.
+extra_option() {
+    local found="$2" name=""
     for word in ${EXTRA[@]+"${EXTRA[@]}"}; do
-        case "${word//_/-}" in
-        --depth=* | --model-tag=*) name="${word%%=*}" word="${word#*=}" ;;
+        case "$word" in
+        --*=*) name="${word%%=*}" word="${word#*=}" ;;
         --*) name="$word"; continue ;;
         esac
-        case "${name//_/-}" in
-        --depth) tag="d$word" ;;
-        --model-tag) chosen="$word" ;;
-        esac
+        [ "${name//-/_}" = "__$1" ] && found="$word"
         name=""
     done
-    echo "${chosen:-$tag}"
+    echo "$found"
+}
+
+# base_tag DEFAULT_DEPTH: the folder of the base model.
+base_tag() {
+    extra_option model_tag "d$(extra_option depth "$1")"
+}
+
+# Options of base_train that the later stages must have too: starting anew.
+later_options() {
+    local resume
+    resume="$(extra_option resume "")"
+    [ -z "$resume" ] || echo "--resume=$resume"
 }
 
 # A tokenizer that is there is used again.
@@ -233,7 +246,9 @@ identity_stage() {
 
 # hub_recipe DEPTH DEVICE_BATCH_SIZE TRAIN_SHARDS TOKENIZER_CHARS: the full pipeline on web text.
 hub_recipe() {
-    local depth="$1" batch="$2" shards="$3" chars="$4" tag
+    local depth="$1" batch shards="${SHARDS:-$3}" chars="$4" tag later
+    batch="$(extra_option device_batch_size "$2")"
+    later="$(later_options)"
     recipe_setup gpu
     install_sandbox
     report_reset
@@ -242,17 +257,17 @@ hub_recipe() {
     identity_stage
     stage python -m scripts.prepare
     hub_data_wait
-    module scripts.base_train --depth="$depth" --device_batch_size="$batch" --save_every=1000 --run="$WANDB_RUN" \
+    module scripts.base_train --depth="$depth" --device_batch_size="$2" --save_every=1000 --keep_last=2 --run="$WANDB_RUN" \
         ${EXTRA[@]+"${EXTRA[@]}"}
     tag="$(base_tag "$depth")"
     module scripts.base_loss --device_batch_size="$batch" --model_tag="$tag"
     module scripts.base_eval --model_tag="$tag"
-    module scripts.mid_train --device_batch_size="$batch" --model_tag="$tag" --save_every=200 --run="$WANDB_RUN"
+    module scripts.mid_train --device_batch_size="$batch" --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" $later
     module scripts.chat_eval -i mid --model_tag="$tag"
-    module scripts.chat_sft --model_tag="$tag" --save_every=200 --run="$WANDB_RUN"
+    module scripts.chat_sft --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" $later
     module scripts.chat_eval -i sft --model_tag="$tag"
     if [ "$RL" = 1 ]; then
-        module scripts.chat_rl --model_tag="$tag" --run="$WANDB_RUN"
+        module scripts.chat_rl --model_tag="$tag" --keep_last=2 --run="$WANDB_RUN" $later
         module scripts.chat_eval -i rl -a GSM8K --model_tag="$tag"
     fi
     stage python -m nanochat.report generate

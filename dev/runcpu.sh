@@ -6,6 +6,7 @@ if [ -z "${DESCRIPTION:-}" ]; then # started by itself, not through run10.sh
     . "$(dirname "$0")/recipe.sh"
     recipe_options "$@"
 fi
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-cpu}" # apart from models of other sizes
 recipe_setup cpu
 report_reset
 stage python -m nanochat.dataset --source stdlib
@@ -13,19 +14,19 @@ tokenizer_stage 4096 --max_chars=50000000
 module scripts.base_train --depth=4 --max_seq_len=256 --device_batch_size=16 --total_batch_size=4096 --streams=16 \
     --num_iterations=900 --eval_every=150 --eval_tokens=131072 --core_metric_every=-1 --sample_every=450 \
     --save_every=50 --run="$WANDB_RUN" ${EXTRA[@]+"${EXTRA[@]}"}
-TAG="$(base_tag 4)"
+TAG="$(base_tag 4)" LATER="$(later_options)"
 module scripts.base_loss --device_batch_size=16 --split_tokens=262144 --model_tag="$TAG"
 module scripts.base_eval --model_tag="$TAG"
 identity_stage
 module scripts.mid_train --tasks=local --device_batch_size=16 --total_batch_size=4096 --eval_every=80 \
-    --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN"
+    --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN" $LATER
 stage python -m scripts.chat_eval -i mid --tasks=local -m 128 --model_tag="$TAG"
 module scripts.chat_sft --tasks=local --device_batch_size=32 --eval_every=40 --eval_steps=5 --eval_metrics_every=-1 \
-    --save_every=20 --model_tag="$TAG" --run="$WANDB_RUN"
+    --save_every=20 --model_tag="$TAG" --run="$WANDB_RUN" $LATER
 stage python -m scripts.chat_eval -i sft --tasks=local -m 128 --model_tag="$TAG"
 if [ "$RL" = 1 ]; then
     module scripts.chat_rl --tasks=local --num_iterations=60 --max_new_tokens=32 --device_batch_size=16 \
-        --examples_per_step=8 --eval_every=20 --eval_examples=64 --model_tag="$TAG" --run="$WANDB_RUN"
+        --examples_per_step=8 --eval_every=20 --eval_examples=64 --model_tag="$TAG" --run="$WANDB_RUN" $LATER
     stage python -m scripts.chat_eval -i rl --tasks=local -m 128 --model_tag="$TAG"
 fi
 stage python -m nanochat.report generate

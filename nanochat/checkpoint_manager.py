@@ -79,7 +79,7 @@ def rng_state():
         "python": random.getstate(),
         "numpy": (numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"]),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process's device
     }
 
 
@@ -91,8 +91,8 @@ def set_rng_state(state):
     numpy_state["state"] = {"key": np.array(key, dtype=np.uint32), "pos": pos}
     np.random.set_state(numpy_state)
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
 
 
 def save_checkpoint(
@@ -228,6 +228,18 @@ def find_last_step(folder) -> int | None:
     names = [path.name for path in Path(folder).glob("model_*.pt")]
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"model_(\d{6,})\.pt", name))]
     return next((step for step in sorted(steps, reverse=True) if is_complete(folder, step)), None)
+
+
+def prune(folder, keep: int):
+    """Delete all complete steps but the newest `keep`; the manifest goes first, so that none is ever there in part."""
+    folder = Path(folder)
+    names = [path.name for path in folder.glob("manifest_*.json")]
+    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"manifest_(\d{6,})\.json", name)))
+    for step in [step for step in steps if is_complete(folder, step)][:-keep]:
+        files = json.loads(_file(folder, "manifest", step).read_text("utf-8"))
+        _file(folder, "manifest", step).unlink()
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
 
 
 def find_largest_model(root) -> str:

@@ -128,7 +128,10 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
     """--dtype auto|bf16|fp32 as a torch dtype; auto is bf16 where that is faster."""
     if name == "auto":
         name = "bf16" if has_fast_bf16(device_type) else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise UserError(f"--dtype must be auto, bf16 or fp32, got {name!r}")
+    return dtypes[name]
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -188,6 +191,7 @@ def print_banner():
 
 def fail(error: UserError):
     """End the program with the message of a UserError, shown once, and a non-zero exit code."""
-    if get_dist_info()[1] == 0:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    rank = get_dist_info()[1]
+    who = f"rank {rank}: " if rank else ""  # an error may be one rank's own, such as a damaged file
+    print(f"\n{who}error: {error}", file=sys.stderr, flush=True)
     sys.exit(1)

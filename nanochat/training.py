@@ -19,7 +19,7 @@ from nanochat.sharding import clip_gradients
 WATCHING = {
     *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
-    *("model_tag", "device_type", "compile"),
+    *("model_tag", "device_type", "compile", "keep_last"),
 }
 
 
@@ -164,6 +164,8 @@ class Training:
             loader_state,
             self.carried if self.companion is None else self.companion.state_dict(),
         )
+        if self.config.keep_last > 0 and get_dist_info()[1] == 0:
+            checkpoint_manager.prune(self.folder, self.config.keep_last)
 
     def optimize(self, lr_multiplier, momentum, grad_clip=0.0):
         """Take a step down the gradients. Returns their global norm before clipping; None without clipping."""
@@ -197,8 +199,8 @@ class Training:
         seconds = time.time() - self.started
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} at step {self.step}: lower the learning rates, or try --dtype=fp32; "
-                f"checkpoints up to there are in {self.folder}"
+                f"the loss became {loss} at step {self.step}: start anew (--resume=0, or another "
+                f"--model_tag) with lower learning rates or --dtype=fp32; checkpoints up to there are in {self.folder}"
             )
         self.step += 1
         self.total_tokens += tokens

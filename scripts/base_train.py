@@ -95,6 +95,8 @@ class Config:
     """folder of the checkpoints; empty for d<depth>"""
     save_every: int = -1
     """steps between checkpoints; -1 for only the last"""
+    keep_last: int = -1
+    """newest checkpoints to keep; -1 for all"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
     # MegaContext

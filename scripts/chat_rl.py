@@ -84,6 +84,8 @@ class Config:
     # Output
     save_every: int = 60
     """steps between checkpoints; -1 for only the last"""
+    keep_last: int = -1
+    """newest checkpoints to keep; -1 for all"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
 
@@ -194,7 +196,7 @@ def main(config: Config):
                     rewards.append(reward)
         model.train()
         tokens = summed(sum(sum(mask) for _, mask in rows))
-        loss = torch.zeros((), device=device)
+        loss, read = torch.zeros((), device=device), 0
         for start in range(0, len(rows), B):
             x, y = pad_rows(rows[start : start + B], pad_id, device)
             advantage = torch.tensor(advantages[start : start + B], device=device)
@@ -204,10 +206,11 @@ def main(config: Config):
                 nll = compiled(x, y, loss_reduction="none").view_as(y)
             part = (nll * advantage[:, None]).sum() / tokens * world_size  # ranks are averaged
             part.backward()
+            read += x.numel()
             loss += part.detach()
         lrm = config.init_lr_frac * (1 - step / num_iterations)
         training.optimize(lrm, muon_momentum(step))
-        training.end_step(loss, round(tokens))
+        training.end_step(loss, round(tokens), summed(read) / tokens)  # without the work of sampling
         reward, length = summed(sum(rewards)) / (examples * samples), tokens / (examples * samples)
         training.show(f"reward {reward:.4f}", f"{length:.1f} tokens an answer")
         metrics = {"train/reward": reward, "train/answer_tokens": length, "train/lrm": lrm, **training.speed()}

@@ -78,6 +78,8 @@ class Config:
     # Output
     save_every: int = -1
     """steps between checkpoints; -1 for only the last"""
+    keep_last: int = -1
+    """newest checkpoints to keep; -1 for all"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
 
@@ -184,7 +186,8 @@ def main(config: Config):
             loss += part.detach()
         lrm = config.init_lr_frac * (1 - step / num_iterations)
         training.optimize(lrm, muon_momentum(step))
-        loss = training.end_step(loss, count.item())
+        read = summed(torch.tensor(float(sum(x.numel() for x, _ in batches)), device=device))  # padding too
+        loss = training.end_step(loss, count.item(), read.item() / count.item())
         training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")
         log(**training.totals(), **{"train/loss": loss, "train/lrm": lrm, **training.speed()})
 

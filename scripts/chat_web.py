@@ -33,6 +33,8 @@ from nanochat.serving.schema import Defaults, Limits
 from nanochat.serving.transport import Server, open_socket
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
 
+MAX_OPEN_FILES = 65536
+
 
 @dataclass
 class Config:
@@ -131,8 +133,9 @@ def main(config: Config):
     check(config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is an open file
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))  # a connection is an open file
     limits = Limits(config.max_messages, config.max_message_chars, config.max_conversation_chars)
     pool = WorkerPool(config.queue_size)
     app = create_app(pool, limits, Defaults(config.temperature, config.top_k, config.max_tokens))

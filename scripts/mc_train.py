@@ -69,6 +69,8 @@ class Config:
     # Output
     save_every: int = -1
     """steps between checkpoints; -1 for only the last"""
+    keep_last: int = -1
+    """newest checkpoints to keep; -1 for all"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
     # MegaContext
@@ -103,9 +105,10 @@ def main(config: Config):
         compute_cleanup()
         return
     objective = make_objective(training.compiled)
+    model = training.model  # after a resume, the parent's weights would stay in memory
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
-        "Parameters of the model, frozen": training.model.num_params(),
+        "Parameters of the model, frozen": model.num_params(),
         "Parameters of GistNet": sum(p.numel() for p in companion.gistnet.parameters()),
         "Parameters of LensNet": sum(p.numel() for p in companion.lensnet.parameters()),
         "Micro-batches a step": accumulation,

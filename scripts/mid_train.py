@@ -79,6 +79,8 @@ class Config:
     # Output
     save_every: int = -1
     """steps between checkpoints; -1 for only the last"""
+    keep_last: int = -1
+    """newest checkpoints to keep; -1 for all"""
     resume: bool = True
     """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
     # MegaContext
@@ -115,6 +117,7 @@ def main(config: Config):
         training.carry(networks[0], megacontext=networks[1])
     compiled = training.compiled
     objective = make_objective(compiled)
+    model = training.model  # after a resume, the parent's weights would stay in memory
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
         "Conversations": len(train_set),

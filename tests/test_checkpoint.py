@@ -287,3 +287,17 @@ def test_without_a_name_the_newest_folder(tmp_path):
     aside = cm.set_aside(tmp_path / "new")
     assert aside.name.startswith("new.old-")
     assert cm.find_largest_model(tmp_path) == "old"
+
+
+def test_prune_keeps_the_newest_and_what_is_not_ours(tmp_path):
+    model = {"w": torch.zeros(2)}
+    for step in (1, 2, 3, 4):
+        cm.save_checkpoint(tmp_path, step, model, [{"s": step}], {"step": step})
+    (tmp_path / "model_000002.pt").write_bytes(b"cut")  # not complete, so not counted and not touched
+    (tmp_path / "notes.txt").write_text("mine")
+    cm.prune(tmp_path, 2)
+    assert cm.find_last_step(tmp_path) == 4
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in left if "000001" in name} == set()
+    assert {"notes.txt", "model_000002.pt", "model_000003.pt", "optim_000004.pt"} <= left
+    assert cm.is_complete(tmp_path, 3)

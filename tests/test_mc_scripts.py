@@ -1,0 +1,114 @@
+"""--mc in the scripts: trained, saved, resumed, carried along; and nothing of it with the flag off."""
+
+import json
+
+import pytest
+import torch
+
+from megacontext.networks import load_networks
+from nanochat import checkpoint_manager as cm
+from nanochat.common import UserError
+from nanochat.configurator import parse
+from scripts import base_train, chat_sft, mc_train, mid_train
+from tests.test_flow import assert_equal
+from tests.test_stages import base, log_of  # noqa: F401 (a fixture)
+
+COMMON = ["--device_type=cpu", "--dtype=fp32", "--device_batch_size=4", "--total_batch_size=256", "--eval_tokens=256"]
+BASE = [*COMMON, "--depth=1", "--max_seq_len=64", "--core_metric_every=-1", "--sample_every=-1", "--eval_every=4"]
+MC = ["--mc", "--block_size=4", "--mc_num_random_variants=2", "--allocator_recent_tokens=8"]
+
+
+def train(module, *options):
+    module.main(parse(module.Config, options))
+
+
+@pytest.fixture(scope="module")
+def trained(base):  # noqa: F811
+    train(base_train, *BASE, *MC, "--num_iterations=6", "--save_every=3", "--model_tag=mc")
+    return base
+
+
+def test_metrics_and_checkpoint(trained):
+    records = log_of(trained, "base", "mc")
+    steps = [record for record in records if "train/loss" in record]
+    assert len(steps) == 6
+    for name in ("token_loss", "lens_loss", "lod_loss/0", "lod_count/1", "adv_delta_mean", "adv_delta_p95"):
+        assert all(isinstance(record[f"mc/{name}"], float) for record in steps), name
+    for name in ("preference_agreement", "variants_total", "time_controller_ms"):
+        assert all(record[f"mc/{name}"] > 0 for record in steps), name
+    assert steps[-1]["mc/token_loss"] < steps[0]["mc/token_loss"]
+    validations = [record for record in records if "val/bpb" in record]
+    assert all("val/mc_bpb" in record and "val/mc_truncated_bpb" in record for record in validations)
+    # More FLOPs than the tokens alone need: that is what runs are compared by
+    flops = steps[-1]["total_training_flops"] / steps[-1]["total_training_tokens"]
+    plain = cm.build_model(
+        cm.load_checkpoint(trained / "base_checkpoints" / "mc", 6)[0],
+        cm.load_meta(trained / "base_checkpoints" / "mc", 6)["model_config"],
+        "cpu",
+    ).flops_per_token()
+    assert 1.5 * plain < flops < 3 * plain
+    _, _, meta = cm.load_model("base", "cpu", model_tag="mc")
+    networks, config = load_networks("base", meta, "cpu")
+    assert config.block_size == 4
+    assert any(p.abs().sum() > 0 for p in [networks.gistnet.head.c_proj.weight])
+
+
+def test_resumed_equals_unbroken(trained, capsys):
+    folder = trained / "base_checkpoints" / "mc"
+    other = trained / "base_checkpoints" / "again"
+    other.mkdir()
+    for path in folder.glob("*_000003*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    train(base_train, *BASE, *MC, "--num_iterations=6", "--save_every=3", "--model_tag=again")
+    assert "resuming from step 3" in capsys.readouterr().out
+    for kind in ("model", "mc", "optim"):
+        one, two = (torch.load(f / f"{kind}_000006.pt", weights_only=True) for f in (folder, other))
+        assert_equal(one, two)
+
+
+def test_runs_with_and_without_are_not_mixed(trained):
+    with pytest.raises(UserError, match="megacontext="):
+        train(base_train, *BASE, "--num_iterations=6", "--model_tag=mc")
+    with pytest.raises(UserError, match="megacontext="):
+        train(base_train, *BASE, *MC, "--block_size=8", "--num_iterations=6", "--model_tag=mc")
+
+
+def test_flag_off_has_nothing_of_it(trained):
+    """The options of MegaContext, the flag left out: the same weights as without them, bit for bit."""
+    for tag, options in (("off", []), ("off_too", [*MC[1:], "--gistnet_layers=4"])):
+        train(base_train, *BASE, *options, "--num_iterations=3", "--model_tag", tag)
+    folders = [trained / "base_checkpoints" / tag for tag in ("off", "off_too")]
+    for kind in ("model", "optim"):
+        assert_equal(*(torch.load(folder / f"{kind}_000003.pt", weights_only=True) for folder in folders))
+    assert not list(folders[0].glob("mc_*"))
+    assert not any(key.startswith("mc/") for record in log_of(trained, "base", "off") for key in record)
+
+
+def test_stages_go_on_with_the_networks(trained):
+    mid = ["--tasks=local", *COMMON, "--num_iterations=2", "--eval_every=-1", "--model_tag=mc"]
+    train(mid_train, *mid, *MC)
+    first = cm.load_companion(trained / "mid_checkpoints" / "mc", 2)
+    before = cm.load_companion(trained / "base_checkpoints" / "mc", 6)
+    assert first.keys() == before.keys()
+    assert any(not torch.equal(first[key], before[key]) for key in first)  # they learned on
+    sft = ["--tasks=local", "--device_type=cpu", "--dtype=fp32", "--num_iterations=2", "--eval_every=-1"]
+    train(chat_sft, *sft, "--eval_metrics_every=-1", "--model_tag=mc")
+    assert_equal(cm.load_companion(trained / "chatsft_checkpoints" / "mc", 2), first)  # carried along as they are
+    _, _, meta = cm.load_model("sft", "cpu", model_tag="mc")
+    assert load_networks("sft", meta, "cpu")[1].block_size == 4
+    with pytest.raises(UserError, match="do not fit"):
+        train(mid_train, *mid, *MC, "--gistnet_layers=4", "--resume=0")
+
+
+def test_attached_to_a_frozen_model(trained):
+    options = ["-g", "off", *COMMON, "--num_iterations=3", "--eval_every=3", *MC[1:]]
+    train(mc_train, *options)
+    folder = trained / "base_checkpoints" / "off-mc"
+    assert_equal(
+        cm.load_checkpoint(folder, 3)[0], cm.load_checkpoint(trained / "base_checkpoints" / "off", 3)[0]
+    )  # the model is as it was
+    assert cm.load_companion(folder, 3)["gistnet.head.c_proj.weight"].abs().sum() > 0
+    record = log_of(trained, "base", "off-mc")[-1]
+    assert "val/mc_bpb" in json.dumps(record)
+    with pytest.raises(UserError, match="output_tag must differ"):
+        train(mc_train, *options, "--output_tag=off")
