@@ -136,16 +136,22 @@ class Engine:
             return []
         return self.tokenizer.encode(answer, prepend="<|output_start|>", append="<|output_end|>")
 
-    def generate_batch(self, tokens, num_samples=1, **kwargs):
-        """All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0)."""
+    def generate_batch(self, tokens, num_samples=1, keep_end=False, **kwargs):
+        """
+        All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).
+
+        keep_end: with the token that ended a row, <|assistant_end|> or <|bos|>, if one did.
+        """
         ends = {self.tokenizer.encode_special("<|assistant_end|>"), self.tokenizer.get_bos_token_id()}
         results = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         done = [False] * num_samples
         for column, mask in self.generate(tokens, num_samples, **kwargs):
             for i, token in enumerate(column):
-                done[i] = done[i] or token in ends
-                if not done[i]:
+                if done[i]:
+                    continue
+                done[i] = token in ends
+                if not done[i] or keep_end:
                     results[i].append(token)
                     masks[i].append(mask[i])
         return results, masks

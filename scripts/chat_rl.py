@@ -139,6 +139,7 @@ def main(config: Config):
             rows, masks = engine.generate_batch(
                 prompt,
                 min(B, count - start),
+                keep_end=True,  # to end is to be learned too
                 max_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
@@ -146,8 +147,6 @@ def main(config: Config):
             )
             for ids, mask in zip(rows, masks, strict=True):
                 reward = task.reward(conversation, tokenizer.decode(ids[len(prompt) :]))
-                if len(ids) < len(prompt) + config.max_new_tokens:  # it ended by itself, which is to be learned too
-                    ids, mask = [*ids, pad_id], [*mask, 1]
                 answers.append((ids, mask, reward))
         return answers
 

@@ -563,3 +563,22 @@ def test_fixed_weights_are_laid_out_once(tokenizer, monkeypatch):
     engine = Engine(model, tokenizer, fixed=True)
     assert columns(engine, [1, 2], 2, 9) == columns(engine, [1, 2], 2, 9) == before
     assert len(made) == 1
+
+
+def test_the_end_can_be_kept(tokenizer):
+    """The same rows, each with the token that ended it behind."""
+    engine = Engine(make("plain"), tokenizer)
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": 3}
+    rows, masks = engine.generate_batch([1, 2], 16, **options)
+    kept, kept_masks = engine.generate_batch([1, 2], 16, keep_end=True, **options)
+    ended = 0
+    for row, mask, whole, whole_mask in zip(rows, masks, kept, kept_masks, strict=True):
+        assert whole[: len(row)] == row
+        assert whole_mask[: len(mask)] == mask
+        if len(whole) > len(row):
+            ended += 1
+            assert whole[len(row) :][0] in ends(tokenizer)
+            assert whole_mask[len(row) :] == [1]
+        else:
+            assert len(row) == 42
+    assert ended > 0
