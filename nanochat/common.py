@@ -110,6 +110,7 @@ def compute_init(device_type: str = "", seed: int = 42):
 
 def compute_cleanup():
     if dist.is_initialized():
+        dist.barrier()  # the group goes down when nobody uses it any more
         dist.destroy_process_group()
 
 
