@@ -4,6 +4,7 @@ Pretraining text: parquet shards in $NANOCHAT_BASE_DIR/base_data, and the comman
     python -m nanochat.dataset -n 8              # 8 training shards of FineWeb-Edu from the Hugging Face hub
     python -m nanochat.dataset --source stdlib   # Python's own standard library: about 30 MB, no network
     python -m nanochat.dataset --source ~/notes  # a folder of text, Markdown, code, .jsonl or .parquet files
+    python -m nanochat.dataset --source recall   # generated: long documents with questions about earlier facts
 
 A shard is a file `shard_00000.parquet` with a string column `text`, one document a row. The last shard by
 name is the validation split. The command always makes it VAL_SHARD, so that it is the same for every -n.
@@ -16,7 +17,8 @@ import platform
 import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +28,7 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 from rich import progress
 
-from nanochat import sources
+from nanochat import recall, sources
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run, short
 from nanochat.download import download, locked
@@ -193,36 +195,68 @@ def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]
     """
     folder = None if source == "stdlib" else Path(source).expanduser().resolve()
     if folder and not folder.is_dir():
-        raise UserError(f"expected --source hub, stdlib or a folder, got {source!r}, which is not a folder")
-    source = str(folder or source)
-    with _locked_folder(data_dir):
-        have = check_source(data_dir, source)
-        if "train" in have:
-            train, count = have["train"], len(list_shards(data_dir)) - 1
-            # Fewer than recorded: a shard was deleted, or the process was killed while moving them.
-            if count >= train["shards"] and (train["complete"] or train["shards"] >= num_files != -1):
-                return have, True
+        raise UserError(f"expected --source hub, stdlib, recall or a folder, got {source!r}, which is not a folder")
+
+    def make_shards(train_paths, val_path):
         skipped = {}
         files = sources.folder_files(folder, get_base_dir(), skipped) if folder else sources.stdlib_files()
         read = sources.folder_documents if folder else sources.stdlib_documents
-
-        # Made aside and moved when all is there, so that nobody reads half a dataset.
-        building = data_dir / ".building"
-        shutil.rmtree(building, ignore_errors=True)
-        indices = range(VAL_SHARD)[: num_files if num_files != -1 else None]
-        record = {"source": source, "python": platform.python_version()} | sources.make_shards(
-            lambda label: read(progress.track(files, label) if label else files, skipped),
-            train_paths=(building / shard_name(index) for index in indices),
-            val_path=building / shard_name(VAL_SHARD),
+        made = sources.make_shards(
+            lambda label: read(progress.track(files, label) if label else files, skipped), train_paths, val_path
         )
-        record["skipped"] = dict(Counter(skipped.values()))
-        write_source(data_dir, record)
-        for path in set(list_shards(data_dir)) - {data_dir / path.name for path in building.iterdir()}:
-            path.unlink()  # of a larger text that was here before
-        for path in sorted(building.iterdir(), reverse=True):  # validation first
-            os.replace(path, data_dir / path.name)
-        building.rmdir()
-        return record, False
+        return made | {"skipped": dict(Counter(skipped.values()))}
+
+    with _locked_folder(data_dir):
+        have = check_source(data_dir, str(folder or source))
+        if _has_enough(have, num_files, data_dir):
+            return have, True
+        record = {"source": str(folder or source), "python": platform.python_version()}
+        return _build(record, make_shards, num_files, data_dir), False
+
+
+def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, data_dir: Path) -> tuple[dict, bool]:
+    """
+    Generate shards of recall documents and their answer key, with at most num_files (-1: all) for training.
+
+    Returns what `make_local` does. Raises UserError if the folder holds documents that were made otherwise.
+    """
+    record = {"source": "recall", "seed": seed, "documents": documents, "sizes": asdict(sizes)}
+    with _locked_folder(data_dir):
+        have = check_source(data_dir, "recall")
+        if have and not record.items() <= have.items():
+            raise UserError(
+                f"{data_dir} holds recall documents made with other options already ({data_dir / 'source.json'}): "
+                f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
+            )
+        if _has_enough(have, num_files, data_dir) and (data_dir / recall.KEY_FILE).exists():
+            return have, True
+        make_shards = partial(recall.make_shards, seed, documents, sizes, progress.track)
+        return _build(record, make_shards, num_files, data_dir), False
+
+
+def _has_enough(record, num_files, data_dir):
+    """Whether the shards that `record` tells of are all there, and as many as are wanted."""
+    if "train" not in record:
+        return False
+    train, count = record["train"], len(list_shards(data_dir)) - 1
+    # Fewer than recorded: a shard was deleted, or the process was killed while moving them.
+    return count >= train["shards"] and (train["complete"] or train["shards"] >= num_files != -1)
+
+
+def _build(record, make_shards, num_files, data_dir):
+    """Put what make_shards(train_paths, val_path) writes in the place of what is there; returns the whole record."""
+    # Made aside and moved when all is there, so that nobody reads half a dataset.
+    building = data_dir / ".building"
+    shutil.rmtree(building, ignore_errors=True)
+    indices = range(VAL_SHARD)[: num_files if num_files != -1 else None]
+    record = record | make_shards((building / shard_name(i) for i in indices), building / shard_name(VAL_SHARD))
+    write_source(data_dir, record)
+    for path in set(list_shards(data_dir)) - {data_dir / path.name for path in building.iterdir()}:
+        path.unlink()  # of a larger text that was here before
+    for path in sorted(building.iterdir(), reverse=True):  # validation first
+        os.replace(path, data_dir / path.name)
+    building.rmdir()
+    return record
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,7 +269,27 @@ class Config:
     num_workers: Annotated[int, short("-w")] = 4
     """parallel downloads"""
     source: str = "hub"
-    """hub (FineWeb-Edu), stdlib (Python's standard library), or a folder of text, code, .jsonl, .parquet"""
+    """hub (FineWeb-Edu), stdlib (Python's standard library), recall (generated documents whose later parts ask for
+    facts of earlier ones), or a folder of text, code, .jsonl, .parquet"""
+    # For --source recall
+    seed: int = 0
+    """recall: another seed gives other documents"""
+    recall_documents: int = 8000
+    """recall: training documents; 5% more are for validation"""
+    recall_chars: int = recall.Sizes.chars
+    """recall: characters of a document"""
+    recall_questions: int = recall.Sizes.questions
+    """recall: facts of a document that are asked for"""
+    recall_tables: int = recall.Sizes.tables
+    """recall: tables of a document; one cell of each is asked for"""
+    recall_distractors: int = recall.Sizes.distractors
+    """recall: facts of a document that are not asked for"""
+    recall_words: int = recall.Sizes.words
+    """recall: size of the vocabulary that a document has to itself"""
+    recall_min_distance: int = recall.Sizes.min_distance
+    """recall: characters from a fact to the answer, at least; the distances are log-uniform"""
+    recall_max_distance: int = recall.Sizes.max_distance
+    """recall: characters from a fact to the answer, at most; -1 for as far as the document reaches"""
 
 
 def main(config: Config):
@@ -249,16 +303,23 @@ def main(config: Config):
         print(f"{count} shards of {HUB_DATASET} are in {data_dir}")
         return
     try:
-        record, reused = make_local(config.source, config.num_files, data_dir)
+        if config.source == "recall":
+            options = asdict(config).items()
+            options = {name.removeprefix("recall_"): value for name, value in options if name.startswith("recall_")}
+            documents = options.pop("documents")
+            made = make_recall(config.seed, documents, recall.Sizes(**options), config.num_files, data_dir)
+        else:
+            made = make_local(config.source, config.num_files, data_dir)
     except OSError as error:
         raise UserError(f"cannot write shards to {data_dir} ({error}): free some space or fix the folder") from error
+    record, reused = made
     train, val = record["train"], record["val"]
     print(
         f"{'reusing' if reused else 'wrote'} {data_dir}: {train['shards']} training shard(s) with "
         f"{train['documents']:,} documents, {train['characters'] / 1e6:,.1f}M characters; validation with "
         f"{val['documents']:,} documents, {val['characters'] / 1e6:,.1f}M characters"
     )
-    if record["skipped"] and not reused:
+    if record.get("skipped") and not reused:
         print("skipped files: " + ", ".join(f"{count:,} {why}" for why, count in record["skipped"].items()))
 
 

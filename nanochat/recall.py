@@ -1,0 +1,276 @@
+"""
+Generated documents whose later parts depend on earlier ones at a known distance, to train and test long memory.
+
+A document is English of few words and forms, one sentence a line. Three things in it reach far back:
+
+- its vocabulary: its everyday sentences use a few words out of LEXICON, others than the next document does;
+- facts, "The code of Maria is 4817.", stated once; some of them are asked for later, the rest distract:
+  "What is the code of Maria? The code of Maria is 4817.";
+- tables, "- Maria, red, 48" under a head line, one cell of which is asked for later in the same form.
+
+No name has two values of an attribute, so that every question has one right answer, and nothing but the fact tells
+it. A distance is a number of characters: from the start of the fact to the start of the answer. At a vocabulary of
+1,024 tokens about 3.3 characters make a token, at 4,096 about 4.4.
+"""
+
+import heapq
+import itertools
+import json
+import math
+import random
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from nanochat.common import UserError, atomic_write
+from nanochat.sources import SHARD_CHARS, VAL_FRACTION, write_shards
+
+KEY_FILE = "recall_val_key.jsonl"  # the answer key, beside the shards
+
+
+def _words(text):
+    return text.split()
+
+
+NAMES = _words(
+    "Adam Alice Anna Anton Bella Boris Carl Clara Daniel David Diana Edgar Elena Emil Emma Eric Eva Felix Flora Frank "
+    "Fred George Grace Greta Hans Harry Helen Henry Hugo Ida Igor Irene Ivan Jack Jacob James Jane John Julia Karin "
+    "Kate Laura Leo Linda Lisa Louis Lucy Marco Maria Mark Martin Max Mila Nina Nora Oscar Otto Paul Peter Rosa Sam "
+    "Sara Tom Vera"
+)
+CITIES = _words(
+    "Athens Berlin Bern Bombay Boston Cairo Chicago Delhi Dublin Geneva Kiev Lima Lisbon London Madrid Malta Miami "
+    "Milan Moscow Naples Oslo Oxford Paris Prague Riga Rome Seoul Tokyo Turin Venice Vienna Zurich"
+)
+FOODS = _words(
+    "bacon beans bread butter cake carrots cheese corn cream eggs fish fruit garlic ham honey jam lamb meat milk nuts "
+    "onions pasta pears pizza plums rice salad salt soup sugar toast yogurt"
+)
+COLOURS = _words("black blue brown gold green grey orange pink purple red silver white yellow")
+
+NUMBERS = _words(
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty"
+)
+ANIMALS = _words(
+    "ant bat bear bee cat cow crab deer dog duck eagle fox frog goat hawk hen horse lion mole monkey mouse owl pig "
+    "rabbit rat seal shark sheep snake tiger whale wolf"
+)
+FACTS = {"animal": ANIMALS, "city": CITIES, "food": FOODS}  # attribute -> its values
+COLUMNS = {"colour": COLOURS, "number": NUMBERS}
+ASK = dict.fromkeys([*FACTS, *COLUMNS], "What is the {attribute} of {name}?")
+SAY = dict.fromkeys([*FACTS, *COLUMNS], "The {attribute} of {name} is")
+ROWS = 3  # of a table
+MARGIN = 80  # characters at the end that no answer is meant for: questions may have to wait for each other
+
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+LEXICON = random.Random("lexicon").sample(["".join(word) for word in itertools.product(SYLLABLES, repeat=3)], 2048)
+EVERYDAY = (
+    "The {0} sees the {1}.",
+    "The {0} sits by the {1}.",
+    "The {0} likes the {1}.",
+    "The {0} and the {1} sleep.",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Where a question, its answer (with the space before it) and the fact it needs are in a text: [start, end)."""
+
+    kind: str  # "fact" or "table"
+    attribute: str  # of FACTS or COLUMNS
+    fact: tuple[int, int]
+    question: tuple[int, int]
+    answer: tuple[int, int]
+
+    @property
+    def distance(self) -> int:
+        return self.answer[0] - self.fact[0]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a document is like; -1 stands for what suits its length. Raises UserError for what cannot be."""
+
+    chars: int = 4000  # length, to within some lines
+    questions: int = -1  # facts that are asked for
+    tables: int = -1  # of each, one cell is asked for
+    distractors: int = -1  # facts that are not asked for
+    words: int = 16  # of LEXICON
+    min_distance: int = 128  # distances are log-uniform between these two, and overshoot by some lines
+    max_distance: int = -1  # -1: as far as the document reaches
+    depth: float | None = None  # of the facts: 0 first, 1 last; without max_distance they are asked for at the end
+
+    def __post_init__(self):
+        suitable = {
+            "questions": min(self.chars // 160, 96),
+            "tables": min(self.chars // 2000, 8),
+            "distractors": min(self.chars // 800, 48),
+        }
+        for name, value in suitable.items():
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, value)
+            _check(getattr(self, name) >= 0, f"0 or more {name}, or -1 for what suits", getattr(self, name))
+        facts, most = self.questions + self.distractors, len(FACTS) * len(NAMES)
+        _check(self.tables <= len(NAMES) // ROWS, f"at most {len(NAMES) // ROWS} tables", self.tables)
+        _check(facts <= most, f"at most {most} questions and distractors", facts)
+        _check(3 <= self.words <= len(LEXICON), f"3 to {len(LEXICON)} words", self.words)
+        # Smaller than this, a table would not have ended yet when its first row is asked for.
+        _check(self.min_distance >= 128, "a min_distance of 128 characters or more", self.min_distance)
+        far = f"a max_distance of {self.min_distance} (min_distance) or more, or -1"
+        _check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
+        _check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
+        # The mean lengths of these lines, and a quarter more to put between them.
+        least = (80 * self.questions + 150 * self.tables + 27 * self.distractors) * 5 // 4
+        have = f"{self.questions} questions, {self.tables} tables and {self.distractors} distractors"
+        _check(self.chars >= least, f"at least {least} characters for {have}", self.chars)
+        reach = max(self.min_distance, self.max_distance) + 100
+        _check(self.chars >= reach, f"at least {reach} characters for the distances", self.chars)
+        if self.depth is not None and self.max_distance != -1:
+            reach = round(self.max_distance + self.depth * (self.chars - self.min_distance))
+            _check(reach <= self.chars, f"at least {reach} characters for this depth and max_distance", self.chars)
+
+
+def _check(fits, expected, got):
+    if not fits:
+        raise UserError(f"recall documents: expected {expected}, got {got}")
+
+
+def recall_documents(seed: int, count: int, split="eval", **sizes):
+    """
+    Yield `count` documents (text, questions); `sizes` are fields of Sizes.
+
+    The same seed, split and sizes give the same documents, a smaller count the first of them. Shards hold the splits
+    "train" and "val". No two splits or seeds share a stream of random numbers.
+    """
+    for index in range(count):
+        yield recall_document(random.Random(f"recall {seed} {split} {index}"), **sizes)
+
+
+def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
+    """A document with `sizes`, fields of Sizes, and its questions in the order in which they are asked."""
+    sizes = Sizes(**sizes)
+    words = rng.sample(LEXICON, sizes.words)
+    friends = dict(zip(words, words[1:] + words[:1], strict=True))
+    coming = sorted(_statements(rng, sizes), key=lambda statement: statement.place, reverse=True)
+    lines, length, due, questions = [], 0, [], []
+
+    def add(line):
+        nonlocal length
+        lines.append(line)
+        length += len(line)
+        return length - len(line), length - 1  # without the line end
+
+    while True:
+        if due and due[0][0] <= length:
+            _, fact, statement = heapq.heappop(due)
+            question, told, answer = statement.asked
+            start, end = add(f"{question}{told}{answer}.\n")
+            question, answer = (start, start + len(question)), (end - 1 - len(answer), end - 1)
+            questions.append(Question(statement.kind, statement.attribute, fact, question, answer))
+        elif coming and coming[-1].place <= length:
+            statement = coming.pop()
+            spans = [add(line) for line in statement.lines]
+            if statement.distance:
+                fact = spans[statement.row]
+                question, told, _ = statement.asked
+                start = fact[0] + statement.distance - len(question + told)
+                heapq.heappush(due, (start, fact, statement))
+        else:
+            one, other = rng.choices(words, k=2)
+            line = rng.choice(EVERYDAY).format(one, friends[one], other, friends[other]) + "\n"
+            if not (coming or due) and length + len(line) > sizes.chars:
+                return "".join(lines), questions
+            add(line)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """Lines that hold a fact in `lines[row]`: where they belong, and how far from there it is asked for (0: never)."""
+
+    place: float
+    distance: int
+    lines: list[str]
+    row: int
+    kind: str
+    attribute: str
+    name: str
+    value: str
+
+    @property
+    def asked(self) -> tuple[str, str, str]:
+        """The question, what leads to the answer, the answer."""
+        key = {"attribute": self.attribute, "name": self.name}
+        return ASK[self.attribute].format(**key), f" {SAY[self.attribute].format(**key)}", f" {self.value}"
+
+
+def _statements(rng, sizes):
+    """The statements of a document, in no order; no name is in two of them while there are enough names."""
+    names = rng.sample(NAMES, len(NAMES))
+    attributes = {name: rng.sample([*FACTS], len(FACTS)) for name in names}
+    for first in range(0, ROWS * sizes.tables, ROWS):
+        rows = [(name, *map(rng.choice, COLUMNS.values())) for name in names[first : first + ROWS]]
+        lines = [f"Table: name, {', '.join(COLUMNS)}\n", *(f"- {', '.join(row)}\n" for row in rows)]
+        row, column = rng.randrange(ROWS), rng.randrange(len(COLUMNS))
+        name, value, attribute = rows[row][0], rows[row][1 + column], [*COLUMNS][column]
+        yield _Statement(*_place(rng, sizes), lines, 1 + row, "table", attribute, name, value)
+
+    others = itertools.islice(itertools.cycle(names), ROWS * sizes.tables, None)
+    for number, name in zip(range(sizes.questions + sizes.distractors), others, strict=False):
+        attribute = attributes[name].pop()
+        value = rng.choice(FACTS[attribute])
+        line = f"{SAY[attribute].format(attribute=attribute, name=name)} {value}.\n"
+        place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
+        yield _Statement(*place, [line], 0, "fact", attribute, name, value)
+
+
+def _place(rng, sizes):
+    """(character at which a statement should begin, distance from there to the answer)"""
+    reach = sizes.chars - MARGIN
+    low, high = sizes.min_distance, min(reach, sizes.max_distance if sizes.max_distance != -1 else reach)
+    distance = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+    if sizes.depth is None:
+        return rng.uniform(0, reach - distance), distance
+    place = round(sizes.depth * (reach - low))
+    return place, reach - place if sizes.max_distance == -1 else distance
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shards and their answer key
+
+
+def make_shards(seed: int, documents: int, sizes: Sizes, track, train_paths, val_path) -> dict:
+    """
+    Write `documents` training documents, VAL_FRACTION as many for validation, and KEY_FILE beside val_path.
+
+    track(iterable, label, total=...): shows progress. Returns what nanochat.sources.make_shards does.
+    The key has one JSON object a validation document, in the order of the shard's rows: "index", "text" and
+    "questions", each the fields of Question and its distance.
+    """
+    _check(documents >= 1, "1 or more documents", documents)
+
+    def generate(split, count):
+        return track(recall_documents(seed, count, split, **asdict(sizes)), split, total=count)
+
+    def keyed(documents, key):
+        for index, (text, questions) in enumerate(documents):
+            asked = [asdict(question) | {"distance": question.distance} for question in questions]
+            key.write(json.dumps({"index": index, "text": text, "questions": asked}) + "\n")
+            yield text
+
+    val = min(max(1, round(VAL_FRACTION * documents)), max(1, SHARD_CHARS // (2 * sizes.chars)))  # they fit in a shard
+    with atomic_write(val_path.with_name(KEY_FILE), "w") as key:
+        val = write_shards(keyed(generate("val", val), key), [val_path])
+    return {"val": val, "train": write_shards((text for text, _ in generate("train", documents)), train_paths)}
+
+
+def token_spans(ids, token_bytes, spans) -> list[tuple[int, int]]:
+    """
+    The tokens [first, last) that cover each span of characters of a document.
+
+    ids: the document as tokens, with BOS or without; token_bytes: bytes a token, from get_token_bytes().
+    """
+    ends = np.cumsum(np.asarray(token_bytes)[np.asarray(ids)])  # all characters of a document are ASCII
+    starts, stops = np.array(spans).T
+    first, last = np.searchsorted(ends, starts, side="right"), np.searchsorted(ends, stops, side="left")
+    return list(zip(first.tolist(), (last + 1).tolist(), strict=True))
