@@ -205,9 +205,13 @@ class _Statement:
 
 
 def _statements(rng, sizes):
-    """The statements of a document, in no order; no name is in two of them while there are enough names."""
-    names = rng.sample(NAMES, len(NAMES))
-    attributes = {name: rng.sample([*FACTS], len(FACTS)) for name in names}
+    """
+    The statements of a document, in no order.
+
+    No name is in two of them while there are others, and all facts are of one attribute while there are names
+    without it: only by its name is a fact told from the rest.
+    """
+    names, attributes = rng.sample(NAMES, len(NAMES)), rng.sample([*FACTS], len(FACTS))
     for first in range(0, ROWS * sizes.tables, ROWS):
         rows = [(name, *map(rng.choice, COLUMNS.values())) for name in names[first : first + ROWS]]
         lines = [f"Table: name, {', '.join(COLUMNS)}\n", *(f"- {', '.join(row)}\n" for row in rows)]
@@ -215,9 +219,9 @@ def _statements(rng, sizes):
         name, value, attribute = rows[row][0], rows[row][1 + column], [*COLUMNS][column]
         yield _Statement(*_place(rng, sizes), lines, 1 + row, "table", attribute, name, value)
 
-    others = itertools.islice(itertools.cycle(names), ROWS * sizes.tables, None)
-    for number, name in zip(range(sizes.questions + sizes.distractors), others, strict=False):
-        attribute = attributes[name].pop()
+    for number in range(sizes.questions + sizes.distractors):
+        turn, which = divmod(ROWS * sizes.tables + number, len(names))
+        name, attribute = names[which], attributes[turn % len(attributes)]
         value = rng.choice(FACTS[attribute])
         line = f"{SAY[attribute].format(attribute=attribute, name=name)} {value}.\n"
         place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
