@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.networks import MCNetworks
 from megacontext.objective import lens_preference, mean_nll, pairs_of_variants, tail_nll
+from megacontext.reading import read
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
 from nanochat.common import autocast
@@ -58,15 +58,8 @@ class MCController:
         length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
         context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, generator, x.device)
 
-        entries, targets = context.entries(), context.targets(y.repeat_interleave(V, 0))
-        gists_and_tokens = table.materialize(context)
-        head_dim = self.model.config.n_embd // self.model.config.n_head
-        cos_sin = entry_cos_sin(entries.start, entries.span, head_dim, mode=c.mc_positional)
-        nll = self.model(
-            inputs_embeds=gists_and_tokens, cos_sin=cos_sin, targets=targets, loss_reduction="none"
-        ).view_as(targets)
-        row_loss = mean_nll(nll, targets)
-        variant_loss = row_loss.mean()
+        entries, inputs, cos_sin, targets, nll = read(self.model, table, context, y, c.mc_positional)
+        variant_loss = mean_nll(nll, targets).mean()
         base_loss = variant_loss.new_zeros(())
         if not c.mc_freeze_base:
             base_loss = self.model(inputs_embeds=embeds, targets=y)
@@ -76,7 +69,7 @@ class MCController:
 
         if c.mc_lens_loss_weight > 0 and V > 1:
             with autocast(x.device, self.dtype):
-                scores = self.networks.lensnet(gists_and_tokens, *entries, T)
+                scores = self.networks.lensnet(inputs, *entries, T)
             pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
             tail = tail_nll(nll.detach(), context.lengths(), max(1, c.allocator_recent_tokens))
             lens_loss, difference, agreement = lens_preference(context.per_block(scores), context.lod_map, tail, pairs)

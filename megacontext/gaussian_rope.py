@@ -8,7 +8,8 @@ An entry over n tokens from s on is somewhere in [s, s + n): on average at μ = 
 
 (the real and imaginary part of the normal distribution's characteristic function), so that low frequencies
 survive and high ones fade: a gist is vague about where it is. A single token has σ = 0 and is exactly where
-the plain model puts it.
+the plain model puts it. No span is vaguer than the slowest frequency can tell, σ ≤ 1 / ω: the model normalizes its
+keys after the rotation, and one of zeros could not be found by anything that it says.
 """
 
 import torch
@@ -32,6 +33,6 @@ def entry_cos_sin(start, span, head_dim, base=10000.0, mode="gaussian"):
     if mode == "simple":
         return cos, sin
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=span.device) / head_dim)
-    variance = (span.double() ** 2 - 1) / 12
+    variance = ((span.double() ** 2 - 1) / 12).clamp(max=float(frequency[-1]) ** -2)
     fade = torch.exp(-(frequency**2) * variance[..., None, None] / 2).float()
     return cos * fade, sin * fade

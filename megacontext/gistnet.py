@@ -42,6 +42,7 @@ class GistNet(nn.Module):
         if type == "mean":
             return
         self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
+        self.register_buffer("trained_levels", torch.zeros((), dtype=torch.int64))  # 0 also while it is all means
         self.encoder = Encoder(layers, n_embd, HEAD_DIM)
         if pooling == "query":
             self.query = nn.Parameter(torch.empty(self.encoder.n_head, self.encoder.head_dim))
@@ -54,6 +55,7 @@ class GistNet(nn.Module):
     def init_weights(self):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
+        self.trained_levels.zero_()
         for name, p in self.named_parameters(recurse=False):
             nn.init.normal_(p, std=1.0 if name == "cls" else 0.0)  # from a cls of zeros nothing could be learned
 
@@ -69,7 +71,13 @@ class GistNet(nn.Module):
                 f"got {children.size(1)} and {level}"
             )
         mean = children.mean(dim=1)
-        return norm(mean if self.type == "mean" else mean + self._correction(children, level))
+        if self.type == "mean":
+            return norm(mean)
+        if self.training:
+            self.trained_levels.clamp_(min=min(level, self.max_levels))
+        elif min(level, self.max_levels) > self.trained_levels:
+            return norm(mean)
+        return norm(mean + self._correction(children, level))
 
     def _correction(self, children, level):
         x = children + self.level_embed[min(level, self.max_levels) - 1]

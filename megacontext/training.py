@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megacontext.auto_batch import variant_tokens
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
-from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.networks import MCNetworks
+from megacontext.reading import read
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 
@@ -53,7 +53,6 @@ class MCObjective:
         """
         c, controller = self.config, self.controller
         model = controller.model
-        head_dim = model.config.n_embd // model.config.n_head
         tail = max(1, c.allocator_recent_tokens)
         nats = {name: 0.0 for name in ("full", "mc", "truncated")}
         total_bytes = 0
@@ -65,13 +64,10 @@ class MCObjective:
             scored = token_bytes[y[:, -tail:].clamp(min=0)] * (y[:, -tail:] >= 0)
             embeds = model.embed(x)
             context = WorkingContext.initial(T, c.block_size, budget, c.allocator_recent_tokens, B, x.device)
-            entries = context.entries()
-            inputs = build_table(controller.gist, embeds, c.block_size).materialize(context)
-            cos_sin = entry_cos_sin(entries.start, entries.span, head_dim, mode=c.mc_positional)
-            targets = context.targets(y)
+            table = build_table(controller.gist, embeds, c.block_size)
             losses = {
                 "full": model(inputs_embeds=embeds, targets=y, loss_reduction="none"),
-                "mc": model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, loss_reduction="none"),
+                "mc": read(model, table, context, y, c.mc_positional).nll,
                 "truncated": model(x[:, -budget:], y[:, -budget:], loss_reduction="none"),
             }
             for name, loss in losses.items():

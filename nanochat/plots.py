@@ -137,16 +137,30 @@ def plot_log(records, title, yardsticks=None) -> bytes | None:
     curves = [curve for curve in curves if len(curve[1])]
     if not curves:
         return None
-    figure = Figure(figsize=(4.2 * len(curves), 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    for axes, (draw, steps, values) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+    figure, panels = new_figure(title, len(curves))
+    for axes, (draw, steps, values) in zip(panels, curves, strict=True):
         draw(axes, steps, values)
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-        axes.grid(True, color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
+    return png(figure)
+
+
+def new_figure(title, panels):
+    """(figure, its axes): panels in a row under a title."""
+    figure = Figure(figsize=(4.2 * panels, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def tidy(axes):
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()

@@ -29,12 +29,17 @@ STAGES = [  # sections in the order of the pipeline; any others follow in alphab
     "base-model-training",
     "base-model-loss",
     "base-model-evaluation",
+    "megacontext-training",
+    "megacontext-evaluation-base",
     "midtraining",
     "chat-evaluation-mid",
     "chat-sft",
     "chat-evaluation-sft",
     "chat-rl",
     "chat-evaluation-rl",
+    "megacontext-evaluation-mid",
+    "megacontext-evaluation-sft",
+    "megacontext-evaluation-rl",
 ]
 PLOTTED_IN = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft", "rl": "chat-rl"}
 COLUMNS = {  # of the final table: title → the section that has the figures
@@ -111,11 +116,12 @@ class Report:
     def __init__(self, folder=None):
         self.folder = Path(folder or get_base_dir() / "report")
 
-    def log(self, section: str, data: list) -> Path:
+    def log(self, section: str, data: list, plots: dict | None = None) -> Path:
         """
         Write a section, in place of an older one of that name; returns the path of its Markdown.
 
         data: dicts become lists of figures, also in the JSON file; strings are Markdown; None is skipped.
+        plots: title → PNG, shown at the end of the section.
         """
         figures, parts = {}, []
         for item in data:
@@ -124,6 +130,11 @@ class Report:
                 parts.append(format_facts(item))
             elif item is not None:
                 parts.append(f"{str(item).rstrip()}\n")
+        for title, png in (plots or {}).items():
+            name = f"{slugify(section)}-{slugify(title)}.png"
+            with atomic_write(self.folder / PLOT_FOLDER / name) as file:
+                file.write(png)
+            parts.append(_image(title, name))
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         text = "\n".join([f"## {section}\n", f"timestamp: {stamp}\n", *parts])
         return self._write(slugify(section), section, text, figures)
@@ -183,11 +194,13 @@ class Report:
             text += ["## Other training logs\n", *rest]
         text += ["## Summary\n", self._summary(slugs)]
         text = "\n".join(text)
+        pngs = {path.name: path.read_bytes() for path in (self.folder / PLOT_FOLDER).glob("*.png")}
+        pngs |= {name: png for _, _, name, png in plots}
 
         for folder in (self.folder, Path(copy_to or Path.cwd())):
             with atomic_write(folder / "report.md", "w") as file:
                 file.write(text)
-            for _, _, name, png in plots:
+            for name, png in pngs.items():
                 with atomic_write(folder / PLOT_FOLDER / name) as file:
                     file.write(png)
         return self.folder / "report.md"
@@ -238,7 +251,7 @@ def _image(title, name, png):
 class NoReport:
     """What processes other than the first hold: the same methods, doing nothing."""
 
-    def log(self, section, data):
+    def log(self, section, data, plots=None):
         pass
 
     def reset(self):

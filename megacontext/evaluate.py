@@ -1,0 +1,215 @@
+"""
+How much of a long context survives compression, on the same scored tokens: the newest `tail` of each sequence.
+
+Shapes: B sequences of T tokens, K = block_size, H = T − tail tokens of history.
+
+Losses are means over the scored tokens of a sequence, in nats a token, one value a sequence, in these contexts:
+
+- full: all T tokens; none: the scored tokens alone, each with those before it; truncated: the last W tokens;
+- gists: a working context of W entries, the history's oldest blocks as gists, as few as will do;
+- shuffled: the same with the gists of another sequence; mean: with plain means in GistNet's place;
+- focus: the same number of entries, where LensNet and the allocator put the detail.
+
+Context gain recovered by a context c is (truncated − c) / (truncated − full): 1 for the full context, 0 for one that
+is no better than cutting the history off.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from megacontext.controller import MCController
+from megacontext.focus_allocator import plan
+from megacontext.objective import tail_nll
+from megacontext.reading import read, read_inputs
+from megacontext.tree import build_table
+from megacontext.working_context import WorkingContext
+from nanochat.common import UserError, autocast
+from nanochat.gpt import norm
+
+FOCUS_ROUNDS = 4  # of scoring and editing, at most
+
+
+def mean_gist(children, level):
+    """What a GistNet is at its start."""
+    return norm(children.mean(dim=1))
+
+
+class Evaluator:
+    """
+    controller: of a model and networks in eval mode, its config resolved for T. batches: iterator of (x, y) [B, T].
+
+    Every method reads `steps` batches and returns rows of figures.
+    """
+
+    def __init__(self, controller: MCController, batches, steps: int):
+        self.controller, self.batches, self.steps = controller, batches, steps
+        self.config, self.model = controller.config, controller.model
+        self.tail = max(1, self.config.allocator_recent_tokens)
+
+    # -----------------------------------------------------------------------------------------------------
+    # By how much is compressed
+
+    @torch.no_grad()
+    def by_ratio(self, ratios) -> list[dict]:
+        """For each ratio a row: the history in 1 / ratio of its entries."""
+        losses = {ratio: defaultdict(list) for ratio in ratios}
+        for x, y in self._batches():
+            T = x.size(1)
+            tables = self._tables(x)
+            full = self._tokens(x, y, T)
+            none = self._tokens(x, y, self.tail)
+            for ratio in ratios:
+                W = self.budget(T, ratio)
+                context = WorkingContext.initial(T, self.config.block_size, W, self.tail, len(x), x.device)
+                row = losses[ratio]
+                row["full"].append(full)
+                row["none"].append(none)
+                row["truncated"].append(self._tokens(x, y, W))
+                self._gists(row, tables, context, y)
+                row["focus"].append(self._read(tables["gists"], self._focused(tables["gists"], context, W), y))
+        return [
+            {"ratio": ratio, "entries": self.budget(T, ratio), **_figures(losses[ratio], "truncated")}
+            for ratio in ratios
+        ]
+
+    def budget(self, T, ratio) -> int:
+        """Entries of a working context whose history of T − tail tokens is compressed by `ratio`."""
+        smallest = WorkingContext.finest(1, T, self.config.block_size).smallest_length(self.tail)
+        return max(smallest, self.tail + -(-(T - self.tail) // ratio))
+
+    def _focused(self, table, context, budget):
+        """The context after LensNet and the allocator have moved its detail, row by row."""
+        c = self.config
+        for _ in range(FOCUS_ROUNDS):
+            entries, inputs = context.entries(), table.materialize(context)
+            with autocast(inputs.device, self.controller.dtype):
+                scores = self.controller.networks.lensnet(inputs, *entries, context.num_tokens)
+            rows, edited = [], False
+            for row, length in enumerate(context.lengths().tolist()):
+                one = context.select([row])
+                edits = plan(scores[row, :length], one, budget, c)
+                rows.append(one.apply(edits).lod_map)
+                edited |= bool(edits)
+            if not edited:
+                break
+            context = WorkingContext(torch.cat(rows), context.num_tokens, context.block_size)
+        return context
+
+    # -----------------------------------------------------------------------------------------------------
+    # By level, and by how long ago
+
+    @torch.no_grad()
+    def by_level(self) -> list[dict]:
+        """For each level that fits a row: all of the history at that level (what is left over, one level finer)."""
+        losses = defaultdict(lambda: defaultdict(list))
+        for x, y in self._batches():
+            tables = self._tables(x)
+            full, none = self._tokens(x, y, x.size(1)), self._tokens(x, y, self.tail)
+            for level, context in self._levels(x):
+                row = losses[level]
+                row["full"].append(full)
+                row["none"].append(none)
+                self._gists(row, tables, context, y)
+        return [{"level": level, **_figures(row, "none")} for level, row in losses.items()]
+
+    def _levels(self, x):
+        K, T = self.config.block_size, x.size(1)
+        context = WorkingContext.finest(len(x), T, K, x.device)
+        blocks, level = context.old_blocks(self.tail), 1
+        while nodes := blocks // K ** (level - 1):
+            context.lod_map[:, : nodes * K ** (level - 1)] = level  # read before the next level is written
+            yield level, WorkingContext(context.lod_map.clone(), T, K)
+            level += 1
+
+    @torch.no_grad()
+    def by_distance(self) -> list[dict]:
+        """
+        For each band of the history, twice as wide as the one after it, a row: what is lost when only this band is
+        made into gists, against cutting it out ("truncated"), everything else staying in full.
+        """
+        losses, K = defaultdict(lambda: defaultdict(list)), self.config.block_size
+        for x, y in self._batches():
+            B, T = x.shape
+            embeds, tables, full = self.model.embed(x), self._tables(x), self._tokens(x, y, T)
+            last, width = WorkingContext.finest(1, T, K).old_blocks(self.tail), 1
+            while last > 0:
+                first = max(0, last - width)
+                row = losses[T - self.tail - last * K, T - self.tail - first * K]
+                context = WorkingContext.finest(B, T, K, x.device)
+                context.lod_map[:, first:last] = 1  # nobody has read it yet
+                row["full"].append(full)
+                self._gists(row, tables, context, y)
+                row["truncated"].append(self._without(embeds, y, first * K, last * K))
+                last, width = first, 2 * width
+        return [{"nearest": near, "farthest": far, **_figures(row, "truncated")} for (near, far), row in losses.items()]
+
+    def _without(self, embeds, y, first, last):
+        """The loss when tokens [first, last) are cut out and the others stay where they are."""
+        keep = torch.cat((torch.arange(first), torch.arange(last, y.size(1)))).to(y.device)
+        cos_sin = self.model.cos[:, keep], self.model.sin[:, keep]
+        nll = self.model(inputs_embeds=embeds[:, keep], cos_sin=cos_sin, targets=y[:, keep], loss_reduction="none")
+        return nll.view(len(y), -1)[:, -self.tail :].mean(1)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Contexts
+
+    def _batches(self):
+        for _ in range(self.steps):
+            x, y = next(self.batches)
+            if len(x) < 2:
+                raise UserError("expected batches of 2 sequences or more, whose gists can be exchanged, got 1")
+            yield x, y
+
+    def _tables(self, x):
+        embeds, K = self.model.embed(x), self.config.block_size
+        return {
+            "gists": build_table(self.controller.gist, embeds, K),
+            "mean": build_table(mean_gist, embeds, K),
+        }
+
+    def _tokens(self, x, y, last):
+        """Losses [B] when only the last so many tokens are there."""
+        nll = self.model(x[:, -last:], y[:, -last:], loss_reduction="none").view(len(x), -1)
+        return nll[:, -self.tail :].mean(1)
+
+    def _gists(self, row, tables, context, y):
+        row["gists"].append(self._read(tables["gists"], context, y))
+        row["mean"].append(self._read(tables["mean"], context, y))
+        inputs, lod = tables["gists"].materialize(context), context.entries().lod
+        mixed = inputs.roll(1, 0).where(lod[..., None] > 0, inputs)
+        row["shuffled"].append(
+            self._tail(read_inputs(self.model, mixed, context, y, self.config.mc_positional), context)
+        )
+
+    def _read(self, table, context, y):
+        return self._tail(read(self.model, table, context, y, self.config.mc_positional), context)
+
+    def _tail(self, reading, context):
+        return tail_nll(reading.nll, context.lengths(), self.tail)
+
+
+def _figures(losses, worst) -> dict:
+    """Mean losses, and for each context between `worst` and full the share of the gain that it recovers."""
+    losses = {name: torch.cat(values).double().cpu().numpy() for name, values in losses.items()}
+    figures = {"sequences": len(losses["full"]), **{name: float(values.mean()) for name, values in losses.items()}}
+    for name in losses.keys() - {"full", worst}:
+        figures[f"{name}_recovered"], figures[f"{name}_recovered_error"] = recovered(
+            losses[name], losses["full"], losses[worst]
+        )
+    return dict(sorted(figures.items()))
+
+
+def recovered(losses, full, worst, resamples=500) -> tuple[float | None, float | None]:
+    """
+    (share of the gain of `full` over `worst` that `losses` keeps, its standard error by bootstrap over sequences).
+
+    Each an array with one loss a sequence. None where the full context gains nothing.
+    """
+    gain = worst.mean() - full.mean()
+    if gain <= 0:
+        return None, None
+    pick = np.random.default_rng(0).integers(len(full), size=(resamples, len(full)))
+    gained, gains = (worst - losses)[pick].mean(1), (worst - full)[pick].mean(1)
+    return float((worst.mean() - losses.mean()) / gain), float(np.std(gained / np.where(gains > 0, gains, np.nan)))

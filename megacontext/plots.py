@@ -1,0 +1,53 @@
+"""Plots of MegaContext's evaluation for the report. Drawn without a display."""
+
+from nanochat.plots import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
+
+PUBLISHED = {16: 0.97, 32: 0.85}  # REFRAG (arXiv 2509.01092), a 7B model
+LINES = {  # context → colour, marker, what it is called
+    "focus": (GREEN, "s", "gists, detail where LensNet wants it"),
+    "gists": (BLUE, "o", "gists, newest tokens in detail"),
+    "mean": (ORANGE, "^", "means in GistNet's place"),
+    "shuffled": (GREY, "x", "gists of another text"),
+}
+
+
+def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
+    """A PNG: the share of the context gain that is recovered, by ratio and by distance; the loss by level."""
+    figure, (ratios, distances, levels) = new_figure("What compression keeps of the context", 3)
+    _recovered(ratios, [f"{row['ratio']}×" for row in by_ratio], by_ratio, LINES)
+    places = [i for i, row in enumerate(by_ratio) if row["ratio"] in PUBLISHED]
+    published = [PUBLISHED[by_ratio[i]["ratio"]] for i in places]
+    ratios.plot(places, published, color="black", linestyle="none", marker="*", markersize=9, label="REFRAG, 7B model")
+    ratios.set(title="By compression of the history", ylabel="context gain recovered")
+    without_focus = {name: line for name, line in LINES.items() if name != "focus"}
+    labels = [f"{row['nearest']}–{row['farthest']}" for row in by_distance]
+    _recovered(distances, labels, by_distance, without_focus)
+    distances.set(title="By distance of what is compressed", xlabel="tokens ago", ylabel="gain recovered")
+
+    names = {"full": "black", "gists": BLUE, "mean": ORANGE, "shuffled": GREY, "none": "#BBBBBB"}
+    for i, (name, color) in enumerate(names.items()):
+        places = [place + 0.16 * (i - 2) for place in range(len(by_level))]
+        levels.bar(places, [row[name] for row in by_level], 0.16, color=color, label=name)
+    losses = [row[name] for row in by_level for name in names]
+    margin = 0.2 * (max(losses) - min(losses)) or 0.1
+    levels.set(title="All of the history at one level", ylabel="nats per token", ylim=(min(losses) - margin, None))
+    levels.set_xticks(range(len(by_level)), [f"LOD {row['level']}" for row in by_level])
+    for axes in (ratios, distances, levels):
+        tidy(axes)
+        axes.legend(fontsize=7.5)
+    return png(figure)
+
+
+def _recovered(axes, labels, rows, lines):
+    for name, (color, marker, label) in lines.items():
+        points = [
+            (i, row[f"{name}_recovered"], row[f"{name}_recovered_error"])
+            for i, row in enumerate(rows)
+            if row[f"{name}_recovered"] is not None
+        ]
+        if points:
+            axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, capsize=3, label=label)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="full context")
+    axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":", label="history cut off")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylim(bottom=max(-1, axes.get_ylim()[0]))  # the gists of another text may be far below

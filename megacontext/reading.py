@@ -1,0 +1,42 @@
+"""
+How the model reads a working context, in training and evaluation alike.
+
+Shapes: R rows, W entries (padded at the end), N tokens, D = n_embd.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.working_context import Entries
+
+
+class Reading(NamedTuple):
+    """What went in, each [R, W, …], and nll [R, W], in nats: the loss of each entry's target, 0 where it has none."""
+
+    entries: Entries
+    inputs: torch.Tensor  # [R, W, D]
+    cos_sin: tuple[torch.Tensor, torch.Tensor]
+    targets: torch.Tensor  # −1 where nothing is to be predicted
+    nll: torch.Tensor
+
+
+def read(model, table, context, y, positional) -> Reading:
+    """
+    Put a working context through the model.
+
+    table: the tree of R / V sequences, of which the context's rows are V variants each; y [R / V, N] the token that
+    follows each position. positional: "gaussian" or "simple".
+    """
+    y = y.repeat_interleave(context.num_rows // len(y), 0)
+    return read_inputs(model, table.materialize(context), context, y, positional)
+
+
+def read_inputs(model, inputs, context, y, positional) -> Reading:
+    """The same with embeddings [R, W, D] of the entries that are given, and y [R, N]."""
+    entries, targets = context.entries(), context.targets(y)
+    head_dim = model.config.n_embd // model.config.n_head
+    cos_sin = entry_cos_sin(entries.start, entries.span, head_dim, mode=positional)
+    nll = model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, loss_reduction="none")
+    return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets))

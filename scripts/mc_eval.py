@@ -1,0 +1,223 @@
+"""
+How much of its context a model with MegaContext keeps when it reads gists instead of tokens.
+
+    python -m scripts.mc_eval                       # the largest base model trained with --mc
+    python -m scripts.mc_eval -i sft --ratios 8,32
+    python -m scripts.mc_eval --max_seq_len 4096    # sequences longer than those of the training
+
+On validation text, always scored on the same newest tokens: context gain recovered by compression ratio and by
+distance, the loss at each level of detail, with controls (history cut off, gists of another text, means in
+GistNet's place), and how many tokens of a block can be read back from its gist. Tables and a plot go to the report,
+all figures to $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from megacontext.controller import MCController
+from megacontext.evaluate import Evaluator, mean_gist
+from megacontext.networks import load_networks
+from megacontext.plots import plot_context_gain
+from megacontext.reconstruction import reconstruction_accuracy
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    autocast,
+    compute_cleanup,
+    compute_init,
+    get_base_dir,
+    print0,
+    resolve_dtype,
+)
+from nanochat.configurator import run, short
+from nanochat.dataloader import TokenLoader
+from nanochat.report import format_value, get_report
+
+COLUMNS = {  # of the tables: key → head
+    "gist": "gist",
+    "natural": "text",
+    "random": "random tokens",
+    "ratio": "ratio",
+    "level": "LOD",
+    "nearest": "from",
+    "farthest": "to",
+    "entries": "entries",
+    "full": "full",
+    "gists": "gists",
+    "focus": "focus",
+    "mean": "means",
+    "shuffled": "shuffled",
+    "truncated": "cut off",
+    "none": "none",
+    "gists_recovered": "gists recover",
+    "focus_recovered": "focus recovers",
+    "mean_recovered": "means recover",
+    "shuffled_recovered": "shuffled recover",
+}
+
+
+@dataclass
+class Config:
+    source: Annotated[str, short("-i")] = "base"
+    """stage of the model: base, mid, sft or rl"""
+    model_tag: Annotated[str, short("-g")] = ""
+    """model to load; empty for the largest"""
+    step: Annotated[int, short("-s")] = -1
+    """checkpoint to load; -1 for the newest"""
+    max_seq_len: int = -1
+    """tokens of a sequence; -1 for the model's own"""
+    sequences: int = 256
+    """to read"""
+    device_batch_size: int = 8
+    """sequences at once"""
+    ratios: str = "4,8,16,32"
+    """compression of the history"""
+    probe_steps: int = 300
+    """training of the decoder that reads blocks back from gists; 0 for none"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: str = "auto"
+    """auto, bf16 or fp32"""
+
+
+def numbers(text) -> list[int]:
+    """ "4,8" → [4, 8]; UserError for anything else."""
+    try:
+        ratios = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--ratios: expected whole numbers such as 4,8,16,32, got {text!r}") from error
+    if min(ratios) < 2:
+        raise UserError(f"--ratios: expected numbers of 2 or more, got {text!r}")
+    return ratios
+
+
+def table(title, rows) -> str:
+    """Markdown; losses in nats a token, shares in percent with their standard error."""
+    keys = [key for key in COLUMNS if key in rows[0]]
+    lines = [f"### {title}\n", "| " + " | ".join(COLUMNS[key] for key in keys) + " |", "|" + " ---: |" * len(keys)]
+    for row in rows:
+        cells = [
+            f"{100 * row[key]:.1f} ± {100 * row[f'{key}_error']:.1f}%"
+            if f"{key}_error" in row and row[key] is not None
+            else format_value(row[key])
+            for key in keys
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config):
+    *_, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    ratios = numbers(config.ratios)
+    if config.sequences < 1 or config.device_batch_size < 2:
+        raise UserError(
+            f"expected 1 or more sequences and a device_batch_size of 2 or more (the gists of two are exchanged), "
+            f"got {config.sequences} and {config.device_batch_size}"
+        )
+    model, tokenizer, meta = load_model(
+        config.source, device, "eval", config.model_tag or None, None if config.step == -1 else config.step
+    )
+    networks, mc = load_networks(config.source, meta, device)
+    if networks is None:
+        raise UserError(
+            f"{config.source} {meta['model_tag']} was trained without MegaContext: train with --mc, or attach it with "
+            "python -m scripts.mc_train"
+        )
+    networks.eval()
+    T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
+    if not mc.allocator_recent_tokens + mc.block_size <= T <= model.max_seq_len:
+        raise UserError(
+            f"max_seq_len: expected {mc.allocator_recent_tokens + mc.block_size} (the newest tokens and a block) to "
+            f"{model.max_seq_len}, got {T}"
+        )
+    controller = MCController(model, networks, mc, resolve_dtype(mc.mc_aux_dtype, device.type))
+    B = config.device_batch_size
+    steps = -(-config.sequences // B)
+
+    def measured(title, measure):
+        with TokenLoader(tokenizer, B, T, "val", device) as batches, autocast(device, dtype):
+            rows = measure(Evaluator(controller, batches, steps))
+        print0(table(title, rows))
+        return rows
+
+    figures = {
+        "by_ratio": measured("By compression of the history", lambda e: e.by_ratio(ratios)),
+        "by_distance": measured("By distance of what is compressed (tokens ago)", Evaluator.by_distance),
+        "by_level": measured("All of the history at one level", Evaluator.by_level),
+    }
+    if config.probe_steps > 0:
+        figures["reconstruction"] = reconstruction(config, model, tokenizer, controller, dtype, T)
+        print0(table("Tokens of a block read back from its gist", figures["reconstruction"]))
+
+    facts = {
+        "Model": f"{config.source} {meta['model_tag']}, step {meta['step']}",
+        "Sequences": steps * B,
+        "Tokens of a sequence": T,
+        "Scored tokens of each, the newest": max(1, mc.allocator_recent_tokens),
+        "Tokens a gist": mc.block_size,
+    }
+    name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}"
+    path = get_base_dir() / "mc_eval" / f"{name}.json"
+    with atomic_write(path, "w") as file:
+        json.dump({**facts, **figures}, file, indent=2)
+    gained = {
+        f"Context gain recovered at {row['ratio']}×, %": None
+        if (share := row["gists_recovered"]) is None
+        else 100 * share
+        for row in figures["by_ratio"]
+    }
+    plot = plot_context_gain(figures["by_ratio"], figures["by_distance"], figures["by_level"])
+    get_report().log(
+        f"MegaContext evaluation {config.source}",
+        [
+            facts | gained,
+            "Losses in nats a token on the scored tokens. Recovered: what part of the loss between a history that is "
+            "cut off (to as many entries) and one in full is won back.\n",
+            table("By compression of the history", figures["by_ratio"]),
+            table("By distance of what is compressed (tokens ago)", figures["by_distance"]),
+            table("All of the history at one level", figures["by_level"]),
+            table("Tokens of a block read back from its gist", figures["reconstruction"])
+            if "reconstruction" in figures
+            else None,
+        ],
+        plots={"Context gain": plot},
+    )
+    print0(f"all figures: {path}")
+    compute_cleanup()
+
+
+def reconstruction(config, model, tokenizer, controller, dtype, T) -> list[dict]:
+    """Rows: the gists of GistNet, and plain means; on blocks of text, and of tokens drawn at random."""
+    device, K = model.get_device(), controller.config.block_size
+    generator = torch.Generator(device).manual_seed(0)
+    with ExitStack() as stack:
+
+        def natural(split):
+            batches = stack.enter_context(TokenLoader(tokenizer, config.device_batch_size, T, split, device))
+
+            def sample(n):
+                blocks = next(batches)[0][:, : T // K * K].reshape(-1, K)
+                while len(blocks) < n:
+                    blocks = torch.cat((blocks, next(batches)[0][:, : T // K * K].reshape(-1, K)))
+                return blocks[torch.randperm(len(blocks), generator=generator, device=device)[:n]]
+
+            return sample
+
+        def random(n):
+            return torch.randint(tokenizer.get_vocab_size(), (n, K), generator=generator, device=device)
+
+        samples = {"natural": (natural("train"), natural("val")), "random": (random, random)}
+        return [
+            {"gist": name, **reconstruction_accuracy(model, gist, samples, K, dtype, config.probe_steps)}
+            for name, gist in {"GistNet": controller.gist, "mean": mean_gist}.items()
+        ]
+
+
+if __name__ == "__main__":
+    run(main, Config)
