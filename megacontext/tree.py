@@ -109,6 +109,11 @@ class RamStore:
     def truncate(self, level, count):
         self._counts[level] = count
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use and kept ready."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def repeat(self, rows):
         with torch.inference_mode(False):
             self._buffers = [buffer.repeat_interleave(rows, dim=0) for buffer in self._buffers]

@@ -85,14 +85,7 @@ class WorkingContext:
                 f"expected a budget of at least {smallest} entries for {num_tokens} tokens, of which the last "
                 f"{recent_tokens} stay at full detail, got {budget}: raise the budget or keep fewer recent tokens"
             )
-        saved = block_size - 1  # entries saved by making any one node of K children
-        excess, lod, nodes = num_tokens - budget, 0, context.old_blocks(recent_tokens) * block_size
-        while excess > 0:
-            lod, nodes = lod + 1, nodes // block_size
-            collapsed = min(nodes, -(-excess // saved))
-            context.lod_map[:, : collapsed * block_size ** (lod - 1)] = lod  # not yet seen by anyone else
-            excess -= collapsed * saved
-        return context
+        return context.collapse_oldest(budget, recent_tokens)
 
     # -----------------------------------------------------------------------------------------------------
     # Reading it
@@ -237,6 +230,32 @@ class WorkingContext:
                 raise ValueError(
                     f"{edit}: expected to begin and end between entries, got block {edge} inside LOD {old}"
                 )
+
+    def collapse_oldest(self, budget, recent_tokens, first_block=0) -> "WorkingContext":
+        """
+        The context with its oldest nodes collapsed, finest level first and no more than it takes for `budget` entries
+        a row: from first_block on, but not the last recent_tokens tokens. Larger than the budget if that is too little.
+        """
+        lod_map, saved = self.lod_map.clone(), self.block_size - 1  # entries saved by making any one node of K children
+        excess = (self.lengths() - budget).clamp(min=0)[:, None]  # [B, 1]
+        lod, size = 1, 1
+        while nodes := self.old_blocks(recent_tokens) // size:
+            runs = lod_map[:, : nodes * size].unflatten(1, (nodes, size))  # a view
+            ready = (runs == lod - 1).all(2)
+            ready[:, : -(-first_block // size)] = False
+            taken = ready & (ready.cumsum(1) <= -(-excess // saved))
+            runs.masked_fill_(taken[..., None], lod)
+            excess = (excess - saved * taken.sum(1, keepdim=True)).clamp(min=0)
+            lod, size = lod + 1, size * self.block_size
+        return WorkingContext(lod_map, self.num_tokens, self.block_size)
+
+    def truncate(self, num_tokens) -> "WorkingContext":
+        """The context of the first num_tokens tokens: nodes that reach beyond become the coarsest that do not."""
+        lod_map = self.lod_map[:, : -(-num_tokens // self.block_size)].clone()
+        for lod in range(int(lod_map.max()), 0, -1):
+            cut = lod_map[:, num_tokens // self.block_size**lod * self._blocks_per_node(lod) :]
+            cut.masked_fill_(cut == lod, lod - 1)
+        return WorkingContext(lod_map, num_tokens, self.block_size)
 
     def append(self, n) -> "WorkingContext":
         """The context after n more tokens, at LOD 0."""

@@ -21,13 +21,13 @@ _threads = set()  # those that have put something into a cache
 
 class KVCache:
     """
-    Keys and values of all layers, [2, L, B, K, capacity, d], filled up to `pos`; grows when it must.
+    Keys and values of all layers, [2, L, B, K, capacity, d], filled up to `pos`. Grows when it must, up to `limit`.
 
     `insert` and `advance` are called by the forward pass.
     """
 
-    def __init__(self, n_layer, capacity):
-        self.n_layer, self.capacity = n_layer, capacity
+    def __init__(self, n_layer, capacity, limit=None):
+        self.n_layer, self.capacity, self.limit = n_layer, capacity, limit
         self.data = None  # made at the first insert, in the precision that the model computes in
         self.pos = 0
 
@@ -47,6 +47,15 @@ class KVCache:
     def advance(self, T):
         self.pos += T
 
+    @property
+    def longest(self) -> int:
+        """Positions filled in the fullest row: here all are alike."""
+        return self.pos
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.data is None else self.data.nbytes
+
     def truncate(self, pos):
         """Forget everything from position `pos` on."""
         self.pos = min(self.pos, pos)
@@ -58,7 +67,8 @@ class KVCache:
     def reserve(self, end):
         """Make room for `end` positions in all."""
         if end > self.capacity:
-            self._move(self.data.size(2), max(end, 2 * self.capacity))
+            capacity = max(end, 2 * self.capacity)
+            self._move(self.data.size(2), capacity if self.limit is None else max(end, min(capacity, self.limit)))
 
     def _move(self, rows, capacity):
         old = self.data
@@ -68,6 +78,49 @@ class KVCache:
     def _hold(self, data):
         self.data, self.capacity = data, data.size(4)
         self.layers = [pair.unbind() for pair in data.unbind(1)]  # (keys, values), taken apart once and for all
+
+
+class RowCaches:
+    """
+    A KVCache a row, `rows`, each filled as far as it likes, side by side in data [2, L, B, K, capacity, d].
+
+    Keys carry their positions, so a row may be cut and read on alone; one step of all rows together writes each row's
+    key behind its own last. The capacity stays as it is.
+    """
+
+    def __init__(self, cache, rows, capacity):
+        """Each row begins as a copy of `cache`, which has one row."""
+        shape = list(cache.data.shape)
+        shape[2], shape[4] = rows, capacity
+        self.data = cache.data.new_zeros(shape)  # what is hidden counts 0 times: it must not be infinite or NaN
+        self.data[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
+        self.rows = []
+        for row in range(rows):
+            view = KVCache(cache.n_layer, capacity, limit=capacity)
+            view._hold(self.data[:, :, row : row + 1])
+            view.pos = cache.pos
+            self.rows.append(view)
+
+    @property
+    def pos(self):
+        """Where each row's next key goes, [B], on the CPU."""
+        return torch.tensor([row.pos for row in self.rows])
+
+    @property
+    def longest(self) -> int:
+        return max(row.pos for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def advance(self, T):
+        for row in self.rows:
+            row.advance(T)
+
+    def reserve(self, end):
+        if end > self.data.size(4):
+            raise ValueError(f"expected at most {self.data.size(4)} positions a row, got {end}")
 
 
 def compute_dtype(model):
@@ -125,21 +178,22 @@ class Decoder:
         return matrix
 
     @torch.inference_mode()
-    def extend(self, ids, cache, positions=None):
+    def extend(self, inputs, cache, positions=None):
         """
-        Logits [B, V] in float32 after the tokens ids [B, T], which go into the cache.
+        Logits [B, V] in float32 after the inputs, which go into the cache.
 
-        positions, of the rotary angles: None for cache.pos, cache.pos + 1, …; an int for that one and those that
-        follow; or a tensor [B or 1, T]. Given ones may exceed the model's table; without, ValueError.
+        inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions, of the rotary angles: None for
+        cache.pos, cache.pos + 1, …; an int for that one and those that follow; a tensor [B or 1, T]; or the angles'
+        (cos, sin), each [B or 1, T, 1, d/2]. Given ones may exceed the model's table; without, ValueError.
         """
-        T = ids.size(1)
+        T = inputs.size(1)
         positions = self.checked(positions, cache, T)
 
         def attend(layer, q, k, v):
             k, v = cache.insert(layer, k, v)
             return attend_to_all(q, k, v) if T == 1 else attend_causally(q, k, v)
 
-        logits = self._run(ids, self._rotary(positions, T), attend)
+        logits = self._run(inputs, self._rotary(positions, T), attend)
         cache.advance(T)
         return logits
 
@@ -150,19 +204,37 @@ class Decoder:
         return self.extend(ids[:, None], cache, positions)
 
     def stepper(self, cache):
-        """The fastest step for this cache: a function (ids, positions=None) -> logits."""
-        return StaticStep(self, cache) if self.graph else partial(self.step, cache=cache)
+        """The fastest step for this cache, a KVCache or RowCaches: a function (ids, positions=None) -> logits."""
+        if self.graph:
+            return StaticStep(self, cache)
+        return partial(self._step_rows if isinstance(cache, RowCaches) else self.step, cache=cache)
+
+    def _step_rows(self, ids, positions, cache):
+        """A step for RowCaches, on no more of them than is filled; positions: an int."""
+        cache.reserve(cache.longest + 1)
+        positions = torch.full_like(ids, positions)
+        logits = self.static_step(ids, cache.pos.to(self.device), positions, cache.data[..., : cache.longest + 1, :])
+        cache.advance(1)
+        return logits
 
     @torch.inference_mode()
     def static_step(self, ids, slot, positions, data):
-        """A step without a shape that changes: ids and positions [B]; slot [1], where to write in `KVCache.data`."""
-        hidden = torch.arange(data.size(4), device=self.device) > slot
-        mask = torch.zeros(1, data.size(4), dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        """
+        A step without a shape that changes: ids and positions [B]; slot [1], or [B] where rows differ: where to write
+        in the cache's data [2, L, B, K, capacity, d], of which what lies beyond is hidden.
+        """
+        hidden = (torch.arange(data.size(4), device=self.device) > slot[:, None])[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        rows = torch.arange(len(ids), device=self.device)
 
         def attend(layer, q, k, v):
             keys, values = data[:, layer]
-            keys.index_copy_(2, slot, k)
-            values.index_copy_(2, slot, v)
+            if len(slot) == 1:
+                keys.index_copy_(2, slot, k)
+                values.index_copy_(2, slot, v)
+            else:
+                keys[rows, :, slot] = k[:, :, 0]
+                values[rows, :, slot] = v[:, :, 0]
             return attend_to_all(q, keys, values, mask)
 
         return self._run(ids[:, None], self._rotary(positions[:, None], 1), attend)
@@ -175,6 +247,8 @@ class Decoder:
 
     def _rotary(self, positions, T):
         """(cos, sin), each [1 or B, T, 1, d/2]."""
+        if isinstance(positions, tuple):
+            return [t.to(self.dtype) for t in positions]
         if isinstance(positions, int):
             if 0 <= positions <= self.cos.size(1) - T:
                 return self.cos[:, positions : positions + T], self.sin[:, positions : positions + T]
@@ -182,22 +256,24 @@ class Decoder:
         cos_sin = rotary_cos_sin(positions.flatten(), 2 * self.cos.size(-1))
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
-    def _run(self, ids, cos_sin, attend):
+    def _run(self, inputs, cos_sin, attend):
         """The network under the settings that suit it."""
         device = self.device.type
-        lone = ids.numel() == 1 and device == "cpu" and self.dtype == torch.bfloat16
+        lone = inputs.shape[:2].numel() == 1 and device == "cpu" and self.dtype == torch.bfloat16
         autocast = torch.is_autocast_enabled(device)
         with (
             torch.autocast(device, enabled=False) if autocast else nullcontext(),
             without_onednn() if lone else nullcontext(),
         ):
-            return self._network(ids, cos_sin, attend)
+            return self._network(inputs, cos_sin, attend)
 
-    def _network(self, ids, cos_sin, attend):
+    def _network(self, inputs, cos_sin, attend):
         """attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is the network's only memory."""
-        B, T = ids.shape
+        B, T = inputs.shape[:2]
         H, K = self.config.n_head, self.config.n_kv_head
-        x = norm(F.embedding(ids.flatten(), self.embedding))  # [B·T, D]
+        x = inputs.flatten(0, 1)  # [B·T, D]
+        if not x.is_floating_point():
+            x = norm(F.embedding(x, self.embedding))
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
             heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
@@ -219,7 +295,7 @@ def attend_causally(q, k, v):
 
 
 def attend_to_all(q, k, v, mask=None):
-    """[B, D]. One query a head, q [B, H, 1, d], on all that the mask [1, capacity], added to the scores, leaves."""
+    """[B, D]. One query a head, q [B, H, 1, d], on all that the mask, added to the scores, leaves."""
     B, H, _, d = q.shape
     G = H // k.size(1)
     q = q.reshape(B, -1, G, d)  # heads that share keys are so many queries of one head
@@ -242,11 +318,11 @@ class StaticStep:
     def __call__(self, ids, positions=None):
         cache = self.cache
         positions = self.decoder.checked(positions, cache, 1)
-        cache.reserve(cache.pos + 1)
+        cache.reserve(cache.longest + 1)
         if self.data is not cache.data:
             self._record(len(ids))
         self.ids[:] = ids
-        self.slot[:] = cache.pos
+        self.slot[:] = cache.pos  # one for all rows, or one a row
         self.positions[:] = positions
         if self.graph:
             self.graph.replay()
@@ -257,9 +333,9 @@ class StaticStep:
 
     def _record(self, B):
         device, self.data = self.decoder.device, self.cache.data
-        self.data[..., self.cache.pos :, :] = 0  # masked values count 0 times: they must not be infinite or NaN
+        self.data[..., self.cache.longest :, :] = 0  # masked values count 0 times: they must not be infinite or NaN
         self.ids, self.positions = torch.zeros(2, B, dtype=torch.long, device=device)
-        self.slot = torch.full((1,), self.cache.pos, device=device)
+        self.slot = torch.as_tensor(self.cache.pos, device=device).reshape(-1).clone()
         if device.type == "cuda":
             side = torch.cuda.Stream(device)  # a first run, unrecorded: libraries set themselves up in it
             side.wait_stream(torch.cuda.current_stream(device))
