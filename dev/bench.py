@@ -5,6 +5,7 @@ Benchmarks; each prints a table and one JSON line. Compare figures of one run on
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
     python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
+    python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and what it adds to them
 
 The text is the standard library's, so that no data is needed. PyPI's `rustbpe` has the name of our own trainer:
 it is measured when --other_python names an interpreter of an environment in which it is installed.
@@ -28,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dev.bench_mc import bench_mc
 from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import run
 from nanochat.dataloader import TokenLoader
@@ -43,7 +45,7 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train or decode; also as the first word"""
+    """tokenizer, loader, train, decode or mc; also as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
@@ -312,7 +314,13 @@ def bench_decode(config):
 
 
 def main(config: Config):
-    benchmarks = {"tokenizer": bench_tokenizer, "loader": bench_loader, "train": bench_train, "decode": bench_decode}
+    benchmarks = {
+        "tokenizer": bench_tokenizer,
+        "loader": bench_loader,
+        "train": bench_train,
+        "decode": bench_decode,
+        "mc": lambda config: bench_mc(config, show),
+    }
     if config.benchmark not in benchmarks:
         raise SystemExit(f"error: name a benchmark, one of {', '.join(benchmarks)}; got {config.benchmark!r}")
     benchmarks[config.benchmark](config)

@@ -11,6 +11,8 @@ RL=0
 WANDB_CHOSEN=""
 SHARDS=""
 EXTRA=()          # options for base_train, passed through as they came
+MC=0
+MC_OPTIONS=()     # --mc and what belongs to it, for base_train and mid_train
 NPROC="${NPROC:-1}"
 USAGE_EXTRA="${USAGE_EXTRA:-}"
 
@@ -23,6 +25,8 @@ $DESCRIPTION
 options:
 ${USAGE_EXTRA}  --dry-run          print the commands instead of running them
   --rl               reinforcement learning after SFT
+  --mc               MegaContext: a working context of tokens and gists. What belongs to it (--block_size,
+                     --gistnet_*, --lensnet_*, --allocator*, --mc_*) goes to pretraining and midtraining
   --wandb NAME       log to W&B under this name (default: \$WANDB_RUN, else no W&B)
   --shards N         shards of web text to train on (a bigger model needs more; see the README)
   --nproc N          processes, one a GPU (default $NPROC)
@@ -49,6 +53,28 @@ recipe_options() {
         --help | -h) usage; exit 0 ;;
         --dry-run | --dry_run) DRY_RUN=1; shift; continue ;;
         --rl) RL=1; shift; continue ;;
+        --mc)
+            if [ $given = 0 ] && [[ "${2:-}" =~ ^(0|1|true|false|yes|no|on|off)$ ]]; then
+                value="$2"
+                shift
+            fi
+            shift
+            case "$value" in
+            "" | 1 | true | yes | on) MC=1 ;;
+            0 | false | no | off) MC=0 ;;
+            *) die "--mc takes 1 or 0, got '$value'" ;;
+            esac
+            continue
+            ;;
+        --mc[_-]* | --allocator* | --gistnet[_-]* | --lensnet[_-]* | --block[_-]size)
+            MC_OPTIONS+=("$1")
+            shift
+            if [ $given = 0 ] && [ $# -gt 0 ] && [[ "$1" != --* ]]; then
+                MC_OPTIONS+=("$1")
+                shift
+            fi
+            continue
+            ;;
         --) shift; continue ;;
         --wandb | --nproc | --gpu | --shards)
             if [ $given = 0 ]; then
@@ -74,6 +100,11 @@ recipe_options() {
             ;;
         esac
     done
+    if [ $MC = 1 ]; then
+        MC_OPTIONS=(--mc ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"})
+    elif [ ${#MC_OPTIONS[@]} -gt 0 ]; then
+        die "${MC_OPTIONS[0]%%=*} means nothing without --mc: add it, or leave the option out"
+    fi
     [[ "$SHARDS" =~ ^([1-9][0-9]*)?$ ]] || die "--shards takes a number of shards, got '$SHARDS'"
     [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "--nproc takes a number of processes, got '$NPROC'"
 }
@@ -170,6 +201,11 @@ recipe_setup() {
     activate_environment "$1"
 }
 
+# mc_evaluation TAG [OPTIONS]: what the gists of the base model keep, if it has some.
+mc_evaluation() {
+    [ $MC = 0 ] || stage python -m scripts.mc_eval --model_tag="$@"
+}
+
 # extra_option NAME DEFAULT: the value of an option among those for base_train.
 extra_option() {
     local found="$2" name=""
@@ -258,11 +294,13 @@ hub_recipe() {
     stage python -m scripts.prepare
     hub_data_wait
     module scripts.base_train --depth="$depth" --device_batch_size="$2" --save_every=1000 --keep_last=2 --run="$WANDB_RUN" \
-        ${EXTRA[@]+"${EXTRA[@]}"}
+        ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
     tag="$(base_tag "$depth")"
     module scripts.base_loss --device_batch_size="$batch" --model_tag="$tag"
     module scripts.base_eval --model_tag="$tag"
-    module scripts.mid_train --device_batch_size="$batch" --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" $later
+    mc_evaluation "$tag" --sequences=1024
+    module scripts.mid_train --device_batch_size="$batch" --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" \
+        ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} $later
     module scripts.chat_eval -i mid --model_tag="$tag"
     module scripts.chat_sft --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" $later
     module scripts.chat_eval -i sft --model_tag="$tag"

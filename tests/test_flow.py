@@ -1,11 +1,14 @@
 """The real path, small: text → tokenizer → base model → losses → report, by the commands that users type."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from pathlib import Path
 
@@ -61,6 +64,35 @@ def trained(prepared):
 
 def weights(base_dir, tag, step):
     return cm.load_checkpoint(base_dir / "base_checkpoints" / tag, step)[0]
+
+
+BEFORE_MEGACONTEXT = "fcff69b07fa5e8c02072abe66578f5264779d060"
+
+
+def test_flag_off_is_what_it_was_before_megacontext(trained, tmp_path):
+    """The last commit without it and this one train the same model, bit for bit: losses, weights, optimizers."""
+    repo = Path(__file__).parent.parent
+    archive = subprocess.run(["git", "archive", BEFORE_MEGACONTEXT], cwd=repo, capture_output=True)
+    if archive.returncode:
+        pytest.skip(f"the history is not here: {archive.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(tmp_path / "code", filter="data")
+    for folder in ("base_data", "tokenizer"):
+        shutil.copytree(trained / folder, tmp_path / "base" / folder)
+    command = [sys.executable, "-m", "scripts.base_train", *TRAIN]
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path / "code", env=env, check=True, capture_output=True, timeout=300)
+
+    def result(base_dir):
+        folder = base_dir / "base_checkpoints" / "d2"
+        model, optimizers, _, _ = cm.load_checkpoint(folder, 12, load_optimizer=True)
+        log = (base_dir / "logs" / "base_d2.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in log]
+        losses = [r[name] for r in records for name in ("train/loss", "train/grad_norm", "val/bpb") if name in r]
+        assert len(losses) == 2 * 12 + 3
+        return model, optimizers, losses
+
+    assert_equal(result(tmp_path / "base"), result(trained))
 
 
 def test_pipeline_and_report(trained, tmp_path):
