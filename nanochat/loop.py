@@ -110,10 +110,14 @@ def maybe_compile(model, mode: str, device):
 
 
 class RunLog:
-    """Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<name>.jsonl, and to W&B unless run is "dummy"."""
+    """
+    Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<name>.jsonl, and to W&B unless run is "dummy".
+
+    others: where they shall go too, objects with metrics(dict) and close().
+    """
 
     def __init__(self, name, run, config, resumed, wandb_id=None):
-        self.file, self.wandb = None, None
+        self.file, self.wandb, self.others = None, None, []
         if get_dist_info()[1] != 0:
             return
         path = get_base_dir() / "logs" / f"{name}.jsonl"
@@ -141,8 +145,12 @@ class RunLog:
         self.file.write(json.dumps(finite) + "\n")
         if self.wandb:
             self.wandb.log(metrics)
+        for other in self.others:
+            other.metrics(metrics)
 
     def finish(self):
+        for other in self.others:
+            other.close()
         if self.file:
             self.file.close()
         if self.wandb:

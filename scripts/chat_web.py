@@ -18,11 +18,13 @@ SIGTERM and Ctrl-C let running answers finish first.
 import logging
 import resource
 import threading
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
+from megacontext.telemetry import open_telemetry
 from nanochat.checkpoint_manager import checkpoint_root, load_model
 from nanochat.common import UserError, compute_init, resolve_dtype
 from nanochat.configurator import run, short
@@ -129,6 +131,24 @@ def describe(config, pool, limits, port):
     )
 
 
+def chat_attributes(job, outcome, model) -> dict:
+    """What a span tells of a request: counts and settings, never text."""
+    return {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "nanochat",
+        "gen_ai.request.model": model,
+        "gen_ai.request.temperature": float(job.temperature),
+        "gen_ai.request.top_k": job.top_k,
+        "gen_ai.request.max_tokens": job.max_tokens,
+        "gen_ai.usage.input_tokens": len(job.prompt),
+        "gen_ai.usage.output_tokens": job.tokens,
+        "gen_ai.response.time_to_first_chunk": None if job.first is None else job.first - job.created,
+        "gen_ai.response.finish_reasons": ["error" if outcome == "failed" else outcome],
+        "gen_ai.conversation.compacted": job.compacted,
+        "error.type": "worker" if outcome == "failed" else None,
+    }
+
+
 def main(config: Config):
     check(config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -137,7 +157,12 @@ def main(config: Config):
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))  # a connection is an open file
     limits = Limits(config.max_messages, config.max_message_chars, config.max_conversation_chars)
-    pool = WorkerPool(config.queue_size)
+    telemetry = open_telemetry("chat_web", f"{config.source}_{config.model_tag or 'largest'}")
+
+    def on_end(job, outcome):
+        telemetry.event("chat", chat_attributes(job, outcome, pool.model.id), time.monotonic() - job.created)
+
+    pool = WorkerPool(config.queue_size, on_end)
     app = create_app(pool, limits, Defaults(config.temperature, config.top_k, config.max_tokens))
     workers = devices(config)
     server = Server(app, pool, config.drain_seconds)
@@ -162,6 +187,7 @@ def main(config: Config):
 
         threading.Thread(target=start).start()
         server.run(sockets=[listener])
+    telemetry.close()
     if failures:
         raise failures[0]
 

@@ -1,6 +1,7 @@
 """A job: one answer to be made by a worker thread, and what comes of it, handed back to the event loop."""
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 
@@ -29,7 +30,12 @@ class Failed:
 
 @dataclass(eq=False)
 class Job:
-    """One answer to be made. Created on the event loop that reads `events`: Pieces, then one Done or Failed."""
+    """
+    One answer to be made. Created on the event loop that reads `events`: Pieces, then one Done or Failed.
+
+    created, first: when it was asked for and its first Piece came, by time.monotonic(). compacted: the session that
+    answers let summaries stand in for older tokens.
+    """
 
     prompt: list[int]
     max_tokens: int
@@ -39,13 +45,18 @@ class Job:
     stop: list[str] = field(default_factory=list)
     tokens: int = 0  # generated so far, a tool's answers and the end token included
     cancelled: bool = False
+    compacted: bool = False
+    first: float | None = None
 
     def __post_init__(self):
         self.events = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
+        self.created = time.monotonic()
 
     def emit(self, event):
         """From any thread."""
+        if self.first is None and isinstance(event, Piece):
+            self.first = time.monotonic()
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 

@@ -83,10 +83,15 @@ class Worker:
 
 
 class WorkerPool:
-    """state: "loading" until `start`, then "ready", "draining" after `drain`, and "closed"."""
+    """
+    state: "loading" until `start`, then "ready", "draining" after `drain`, and "closed".
 
-    def __init__(self, queue_size=64):
-        self.queue_size = queue_size
+    on_end(job, outcome): called by the worker when it is done with a job; outcome: "stop", "length", "cancelled" or
+    "failed".
+    """
+
+    def __init__(self, queue_size=64, on_end=None):
+        self.queue_size, self.on_end = queue_size, on_end
         self.state = "loading"
         self.model = None
         self.workers = []
@@ -225,7 +230,7 @@ class WorkerPool:
                 event, outcome = Done(reason), "completed" if reason else "cancelled"
             except Exception:  # of whatever kind: it costs this job, never the worker
                 logger.exception("worker %d failed on a request", worker.number)
-                event, outcome = Failed("the model failed on this request"), "failed"
+                reason, event, outcome = None, Failed("the model failed on this request"), "failed"
             with self.changed:
                 self.totals[outcome] += 1
                 self.totals["tokens"] += job.tokens
@@ -236,3 +241,5 @@ class WorkerPool:
                 unheard = job.cancelled
             if not unheard:
                 job.emit(event)
+            if self.on_end:
+                self.on_end(job, reason or outcome)
