@@ -16,7 +16,6 @@ is no better than cutting the history off.
 
 from collections import defaultdict
 
-import numpy as np
 import torch
 
 from megacontext.controller import MCController
@@ -201,15 +200,15 @@ def _figures(losses, worst) -> dict:
     return dict(sorted(figures.items()))
 
 
-def recovered(losses, full, worst, resamples=500) -> tuple[float | None, float | None]:
+def recovered(losses, full, worst) -> tuple[float | None, float | None]:
     """
-    (share of the gain of `full` over `worst` that `losses` keeps, its standard error by bootstrap over sequences).
+    (share of the gain of `full` over `worst` that `losses` keeps, its standard error over sequences, by the delta method).
 
-    Each an array with one loss a sequence. None where the full context gains nothing.
+    Each an array with one loss a sequence. (None, None) where what the full context gains cannot be told from chance.
     """
-    gain = worst.mean() - full.mean()
-    if gain <= 0:
+    gains = worst - full
+    if not gains.mean() > 2 * gains.std() / len(gains) ** 0.5:
         return None, None
-    pick = np.random.default_rng(0).integers(len(full), size=(resamples, len(full)))
-    gained, gains = (worst - losses)[pick].mean(1), (worst - full)[pick].mean(1)
-    return float((worst.mean() - losses.mean()) / gain), float(np.std(gained / np.where(gains > 0, gains, np.nan)))
+    share = (worst.mean() - losses.mean()) / gains.mean()
+    # To first order, the error of a ratio of means is that of the mean of what is left of its numerator
+    return float(share), float((worst - losses - share * gains).std() / gains.mean() / len(gains) ** 0.5)

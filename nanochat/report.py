@@ -134,7 +134,7 @@ class Report:
             name = f"{slugify(section)}-{slugify(title)}.png"
             with atomic_write(self.folder / PLOT_FOLDER / name) as file:
                 file.write(png)
-            parts.append(_image(title, name))
+            parts.append(_image(title, name, png))
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         text = "\n".join([f"## {section}\n", f"timestamp: {stamp}\n", *parts])
         return self._write(slugify(section), section, text, figures)

@@ -1,0 +1,197 @@
+"""Evaluation of gists: each figure against a slow way to get it; the script and what it leaves behind."""
+
+import json
+from itertools import repeat
+
+import numpy as np
+import pytest
+import torch
+
+from megacontext.evaluate import Evaluator, mean_gist, recovered
+from megacontext.reconstruction import reconstruction_accuracy
+from megacontext.tree import build_table
+from megacontext.working_context import WorkingContext
+from nanochat.common import UserError
+from nanochat.configurator import parse
+from nanochat.gpt import norm
+from nanochat.report import Report
+from scripts import mc_eval
+from tests.test_mc_scripts import base, trained  # noqa: F401 (fixtures)
+from tests.test_mc_training import RECENT, K, T, make_controller, make_model, tokens
+
+
+@pytest.fixture
+def evaluator():
+    controller = make_controller(make_model())
+    networks = controller.networks.eval()
+    networks.gistnet.trained_levels.fill_(8)
+    for p in networks.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return Evaluator(controller, repeat(tokens(B=4)), 1)
+
+
+def tail_loss(model, x, y, last):
+    return model(x[:, -last:], y[:, -last:], loss_reduction="none").view(len(x), -1)[:, -RECENT:].mean().item()
+
+
+def loss_of(evaluator, lod_row, gist, table_rows=None):
+    """One row at a time, entry by entry; the gists of row r are those of table_rows[r]."""
+    model, (x, y) = evaluator.model, tokens(B=4)
+    context = WorkingContext(torch.tensor([lod_row], dtype=torch.int8), T, K)
+    lod, start, span, _ = (t[0] for t in context.entries())
+    losses = []
+    for row in range(4):
+        other = row if table_rows is None else table_rows[row]
+        own, others = (build_table(gist, model.embed(x[r : r + 1]), K) for r in (row, other))
+        pieces = [
+            (own if level == 0 else others).values[0, own.offsets[level] + place // width]
+            for level, place, width in zip(lod.tolist(), start.tolist(), span.tolist(), strict=True)
+        ]
+        sigma2, mean = (span.double() ** 2 - 1) / 12, start + (span.double() - 1) / 2
+        omega = 10000 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+        fade = torch.exp(-(omega**2) * sigma2[:, None] / 2)
+        cos, sin = ((f(mean[:, None] * omega) * fade).float()[None, :, None] for f in (torch.cos, torch.sin))
+        logits = model(inputs_embeds=torch.stack(pieces)[None], cos_sin=(cos, sin))
+        losses.append(torch.nn.functional.cross_entropy(logits[0, -RECENT:], y[row, -RECENT:]).item())
+    return sum(losses) / 4
+
+
+@torch.no_grad()
+def test_by_ratio(evaluator):
+    model, (x, y) = evaluator.model, tokens(B=4)
+    gist = evaluator.controller.gist
+    for row in evaluator.by_ratio([2, 4]):
+        W = RECENT + -(-(T - RECENT) // row["ratio"])
+        assert row["entries"] == W
+        assert row["sequences"] == 4
+        lod_row = WorkingContext.initial(T, K, W, RECENT).lod_map[0].tolist()
+        assert 1 in lod_row
+        assert row["full"] == pytest.approx(tail_loss(model, x, y, T), rel=1e-5)
+        assert row["truncated"] == pytest.approx(tail_loss(model, x, y, W), rel=1e-5)
+        assert row["none"] == pytest.approx(tail_loss(model, x, y, RECENT), rel=1e-5)
+        assert row["gists"] == pytest.approx(loss_of(evaluator, lod_row, gist), rel=1e-4)
+        assert row["mean"] == pytest.approx(loss_of(evaluator, lod_row, mean_gist), rel=1e-4)
+        assert row["shuffled"] == pytest.approx(loss_of(evaluator, lod_row, gist, [3, 0, 1, 2]), rel=1e-4)
+        share = (row["truncated"] - row["gists"]) / (row["truncated"] - row["full"])
+        if row["gists_recovered"] is not None:
+            assert row["gists_recovered"] == pytest.approx(share, rel=1e-6)
+
+
+@torch.no_grad()
+def test_focus_moves_detail_within_the_budget(evaluator):
+    row = evaluator.by_ratio([2])[0]
+    assert row["focus"] != row["gists"]
+    x, _ = tokens(B=4)
+    table = evaluator._tables(x)["gists"]
+    before = WorkingContext.initial(T, K, row["entries"], RECENT, rows=4)
+    after = evaluator._focused(table, before, row["entries"])
+    after.check()
+    assert (after.lengths() <= row["entries"]).all()
+    assert not torch.equal(after.lod_map, before.lod_map)
+    for p in evaluator.controller.networks.lensnet.parameters():
+        torch.nn.init.zeros_(p)
+    assert torch.equal(evaluator._focused(table, before, row["entries"]).lod_map, before.lod_map)
+
+
+@torch.no_grad()
+def test_by_level(evaluator):
+    gist = evaluator.controller.gist
+    rows = {row["level"]: row for row in evaluator.by_level()}
+    assert set(rows) == {1, 2}  # 56 tokens of history: 14 blocks, 3 nodes of 16 tokens
+    assert rows[1]["gists"] == pytest.approx(loss_of(evaluator, [1] * 14 + [0] * 2, gist), rel=1e-4)
+    assert rows[2]["gists"] == pytest.approx(loss_of(evaluator, [2] * 12 + [1] * 2 + [0] * 2, gist), rel=1e-4)
+    assert rows[2]["mean"] == pytest.approx(loss_of(evaluator, [2] * 12 + [1] * 2 + [0] * 2, mean_gist), rel=1e-4)
+
+
+@torch.no_grad()
+def test_by_distance(evaluator):
+    model, (x, y) = evaluator.model, tokens(B=4)
+    rows = evaluator.by_distance()
+    assert [(row["nearest"], row["farthest"]) for row in rows] == [(0, 4), (4, 12), (12, 28), (28, 56)]
+    lod_row = [0] * 11 + [1, 1] + [0] * 3  # tokens 44 to 51, which are 4 to 12 before the tail
+    assert rows[1]["gists"] == pytest.approx(loss_of(evaluator, lod_row, evaluator.controller.gist), rel=1e-4)
+    # Without the farthest band, what is left is the end of the text: rotary positions are relative
+    assert rows[3]["truncated"] == pytest.approx(tail_loss(model, x, y, 28 + RECENT), rel=1e-4)
+
+
+def test_a_single_sequence_has_no_others(evaluator):
+    evaluator.batches = repeat(tokens(B=1))
+    with pytest.raises(UserError, match="2 sequences or more"):
+        evaluator.by_level()
+
+
+def test_recovered():
+    generator = np.random.default_rng(1)
+    full = generator.normal(1, 0.1, 400)
+    worst = full + 0.4
+    assert recovered(full, full, worst) == pytest.approx((1, 0))
+    assert recovered(worst, full, worst) == pytest.approx((0, 0))
+    assert recovered(full + 0.1, full, worst) == pytest.approx((0.75, 0))  # paired: that texts differ does not matter
+    share, error = recovered(full + generator.normal(0.1, 0.2, 400), full, worst)
+    assert share == pytest.approx(0.75, abs=4 * error)
+    assert error == pytest.approx(0.2 / 0.4 / 20, rel=0.2)  # σ / gain / √n
+    assert recovered(full, worst, full) == (None, None)
+
+
+def test_reconstruction_tells_what_is_there():
+    """Gists that hold both tokens of a block are read; those that hold the first only are half read."""
+    model = make_model(vocab=16, n_embd=64)
+    mixer = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+
+    def both(children, level):
+        return norm(children[:, 0] + children[:, 1] @ mixer)
+
+    def first(children, level):
+        return children[:, 0]
+
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(n):
+        return torch.randint(16, (n, 2), generator=generator)
+
+    def constant(n):
+        return torch.full((n, 2), 3)
+
+    samples = {"uniform": (uniform, uniform), "constant": (constant, constant)}
+    for gist, low, high in ((both, 0.9, 1.0), (first, 0.45, 0.65)):
+        accuracy = reconstruction_accuracy(model, gist, samples, 2, torch.float32, 200)
+        assert low <= accuracy["uniform"] <= high
+        assert accuracy["constant"] == 1.0
+
+
+def test_script(trained, capsys):  # noqa: F811
+    options = ["--model_tag=mc", "--sequences=8", "--device_batch_size=4", "--ratios=2,4", "--probe_steps=5"]
+    mc_eval.main(parse(mc_eval.Config, [*options, "--device_type=cpu", "--dtype=fp32"]))
+    out = capsys.readouterr().out
+    figures = json.loads((trained / "mc_eval" / "base_mc_000006.json").read_text())
+    assert [row["ratio"] for row in figures["by_ratio"]] == [2, 4]
+    assert figures["Sequences"] == 8
+    assert all(0 <= row[name] <= 1 for row in figures["reconstruction"] for name in ("natural", "random"))
+    assert "gists recover" in out
+    section = (trained / "report" / "megacontext-evaluation-base.md").read_text()
+    assert "Context gain recovered at 4×" in section
+    picture = "report/megacontext-evaluation-base-context-gain.png"
+    assert f"({picture})" in section
+    assert (trained / "report" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_shows_plots_of_sections(trained, tmp_path):  # noqa: F811
+    Report().log("Some section", [{"a": 1}], plots={"A plot": b"\x89PNG picture"})
+    Report().generate(tmp_path)
+    assert "![A plot](report/some-section-a-plot.png)" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report" / "some-section-a-plot.png").read_bytes() == b"\x89PNG picture"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model_tag=d1"], "trained without MegaContext"),
+        (["--model_tag=mc", "--ratios=4,x"], "whole numbers"),
+        (["--model_tag=mc", "--ratios=1"], "2 or more"),
+        (["--model_tag=mc", "--device_batch_size=1"], "2 or more"),
+        (["--model_tag=mc", "--max_seq_len=8"], "max_seq_len"),
+    ],
+)
+def test_bad_options(trained, options, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        mc_eval.main(parse(mc_eval.Config, [*options, "--device_type=cpu"]))
