@@ -202,7 +202,7 @@ def _figures(losses, worst) -> dict:
 
 def recovered(losses, full, worst) -> tuple[float | None, float | None]:
     """
-    (share of the gain of `full` over `worst` that `losses` keeps, its standard error over sequences, by the delta method).
+    (share of the gain of `full` over `worst` that `losses` keeps, its standard error over sequences: delta method).
 
     Each an array with one loss a sequence. (None, None) where what the full context gains cannot be told from chance.
     """
