@@ -1,0 +1,284 @@
+"""
+A checkpoint in the form of Hugging Face's `transformers` (NanoChatForCausalLM, version 5 and newer): the weights
+under that class's names, its configuration, the tokenizer with our chat format as a template, a model card.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from nanochat.common import UserError
+from nanochat.gpt import LOGIT_SOFTCAP, GPTConfig
+from nanochat.tokenizer import PART_TOKENS, RustBPETokenizer
+
+BOS, END = "<|bos|>", "<|assistant_end|>"
+
+# ours → theirs, in a block
+BLOCK_NAMES = {
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def to_hf_state(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """The weights of a GPT under the names of NanoChatForCausalLM, without the rows that only pad the vocabulary."""
+    V = model.config.vocab_size
+    names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+    for layer in range(model.config.n_layer):
+        for ours, theirs in BLOCK_NAMES.items():
+            names[f"transformer.h.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+    state = model.state_dict()
+    if state.keys() != names.keys():
+        raise ValueError(f"no names for {sorted(state.keys() ^ names.keys())}")
+    # A copy each: safetensors wants whole tensors that share no memory
+    hf = {names[key]: tensor.to("cpu", dtype, copy=True) for key, tensor in state.items()}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        hf[key] = hf[key][:V].clone()
+    return hf
+
+
+def hf_config(config: GPTConfig, tokenizer, dtype=torch.float32) -> dict:
+    """config.json: what NanoChatConfig reads."""
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "max_position_embeddings": config.sequence_len,
+        "hidden_act": "relu2",
+        "rms_norm_eps": torch.finfo(torch.float32).eps,  # what F.rms_norm takes when none is given
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "final_logit_softcapping": LOGIT_SOFTCAP,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": tokenizer.encode_special(BOS),
+        "eos_token_id": tokenizer.encode_special(END),
+        "pad_token_id": tokenizer.encode_special(END),
+    }
+
+
+def hf_generation_config(tokenizer) -> dict:
+    """generation_config.json: greedy, ending where our Engine ends."""
+    bos, end = tokenizer.encode_special(BOS), tokenizer.encode_special(END)
+    return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": end, "do_sample": False}
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in a byte-level vocabulary: itself where it can be seen, else a stand-in."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = (byte for byte in range(256) if byte not in seen)
+    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def to_hf_tokenizer(tokenizer: RustBPETokenizer) -> Tokenizer:
+    """
+    The same tokenizer for `tokenizers`, ids and all. It puts <|bos|> before a text unless told not to
+    (add_special_tokens=False), and reads special tokens that are spelled out in a text as such.
+
+    tiktoken joins whatever pair makes the token of the lowest rank, so each way to make a token is a merge here,
+    and a whole word that is a token needs none.
+    """
+    letters = _byte_letters()
+    ranks = tokenizer.enc._mergeable_ranks
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = [
+        (spelled[token[:cut]], spelled[token[cut:]])
+        for token in sorted(ranks, key=ranks.get)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    hf = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(tokenizer.enc._pat_str), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    hf.decoder = decoders.ByteLevel()
+    specials = sorted(tokenizer.enc._special_tokens.items(), key=lambda item: item[1])
+    hf.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, _ in specials])
+    wrong = [token for token, token_id in specials if hf.token_to_id(token) != token_id]
+    if wrong:
+        raise UserError(f"the ids of {', '.join(wrong)} do not follow those of the merges: this cannot be exported")
+    bos = (BOS, tokenizer.encode_special(BOS))
+    hf.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[bos]
+    )
+    return hf
+
+
+def chat_template() -> str:
+    """The chat format of `ChatTokenizer` in Jinja; what the assistant must produce is marked as generated."""
+
+    def part(kind):
+        before, after, trained = PART_TOKENS[kind]
+        quoted = "{{ '" + (before or "") + "' + part['text'] + '" + (after or "") + "' }}"
+        return "{% generation %}" + quoted + "{% endgeneration %}" if trained else quoted
+
+    branches = "".join(
+        "{%% %s part['type'] == '%s' %%}%s" % ("elif" if i else "if", kind, part(kind))  # noqa: UP031 (braces)
+        for i, kind in enumerate(PART_TOKENS)
+    )
+    return (
+        "{% set system = namespace(text='') %}"
+        "{% if messages and messages[0]['role'] == 'system' %}"
+        "{% set system.text = messages[0]['content'] + '\\n\\n' %}"
+        "{% set messages = messages[1:] %}"
+        "{% endif %}"
+        "{% if not messages %}{{ raise_exception('expected at least one user message') }}{% endif %}"
+        "<|bos|>"
+        "{% for message in messages %}"
+        "{% set expected = 'user' if loop.index0 % 2 == 0 else 'assistant' %}"
+        "{% if message['role'] != expected %}"
+        "{{ raise_exception('expected role ' + expected + ', got ' + message['role']) }}"
+        "{% endif %}"
+        "{% if expected == 'user' %}"
+        "{{ '<|user_start|>' + (system.text if loop.first else '') + message['content'] + '<|user_end|>' }}"
+        "{% else %}"
+        "<|assistant_start|>"
+        "{% if message['content'] is string %}"
+        "{% set parts = [{'type': 'text', 'text': message['content']}] %}"
+        "{% else %}{% set parts = message['content'] %}{% endif %}"
+        "{% for part in parts %}" + branches + "{% else %}"
+        "{{ raise_exception('unknown part type ' + part['type']) }}{% endif %}{% endfor %}"
+        "{% generation %}<|assistant_end|>{% endgeneration %}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+    )
+
+
+def hf_tokenizer_config(tokenizer, sequence_len) -> dict:
+    """tokenizer_config.json."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": END,
+        "pad_token": END,
+        "extra_special_tokens": sorted(tokenizer.get_special_tokens() - {BOS, END}),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": sequence_len,
+        "chat_template": chat_template(),
+    }
+
+
+def model_card(model, source, meta, dtype, companion: bool) -> str:
+    """README.md of the export."""
+    c = model.config
+    kind = "a base model: it continues text" if source == "base" else "a chat model"
+    bpb = meta.get("val_bpb")
+    facts = [
+        f"- {model.num_params():,} parameters: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads "
+        f"({c.n_kv_head} for keys and values), vocabulary {c.vocab_size:,}",
+        f"- trained on contexts of {c.sequence_len:,} tokens",
+        f"- weights in {str(dtype).removeprefix('torch.')}",
+        *([f"- validation loss: {bpb:.4f} bits per byte"] if isinstance(bpb, float) else []),
+    ]
+    trunk = (
+        "\nThe checkpoint has MegaContext's networks beside it. They are not in this export, which is the language "
+        "model alone, with an ordinary context.\n"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanochat, megacontext]
+---
+
+# {meta["model_tag"]}, {source}
+
+Stage `{source}`, step {meta["step"]:,}, of a model trained with MegaContext's base stack; {kind}.
+The architecture is `NanoChatForCausalLM` of transformers 5 and newer.
+
+{chr(10).join(facts)}
+{trunk if companion else ""}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+chat = [{{"role": "user", "content": "What is 17 + 25?"}}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
+```
+
+Every text begins with `<|bos|>`, which the tokenizer adds. Names of special tokens inside a message are read as
+those tokens: take them out of what strangers write. The calculator that answers between `<|python_start|>` and
+`<|python_end|>` is not part of the model: stop there and put the result between `<|output_start|>` and
+`<|output_end|>`.
+"""
+
+
+@contextlib.contextmanager
+def new_folder(path, force=False):
+    """
+    A temporary folder beside `path` that becomes `path` if the block ends well, flushed to disk: all of it or nothing.
+
+    An export that is there is replaced if `force`, anything else never. Raises UserError when it may not be replaced.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not _is_export(path):
+            raise UserError(f"{path} exists and is not an export: choose another --output")
+        if not force:
+            raise UserError(f"{path} exists: choose another --output, or replace it with --force")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path} ({error}): free some space, or choose another --output") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():  # the second rename failed
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_export(path) -> bool:
+    try:
+        return json.loads((path / "config.json").read_text("utf-8")).get("model_type") == "nanochat"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, companion=False, force=False):
+    """
+    Write a model (a GPT and its tokenizer) to the folder `path`. meta: of its checkpoint, as load_model returns it.
+
+    companion: whether MegaContext's networks lie beside the checkpoint, which the model card then mentions.
+    """
+    with new_folder(path, force) as folder:
+        save_torch_state_dict(to_hf_state(model, dtype), folder, max_shard_size="5GB")
+        parts = {
+            "config.json": hf_config(model.config, tokenizer, dtype),
+            "generation_config.json": hf_generation_config(tokenizer),
+            "tokenizer_config.json": hf_tokenizer_config(tokenizer, model.config.sequence_len),
+        }
+        for name, data in parts.items():
+            (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "tokenizer.json").write_text(to_hf_tokenizer(tokenizer).to_str(pretty=True), "utf-8")
+        (folder / "README.md").write_text(model_card(model, source, meta, dtype, companion), "utf-8")

@@ -1,0 +1,48 @@
+"""
+Write a model for Hugging Face's transformers: safetensors, configuration, tokenizer with chat template, model card.
+
+    python -m scripts.export_hf -i sft --output my_model
+    python -m scripts.export_hf -i base -g d20 -s 21400 --output d20-base --dtype=bf16
+
+The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 5 and newer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import resolve_dtype
+from nanochat.configurator import run, short
+from nanochat.hf_export import export_hf
+
+
+@dataclass
+class Config:
+    output: Path
+    """the folder to write"""
+    source: Annotated[str, short("-i")] = "sft"
+    """stage of the model: base, mid, sft or rl"""
+    model_tag: Annotated[str, short("-g")] = ""
+    """model to load; empty for the largest"""
+    step: Annotated[int, short("-s")] = -1
+    """checkpoint to load; -1 for the newest"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """precision of the weights; fp32 is what was trained, bf16 is half as large"""
+    force: bool = False
+    """replace an earlier export in that folder"""
+
+
+def main(config: Config):
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, "cpu", "eval", config.model_tag or None, step)
+    companion = "megacontext" in meta
+    dtype = resolve_dtype(config.dtype, "cpu")
+    export_hf(config.output, model, tokenizer, config.source, meta, dtype, companion, config.force)
+    print(f"{config.source} {meta['model_tag']}, step {meta['step']}, written to {config.output}")
+    if companion:
+        print("it is the language model alone: MegaContext's networks beside the checkpoint are not exported")
+
+
+if __name__ == "__main__":
+    run(main, Config)
