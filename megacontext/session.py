@@ -1,0 +1,328 @@
+"""
+MCSession: one conversation of any length, at a fixed cost a token.
+
+    prefill: tokens → tree → a first working context → LensNet and allocator → KV cache → logits
+    step:    token → tree, working context, cache → logits; every mc_infer_refocus_interval tokens a refocus
+
+Shapes: B rows, N tokens so far, W entries, D = n_embd, V = vocab_size, K = block_size.
+
+A *refocus* scores the entries, edits the working context and computes the cache anew from the first changed entry on.
+It leaves room for the tokens until the next one, so that no call ends with more entries than the budget,
+allocator_soft_max. Between two refocuses a step does what plain decoding does, and nothing grows with N.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from megacontext.config import MCConfig
+from megacontext.focus import Focus, focus_state, lod_counts
+from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.tree import STORES, MegaContextTree
+from megacontext.working_context import WorkingContext
+from nanochat.common import UserError, resolve_dtype
+from nanochat.decode import Decoder, KVCache, RowCaches
+
+READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
+
+
+class Snapshot(NamedTuple):
+    """A moment of one session; nothing in it is as long as the stream but the LOD maps, a byte a block and row."""
+
+    session: "MCSession"
+    cuts: int
+    context: WorkingContext | None
+    since: int
+    focus: tuple
+
+
+class MCSession:
+    """
+    What the tokens of `Engine.generate(session=…)` attend to: the newest at full detail, all others as focus has it.
+
+    networks: GistNet and LensNet, in eval mode. config: resolved. rows: streams that share their prompts and have a
+    focus each. decoder: None makes one from the model's weights as they are now. seed: of stochastic_greedy.
+    on_event(name, attributes): called at each prefill and refocus with numbers for telemetry.
+
+    A session keeps what it has read: a prompt that begins with it goes on where it was, and only what is new is read.
+    Raises UserError when the budget is too small for what has to be in it.
+    """
+
+    def __init__(self, model, networks, config: MCConfig, rows=1, decoder=None, seed=0, on_event=None):
+        self.model, self.networks, self.config, self.rows, self.on_event = model, networks, config, rows, on_event
+        self.device, self.head_dim = model.get_device(), model.config.n_embd // model.config.n_head
+        self.dtype = resolve_dtype(config.mc_aux_dtype, self.device.type)  # of the two networks
+        self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
+        self.budget = config.allocator_soft_max
+        self.room = self.budget - self.interval  # entries that a refocus may leave
+        self._check_budget(model.config.sequence_len)
+        self.decoder = decoder or Decoder(model)
+        self.seed = seed
+        self.closed = False
+        self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
+        self._reset()
+
+    def _check_budget(self, sequence_len):
+        K, levels, blocks = self.config.block_size, 0, sequence_len // self.config.block_size
+        while blocks:
+            levels, blocks = levels + 1, blocks // K
+        least = self.recent + (K - 1) * (1 + levels) + self.interval
+        if self.budget < least:
+            raise UserError(
+                f"--allocator_soft_max: expected at least {least} entries: {self.recent} recent tokens, up to {K - 1} "
+                f"of an unfinished block, up to {K - 1} gists of each of {levels} levels, and {self.interval} tokens "
+                f"until the next refocus; got {self.budget}. Raise it, or lower --allocator_recent_tokens or "
+                f"--mc_infer_refocus_interval"
+            )
+
+    def _reset(self):
+        self.tree = MegaContextTree(self._gist, self.config.block_size, STORES[self.config.mc_tree](), self._embed)
+        self.focus = Focus(self.config, 1, self.seed)
+        self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)
+        self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
+        self._since = 0  # tokens since the last refocus
+        self._stepper = None
+        self._up_to_date = True  # whether the cache holds all entries
+
+    # -----------------------------------------------------------------------------------------------------
+    # What the Engine calls
+
+    @torch.inference_mode()
+    def prefill(self, tokens):
+        """
+        Logits [B, V] after the prompt, a list of ids, which takes the place of what the session held.
+
+        With one row, what both begin with stays, in focus as it is. Rows that may have gone apart begin anew.
+        Raises UserError when no working context of so many tokens is small enough; then nothing has changed.
+        """
+        self._check_open()
+        if not tokens:
+            raise ValueError("expected at least one token, got none")
+        started = time.perf_counter()
+        N = len(tokens)
+        finest = WorkingContext.finest(1, N, self.config.block_size)
+        smallest = finest.smallest_length(self.recent)
+        if smallest > self.room:
+            raise UserError(
+                f"expected room for {smallest} entries, the fewest for {N:,} tokens with {self.recent} at full "
+                f"detail, got {self.room} and {self.interval} until the next refocus: raise --allocator_soft_max"
+            )
+        ids = torch.tensor([tokens], device=self.device)
+        kept = self._common_prefix(ids)
+        if kept:
+            self._cut(kept)
+        else:
+            self._forget(0)
+            self._reset()
+        self.tree.append(ids[:, kept:])
+
+        first_new = min(kept, max(0, N - self.recent)) // self.config.block_size  # first block that is new or recent
+        context = finest
+        if first_new:
+            n = first_new * self.config.block_size
+            context = self._context.truncate(n).append(N - n)
+        context = context.collapse_oldest(self.room, self.recent, first_new)  # what was in focus stays, if it can
+        context = context.collapse_oldest(self.room, self.recent)
+        self._adopt(self._refocused(context))
+        logits = self._read(started)
+        if self.rows > 1:
+            self._become_many()
+        return logits.expand(self.rows, -1)
+
+    @torch.inference_mode()
+    def step(self, ids):
+        """
+        Logits [B, V] after one more token a row, ids [B]; None when there is no room for it, and nothing has changed.
+        """
+        self._check_open()
+        due = self._since + 1 >= self.interval
+        started = time.perf_counter() if due else 0.0
+        if due and self._context_now(1).smallest_length(self.recent) > self.room:
+            return None
+        self.tree.append(ids[:, None])
+        self._since += 1
+        if due:
+            before = self._context_now()
+            context = self._refocused(before)
+            if context is not before:
+                self._adopt(context)
+        if self._up_to_date:
+            logits = self._step(ids)
+            if due:
+                self._tell(started, self.rows)
+            return logits
+        return self._read(started if due else None)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Back and forth
+
+    def snapshot(self) -> Snapshot:
+        """This moment, to `restore` later; void once the session has forgotten tokens that it had by then."""
+        self._check_open()
+        context = self._context_now() if self.num_tokens else None
+        return Snapshot(self, len(self._cuts), context, self._since, self.focus.snapshot())
+
+    def restore(self, snapshot: Snapshot):
+        """
+        As if nothing had happened since the snapshot. Of the cache, what still holds is kept; the next call reads
+        the rest. Raises ValueError for another session's snapshot, or one whose tokens are no longer there.
+        """
+        self._check_open()
+        num_tokens = snapshot.context.num_tokens if snapshot.context else 0
+        if snapshot.session is not self:
+            raise ValueError("expected a snapshot of this session, got one of another")
+        if any(cut < num_tokens for cut in self._cuts[snapshot.cuts :]):
+            raise ValueError(f"the session has forgotten some of the {num_tokens} tokens of this snapshot")
+        if not num_tokens:
+            self._forget(0)
+            self._reset()
+            return
+        self._cut(num_tokens)
+        self._adopt(snapshot.context)
+        self._since = snapshot.since
+        self.focus.restore(snapshot.focus)
+
+    def close(self):
+        """Free the memory. Any further use is an error."""
+        self.closed = True
+        self.tree = self.focus = self.cache = self.decoder = self._context = self._stepper = None
+
+    def _check_open(self):
+        if self.closed:
+            raise ValueError("this session was closed")
+
+    def _common_prefix(self, ids) -> int:
+        """How many tokens of the prompt [1, N] this session holds already; the last one of the prompt never counts."""
+        n = min(self.num_tokens, ids.size(1) - 1)
+        if self.rows > 1 or n < 1:
+            return 0
+        held = self.tree.store.get(0, torch.arange(n, device=self.device)[None])
+        differs = (held != ids[:, :n])[0].nonzero()
+        return int(differs[0]) if len(differs) else n
+
+    def _forget(self, num_tokens):
+        if num_tokens < self.num_tokens:
+            self._cuts.append(num_tokens)
+
+    def _cut(self, num_tokens):
+        """Forget all tokens but the first num_tokens >= 1, and the entries of the cache that know of others."""
+        self._forget(num_tokens)
+        before = self._context_now()
+        self._adopt(before.truncate(num_tokens))
+        self.tree.truncate(num_tokens)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Tree, working context, cache
+
+    @property
+    def num_tokens(self) -> int:
+        """N, of each row."""
+        return self.tree.num_tokens
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return self.cache.rows if isinstance(self.cache, RowCaches) else [self.cache]
+
+    def _context_now(self, more=0):
+        """The working context with the tokens since it was last edited, and `more` to come."""
+        new = self.num_tokens + more - self._context.num_tokens
+        return self._context.append(new) if new else self._context
+
+    def _on_device(self, context):
+        return WorkingContext(context.lod_map.to(self.device), context.num_tokens, context.block_size)
+
+    def _adopt(self, context):
+        """Go on with this context; the cache keeps the entries before the first that is another one."""
+        if self._context is not None:
+            entries, _ = self._context_now().first_difference(context)
+            for cache, n in zip(self._caches, entries.tolist(), strict=True):
+                cache.truncate(n)
+        self._context = context
+        filled = [cache.pos for cache in self._caches]
+        self._up_to_date = filled == context.lengths().tolist()
+
+    def _become_many(self):
+        """Rows that are equal now, and may go apart."""
+        self.tree.repeat(self.rows)
+        self.focus.repeat(self.rows)
+        self._context = self._context.select([0] * self.rows)
+        self.cache, self._stepper = RowCaches(self.cache, self.rows, self.budget), None
+
+    def _plain(self):
+        """Without a surrounding autocast: what goes into the decoder is rounded as the decoder does."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _embed(self, ids):
+        with self._plain():
+            return self.model.embed(ids)
+
+    def _aux(self):
+        """The precision of GistNet and LensNet."""
+        return self._plain() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _gist(self, children, level):
+        with self._aux():
+            return self.networks.gistnet(children, level)
+
+    def _scores(self, context):
+        context = self._on_device(context)
+        x = self.tree.materialize(context)
+        with self._aux():
+            return self.networks.lensnet(x, *context.entries(), context.num_tokens).float().cpu()
+
+    def _refocused(self, context):
+        self._since = 0
+        return self.focus.refocus(context, self._scores, self.room)
+
+    def _step(self, ids):
+        if self._stepper is None:
+            self._stepper = self.decoder.stepper(self.cache)
+        return self._stepper(ids, positions=self.num_tokens - 1)
+
+    def _read(self, started=None):
+        """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more a row."""
+        context = self._on_device(self._context_now())
+        entries, x = context.entries(), self.tree.materialize(context)
+        cos_sin = entry_cos_sin(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
+        logits, read = [], 0
+        for row, (cache, length) in enumerate(zip(self._caches, context.lengths().tolist(), strict=True)):
+            read += length - cache.pos
+            for start in range(cache.pos, length, READ_ENTRIES):
+                part = slice(row, row + 1), slice(start, min(length, start + READ_ENTRIES))
+                after = self.decoder.extend(x[part], cache, tuple(t[part] for t in cos_sin))
+            logits.append(after)
+        self._up_to_date = True
+        if started is not None:
+            self._tell(started, read)
+        return torch.cat(logits)
+
+    # -----------------------------------------------------------------------------------------------------
+    # To be looked at
+
+    def focus_state(self, row=0) -> dict:
+        """Where a row's focus is now: see focus.focus_state."""
+        self._check_open()
+        return focus_state(self._context_now(), self.focus.records[row], self.budget, row)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tree and of the KV cache, with what they keep ready."""
+        self._check_open()
+        return {"tree": self.tree.store.nbytes, "cache": self.cache.nbytes}
+
+    def _tell(self, started, read):
+        """read: entries that the model has read for this call, in all rows."""
+        if self.on_event is None:
+            return
+        milliseconds = 1000 * (time.perf_counter() - started)
+        context, memory = self._context_now(), self.memory()
+        self.on_event("mc_tree_snapshot", {"num_tokens": self.num_tokens, "bytes": memory["tree"]})
+        total = 0
+        for row, record in enumerate(self.focus.records):
+            entries = int(context.lengths()[row])
+            total += entries
+            counts = {f"lod_count/{lod}": n for lod, n in lod_counts(context, row).items()}
+            self.on_event("working_context_snapshot", {"row": row, "entries": entries, "budget": self.budget, **counts})
+            self.on_event("focus_allocator", {"row": row, **record.summary()})
+        update = {"entries_read": read, "entries_kept": total - read, "cache_bytes": memory["cache"]}
+        self.on_event("inference_update", {**update, "milliseconds": milliseconds})

@@ -1,0 +1,556 @@
+"""MCSession against plain decoding and against working contexts read from scratch; its budget, past and memory."""
+
+import dataclasses
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gpt import make_model
+
+from megacontext.config import MCConfig
+from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.networks import MCNetworks
+from megacontext.session import MCSession
+from megacontext.tree import build_table
+from megacontext.working_context import WorkingContext
+from nanochat.common import UserError
+from nanochat.engine import CacheSession, Engine
+from nanochat.gpt import GPTConfig
+
+V, K = 300, 4
+CLOSE = {"atol": 5e-5, "rtol": 1e-4}
+SETTINGS = MCConfig(
+    block_size=K,
+    allocator_soft_max=48,
+    allocator_recent_tokens=8,
+    mc_infer_refocus_interval=6,
+    mc_infer_allocator_iterations=2,
+    mc_infer_allocator_max_replacements=3,
+    mc_aux_dtype="fp32",
+).resolve(64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GPTConfig(sequence_len=64, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    return make_model(config).eval()
+
+
+def gistnet():
+    torch.manual_seed(3)
+    gistnet = MCNetworks(32, SETTINGS).gistnet.eval()
+    with torch.no_grad():
+        for p in gistnet.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    if hasattr(gistnet, "trained_levels"):
+        gistnet.trained_levels.fill_(8)
+    return gistnet
+
+
+GISTNET = gistnet()
+
+
+def random_lens(seed=0):
+    """A lens that wants something else each time, and in every row."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def lens(x, lod, start, span, valid, num_tokens):
+        return (2 * torch.rand(lod.shape, generator=generator) - 1).where(valid, 0.0)
+
+    return lens
+
+
+def no_wishes(x, lod, start, span, valid, num_tokens):
+    return torch.zeros(lod.shape)
+
+
+def session_of(model, lens=None, rows=1, seed=0, on_event=None, **options):
+    networks = SimpleNamespace(gistnet=GISTNET, lensnet=lens or random_lens())
+    config = dataclasses.replace(SETTINGS, **options)
+    return MCSession(model, networks, config, rows=rows, seed=seed, on_event=on_event)
+
+
+def ids(n, seed=0):
+    return torch.randint(0, V - 9, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def held(session, row=0):
+    return session.tree.store.get(0, torch.arange(session.num_tokens).expand(session.rows, -1))[row]
+
+
+@torch.inference_mode()
+def from_scratch(model, session, row=0):
+    """Logits after a session's working context: all of it put through the model, which has no cache."""
+    context = session._context_now().select([row])
+    table = build_table(GISTNET, model.embed(held(session, row)[None]), K)
+    entries = context.entries()
+    cos_sin = entry_cos_sin(entries.start, entries.span, session.head_dim, mode=session.config.mc_positional)
+    return model(inputs_embeds=table.materialize(context), cos_sin=cos_sin)[0, -1]
+
+
+def assert_fresh(model, session, logits):
+    """That logits are what a session would give that had just read the same working contexts."""
+    for row in range(session.rows):
+        torch.testing.assert_close(logits[row], from_scratch(model, session, row), **CLOSE)
+
+
+def assert_in_budget(session):
+    context = session._context_now()
+    context.check()
+    assert context.num_tokens == session.num_tokens
+    assert int(context.lengths().max()) <= session.budget
+    recent = context.old_blocks(session.recent)
+    assert not context.lod_map[:, recent:].any()
+    assert [cache.pos for cache in session._caches] == context.lengths().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Without focus it is plain decoding
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_equal_plain_ones_until_the_budget_is_reached(model, rows, graph):
+    session = session_of(model, no_wishes, rows, allocator_soft_max=200)
+    plain = CacheSession(model, rows, 64)
+    session.decoder.graph = graph
+    same = torch.equal if rows == 1 and not graph else lambda a, b: torch.allclose(a, b, **CLOSE)
+    assert same(session.prefill(ids(30)), plain.prefill(ids(30)))
+    for i in range(100):
+        column = torch.tensor(ids(rows, seed=i))
+        assert same(session.step(column), plain.step(column)), i
+    assert session.focus_state()["lod"] == [[0, -(-130 // K)]]
+    assert session.focus_state()["refocuses"] == 1 + 100 // 6
+
+
+@pytest.mark.parametrize(("temperature", "rows"), [(0.0, 1), (1.0, 1), (1.0, 4)])
+def test_tokens_equal_plain_ones_with_tools(model, tokenizer, temperature, rows):
+    engine = Engine(model, tokenizer)
+    special = tokenizer.encode_special
+    prompt = [*ids(9), special("<|python_start|>"), *tokenizer.encode("12*3")]
+    options = {"max_tokens": 90, "temperature": temperature, "num_samples": rows, "seed": 5}
+
+    def run(session):
+        return list(engine.generate(prompt, session=session, **options))
+
+    expected = run(None)
+    session = session_of(model, no_wishes, rows, allocator_soft_max=200)
+    assert run(session) == expected
+    if rows == 1:
+        assert run(session) == expected  # its prompt is known already
+
+
+class Forcing:
+    """A session that makes the model close its tool call: what sampling alone would hardly do."""
+
+    def __init__(self, session, token, at):
+        self.session, self.token, self.at = session, token, at
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def prefill(self, tokens):
+        self.count = 0
+        return self._forced(self.session.prefill(tokens))
+
+    def step(self, column):
+        self.count += 1
+        return self._forced(self.session.step(column))
+
+    def _forced(self, logits):
+        if self.count in self.at:
+            logits = logits.clone()
+            logits[:, self.at[self.count]] = 1000.0
+        return logits
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_forced_tool_answers_equal_plain_ones(model, tokenizer, rows):
+    engine, special = Engine(model, tokenizer), tokenizer.encode_special
+    call = [special("<|python_start|>"), *tokenizer.encode("12*3"), special("<|python_end|>")]
+    at = dict(enumerate(call, start=2))
+    mc = Forcing(session_of(model, no_wishes, rows, allocator_soft_max=200), None, at)
+    plain = Forcing(CacheSession(model, rows, 64), None, at)
+    runs = [list(engine.generate(ids(9), rows, 40, 1.0, session=session)) for session in (mc, plain)]
+    assert runs[0] == runs[1]
+    assert any(not all(mask) for _, mask in runs[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Whatever the focus did, the cache holds what the working context says
+
+
+@pytest.mark.parametrize("policy", ["greedy", "stochastic_greedy"])
+@pytest.mark.parametrize("positional", ["gaussian", "simple"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_cache_equals_reading_from_scratch(model, rows, positional, policy):
+    session = session_of(model, rows=rows, allocator=policy, mc_positional=positional, allocator_sample_top_k=3)
+    assert_fresh(model, session, session.prefill(ids(150)))
+    kept, levels, lengths = set(), set(), set()
+    for i in range(60):
+        logits = session.step(torch.tensor(ids(rows, seed=i)))
+        assert_in_budget(session)
+        assert_fresh(model, session, logits)
+        context = session._context_now()
+        levels |= set(context.lod_map.flatten().tolist())
+        lengths.add(tuple(context.lengths().tolist()))
+        kept.add(bool((context.lod_map[0] != context.lod_map[-1]).any()))
+    assert levels >= {0, 1, 2}
+    assert True in kept or rows == 1  # rows have a focus each
+    assert rows == 1 or any(len(set(row)) > 1 for row in lengths)  # and lengths of their own
+
+
+def test_only_what_changed_is_read_again(model):
+    events = []
+    session = session_of(model, on_event=lambda name, values: events.append((name, values)))
+    session.prefill(ids(150))
+    for i in range(120):
+        before = session._context_now()
+        events.clear()
+        session.step(torch.tensor([i]))
+        for name, values in events:
+            if name == "inference_update":
+                first, _ = before.first_difference(session._context_now())
+                assert values["entries_kept"] == int(first[0])
+                assert values["entries_kept"] + values["entries_read"] == session.cache.pos
+
+
+def test_positions_far_beyond_the_models_table(model):
+    session = session_of(model)
+    logits = session.prefill(ids(5000))
+    assert session.num_tokens > model.max_seq_len
+    assert_fresh(model, session, logits)
+    for i in range(10):
+        logits = session.step(torch.tensor([i]))
+    assert_fresh(model, session, logits)
+
+
+def test_long_contexts_are_read_in_pieces(model, monkeypatch):
+    whole = session_of(model).prefill(ids(200))
+    monkeypatch.setattr("megacontext.session.READ_ENTRIES", 7)
+    monkeypatch.setattr("megacontext.tree.INGEST_TOKENS", 11)
+    torch.testing.assert_close(session_of(model).prefill(ids(200)), whole, **CLOSE)
+
+
+def test_a_graph_changes_nothing(model):
+    for rows in (1, 3):
+        sessions = [session_of(model, rows=rows) for _ in range(2)]
+        sessions[1].decoder.graph = True
+        for one, two in zip(*(iter_logits(session, 100, 30) for session in sessions), strict=True):
+            torch.testing.assert_close(one, two, **CLOSE)
+
+
+def iter_logits(session, prompt, steps):
+    yield session.prefill(ids(prompt))
+    for i in range(steps):
+        yield session.step(torch.tensor(ids(session.rows, seed=i)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The budget
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    recent=st.integers(0, 13),
+    interval=st.integers(1, 9),
+    spare=st.integers(0, 12),
+    rows=st.sampled_from([1, 1, 2]),
+    policy=st.sampled_from(["greedy", "stochastic_greedy"]),
+    prompts=st.lists(st.tuples(st.integers(1, 260), st.integers(0, 25)), min_size=1, max_size=3),
+)
+def test_the_budget_is_hard(seed, recent, interval, spare, rows, policy, prompts):
+    """Prompts that go on, part ways or come from nowhere, some far above the budget, and answers between them."""
+    model = make_model(GPTConfig(sequence_len=64, vocab_size=V, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)).eval()
+    rng = random.Random(seed)
+    session = session_of(
+        model,
+        random_lens(seed),
+        rows,
+        allocator=policy,
+        allocator_recent_tokens=recent,
+        mc_infer_refocus_interval=interval,
+        allocator_soft_max=recent + 4 * (K - 1) + interval + spare,
+    )
+    text = []
+    for n, answer in prompts:
+        text = text[: rng.randint(0, len(text))] + ids(n, rng.randrange(99))
+        try:
+            logits = session.prefill(text)
+        except UserError as error:
+            assert "expected room for" in str(error)
+            assert WorkingContext.finest(1, len(text), K).smallest_length(recent) > session.room
+            text = held(session).tolist() if session.num_tokens else []
+            continue
+        assert_in_budget(session)
+        for _ in range(answer):
+            column = torch.tensor([rng.randrange(V - 9) for _ in range(rows)])
+            after = session.step(column)
+            assert_in_budget(session)
+            if after is None:
+                assert session._context_now(1).smallest_length(recent) > session.room
+                break
+            logits = after
+            text.append(int(column[0]))
+        assert held(session).tolist() == text
+        assert_fresh(model, session, logits)
+
+
+def test_a_stream_that_outgrows_the_smallest_context_ends(model):
+    least = 8 + 4 * (K - 1) + 6  # enough for 64 tokens; gists of gists of gists need more
+    session = session_of(model, allocator_soft_max=least)
+    session.prefill(ids(260))
+    for _ in range(3000):
+        if session.step(torch.tensor([1])) is None:
+            break
+    n = session.num_tokens
+    assert 256 < n < 3000
+    assert session.step(torch.tensor([1])) is None
+    assert session.num_tokens == n
+    with pytest.raises(UserError, match="expected room for .* raise --allocator_soft_max"):
+        session.prefill(ids(16_391))
+    assert session.num_tokens == n  # as it was
+
+
+def test_a_budget_that_is_too_small_is_refused(model):
+    with pytest.raises(UserError, match="--allocator_soft_max: expected at least 26 .* got 25"):
+        session_of(model, allocator_soft_max=25)
+    with pytest.raises(UserError, match="lower --allocator_recent_tokens or --mc_infer_refocus_interval"):
+        session_of(model, mc_infer_refocus_interval=64)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A prompt that goes on where the session is
+
+
+def test_a_prompt_that_goes_on_equals_one_from_the_start(model):
+    """No wishes and room enough: then the past leaves no trace, wherever the prompts part."""
+    session, text, rng = session_of(model, no_wishes, allocator_soft_max=400), [], random.Random(0)
+    for turn in range(12):
+        text = text[: rng.randint(0, len(text))] + ids(rng.randint(1, 30), turn)
+        logits = session.prefill(text)
+        torch.testing.assert_close(logits, CacheSession(model).prefill(text), **CLOSE)
+        for i in range(rng.randint(0, 9)):
+            session.step(torch.tensor([i]))
+            text.append(i)
+
+
+def focused_session(model, on_event=None):
+    """A session with a history, in a random focus that leaves room in its budget of 100; then no more wishes."""
+    session = session_of(model, allocator_soft_max=100, on_event=on_event)
+    session.prefill(ids(200))
+    for i in range(6 * 15):
+        if i == 6 * 12:
+            session.networks.lensnet = lambda x, lod, *_: torch.full(lod.shape, -0.5)
+        session.step(torch.tensor([i]))
+    session.networks.lensnet = no_wishes
+    assert set(session.focus_state()["lod_counts"]) > {0, 1}
+    assert session.focus_state()["entries"] < 70
+    return session
+
+
+def test_the_next_turn_reads_what_is_new_and_keeps_its_focus(model):
+    read = []
+    session = focused_session(model, lambda name, values: read.append((name, values.get("entries_read"))))
+    old, text = session._context_now(), held(session).tolist()
+    read.clear()
+    session.prefill(text + ids(7, seed=1))
+    blocks = old.old_blocks(session.recent)
+    assert torch.equal(session._context_now().lod_map[:, :blocks], old.lod_map[:, :blocks])
+    assert dict(read)["inference_update"] == 7
+    session.prefill(text + ids(7, seed=1))  # the same again: only the last token is read, for its logits
+    assert dict(read)["inference_update"] == 1
+
+
+def test_a_big_paste_is_collapsed_itself_and_the_past_only_if_it_must(model):
+    session = focused_session(model)
+    old, text = session._context_now(), held(session).tolist()
+    blocks = old.old_blocks(session.recent)
+    logits = session.prefill(text + ids(100, seed=1))
+    new = session._context_now()
+    assert torch.equal(new.lod_map[:, :blocks], old.lod_map[:, :blocks])
+    assert new.lod_map[:, blocks:].any()
+    assert_in_budget(session)
+    assert_fresh(model, session, logits)
+    logits = session.prefill(text + ids(6000, seed=2))  # more than can be kept beside the past as it is
+    assert_in_budget(session)
+    assert_fresh(model, session, logits)
+
+
+def test_an_earlier_message_can_be_changed(model):
+    """What was collapsed and is recent again comes back at full detail; nodes that were cut are taken apart."""
+    session = session_of(model)
+    session.prefill(ids(230))
+    for n in (190, 70, 9, 1):
+        logits = session.prefill(ids(n) + ids(3, seed=n))
+        assert session.num_tokens == n + 3
+        assert_in_budget(session)
+        assert_fresh(model, session, logits)
+
+
+def test_rows_begin_anew(model):
+    session, other = session_of(model, rows=3), session_of(model, rows=3)
+    session.prefill(ids(100))
+    for i in range(20):
+        session.step(torch.tensor([i, i + 1, i + 2]))
+    session.networks.lensnet, other.networks.lensnet = random_lens(7), random_lens(7)
+    for one, two in zip(iter_logits(session, 60, 20), iter_logits(other, 60, 20), strict=True):
+        assert torch.equal(one, two)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Back and forth
+
+
+def clock_lens(x, lod, start, span, valid, num_tokens):
+    """As if random, but always the same for the same context."""
+    return torch.sin(start * 12.9898 + lod * 4.1 + num_tokens * 7.3).where(valid, 0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("policy", ["greedy", "stochastic_greedy"])
+def test_restored_equals_never_having_gone_on(model, rows, policy):
+    options = {"lens": clock_lens, "rows": rows, "allocator": policy, "allocator_soft_max": 60}
+    session, straight = session_of(model, **options), session_of(model, **options)
+    for both in (session, straight):
+        both.prefill(ids(140))
+        for i in range(10):
+            both.step(torch.tensor(ids(rows, seed=i)))
+    snapshot, state = session.snapshot(), session.focus_state()
+    for detour in (1, 5, 40):
+        for i in range(detour):
+            session.step(torch.tensor(ids(rows, seed=100 + i)))
+        session.restore(snapshot)
+        assert session.focus_state() == state
+    if rows == 1:
+        text = held(session).tolist()
+        session.prefill(text + ids(100, seed=8))
+        session.restore(snapshot)
+        assert session.focus_state() == state
+    for i in range(40):
+        column = torch.tensor(ids(rows, seed=i))
+        torch.testing.assert_close(session.step(column), straight.step(column), **CLOSE)
+        assert session.focus_state() == straight.focus_state()
+        assert_in_budget(session)
+
+
+def test_restored_at_once_keeps_the_cache(model):
+    session = session_of(model, no_wishes, allocator_soft_max=100)
+    session.prefill(ids(40))
+    snapshot = session.snapshot()
+    for i in range(20):
+        session.step(torch.tensor([i]))
+    session.restore(snapshot)
+    assert session.cache.pos == 40
+
+
+def test_snapshots_that_are_void(model):
+    session, other = (session_of(model, clock_lens) for _ in range(2))
+    empty = session.snapshot()
+    session.prefill(ids(50))
+    snapshot = session.snapshot()
+    with pytest.raises(ValueError, match="snapshot of this session"):
+        other.restore(snapshot)
+    session.prefill(ids(50)[:30] + ids(30, seed=1))
+    with pytest.raises(ValueError, match="has forgotten some of the 50 tokens"):
+        session.restore(snapshot)
+    session.restore(empty)
+    assert session.num_tokens == 0
+    torch.testing.assert_close(session.prefill(ids(20)), other.prefill(ids(20)), **CLOSE)
+
+
+def test_closing(model):
+    session = session_of(model)
+    session.prefill(ids(50))
+    assert min(session.memory().values()) > 0
+    session.close()
+    assert session.cache is None
+    assert session.tree is None
+    for use in (lambda: session.prefill([1]), lambda: session.step(torch.tensor([1])), session.snapshot):
+        with pytest.raises(ValueError, match="this session was closed"):
+            use()
+    session.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rest, and what can be seen
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_was_edited_rests(model, rows):
+    """A lens that changes its mind each time: the same blocks are never edited in two refocuses in a row."""
+    session = session_of(model, rows=rows, allocator_soft_max=70)
+    session.prefill(ids(200))
+    edited = 0
+    for _ in range(25):
+        before = [_blocks(record) for record in session.focus.records]
+        for i in range(6):
+            session.step(torch.tensor([i] * rows))
+        for record, old in zip(session.focus.records, before, strict=True):
+            now = _blocks(record)
+            forced = sum(change.new_lod > change.old_lod for change in record.changes) > 3
+            assert forced or not now & old
+            edited += len(now)
+    assert edited > 20
+
+
+def _blocks(record):
+    return {c.first_block + i for c in record.changes for i in range(c.num_blocks)}
+
+
+def test_focus_state(model):
+    events = []
+    session = session_of(model, on_event=lambda name, values: events.append((name, values)))
+    session.prefill(ids(300))
+    seen = []
+    for i in range(60):
+        session.step(torch.tensor([i]))
+        state, context = session.focus_state(), session._context_now()
+        lods = [lod for lod, n in state["lod"] for _ in range(n)]
+        assert lods == context.lod_map[0].tolist()
+        assert state["entries"] == sum(state["lod_counts"].values()) == int(context.lengths()[0])
+        if state["refocuses"] != len(seen):
+            seen.append(state)
+            for first, n, lod in state["expanded"] + state["collapsed"]:
+                assert 0 <= first < first + n <= len(lods)
+                assert lod >= 0
+            assert all(-1 <= score <= 1 for _, score in state["scores"])
+    last = seen[-1]
+    assert (last["num_tokens"], last["block_size"], last["budget"]) == (360, 4, 48)
+    assert any(state["expanded"] for state in seen)
+    assert any(state["collapsed"] for state in seen)
+    edits = sum(len(state["expanded"]) + len(state["collapsed"]) for state in seen)
+    assert 0 < edits <= last["edits"]
+    assert 0 < last["swap_rate"] < 1
+    assert last["residency"] > 1
+    names = {name for name, _ in events}
+    assert names == {"mc_tree_snapshot", "working_context_snapshot", "focus_allocator", "inference_update"}
+    assert all(isinstance(value, (int, float)) for _, values in events for value in values.values())
+    assert len([name for name, _ in events if name == "focus_allocator"]) == last["refocuses"]
+
+
+def test_state_of_a_long_stream_is_small(model):
+    session = session_of(model, allocator_soft_max=100)
+    session.prefill(ids(40_000))
+    assert len(str(session.focus_state())) < 3000
+    assert session.memory()["cache"] == session.cache.data.nbytes
+    assert session.cache.capacity <= 100
+
+
+def test_scores_of_the_networks_are_used(model):
+    """The real LensNet, on the device and in the shapes that a session gives it."""
+    torch.manual_seed(0)
+    networks = MCNetworks(32, SETTINGS).eval()
+    with torch.no_grad():
+        for p in networks.lensnet.parameters():
+            p.add_(torch.randn_like(p))
+    session = MCSession(model, networks, SETTINGS, rows=2)
+    session.prefill(ids(100))
+    for i in range(30):
+        session.step(torch.tensor([i, i + 100]))
+    assert session.focus.records[0].edits > 0
+    assert len(session.focus_state(1)["scores"]) > 1
