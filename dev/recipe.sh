@@ -14,6 +14,8 @@ EXTRA=()          # options for base_train, passed through as they came
 MC=0
 MC_OPTIONS=()     # --mc and what belongs to it, for base_train and mid_train
 NPROC="${NPROC:-1}"
+# Several machines: how many, which of them this is, where the first one listens (by stage, from this port on)
+NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_ADDR="${MASTER_ADDR:-}" MASTER_PORT="${MASTER_PORT:-29500}"
 USAGE_EXTRA="${USAGE_EXTRA:-}"
 
 usage() {
@@ -29,7 +31,9 @@ ${USAGE_EXTRA}  --dry-run          print the commands instead of running them
                      --gistnet_*, --lensnet_*, --allocator*, --mc_*) goes to pretraining and midtraining
   --wandb NAME       log to W&B under this name (default: \$WANDB_RUN, else no W&B)
   --shards N         shards of web text to train on (a bigger model needs more; see the README)
-  --nproc N          processes, one a GPU (default $NPROC)
+  --nproc N          processes, one a GPU (default $NPROC), on each machine
+  --nnodes N         machines; the same command runs on each, on one shared \$NANOCHAT_BASE_DIR, with
+                     --node_rank K (0 to N - 1) and --master_addr HOST of machine 0 (see dev/cluster)
   --help             this text
 Every other option (--depth=12, --device_batch_size 8, …) goes to scripts.base_train; see
   python -m scripts.base_train --help
@@ -76,7 +80,7 @@ recipe_options() {
             continue
             ;;
         --) shift; continue ;;
-        --wandb | --nproc | --gpu | --shards)
+        --wandb | --nproc | --gpu | --shards | --nnodes | --node[_-]rank | --master[_-]addr | --master[_-]port)
             if [ $given = 0 ]; then
                 [ $# -ge 2 ] || die "$name takes a value"
                 value="$2"
@@ -86,6 +90,10 @@ recipe_options() {
             --wandb) WANDB_CHOSEN="$value" ;;
             --nproc) NPROC="$value" ;;
             --shards) SHARDS="$value" ;;
+            --nnodes) NNODES="$value" ;;
+            --node*) NODE_RANK="$value" ;;
+            --master?addr) MASTER_ADDR="$value" ;;
+            --master?port) MASTER_PORT="$value" ;;
             --gpu) recipe_option "$name" "$value" || die "$0 takes no $name; see --help" ;;
             esac
             shift
@@ -107,20 +115,36 @@ recipe_options() {
     fi
     [[ "$SHARDS" =~ ^([1-9][0-9]*)?$ ]] || die "--shards takes a number of shards, got '$SHARDS'"
     [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "--nproc takes a number of processes, got '$NPROC'"
+    [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "--nnodes takes a number of machines, got '$NNODES'"
+    [[ "$NODE_RANK" =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "$NNODES" ] ||
+        die "--node_rank takes a number from 0 to $((NNODES - 1)), got '$NODE_RANK'"
+    [[ "$MASTER_PORT" =~ ^[1-9][0-9]*$ ]] || die "--master_port takes a port, got '$MASTER_PORT'"
+    [ "$NNODES" = 1 ] || [ -n "$MASTER_ADDR" ] || die "--nnodes needs --master_addr, the address of machine 0"
 }
 recipe_option() { return 1; }
 
 # Prints the command, and runs it unless this is a dry run.
-stage() {
+show_and_run() {
     printf '\n\033[1m+ %s\033[0m\n' "$*"
     [ "$DRY_RUN" = 1 ] || "$@"
+}
+
+# A command of one process; of several machines, the first one runs it.
+stage() {
+    [ "$NODE_RANK" != 0 ] || show_and_run "$@"
 }
 
 # python -m MODULE, by torchrun when there are several processes.
 module() {
     local name="$1"
     shift
-    if [ "$NPROC" -gt 1 ]; then
+    if [ "$NNODES" -gt 1 ]; then
+        # Each stage has a port of its own, so that no machine meets one that is still at the stage before; and as
+        # the first one has stages to itself (data, tokenizer), the others wait for it as long as the job may last.
+        show_and_run torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" \
+            --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --rdzv_conf=timeout=864000 -m "$name" -- "$@"
+        MASTER_PORT=$((MASTER_PORT + 1))
+    elif [ "$NPROC" -gt 1 ]; then
         stage torchrun --standalone --nproc_per_node="$NPROC" -m "$name" -- "$@"
     else
         stage python -m "$name" "$@"
@@ -256,6 +280,7 @@ report_reset() {
 # hub_data TRAIN_SHARDS: the first 8 shards now, for the tokenizer; the others in the background.
 DOWNLOAD_PID=""
 hub_data() {
+    [ "$NODE_RANK" = 0 ] || return 0
     stage python -m nanochat.dataset -n 8
     if [ "$DRY_RUN" = 1 ]; then
         echo "+ python -m nanochat.dataset -n $1   (in the background)"
