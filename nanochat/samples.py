@@ -25,13 +25,22 @@ def prompts() -> list[str]:
     return [document[:40] for document in itertools.islice(documents, len(PROMPTS))]
 
 
-def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2) -> list[str]:
-    """Continuations of the prompts at temperature 0.7, then a few texts sampled from nothing at temperature 1."""
+def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2, make_session=None) -> list[str]:
+    """
+    Continuations of the prompts at temperature 0.7, then a few texts sampled from nothing at temperature 1.
+
+    make_session(rows): what each text attends to; None for the plain context.
+    """
+    make_session = make_session or (lambda rows: None)
     bos = tokenizer.get_bos_token_id()
     texts = []
     for prompt in prompts():
         prompt_ids = tokenizer.encode(prompt, prepend=bos)
-        ids, _ = engine.generate_batch(prompt_ids, max_tokens=max_tokens, temperature=0.7, top_k=50)
+        ids, _ = engine.generate_batch(
+            prompt_ids, max_tokens=max_tokens, temperature=0.7, top_k=50, session=make_session(1)
+        )
         texts.append(tokenizer.decode(ids[0][1:]))
-    ids, _ = engine.generate_batch([bos], num_samples=unconditioned, max_tokens=2 * max_tokens, temperature=1.0)
+    ids, _ = engine.generate_batch(
+        [bos], unconditioned, max_tokens=2 * max_tokens, temperature=1.0, session=make_session(unconditioned)
+    )
     return texts + [tokenizer.decode(row[1:]) for row in ids]

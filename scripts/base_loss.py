@@ -5,11 +5,14 @@ Bits per byte of a base model on both splits, with samples and the yardsticks of
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
+from megacontext.inference import MCInference, load_for_inference, session_maker
+from megacontext.training import MCObjective
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
-from nanochat.configurator import run
+from nanochat.configurator import group, run
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
@@ -35,6 +38,10 @@ class Config:
     """cuda, cpu or mps; empty for the best there is"""
     dtype: str = "auto"
     """auto, bf16 or fp32"""
+    mc: bool = False
+    """the loss of the newest tokens in working contexts too, and samples by MegaContext"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """what follows counts with --mc only"""
 
 
 def validation_bytes(limit) -> bytes:
@@ -57,6 +64,7 @@ def main(config: Config):
     model, tokenizer, meta = load_model(
         "base", device, "eval", config.model_tag or None, None if config.step == -1 else config.step
     )
+    mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
     B, T = config.device_batch_size, model.config.sequence_len
     steps = max(1, config.split_tokens // (B * T * world_size))
     token_bytes = get_token_bytes(device)
@@ -66,6 +74,13 @@ def main(config: Config):
         with TokenLoader(tokenizer, B, T, split, device) as loader, autocast(device, dtype):
             results[f"{split} bpb"] = evaluate_bpb(model, loader, steps, token_bytes)
         print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
+    if mc:
+        networks, settings = mc
+        objective = MCObjective(model, networks, settings, resolve_dtype(settings.mc_aux_dtype, device.type))
+        with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
+            results |= objective.validate(loader, steps, token_bytes)
+        networks.eval()
+        print0(f"val bpb of the newest tokens in a working context: {results['val/mc_bpb']:.4f}")
     samples = []
     if rank == 0:
         text = validation_bytes(YARDSTICK_BYTES)
@@ -74,7 +89,8 @@ def main(config: Config):
         for name in ("gzip -9 (bpb)", "xz -9 (bpb)"):
             print0(f"{name}: {results[name]:.4f}")
         with autocast(device, dtype):
-            samples = sample_texts(Engine(model, tokenizer), tokenizer)
+            make_session = session_maker(model, *mc) if mc else None
+            samples = sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session)
         for sample in samples:
             print0(f"---\n{sample}")
     shown = "\n\n".join(f"```text\n{sample.replace('```', '` ` `')}\n```" for sample in samples)

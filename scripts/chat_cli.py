@@ -4,6 +4,7 @@ Chat with a model in the terminal.
     python -m scripts.chat_cli                        # the SFT model
     python -m scripts.chat_cli -i mid -t 0.2 -k 20
     python -m scripts.chat_cli -p "Who are you?"      # one answer, then the end
+    python -m scripts.chat_cli --mc --mc_show_focus   # as long as you like, with a view of where the model looks
 
 Arrow keys edit the line and go through earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the
 program; "clear" begins a new conversation.
@@ -12,14 +13,16 @@ program; "clear" begins a new conversation.
 import secrets
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from rich.console import Console
 
+from megacontext.focus_strip import focus_strip
+from megacontext.inference import MCInference, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import run, short
+from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.streaming import join_parts, stream_parts
 
@@ -49,6 +52,12 @@ class Config:
     """cuda, cpu or mps; empty for the best there is"""
     dtype: Annotated[str, short("-d")] = "auto"
     """auto, bf16 or fp32"""
+    mc: bool = False
+    """MegaContext: conversations of any length, of which the model reads a working context"""
+    mc_show_focus: bool = False
+    """after each answer, the conversation as a strip coloured by level of detail; counts with --mc only"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """what follows counts with --mc only"""
 
 
 class Stop:
@@ -120,7 +129,12 @@ def main(config: Config):
     step = None if config.step == -1 else config.step
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
     engine, console = Engine(model, tokenizer), Console(highlight=False)
-    context = model.config.sequence_len
+    context, make_session = model.config.sequence_len, None
+    if config.mc:
+        networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
+        with autocast(device, dtype):
+            make_session = session_maker(model, networks, settings)
+    session = make_session() if make_session else None  # a conversation's own
     messages, answers = [], 0
 
     def answer(text):
@@ -128,7 +142,7 @@ def main(config: Config):
         nonlocal answers
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.render_for_completion({"messages": messages})
-        room = context - len(prompt)
+        room = config.max_tokens if session else context - len(prompt)
         if room < 1:
             messages.pop()
             raise UserError(
@@ -141,17 +155,25 @@ def main(config: Config):
             temperature=config.temperature,
             top_k=config.top_k,
             seed=config.seed + answers if config.seed >= 0 else secrets.randbits(63),
+            session=session,
         )
-        with Stop() as stop, autocast(device, dtype):
-            shown = show(console, stream_parts(tokenizer, columns), stop)
+        try:
+            with Stop() as stop, autocast(device, dtype):
+                shown = show(console, stream_parts(tokenizer, columns), stop)
+        except UserError:  # the session has no room for it
+            messages.pop()
+            raise
         columns.close()
         answers += 1
         messages.append({"role": "assistant", "content": join_parts(shown)})
+        if session and config.mc_show_focus:
+            console.print(focus_strip(session.focus_state(), console.width))
 
     if config.prompt:
         answer(config.prompt)
         return
-    console.print(f"{config.source} {meta['model_tag']}, step {meta['step']}; context of {context:,} tokens")
+    size = f"working context of {session.budget:,} entries" if session else f"context of {context:,} tokens"
+    console.print(f"{config.source} {meta['model_tag']}, step {meta['step']}; {size}")
     console.print("clear: new conversation; quit or Ctrl-D: end; Ctrl-C stops an answer", style="dim")
     remember_lines()
     while True:
@@ -161,6 +183,9 @@ def main(config: Config):
             return
         if line.lower() == "clear":
             messages.clear()
+            if session:
+                session.close()
+                session = make_session()
             console.print("A new conversation.", style="dim")
         elif line:
             console.print("\nAssistant: ", end="", style="bold")

@@ -5,16 +5,18 @@ Evaluate a chat model on tasks.
     python -m scripts.chat_eval -- -i mid -a 'ARC-Easy|GSM8K'
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
     python -m scripts.chat_eval -i sft --tasks=local         # what a small model trained on local tasks can do
+    python -m scripts.chat_eval -i sft --mc                  # answers are generated from a working context
 
 Over all tasks there is one figure, ChatCORE: 0 for guessing, 1 for knowing.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
+from megacontext.inference import MCInference, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
-from nanochat.configurator import run, short
+from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.execution import SandboxUnavailable, find_sandbox
 from nanochat.loop import ProgressLine
@@ -53,6 +55,10 @@ class Config:
     """of each task; -1 for all"""
     device_type: str = ""
     """cuda, cpu or mps; empty for the best there is"""
+    mc: bool = False
+    """generate by MegaContext; multiple choice stays as it is: it scores prompts at full detail"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """what follows counts with --mc only"""
 
 
 def fenced(text) -> str:
@@ -68,12 +74,13 @@ def transcript(score) -> str:
     return "\n\n".join(parts)
 
 
-def talk(model, tokenizer) -> str:
-    """What the model says to some common questions."""
+def talk(model, tokenizer, make_session=None) -> str:
+    """What the model says to some common questions. make_session(rows): what it attends to."""
     engine, parts = Engine(model, tokenizer), []
     for question in QUESTIONS:
         prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
-        rows, _ = engine.generate_batch(prompt, max_tokens=64, temperature=0.0)
+        session = make_session(1) if make_session else None
+        rows, _ = engine.generate_batch(prompt, max_tokens=64, temperature=0.0, session=session)
         parts.append(fenced(f"{question}\n→ {tokenizer.decode(rows[0][len(prompt) :])}"))
     return "\n\n".join(parts)
 
@@ -97,8 +104,11 @@ def main(config: Config):
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
     print0(f"model: {config.source} {meta['model_tag']}, step {meta['step']}")
 
+    mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
+
     accuracies, transcripts = {}, []
     with autocast(device, dtype):
+        make_session = session_maker(model, *mc) if mc else None
         for name, task in tasks.items():
             progress = ProgressLine(name, None)
             score = evaluate(
@@ -113,12 +123,13 @@ def main(config: Config):
                 config.batch_size,
                 keep=3,
                 progress=lambda done, of, line=progress: line.update(done, f"of {of:,} problems", done / of),
+                make_session=make_session,
             )
             progress.close()
             accuracies[name] = score.accuracy
             print0(f"{name}: {100 * score.accuracy:.2f}% ({score.passed:,} of {score.total:,})")
             transcripts.append(f"### {name}\n\n{transcript(score)}")
-        conversation = talk(model, tokenizer) if rank == 0 else ""
+        conversation = talk(model, tokenizer, make_session) if rank == 0 else ""
 
     results = dict(accuracies)
     if set(names) == set(available):
@@ -126,6 +137,7 @@ def main(config: Config):
         print0(f"ChatCORE: {results['ChatCORE']:.4f}")
     print0(conversation)
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
+    facts["megacontext"] = asdict(mc[1]) if mc else None
     sections = [facts, results, f"### Conversation\n\n{conversation}", *transcripts]
     get_report().log(section=f"Chat evaluation {config.source}", data=sections)
     compute_cleanup()

@@ -36,13 +36,15 @@ def evaluate(
     batch_size=8,
     keep=0,
     progress=None,
+    make_session=None,
 ) -> Score:
     """
     Score a model on a task; under torchrun the ranks share the problems, and all get the same result.
 
     A generative problem counts as solved when one of num_samples answers is right; a categorical one when the
     right letter has the largest logit of all its letters. keep: how many samples to return. progress(done, of)
-    is called on every rank. Raises UserError for a task without problems.
+    is called on every rank. make_session(rows): what generated answers attend to; None for the plain context.
+    Raises UserError for a task without problems.
     """
     total = len(task) if max_problems is None else min(len(task), max_problems)
     if total < 1:
@@ -51,7 +53,8 @@ def evaluate(
         solved = _categorical(task, model, tokenizer, total, batch_size)
     else:
         options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-        solved = _generative(task, Engine(model, tokenizer), tokenizer, total, num_samples, options)
+        make_session = make_session or (lambda rows: None)
+        solved = _generative(task, Engine(model, tokenizer), tokenizer, total, num_samples, options, make_session)
     world_size = get_dist_info()[3]
     score = Score(0, total)
     for n, (conversation, answer, right) in enumerate(solved):
@@ -72,11 +75,12 @@ def _own(total):
     return range(rank, total, world_size)
 
 
-def _generative(task, engine, tokenizer, total, num_samples, options):
+def _generative(task, engine, tokenizer, total, num_samples, options, make_session):
     for index in _own(total):
         conversation = task[index]
         prompt = tokenizer.render_for_completion(conversation)
-        rows, _ = engine.generate_batch(prompt, num_samples, seed=index, **options)
+        session = make_session(num_samples)
+        rows, _ = engine.generate_batch(prompt, num_samples, seed=index, session=session, **options)
         answers = [tokenizer.decode(row[len(prompt) :]) for row in rows]
         rights = [bool(task.evaluate(conversation, answer)) for answer in answers]
         best = rights.index(True) if any(rights) else 0

@@ -253,7 +253,7 @@ def iter_logits(session, prompt, steps):
 # The budget
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 999),
     recent=st.integers(0, 13),
@@ -281,8 +281,7 @@ def test_the_budget_is_hard(seed, recent, interval, spare, rows, policy, prompts
         text = text[: rng.randint(0, len(text))] + ids(n, rng.randrange(99))
         try:
             logits = session.prefill(text)
-        except UserError as error:
-            assert "expected room for" in str(error)
+        except UserError:
             assert WorkingContext.finest(1, len(text), K).smallest_length(recent) > session.room
             text = held(session).tolist() if session.num_tokens else []
             continue
@@ -301,14 +300,13 @@ def test_the_budget_is_hard(seed, recent, interval, spare, rows, policy, prompts
 
 
 def test_a_stream_that_outgrows_the_smallest_context_ends(model):
-    least = 8 + 4 * (K - 1) + 6  # enough for 64 tokens; gists of gists of gists need more
-    session = session_of(model, allocator_soft_max=least)
-    session.prefill(ids(260))
-    for _ in range(3000):
-        if session.step(torch.tensor([1])) is None:
-            break
+    least = 8 + 4 * (K - 1) + 1  # enough for 64 tokens; gists of gists of gists need more
+    session = session_of(model, allocator_soft_max=least, mc_infer_refocus_interval=1)
+    session.prefill(ids(500))
+    while session.step(torch.tensor([1])) is not None:
+        assert session.num_tokens < 600
     n = session.num_tokens
-    assert 256 < n < 3000
+    assert n == 518  # one more would be 1 + 3 + 3 + 3 gists, 3 tokens of an unfinished block and 8 recent ones
     assert session.step(torch.tensor([1])) is None
     assert session.num_tokens == n
     with pytest.raises(UserError, match="expected room for .* raise --allocator_soft_max"):

@@ -1,0 +1,44 @@
+"""The focus of a session as two lines of a terminal."""
+
+from rich.text import Text
+
+COLOURS = ("bright_yellow", "dark_orange3", "medium_purple3", "grey42")  # of LOD 0, 1, 2, and 3 or more
+EXPANDED, COLLAPSED = "▲", "▼"
+
+
+def focus_strip(state: dict, width=80) -> Text:
+    """
+    The whole stream in at most `width` cells, oldest first, then the figures. state: as MCSession.focus_state gives it.
+
+    A cell is one block or several, in the colour of the finest level among them; ▲ marks what the last refocus
+    expanded, ▼ what it collapsed.
+    """
+    lods = [lod for lod, blocks in state["lod"] for _ in range(blocks)]
+    group = -(-len(lods) // width)
+    marks = {}
+    for mark, edits in ((COLLAPSED, state["collapsed"]), (EXPANDED, state["expanded"])):
+        for first, blocks, _ in edits:
+            marks |= dict.fromkeys(range(first // group, (first + blocks - 1) // group + 1), mark)
+    strip = Text()
+    for cell, start in enumerate(range(0, len(lods), group)):
+        colour = _colour(min(lods[start : start + group]))
+        if cell in marks:
+            strip.append(marks[cell], style=f"black on {colour}")
+        else:
+            strip.append("█", style=colour)
+    strip.append("\n")
+    for lod, count in state["lod_counts"].items():
+        strip.append("█", style=_colour(lod))
+        strip.append(f" LOD {lod}: {count:,}  ", style="dim")
+    cell = f"{group} blocks" if group > 1 else "a block"
+    figures = (
+        f"{state['entries']:,} of {state['budget']:,} entries ({state['entries'] / state['budget']:.0%})",
+        f"{state['num_tokens']:,} tokens",
+        f"swap rate {state['swap_rate']:.1%}",
+        f"a cell is {cell} of {state['block_size']}",
+    )
+    return strip.append(" · ".join(figures), style="dim")
+
+
+def _colour(lod):
+    return COLOURS[min(lod, len(COLOURS) - 1)]

@@ -1,0 +1,63 @@
+"""MegaContext in scripts that generate: what a checkpoint brings along, and the options that may change it."""
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Literal
+
+from megacontext.networks import load_networks
+from megacontext.session import MCSession
+from nanochat.common import UserError
+from nanochat.decode import Decoder
+
+
+@dataclass
+class MCInference:
+    """Options of MCConfig that count while generating. -1 or empty: as the checkpoint was trained with."""
+
+    allocator: Literal["", "greedy", "stochastic_greedy"] = ""
+    """take the best edits, or draw among the best"""
+    allocator_sample_top_k: int = -1
+    """stochastic_greedy: candidates that an edit is drawn from"""
+    allocator_sample_temperature: float = -1.0
+    """stochastic_greedy: temperature of the draw"""
+    allocator_soft_max: int = -1
+    """entries of the working context, never more"""
+    allocator_recent_tokens: int = -1
+    """newest tokens that always stay tokens"""
+    allocator_expand_threshold: float = -1.0
+    """least score of an entry that is expanded, 0 to 1"""
+    allocator_collapse_threshold: float = -1.0
+    """siblings collapse when their mean score is at most minus this, 0 to 1"""
+    mc_infer_allocator_max_replacements: int = -1
+    """edits an iteration at most"""
+    mc_infer_allocator_iterations: int = -1
+    """rounds of scoring and editing a refocus"""
+    mc_infer_refocus_interval: int = -1
+    """tokens between two refocuses"""
+    mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""
+    """precision of GistNet and LensNet"""
+
+    def apply(self, config):
+        """A checkpoint's MCConfig with what is given here in its place. Raises UserError for values out of range."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(config, **{name: value for name, value in given.items() if value not in (-1, "")})
+
+
+def load_for_inference(source, meta, device, options: MCInference):
+    """
+    (networks in eval mode, resolved config) of the checkpoint of which `meta` came from `load_model(source, …)`.
+
+    Raises UserError when the checkpoint has none.
+    """
+    networks, config = load_networks(source, meta, device)
+    if networks is None:
+        raise UserError(
+            f"--mc: the checkpoint {meta['model_tag']}, step {meta['step']} ({source}) has no GistNet and LensNet. "
+            f"Train with --mc, or give a trained base model its own with scripts.mc_train"
+        )
+    return networks.eval(), options.apply(config)
+
+
+def session_maker(model, networks, config, **options):
+    """A function rows -> MCSession; the model's weights are laid out once, in the precision of the moment."""
+    return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
