@@ -1,4 +1,4 @@
-"""The focus of a session as two lines of a terminal."""
+"""The focus of a session as three lines of a terminal."""
 
 from rich.text import Text
 
@@ -8,7 +8,7 @@ EXPANDED, COLLAPSED = "▲", "▼"
 
 def focus_strip(state: dict, width=80) -> Text:
     """
-    The whole stream in at most `width` cells, oldest first, then the figures. state: as MCSession.focus_state gives it.
+    The whole stream in at most `width` cells, oldest first, then a legend and the figures. state: as MCSession.focus_state gives it.
 
     A cell is one block or several, in the colour of the finest level among them; ▲ marks what the last refocus
     expanded, ▼ what it collapsed.
@@ -30,12 +30,13 @@ def focus_strip(state: dict, width=80) -> Text:
     for lod, count in state["lod_counts"].items():
         strip.append("█", style=_colour(lod))
         strip.append(f" LOD {lod}: {count:,}  ", style="dim")
-    cell = f"{group} blocks" if group > 1 else "a block"
+    strip.append("\n")
+    cell = f"{group:,} × {state['block_size']} tokens"
     figures = (
         f"{state['entries']:,} of {state['budget']:,} entries ({state['entries'] / state['budget']:.0%})",
         f"{state['num_tokens']:,} tokens",
         f"swap rate {state['swap_rate']:.1%}",
-        f"a cell is {cell} of {state['block_size']}",
+        f"1 cell = {cell}",
     )
     return strip.append(" · ".join(figures), style="dim")
 
