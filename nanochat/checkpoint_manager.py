@@ -62,7 +62,7 @@ def _write_tensors(path, data):
             raise
 
 
-def _read_tensors(path, device):
+def read_tensors(path, device):
     """torch.load without code execution; UserError when the file is not what it should be."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
@@ -204,7 +204,7 @@ def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
             )
         paths += [_file(folder, "optim", step, rank), _file(folder, "state", step, rank)]
     _verify(folder, step, [path.name for path in paths if path.exists()])
-    loaded = [_read_tensors(path, "cpu" if path.name.startswith("state") else device) for path in paths]
+    loaded = [read_tensors(path, "cpu" if path.name.startswith("state") else device) for path in paths]
     if not load_optimizer:
         return loaded[0], None, meta_data, None
     return loaded[0], loaded[1], meta_data, loaded[2]
@@ -216,7 +216,7 @@ def load_companion(folder, step, device="cpu"):
     if not path.exists():
         return None
     _verify(folder, step, [path.name])
-    return _read_tensors(path, device)
+    return read_tensors(path, device)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -201,7 +201,12 @@ class RustBPETokenizer(ChatTokenizer):
             raise UserError(
                 f"no tokenizer in {folder} (expected {BPE_FILE} or {PICKLE_FILE}): run python -m scripts.tok_train"
             )
-        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+        try:
+            return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer in {folder} has a split pattern that is none ({error}): get it anew"
+            ) from error
 
     def save(self, folder):
         """Write bpe.json (read by us) and tokenizer.pkl (read by nanochat)."""
@@ -304,6 +309,9 @@ def _read_encoding_pickle(path):
         )
         if not good:
             raise ValueError("its fields have unexpected types")
+        ids = [*ranks.values(), *specials.values()]
+        if sorted(ids) != list(range(len(ids))) or any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError("its tokens are not numbered from 0 on, or lack single bytes")  # tiktoken would panic
     except (
         pickle.UnpicklingError,
         EOFError,
