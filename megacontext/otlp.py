@@ -23,7 +23,7 @@ from opentelemetry.trace import Status, StatusCode
 from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, METRICS, Telemetry, metric_of
 
 SEND_SECONDS = 2  # one batch, all tries together
-CLOSE_SECONDS = 3  # what is left, at the end
+CLOSE_SECONDS = 2  # what is left, at the end
 SPANS_EVERY, METRICS_EVERY = 1.0, 5.0  # seconds
 QUEUE, BATCH = 2048, 256  # spans
 BOUNDARIES = {  # of histograms
