@@ -5,6 +5,7 @@ Benchmarks; each prints a table and one JSON line. Compare figures of one run on
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
     python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
+    python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
     python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and what it adds to them
 
 The text is the standard library's, so that no data is needed. PyPI's `rustbpe` has the name of our own trainer:
@@ -29,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dev.bench_infer import bench_mc_infer
 from dev.bench_mc import bench_mc
 from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import run
@@ -45,7 +47,7 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, decode or mc; also as the first word"""
+    """tokenizer, loader, train, decode, mc or mc-infer; also as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
@@ -55,7 +57,7 @@ class Config:
     device_batch_size: int = 8
     """loader, train: B"""
     max_seq_len: int = 512
-    """loader, train: T"""
+    """loader, train: T; mc-infer: entries of the working context"""
     total_batch_size: int = -1
     """train: tokens a step; -1 for B × T"""
     depth: int = 4
@@ -65,7 +67,9 @@ class Config:
     prompt_tokens: int = 64
     """decode: length of the prompt"""
     new_tokens: int = 100
-    """decode: tokens a row to measure, after 2 that warm up"""
+    """decode, mc-infer: tokens a row to measure, after some that warm up"""
+    stream_tokens: int = 65536
+    """mc-infer: tokens in the tree of the longer of two streams"""
     device_type: str = ""
     """train, decode: cuda, cpu or mps"""
     dtype: str = "auto"
@@ -320,6 +324,7 @@ def main(config: Config):
         "train": bench_train,
         "decode": bench_decode,
         "mc": lambda config: bench_mc(config, show),
+        "mc-infer": lambda config: bench_mc_infer(config, show),
     }
     if config.benchmark not in benchmarks:
         raise SystemExit(f"error: name a benchmark, one of {', '.join(benchmarks)}; got {config.benchmark!r}")

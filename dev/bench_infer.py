@@ -1,0 +1,109 @@
+"""What MegaContext costs at inference, beside plain decoding with as many entries in its cache."""
+
+import time
+
+import torch
+
+from megacontext.config import MCConfig
+from megacontext.networks import MCNetworks
+from megacontext.session import MCSession
+from nanochat.common import UserError, compute_init, resolve_dtype
+from nanochat.decode import Decoder, KVCache
+from nanochat.gpt import GPT, GPTConfig, sample
+
+
+class RestlessLens(torch.nn.Module):
+    """A LensNet's work, and wishes that change each time, so that every refocus makes all the edits it may."""
+
+    def __init__(self, lensnet):
+        super().__init__()
+        self.lensnet = lensnet
+
+    def forward(self, *inputs):
+        scores = self.lensnet(*inputs)
+        return torch.rand_like(scores) * 2 - 1 + 0 * scores
+
+
+@torch.inference_mode()
+def timed(step, logits, n):
+    """Seconds of each of n steps, with sampling and the ids brought to the host, and the last logits."""
+    seconds = []
+    for _ in range(n):
+        started = time.perf_counter()
+        ids = sample(logits, temperature=1.0, top_k=50)[:, 0]
+        logits = step(ids)
+        ids.tolist()  # waits for the device
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds, logits
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def bench_mc_infer(config, show):
+    """`bench.py mc-infer`: a row for each of two lengths of the stream."""
+    graphs = {"auto": None, "on": True, "off": False}
+    if config.compile not in graphs:
+        raise UserError(f"--compile must be auto, on or off, got {config.compile!r}")
+    *_, device = compute_init(config.device_type)
+    dtype = resolve_dtype("auto" if config.dtype == "both" else config.dtype, device.type)
+    W = config.max_seq_len
+    model = GPT(GPTConfig.from_depth(config.depth, W, config.vocab_size)).to(device).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    mc = MCConfig().resolve(W)
+    networks = MCNetworks(model.config.n_embd, mc).to(device).eval()
+    networks.gistnet.trained_levels.fill_(8)  # so that all levels cost what they do after training
+    networks.lensnet = RestlessLens(networks.lensnet)
+    decoder = Decoder(model, dtype, graphs[config.compile])
+    interval, rounds = mc.mc_infer_refocus_interval, -(-config.new_tokens // mc.mc_infer_refocus_interval)
+    rows = []
+    for N in (2 * W, config.stream_tokens):
+        prompt = torch.randint(0, config.vocab_size, (N,)).tolist()
+        session = MCSession(model, networks, mc, decoder=decoder)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            session.tree.append(torch.tensor([prompt], device=device))
+            session.tree.store.get(0, torch.zeros(1, 1, dtype=torch.long, device=device)).tolist()
+        ingestion = time.perf_counter() - started
+        session.close()
+        session = MCSession(model, networks, mc, decoder=decoder)
+        started = time.perf_counter()
+        logits = session.prefill(prompt)
+        logits.argmax().item()
+        first = time.perf_counter() - started
+
+        cache = KVCache(model.config.n_layer, W, limit=W)
+        decoder.extend(torch.tensor([prompt[:W]], device=device), cache)
+        step = decoder.stepper(cache)
+        timed(session.step, logits, interval)  # warms up, and refocuses once
+        plain, own, refocus, edits = [], [], [], session.focus.records[0].edits
+        for _ in range(rounds):  # by turns, so that both see the same machine
+            cache.truncate(session.cache.pos)
+            plain += timed(step, logits, interval)[0]
+            seconds, logits = timed(session.step, logits, interval)
+            own += seconds[:-1]
+            refocus.append(seconds[-1])
+        edits = (session.focus.records[0].edits - edits) / rounds
+        total = sum(own) + sum(refocus)
+        rows.append(
+            {
+                "tokens in tree": N,
+                "entries": int(session.focus_state()["entries"]),
+                "ingestion tokens/s": N / ingestion,
+                "TTFT s": first,
+                "plain ms/token": 1e3 * median(plain),
+                "MC ms/token between": 1e3 * median(own),
+                "refocus ms": 1e3 * median(refocus),
+                "edits a refocus": edits,
+                "MC ms/token": 1e3 * total / (rounds * interval),
+                "ratio": total / sum(plain),
+                "tree MiB": session.memory()["tree"] / 2**20,
+                "cache MiB": session.memory()["cache"] / 2**20,
+            }
+        )
+    precision = str(dtype).removeprefix("torch.")
+    show(f"mc-infer: depth {config.depth}, budget {W}, refocus every {interval} tokens, {precision}, {device}", rows)
