@@ -222,6 +222,44 @@ def test_initial_is_as_fine_as_the_budget_allows(N, K, recent, budget):
     assert not any(lod for lod, start, span in row_entries(context, 0) if start + span > N - recent)
 
 
+@given(shapes)
+@settings(max_examples=200, deadline=None)
+def test_collapse_oldest(shape):
+    """Level by level, a group of siblings at a time, until it is short enough."""
+    N, K, _, rng = shape
+    context = random_context(*shape)
+    budget, recent, first_block = rng.randint(1, N), rng.randint(0, N), rng.randint(0, context.num_blocks)
+    expected = context.lod_map.tolist()
+    for row in expected:
+        for lod in range(1, 9):
+            size = K ** (lod - 1)
+            for first in range(0, (N - recent) // K - size + 1, size):
+                group = slice(first, first + size)
+                if first >= first_block and len(reference.entries(row, N, K)) > budget and set(row[group]) == {lod - 1}:
+                    row[group] = [lod] * size
+    collapsed = context.collapse_oldest(budget, recent, first_block)
+    collapsed.check()
+    assert collapsed.lod_map.tolist() == expected
+
+
+@given(shapes)
+@settings(max_examples=200, deadline=None)
+def test_truncate_takes_cut_nodes_apart(shape):
+    N, K, rows, rng = shape
+    context, n = random_context(*shape), rng.randint(1, N)
+
+    def parts(lod, start, span):
+        if start >= n or start + span <= n:
+            return [(lod, start, span)] if start < n else []
+        return [part for i in range(K) for part in parts(lod - 1, start + i * (span // K), span // K)]
+
+    shorter = context.truncate(n)
+    shorter.check()
+    assert shorter.num_tokens == n
+    for row in range(rows):
+        assert row_entries(shorter, row) == [part for entry in row_entries(context, row) for part in parts(*entry)]
+
+
 @given(shapes, st.integers(0, 20))
 @settings(max_examples=200, deadline=None)
 def test_first_difference(shape, n):
