@@ -3,6 +3,7 @@ The report card of a run: every stage logs a section; at the end they become one
 
     python -m nanochat.report reset       forget the last run's sections, describe this machine
     python -m nanochat.report generate    write report.md, there and in the working directory
+    python -m nanochat.report live        show the training logs in the browser, also while training goes on
 
 $NANOCHAT_BASE_DIR/report holds <section>.md for people and <section>.json with the same figures for the
 final table. Plots come from the training logs, $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl.
@@ -268,14 +269,24 @@ def get_report():
 
 @dataclass
 class Config:
-    command: tyro.conf.Positional[Literal["reset", "generate"]] = "generate"
-    """reset: begin a new report; generate: write report.md"""
+    command: tyro.conf.Positional[Literal["reset", "generate", "live"]] = "generate"
+    """reset: begin a new report; generate: write report.md; live: show the training logs in the browser"""
+    port: int = 8080
+    """live: to listen on; 0 for any free one"""
+    host: str = "127.0.0.1"
+    """live: address to listen on; 0.0.0.0 for all who reach this machine"""
+    output: str = ""
+    """live: write the page to this file instead"""
 
 
 def main(config):
+    from nanochat import live  # here, so that training scripts do not load matplotlib
+
     report = Report()
     if config.command == "reset":
         print(f"began a new report: {report.reset()}")
+    elif config.command == "live":
+        live.show(config.host, config.port, config.output)
     else:
         path = report.generate()
         print(f"report written to {path} and, with its plots, to {Path.cwd() / 'report.md'}")
