@@ -1,0 +1,125 @@
+"""
+Our models for EleutherAI's lm-evaluation-harness: the three questions that it asks of a language model.
+
+Needs the package lm-eval (`uv sync --extra lm-eval`); only scripts.lm_eval imports this.
+"""
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from nanochat.common import UserError
+from nanochat.engine import Engine
+
+BOS = "<|bos|>"
+
+
+class HarnessLM(TemplateLM):
+    """
+    A GPT and its tokenizer as the harness sees them. Texts begin with <|bos|>, as in training.
+
+    batch_size: rows scored at once. Contexts longer than the model was trained on lose their beginning.
+    Run it under autocast for another precision than that of the weights.
+    """
+
+    def __init__(self, model, tokenizer, name="", batch_size=8):
+        super().__init__()
+        self.model, self.bpe, self.batch_size = model, tokenizer, batch_size
+        self.name = name
+        self.max_length = model.config.sequence_len
+        self.engine = Engine(model, tokenizer, fixed=True)
+        self.special_ids = {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keeps requests of different chat formats apart by."""
+        return self.name
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.bpe.get_bos_token_id()
+
+    def tok_encode(self, string, add_special_tokens=None, **_kwargs) -> list[int]:
+        """Ids with <|bos|> before them, unless add_special_tokens is False; special tokens only in a rendered chat."""
+        if string.startswith(BOS):  # by apply_chat_template
+            return self.bpe.enc.encode(string, allowed_special="all")
+        return self.bpe.encode(string, prepend=None if add_special_tokens is False else BOS)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """A chat in our format, special tokens spelled out; with add_generation_prompt, the assistant's turn begins."""
+        chat = {"messages": chat_history}
+        render = self.bpe.render_for_completion if add_generation_prompt else self.bpe.render_conversation
+        ids = render(chat) if add_generation_prompt else render(chat, max_tokens=None)[0]
+        return self.bpe.decode(ids)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_kwargs) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether it is the greedy one) of each (texts, context ids, continuation ids)."""
+        rows = []  # (input ids, ids to predict at its end)
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a continuation of {len(continuation):,} tokens is longer than the model's context of "
+                    f"{self.max_length:,}: leave the task out"
+                )
+            rows.append(((context + continuation)[-(self.max_length + 1) : -1], continuation))
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # rows of like length together, longest first
+        answers = [None] * len(rows)
+        for start in tqdm(range(0, len(order), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
+            chosen = order[start : start + self.batch_size]
+            # Padding comes after a row's end, where a causal model cannot see it from the row
+            ids = torch.full((len(chosen), len(rows[chosen[0]][0])), self.eot_token_id)
+            for row, i in enumerate(chosen):
+                ids[row, : len(rows[i][0])] = torch.tensor(rows[i][0])
+            logits = self.model(ids.to(self.model.get_device()))
+            for row, i in enumerate(chosen):
+                inputs, continuation = rows[i]
+                scores = logits[row, len(inputs) - len(continuation) : len(inputs)]  # [n, V]
+                targets = torch.tensor(continuation, device=scores.device)
+                nats = F.cross_entropy(scores.float(), targets, reduction="sum").item()
+                answers[i] = (-nats, bool((scores.argmax(dim=-1) == targets).all()))
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+        """Log-likelihood in nats of whole texts, each token once, in windows as long as the model's context."""
+        windows, counts = [], []
+        for (text,) in (request.args for request in requests):
+            ids = self.tok_encode(text, add_special_tokens=False)
+            own = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            own = [(None, *make_disjoint_window(window)) for window in own]
+            windows += own
+            counts.append(len(own))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        """What the model says next, up to the first of the task's stop strings, without special tokens."""
+        return [self._generate(*request.args) for request in tqdm(requests, desc="generate", disable=disable_tqdm)]
+
+    def _generate(self, context, gen_kwargs):
+        kwargs = normalize_gen_kwargs(gen_kwargs)
+        room = self.max_length - kwargs["max_gen_toks"]
+        if room < 1:
+            raise UserError(
+                f"the task wants {kwargs['max_gen_toks']:,} new tokens, the model's context has {self.max_length:,}: "
+                "ask for less with --gen_kwargs=max_gen_toks=64"
+            )
+        prompt = self.tok_encode(context)[-room:]
+        temperature = kwargs.get("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
+        text, said = "", []
+        for (token,), _ in self.engine.generate(
+            prompt, max_tokens=kwargs["max_gen_toks"], temperature=temperature, top_k=kwargs.get("top_k")
+        ):
+            said += [token] if token not in self.special_ids else []
+            text = self.bpe.decode(said)
+            ends = [text.find(stop) for stop in kwargs["until"] if stop and stop in text]
+            if ends:
+                text = text[: min(ends)]
+                break
+        self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
+        return text

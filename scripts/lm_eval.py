@@ -1,0 +1,103 @@
+"""
+Score a model on tasks of EleutherAI's lm-evaluation-harness.
+
+    python -m scripts.lm_eval -i base --tasks=hellaswag,arc_easy
+    python -m scripts.lm_eval -i sft --chat --tasks=gsm8k --limit=100
+    python -m scripts.lm_eval -i base --include_path=my_tasks --tasks=mine
+
+Needs `uv sync --extra lm-eval`. Most tasks fetch their data from the Hugging Face hub; a YAML file of your own names
+any other. Like everything in such a file, Python functions that it names are run: read what you did not write.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
+from nanochat.configurator import run, short
+from nanochat.report import get_report
+
+
+@dataclass
+class Config:
+    tasks: str
+    """names of tasks with commas between them; * stands for anything"""
+    source: Annotated[str, short("-i")] = "base"
+    """stage of the model: base, mid, sft or rl"""
+    model_tag: Annotated[str, short("-g")] = ""
+    """model to load; empty for the largest"""
+    step: Annotated[int, short("-s")] = -1
+    """checkpoint to load; -1 for the newest"""
+    include_path: Path | None = None
+    """take tasks from this folder of YAML files instead of the harness's own"""
+    num_fewshot: int | None = None
+    """solved examples before each question (default: as the task has it)"""
+    limit: int | None = None
+    """look at this many examples of each task"""
+    chat: bool = False
+    """put questions in the chat format, for mid, sft and rl"""
+    gen_kwargs: str = ""
+    """options of generated answers, such as max_gen_toks=64,temperature=0"""
+    batch_size: int = 8
+    """rows scored at once"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best there is"""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """precision of matrix products; auto = bf16 where that is faster"""
+
+
+def main(config: Config):
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+
+        from nanochat.lm_eval_adapter import HarnessLM
+    except ImportError as error:
+        raise UserError("this needs the package lm-eval: run `uv sync --extra lm-eval`") from error
+
+    *_, device = compute_init(config.device_type)
+    own = config.include_path
+    if own is not None and not own.is_dir():
+        raise UserError(f"--include_path takes a folder of YAML files, got {own}")
+    # To read all of the harness's own takes half a minute, so only when they are wanted
+    manager = TaskManager(include_path=None if own is None else str(own), include_defaults=own is None)
+    wanted = [name.strip() for name in config.tasks.split(",") if name.strip()]
+    unknown = [name for name in wanted if not manager.match_tasks([name])]
+    if unknown or not wanted:
+        raise UserError(f"there is no task {', '.join(unknown) or 'without a name'}: see `lm-eval ls tasks`")
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}"
+    with autocast(device, resolve_dtype(config.dtype, device.type)):
+        results = simple_evaluate(
+            HarnessLM(model, tokenizer, name, config.batch_size),
+            tasks=manager.match_tasks(wanted),
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            apply_chat_template=config.chat,
+            gen_kwargs=config.gen_kwargs or None,
+            bootstrap_iters=1000,  # of the standard errors; the default takes a minute
+            task_manager=manager,
+            log_samples=False,
+        )
+    print(make_table(results))
+    path = get_base_dir() / "lm_eval" / f"{name}.json"
+    kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
+    with atomic_write(path, "w") as file:
+        json.dump({**kept, "options": asdict(config)}, file, indent=2, default=str)
+    print(f"written to {path}")
+    scores = {
+        f"{task}, {metric.removesuffix(',none')}": value
+        for task, metrics in results["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+    facts = {"Model": f"{meta['model_tag']} (step {meta['step']:,})", "Examples of a task (at most)": config.limit}
+    get_report().log(f"Harness evaluation {config.source}", [facts, scores])
+
+
+if __name__ == "__main__":
+    run(main, Config)
