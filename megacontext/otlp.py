@@ -27,7 +27,7 @@ CLOSE_SECONDS = 2  # what is left, at the end
 SPANS_EVERY, METRICS_EVERY = 1.0, 5.0  # seconds
 QUEUE, BATCH = 2048, 256  # spans
 BOUNDARIES = {  # of histograms
-    "gen_ai.usage": [16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576],
+    "gen_ai.client.token": [16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576],
     "gen_ai.server": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100],
 }
 CHAT_LABELS = ("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model", "error.type")
@@ -107,10 +107,10 @@ class OTLP(Telemetry):
         for metric, (event, attribute, description) in EVENT_GAUGES.items():
             if event == name and attribute in values:
                 self._gauge(metric, description).set(values[attribute])
-        for metric, (event, attribute, description) in EVENT_HISTOGRAMS.items():
+        for metric, event, attribute, labels, description in EVENT_HISTOGRAMS:
             if event == name and attribute in values:
-                labels = {label: attributes[label] for label in CHAT_LABELS if label in attributes}
-                self._histogram(metric, description).record(values[attribute], labels)
+                common = {label: attributes[label] for label in CHAT_LABELS if label in attributes}
+                self._histogram(metric, description).record(values[attribute], {**common, **labels})
 
     def _metrics(self, record):
         for key, value in record.items():

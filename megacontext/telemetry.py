@@ -118,18 +118,21 @@ EVENT_GAUGES = {
     "mc.wc_entries": ("working_context_snapshot", "entries", "entries of the working context"),
     "mc.swap_rate": ("focus_allocator", "swap_rate", "edits of a refocus over entries"),
     "mc.residency": ("focus_allocator", "residency", "refocuses that a block keeps its level for"),
+    "mc.build_ms": ("mc_timing", "build_ms", "milliseconds for embeddings, tree and variants"),
+    "mc.positional_ms": ("mc_timing", "positional_ms", "milliseconds for positions"),
+    "mc.lens_forward_ms": ("mc_timing", "lens_forward_ms", "milliseconds for LensNet"),
+    "mc.lens_loss_ms": ("mc_timing", "lens_loss_ms", "milliseconds for its loss"),
     "mc.inference_ms": ("inference_update", "milliseconds", "milliseconds of an update of the working context"),
 }
-EVENT_HISTOGRAMS = {
-    "gen_ai.server.request.duration": ("chat", "seconds", "seconds of a request"),
-    "gen_ai.server.time_to_first_token": (
-        "chat",
-        "gen_ai.response.time_to_first_chunk",
+EVENT_HISTOGRAMS = [  # the same with labels; a name may have several rows
+    ("gen_ai.server.request.duration", "chat", "seconds", {}, "seconds of a request"),
+    (
+        *("gen_ai.server.time_to_first_token", "chat", "gen_ai.response.time_to_first_chunk", {}),
         "seconds from the request to the first text",
     ),
-    "gen_ai.usage.input_tokens": ("chat", "gen_ai.usage.input_tokens", "tokens of a prompt"),
-    "gen_ai.usage.output_tokens": ("chat", "gen_ai.usage.output_tokens", "tokens of an answer"),
-}
+    ("gen_ai.client.token.usage", "chat", "gen_ai.usage.input_tokens", {"gen_ai.token.type": "input"}, "tokens"),
+    ("gen_ai.client.token.usage", "chat", "gen_ai.usage.output_tokens", {"gen_ai.token.type": "output"}, "tokens"),
+]
 
 
 def metric_of(key: str) -> tuple[str, dict]:

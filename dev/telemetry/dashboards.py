@@ -1,0 +1,224 @@
+"""
+What the dashboards show, once for Grafana and for W&B (wandb_workspace.py).
+
+    python -m dev.telemetry.dashboards      # writes dev/telemetry/grafana/{training,chat}.json
+
+A metric of the log is named as there ("mc/lod_count/{lod}"), one of an event as it is exported ("mc.swap_rate"); both
+are from the tables in megacontext/telemetry.py. tests/test_dashboards.py holds that the files are up to date, that
+Grafana's schema takes them, and that each query names what the program emits.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacontext.telemetry import metric_of
+from nanochat.common import atomic_write
+
+FOLDER = Path(__file__).parent / "grafana"
+PROMETHEUS = {"type": "prometheus", "uid": "prometheus"}
+TEMPO = {"type": "tempo", "uid": "tempo"}
+COLUMNS, WIDE, HEIGHT = 24, 8, 8  # of Grafana's grid
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves of some metrics over time. unit: Grafana's name of it. stacked: as shares of their sum."""
+
+    title: str
+    metrics: tuple
+    unit: str = "short"
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A table of spans. query: in TraceQL."""
+
+    title: str
+    query: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Curves of expressions in PromQL: [(expression, name)]."""
+
+    title: str
+    expressions: tuple
+    unit: str = "short"
+
+
+TRAINING = {
+    "Training": [
+        Panel("Loss", ("train/loss",)),
+        Panel("Validation, bits per byte", ("val/bpb",)),
+        Panel("Tokens per second", ("train/tok_per_sec",)),
+        Panel("MFU", ("train/mfu",), "percentunit"),
+        Panel("Gradient norm", ("train/grad_norm",)),
+        Panel("Learning rate", ("train/lrm",), "percentunit"),
+        Panel("Seconds a step", ("train/dt",), "s"),
+        Panel("Tokens trained on", ("total_training_tokens",)),
+        Panel("FLOPs of training", ("total_training_flops",)),
+    ],
+    "MegaContext: losses": [
+        Panel("With working contexts, and with all tokens", ("mc/token_loss", "mc/base_loss")),
+        Panel("By level of what stands before", ("mc/lod_loss/{lod}",)),
+        Panel("Context gain", ("val/mc_context_gain",), "percentunit"),
+        Panel("Bits per byte by context", ("val/mc_bpb", "val/mc_full_bpb", "val/mc_truncated_bpb")),
+        Panel("LensNet", ("mc/lens_loss",)),
+        Panel("Preference agreement", ("mc/preference_agreement",), "percentunit"),
+        Panel("Differences between variants", ("mc/adv_delta_mean", "mc/adv_delta_p95")),
+    ],
+    "MegaContext: contexts and cost": [
+        Panel("LOD mix", ("mc/lod_count/{lod}",), stacked=True),
+        Panel("Working contexts a batch", ("mc/variants_total",)),
+        Panel("Controller", ("mc/time_controller_ms",), "ms"),
+        Panel(
+            "Where its time goes", ("mc.build_ms", "mc.positional_ms", "mc.lens_forward_ms", "mc.lens_loss_ms"), "ms"
+        ),
+        Spans(
+            "Slowest batches",
+            '{ name = "mc_timing" } | select(span.step, span.build_ms, span.positional_ms, span.lens_forward_ms, '
+            "span.lens_loss_ms, span.milliseconds)",
+        ),
+    ],
+}
+
+
+def _quantiles(metric):
+    rate = f'sum by (le) (rate({metric}_bucket{{instance=~"$run"}}[$__rate_interval]))'
+    return tuple((f"histogram_quantile({q}, {rate})", f"p{round(100 * q)}") for q in (0.5, 0.95, 0.99))
+
+
+def _rate(metric, by, where=""):
+    return f'sum by ({by}) (rate({metric}{{instance=~"$run"{where}}}[$__rate_interval]))'
+
+
+CHAT = {
+    "Requests": [
+        Rates(
+            "Requests per second",
+            ((_rate("gen_ai_server_request_duration_count", "gen_ai_request_model"), "{{gen_ai_request_model}}"),),
+            "reqps",
+        ),
+        Rates("Time of a request", _quantiles("gen_ai_server_request_duration"), "s"),
+        Rates("Time to the first text", _quantiles("gen_ai_server_time_to_first_token"), "s"),
+        Rates(
+            "Tokens per second",
+            ((_rate("gen_ai_client_token_usage_sum", "gen_ai_token_type"), "{{gen_ai_token_type}}"),),
+        ),
+        Rates(
+            "Failures per second",
+            ((_rate("gen_ai_server_request_duration_count", "error_type", ', error_type!=""'), "{{error_type}}"),),
+            "reqps",
+        ),
+        Spans(
+            "Requests",
+            '{ span.gen_ai.operation.name = "chat" } | select(span.gen_ai.request.model, '
+            "span.gen_ai.usage.input_tokens, span.gen_ai.usage.output_tokens, "
+            "span.gen_ai.response.time_to_first_chunk, span.gen_ai.response.finish_reasons, "
+            "span.gen_ai.conversation.compacted)",
+        ),
+    ],
+    "MegaContext": [
+        Panel("Entries of the working context", ("mc.wc_entries",)),
+        Panel("Tokens in the tree", ("mc.tree_tokens",)),
+        Panel("Memory of the tree", ("mc.tree_bytes",), "bytes"),
+        Panel("Swap rate", ("mc.swap_rate",), "percentunit"),
+        Panel("Residency, refocuses", ("mc.residency",)),
+        Panel("Time of an update", ("mc.inference_ms",), "ms"),
+        Spans(
+            "Refocuses",
+            '{ name = "focus_allocator" } | select(span.expansions, span.collapses, span.swap_rate, span.score_min, '
+            "span.score_mean, span.score_max)",
+        ),
+    ],
+}
+
+
+def prometheus_name(metric: str) -> tuple[str, bool]:
+    """("mc_lod_count", True) for "mc/lod_count/{lod}": the name in Prometheus, and whether there is one a level."""
+    name, labels = metric_of(metric.replace("{lod}", "0"))
+    return name.replace(".", "_"), bool(labels)
+
+
+def _targets(panel):
+    if isinstance(panel, Spans):
+        options = {"queryType": "traceql", "query": panel.query, "tableType": "spans", "limit": 50}
+        return [{"refId": "A", "datasource": TEMPO, **options}]
+    if isinstance(panel, Rates):
+        pairs = panel.expressions
+    else:
+        pairs = []
+        for metric in panel.metrics:
+            name, by_level = prometheus_name(metric)
+            legend = (
+                "{{instance}}" + (" LOD {{lod}}" if by_level else "") + (f" {name}" if len(panel.metrics) > 1 else "")
+            )
+            pairs.append((f'{name}{{instance=~"$run"}}', legend))
+    return [
+        {"refId": chr(ord("A") + i), "datasource": PROMETHEUS, "expr": expression, "legendFormat": legend}
+        for i, (expression, legend) in enumerate(pairs)
+    ]
+
+
+def _panel(panel, number, x, y):
+    head = {"id": number, "title": panel.title, "gridPos": {"h": HEIGHT, "w": WIDE, "x": x, "y": y}}
+    if isinstance(panel, Spans):
+        return {**head, "type": "table", "datasource": TEMPO, "targets": _targets(panel)}
+    stacked = getattr(panel, "stacked", False)
+    custom = {"lineWidth": 2, "fillOpacity": 70 if stacked else 0, "showPoints": "auto", "spanNulls": True}
+    custom["stacking"] = {"mode": "percent" if stacked else "none", "group": "A"}
+    return {
+        **head,
+        "type": "timeseries",
+        "datasource": PROMETHEUS,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": custom}, "overrides": []},
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": ["lastNotNull"]},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "targets": _targets(panel),
+    }
+
+
+def dashboard(uid, title, sections, runs_of) -> dict:
+    """A Grafana dashboard. runs_of: the metric whose instances can be chosen from."""
+    panels, y, number = [], 0, 1
+    for section, parts in sections.items():
+        place = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
+        panels.append(
+            {"id": number, "type": "row", "title": section, "collapsed": False, "gridPos": place, "panels": []}
+        )
+        y, number = y + 1, number + 1
+        for i, part in enumerate(parts):
+            x, row = i % (COLUMNS // WIDE) * WIDE, i // (COLUMNS // WIDE)
+            panels.append(_panel(part, number, x, y + row * HEIGHT))
+            number += 1
+        y += -(-len(parts) // (COLUMNS // WIDE)) * HEIGHT
+    run = {
+        **{"type": "query", "name": "run", "label": "Run", "datasource": PROMETHEUS, "refresh": 2, "sort": 1},
+        **{"query": f"label_values({runs_of}, instance)", "multi": True, "includeAll": True, "hide": 0},
+        "current": {"text": "All", "value": "$__all"},
+    }
+    return {
+        **{"uid": uid, "title": title, "tags": ["megacontext"], "timezone": "browser", "schemaVersion": 41},
+        **{"editable": True, "refresh": "5s", "time": {"from": "now-1h", "to": "now"}, "graphTooltip": 1},
+        "templating": {"list": [run]},
+        "panels": panels,
+    }
+
+
+def dashboards() -> dict[str, dict]:
+    """File name → dashboard."""
+    return {
+        "training.json": dashboard("megacontext-training", "MegaContext: training", TRAINING, "step"),
+        "chat.json": dashboard("megacontext-chat", "MegaContext: chat", CHAT, "gen_ai_server_request_duration_count"),
+    }
+
+
+if __name__ == "__main__":
+    for file_name, content in dashboards().items():
+        with atomic_write(FOLDER / file_name, "w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {FOLDER / file_name}")
