@@ -173,3 +173,19 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
         "swap_rate": record.swap_rate,
         "residency": record.residency,
     }
+
+
+def tell(on_event, context, records, budget, memory, read, milliseconds):
+    """
+    The events of one prefill or refocus, as on_event(name, numbers).
+
+    memory: bytes of tree and cache. read: entries that the model has read, in all rows.
+    """
+    on_event("mc_tree_snapshot", {"num_tokens": context.num_tokens, "bytes": memory["tree"]})
+    lengths = context.lengths().tolist()
+    for row, (record, entries) in enumerate(zip(records, lengths, strict=True)):
+        counts = {f"lod_count/{lod}": count for lod, count in lod_counts(context, row).items()}
+        on_event("working_context_snapshot", {"row": row, "entries": entries, "budget": budget, **counts})
+        on_event("focus_allocator", {"row": row, **record.summary()})
+    update = {"entries_read": read, "entries_kept": sum(lengths) - read, "cache_bytes": memory["cache"]}
+    on_event("inference_update", {**update, "milliseconds": milliseconds})

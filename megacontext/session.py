@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.focus import Focus, focus_state, lod_counts
+from megacontext.focus import Focus, focus_state, tell
 from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.tree import STORES, MegaContextTree
 from megacontext.working_context import WorkingContext
@@ -135,7 +135,7 @@ class MCSession:
         """
         Logits [B, V] after one more token a row, ids [B]; None when there is no room for it, and nothing has changed.
         """
-        self._check_open()
+        self._check_begun()
         due = self._since + 1 >= self.interval
         started = time.perf_counter() if due else 0.0
         if due and self._context_now(1).smallest_length(self.recent) > self.room:
@@ -191,6 +191,11 @@ class MCSession:
     def _check_open(self):
         if self.closed:
             raise ValueError("this session was closed")
+
+    def _check_begun(self):
+        self._check_open()
+        if self._context is None:
+            raise ValueError("expected a session that has read something: call prefill first")
 
     def _common_prefix(self, ids) -> int:
         """How many tokens of the prompt [1, N] this session holds already; the last one of the prompt never counts."""
@@ -302,7 +307,7 @@ class MCSession:
 
     def focus_state(self, row=0) -> dict:
         """Where a row's focus is now: see focus.focus_state."""
-        self._check_open()
+        self._check_begun()
         return focus_state(self._context_now(), self.focus.records[row], self.budget, row)
 
     def memory(self) -> dict[str, int]:
@@ -312,17 +317,7 @@ class MCSession:
 
     def _tell(self, started, read):
         """read: entries that the model has read for this call, in all rows."""
-        if self.on_event is None:
-            return
-        milliseconds = 1000 * (time.perf_counter() - started)
-        context, memory = self._context_now(), self.memory()
-        self.on_event("mc_tree_snapshot", {"num_tokens": self.num_tokens, "bytes": memory["tree"]})
-        total = 0
-        for row, record in enumerate(self.focus.records):
-            entries = int(context.lengths()[row])
-            total += entries
-            counts = {f"lod_count/{lod}": n for lod, n in lod_counts(context, row).items()}
-            self.on_event("working_context_snapshot", {"row": row, "entries": entries, "budget": self.budget, **counts})
-            self.on_event("focus_allocator", {"row": row, **record.summary()})
-        update = {"entries_read": read, "entries_kept": total - read, "cache_bytes": memory["cache"]}
-        self.on_event("inference_update", {**update, "milliseconds": milliseconds})
+        if self.on_event is not None:
+            milliseconds = 1000 * (time.perf_counter() - started)
+            context, memory = self._context_now(), self.memory()
+            tell(self.on_event, context, self.focus.records, self.budget, memory, read, milliseconds)

@@ -14,6 +14,7 @@ from megacontext.config import MCConfig
 from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
+from megacontext.telemetry import Telemetry
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
@@ -458,6 +459,9 @@ def test_snapshots_that_are_void(model):
         session.restore(snapshot)
     session.restore(empty)
     assert session.num_tokens == 0
+    for use in (session.focus_state, lambda: session.step(torch.tensor([1]))):
+        with pytest.raises(ValueError, match="call prefill first"):
+            use()
     torch.testing.assert_close(session.prefill(ids(20)), other.prefill(ids(20)), **CLOSE)
 
 
@@ -528,6 +532,8 @@ def test_focus_state(model):
     names = {name for name, _ in events}
     assert names == {"mc_tree_snapshot", "working_context_snapshot", "focus_allocator", "inference_update"}
     assert all(isinstance(value, (int, float)) for _, values in events for value in values.values())
+    for name, values in events:
+        Telemetry().event(name, values)  # raises for what its table does not know
     assert len([name for name, _ in events if name == "focus_allocator"]) == last["refocuses"]
 
 
