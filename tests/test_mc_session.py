@@ -194,7 +194,8 @@ def test_cache_equals_reading_from_scratch(model, rows, positional, policy):
     for i in range(60):
         logits = session.step(torch.tensor(ids(rows, seed=i)))
         assert_in_budget(session)
-        assert_fresh(model, session, logits)
+        if i % 6 in (0, 4, 5):  # a refocus, and before and after one
+            assert_fresh(model, session, logits)
         context = session._context_now()
         levels |= set(context.lod_map.flatten().tolist())
         lengths.add(tuple(context.lengths().tolist()))
