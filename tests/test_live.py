@@ -187,7 +187,7 @@ def test_runs_are_switched_and_compared_by_tokens(page, tmp_path):
     expect(loss.locator(".curve")).to_have_count(1)
     expect(loss.locator(".legend")).to_contain_text("base_a 4.51")
     expect(loss.locator("svg")).not_to_contain_text("4000")
-    page.get_by_label("by").select_option("tokens")
+    page.get_by_label("compare by").select_option("tokens")
     expect(loss.locator("svg")).to_contain_text("4000")
     loss.locator("svg").hover()
     expect(loss.locator(".legend")).to_contain_text("at ")
