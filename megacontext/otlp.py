@@ -7,6 +7,7 @@ are daemons, so a process can end while one waits for a collector.
 
 import logging
 import os
+import re
 import threading
 import time
 
@@ -105,7 +106,11 @@ class OTLP(Telemetry):
         span.end(now)
         values = {**attributes, "seconds": seconds}
         for metric, (event, attribute, description) in EVENT_GAUGES.items():
-            if event == name and attribute in values:
+            if event == name and "{lod}" in attribute:
+                start = attribute.removesuffix("{lod}")
+                for key in (key for key in values if key.startswith(start)):
+                    self._gauge(metric, description).set(values[key], {"lod": int(key.removeprefix(start))})
+            elif event == name and attribute in values:
                 self._gauge(metric, description).set(values[attribute])
         for metric, event, attribute, labels, description in EVENT_HISTOGRAMS:
             if event == name and attribute in values:
@@ -115,7 +120,7 @@ class OTLP(Telemetry):
     def _metrics(self, record):
         for key, value in record.items():
             name, labels = metric_of(key)
-            self._gauge(name, METRICS.get(key, "")).set(value, labels)
+            self._gauge(name, METRICS.get(re.sub(r"/\d+$", "/{lod}", key), "")).set(value, labels)
 
     def _gauge(self, name, description):
         if name not in self.gauges:

@@ -238,6 +238,8 @@ def test_a_collector_gets_spans_and_metrics(protocol, collector, opened, caplog)
     assert abs(end - start - 40_000_000) < 1000
     assert "2.125" in log
     assert re.search(r"Name: mc.lod_count.*?lod: Int\(1\).*?Value: 8.5", log, re.S)
+    assert re.search(r"Name: mc.wc_lod_count.*?lod: Int\(0\).*?Value: 32", log, re.S)
+    assert "Description: entries of a level in a working context" in log
     assert "train.mfu" not in log
     assert not warnings(caplog)
 

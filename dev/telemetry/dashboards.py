@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacontext.telemetry import metric_of
+from megacontext.telemetry import EVENT_GAUGES, metric_of
 from nanochat.common import atomic_write
 
 FOLDER = Path(__file__).parent / "grafana"
@@ -122,6 +122,7 @@ CHAT = {
     ],
     "MegaContext": [
         Panel("Entries of the working context", ("mc.wc_entries",)),
+        Panel("LOD mix", ("mc.wc_lod_count",), stacked=True),
         Panel("Tokens in the tree", ("mc.tree_tokens",)),
         Panel("Memory of the tree", ("mc.tree_bytes",), "bytes"),
         Panel("Swap rate", ("mc.swap_rate",), "percentunit"),
@@ -139,7 +140,8 @@ CHAT = {
 def prometheus_name(metric: str) -> tuple[str, bool]:
     """("mc_lod_count", True) for "mc/lod_count/{lod}": the name in Prometheus, and whether there is one a level."""
     name, labels = metric_of(metric.replace("{lod}", "0"))
-    return name.replace(".", "_"), bool(labels)
+    by_level = "{lod}" in EVENT_GAUGES.get(metric, ("", "", ""))[1]
+    return name.replace(".", "_"), bool(labels) or by_level
 
 
 def _targets(panel):
