@@ -191,6 +191,12 @@ def model_card(model, source, meta, dtype, companion: bool) -> str:
         f"- weights in {str(dtype).removeprefix('torch.')}",
         *([f"- validation loss: {bpb:.4f} bits per byte"] if isinstance(bpb, float) else []),
     ]
+    ask = (
+        'ids = tokenizer("The capital of France is", return_tensors="pt")'
+        if source == "base"
+        else 'chat = [{"role": "user", "content": "What is 17 + 25?"}]\n'
+        'ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")'
+    )
     trunk = (
         "\nThe checkpoint has MegaContext's networks beside it. They are not in this export, which is the language "
         "model alone, with an ordinary context.\n"
@@ -213,8 +219,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-chat = [{{"role": "user", "content": "What is 17 + 25?"}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+{ask}
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
 ```
 
@@ -282,3 +287,5 @@ def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, compani
             (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "tokenizer.json").write_text(to_hf_tokenizer(tokenizer).to_str(pretty=True), "utf-8")
         (folder / "README.md").write_text(model_card(model, source, meta, dtype, companion), "utf-8")
+        for file in folder.glob("*.safetensors"):  # written for the owner's eyes only
+            shutil.copymode(folder / "README.md", file)

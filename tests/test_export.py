@@ -208,6 +208,7 @@ def test_files_precision_and_card(exported, tokenizer, tmp_path):
     folder, model = exported
     names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names | {"README.md"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     card = (folder / "README.md").read_text()
     assert "Stage `sft`, step 7" in card
     assert "1.2500 bits per byte" in card
@@ -216,6 +217,14 @@ def test_files_precision_and_card(exported, tokenizer, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
     assert "They are not in this export" in (tmp_path / "half" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("source", ["base", "sft"])
+def test_the_program_on_the_card_runs(source, tmp_path, tokenizer, capsys):
+    export_hf(tmp_path / "model", make_model(), tokenizer, source, META)
+    program = re.search(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)[1]
+    exec(program, {"folder": str(tmp_path / "model")})
+    assert capsys.readouterr().out.startswith("<|bos|>The capital" if source == "base" else "<|bos|><|user_start|>What")
 
 
 def test_large_weights_come_in_shards(tmp_path, tokenizer, monkeypatch):
