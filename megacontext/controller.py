@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megacontext.config import MCConfig
+from megacontext.focus import Focus
 from megacontext.networks import MCNetworks
 from megacontext.objective import lens_preference, mean_nll, pairs_of_variants, tail_nll
 from megacontext.reading import read
@@ -45,6 +46,19 @@ class MCController:
         with autocast(children.device, self.dtype):
             return self.networks.gistnet(children, level)
 
+    def score(self, inputs, entries, num_tokens):
+        """LensNet's scores [R, W] of what was read."""
+        with autocast(inputs.device, self.dtype):
+            return self.networks.lensnet(inputs, *entries, num_tokens)
+
+    def focus(self, table, context, budget, config=None):
+        """The context after a refocus, as at inference, within the budget. config: other settings of the allocator."""
+
+        def lens(context):
+            return self.score(table.materialize(context), context.entries(), context.num_tokens).cpu()
+
+        return Focus(config or self.config, context.num_rows).refocus(context, lens, budget)
+
     def process_batch(self, x, y, progress, generator=None, session_ids=None) -> MCBatchResult:
         """
         Losses of one micro-batch, x and y [B, T] as the loader gives them.
@@ -68,8 +82,7 @@ class MCController:
         stats |= self._lod_stats(context, entries, nll, targets)
 
         if c.mc_lens_loss_weight > 0 and V > 1:
-            with autocast(x.device, self.dtype):
-                scores = self.networks.lensnet(inputs, *entries, T)
+            scores = self.score(inputs, entries, T)
             pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
             tail = tail_nll(nll.detach(), context.lengths(), max(1, c.allocator_recent_tokens))
             lens_loss, difference, agreement = lens_preference(context.per_block(scores), context.lod_map, tail, pairs)

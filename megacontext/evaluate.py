@@ -15,19 +15,19 @@ is no better than cutting the history off.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 
 from megacontext.controller import MCController
-from megacontext.focus_allocator import plan
 from megacontext.objective import tail_nll
 from megacontext.reading import read, read_inputs
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
-from nanochat.common import UserError, autocast
+from nanochat.common import UserError
 from nanochat.gpt import norm
 
-FOCUS_ROUNDS = 4  # of scoring and editing, at most
+FOCUS_ROUNDS = 4  # of scoring and editing: a session has had many by the time that it is this long
 
 
 def mean_gist(children, level):
@@ -54,6 +54,7 @@ class Evaluator:
     def by_ratio(self, ratios) -> list[dict]:
         """For each ratio a row: the history in 1 / ratio of its entries."""
         losses = {ratio: defaultdict(list) for ratio in ratios}
+        settings = replace(self.config, mc_infer_allocator_iterations=FOCUS_ROUNDS)
         for x, y in self._batches():
             T = x.size(1)
             tables = self._tables(x)
@@ -67,7 +68,8 @@ class Evaluator:
                 row["none"].append(none)
                 row["truncated"].append(self._tokens(x, y, W))
                 self._gists(row, tables, context, y)
-                row["focus"].append(self._read(tables["gists"], self._focused(tables["gists"], context, W), y))
+                focused = self.controller.focus(tables["gists"], context, W, settings)
+                row["focus"].append(self._read(tables["gists"], focused, y))
         return [
             {"ratio": ratio, "entries": self.budget(T, ratio), **_figures(losses[ratio], "truncated")}
             for ratio in ratios
@@ -77,24 +79,6 @@ class Evaluator:
         """Entries of a working context whose history of T − tail tokens is compressed by `ratio`."""
         smallest = WorkingContext.finest(1, T, self.config.block_size).smallest_length(self.tail)
         return max(smallest, self.tail + -(-(T - self.tail) // ratio))
-
-    def _focused(self, table, context, budget):
-        """The context after LensNet and the allocator have moved its detail, row by row."""
-        c = self.config
-        for _ in range(FOCUS_ROUNDS):
-            entries, inputs = context.entries(), table.materialize(context)
-            with autocast(inputs.device, self.controller.dtype):
-                scores = self.controller.networks.lensnet(inputs, *entries, context.num_tokens)
-            rows, edited = [], False
-            for row, length in enumerate(context.lengths().tolist()):
-                one = context.select([row])
-                edits = plan(scores[row, :length], one, budget, c)
-                rows.append(one.apply(edits).lod_map)
-                edited |= bool(edits)
-            if not edited:
-                break
-            context = WorkingContext(torch.cat(rows), context.num_tokens, context.block_size)
-        return context
 
     # -----------------------------------------------------------------------------------------------------
     # By level, and by how long ago

@@ -36,7 +36,12 @@ def read(model, table, context, y, positional) -> Reading:
 def read_inputs(model, inputs, context, y, positional) -> Reading:
     """The same with embeddings [R, W, D] of the entries that are given, and y [R, N]."""
     entries, targets = context.entries(), context.targets(y)
-    head_dim = model.config.n_embd // model.config.n_head
-    cos_sin = entry_cos_sin(entries.start, entries.span, head_dim, mode=positional)
+    cos_sin = positions(model, entries, positional)
     nll = model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, loss_reduction="none")
     return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets))
+
+
+def positions(model, entries, positional):
+    """(cos, sin), each [R, W, 1, d/2], of the entries, for this model's heads."""
+    head_dim = model.config.n_embd // model.config.n_head
+    return entry_cos_sin(entries.start, entries.span, head_dim, mode=positional)

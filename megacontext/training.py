@@ -48,8 +48,8 @@ class MCObjective:
     def validate(self, batches, steps, token_bytes) -> dict:
         """
         Bits per byte of the newest tokens (allocator_recent_tokens of them) in three contexts: all T tokens; a working
-        context of mc_eval_soft_max_length entries; the last so many tokens. And the share of what the first gains
-        over the last that the second keeps. Over all ranks.
+        context of mc_eval_soft_max_length entries, in focus as at inference; the last so many tokens. And the share of
+        what the first gains over the last that the second keeps. Over all ranks.
         """
         c, controller = self.config, self.controller
         model = controller.model
@@ -65,6 +65,7 @@ class MCObjective:
             embeds = model.embed(x)
             context = WorkingContext.initial(T, c.block_size, budget, c.allocator_recent_tokens, B, x.device)
             table = build_table(controller.gist, embeds, c.block_size)
+            context = controller.focus(table, context, budget)
             losses = {
                 "full": model(inputs_embeds=embeds, targets=y, loss_reduction="none"),
                 "mc": read(model, table, context, y, c.mc_positional).nll,

@@ -99,6 +99,7 @@ class Sizes:
     words: int = 16  # of LEXICON
     min_distance: int = 128  # distances are log-uniform between these two, and overshoot by some lines
     max_distance: int = -1  # -1: as far as the document reaches
+    ask: bool = True  # False: a fact is told again where else it would be asked for, which is learned sooner
     depth: float | None = None  # of the facts: 0 first, 1 last; without max_distance they are asked for at the end
 
     def __post_init__(self):
@@ -121,7 +122,8 @@ class Sizes:
         _check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
         _check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
         # The mean lengths of these lines, and a quarter more to put between them.
-        least = (80 * self.questions + 150 * self.tables + 27 * self.distractors) * 5 // 4
+        question = 80 if self.ask else 54  # with its fact
+        least = (question * self.questions + 150 * self.tables + 27 * self.distractors) * 5 // 4
         have = f"{self.questions} questions, {self.tables} tables and {self.distractors} distractors"
         _check(self.chars >= least, f"at least {least} characters for {have}", self.chars)
         reach = max(self.min_distance, self.max_distance) + 100
@@ -164,7 +166,7 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
     while True:
         if due and due[0][0] <= length:
             _, fact, statement = heapq.heappop(due)
-            question, told, answer = statement.asked
+            question, told, answer = statement.asked(sizes.ask)
             start, end = add(f"{question}{told}{answer}.\n")
             question, answer = (start, start + len(question)), (end - 1 - len(answer), end - 1)
             questions.append(Question(statement.kind, statement.attribute, fact, question, answer))
@@ -173,7 +175,7 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
             spans = [add(line) for line in statement.lines]
             if statement.distance:
                 fact = spans[statement.row]
-                question, told, _ = statement.asked
+                question, told, _ = statement.asked(sizes.ask)
                 start = fact[0] + statement.distance - len(question + told)
                 heapq.heappush(due, (start, fact, statement))
         else:
@@ -197,11 +199,11 @@ class _Statement:
     name: str
     value: str
 
-    @property
-    def asked(self) -> tuple[str, str, str]:
-        """The question, what leads to the answer, the answer."""
+    def asked(self, ask) -> tuple[str, str, str]:
+        """The question (empty if nothing is asked), what leads to the answer, the answer."""
         key = {"attribute": self.attribute, "name": self.name}
-        return ASK[self.attribute].format(**key), f" {SAY[self.attribute].format(**key)}", f" {self.value}"
+        told, answer = SAY[self.attribute].format(**key), f" {self.value}"
+        return (ASK[self.attribute].format(**key), f" {told}", answer) if ask else ("", told, answer)
 
 
 def _statements(rng, sizes):

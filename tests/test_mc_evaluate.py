@@ -84,13 +84,13 @@ def test_focus_moves_detail_within_the_budget(evaluator):
     x, _ = tokens(B=4)
     table = evaluator._tables(x)["gists"]
     before = WorkingContext.initial(T, K, row["entries"], RECENT, rows=4)
-    after = evaluator._focused(table, before, row["entries"])
+    after = evaluator.controller.focus(table, before, row["entries"])
     after.check()
     assert (after.lengths() <= row["entries"]).all()
     assert not torch.equal(after.lod_map, before.lod_map)
     for p in evaluator.controller.networks.lensnet.parameters():
         torch.nn.init.zeros_(p)
-    assert torch.equal(evaluator._focused(table, before, row["entries"]).lod_map, before.lod_map)
+    assert torch.equal(evaluator.controller.focus(table, before, row["entries"]).lod_map, before.lod_map)
 
 
 @torch.no_grad()
