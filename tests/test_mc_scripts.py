@@ -1,6 +1,9 @@
 """--mc in the scripts: trained, saved, resumed, carried along; and nothing of it with the flag off."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,6 +69,28 @@ def test_resumed_equals_unbroken(trained, capsys):
     for kind in ("model", "mc", "optim"):
         one, two = (torch.load(f / f"{kind}_000006.pt", weights_only=True) for f in (folder, other))
         assert_equal(one, two)
+
+
+def test_two_processes_equal_one(trained):
+    """The same step over two processes trains the same networks, up to rounding."""
+    options = [*BASE, *MC, "--num_iterations=4", "--device_batch_size=2", "--mc_auto_batch=0", "--eval_every=-1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for tag, command in (("lone", [sys.executable, "-m"]), ("pair", launch)):
+        command = [*command, "scripts.base_train", "--", *options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr[-3000:]
+    lone, pair = (cm.load_companion(trained / "base_checkpoints" / tag, 4) for tag in ("lone", "pair"))
+    start = cm.load_companion(trained / "base_checkpoints" / "mc", 3)
+    assert lone.keys() == pair.keys()
+    for name in lone.keys() & start.keys():
+        if lone[name].is_floating_point():
+            assert (lone[name] - pair[name]).abs().mean() < 2e-3, name
+    losses = [
+        [record[name] for record in log_of(trained, "base", tag) for name in ("train/loss",) if name in record]
+        for tag in ("lone", "pair")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 def test_runs_with_and_without_are_not_mixed(trained):

@@ -1,0 +1,103 @@
+"""What must hold of a model that reads gists, whatever the mixture of levels and however its networks are built."""
+
+import pytest
+import reference_mc as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacontext.evaluate import mean_gist
+from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.reading import read
+from megacontext.tree import build_table
+from megacontext.working_context import WorkingContext
+from tests.test_mc_training import K, T, make_controller, make_model, tokens
+
+VOCAB = 70
+
+
+def built(model, options=None):
+    """A controller whose networks are far from their start, so that they can hide nothing."""
+    controller = make_controller(model, **(options or {}))
+    controller.networks.eval()
+    for name, p in controller.networks.named_parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    controller.networks.gistnet.trained_levels.fill_(8)
+    return controller
+
+
+MODEL = make_model()
+CONTROLLER = built(MODEL)
+
+
+def logits(x, context):
+    with torch.no_grad():
+        table = build_table(CONTROLLER.gist, MODEL.embed(x), K)
+        reading = read(MODEL, table, context, x, "gaussian")
+        return MODEL(inputs_embeds=reading.inputs, cos_sin=reading.cos_sin)
+
+
+@given(N=st.integers(1, T), coarse=st.floats(0, 1), rng=st.randoms(use_true_random=False), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_ends_before_a_token_does_not_know_it(N, coarse, rng, data):
+    """For any mixture of levels: entries that end at or before a changed token stay as they were, bit for bit."""
+    context = WorkingContext(torch.tensor([reference.random_row(rng, N, K, coarse)], dtype=torch.int8), N, K)
+    t = data.draw(st.integers(0, N - 1))
+    x = torch.tensor([[rng.randrange(VOCAB) for _ in range(N)]])
+    changed = x.clone()
+    changed[0, t] = (x[0, t] + 1 + rng.randrange(VOCAB - 1)) % VOCAB
+    entries = context.entries()
+    before = (entries.start + entries.span <= t)[0]
+    one, two = logits(x, context)[0], logits(changed, context)[0]
+    assert torch.equal(one[before], two[before])
+    assert not torch.equal(one[~before][:1], two[~before][:1])  # the entry that holds it does know
+
+
+def test_all_tokens_is_the_flagless_model_bit_for_bit():
+    x, y = tokens(B=3)
+    table = build_table(CONTROLLER.gist, MODEL.embed(x), K)
+    for positional in ("gaussian", "simple"):
+        reading = read(MODEL, table, WorkingContext.finest(3, T, K), y, positional)
+        assert torch.equal(reading.nll.flatten(), MODEL(x, y, loss_reduction="none"))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "query", "cls"])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_a_few_steps_change_every_parameter(pooling, head):
+    model = make_model()
+    controller = make_controller(
+        model, gistnet_pooling=pooling, gistnet_head=head, lensnet_head=head, mc_num_random_variants=4
+    )
+    networks = controller.networks
+    before = {name: p.detach().clone() for name, p in networks.named_parameters()}
+    optimizers = networks.setup_optimizers()
+    for step in range(4):  # what is zero at first holds back the gradient of what lies before it
+        controller.process_batch(*tokens(B=4, seed=step), 1.0, torch.Generator().manual_seed(step)).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    same = [name for name, p in networks.named_parameters() if torch.equal(p, before[name])]
+    assert not same
+    assert networks.gistnet.trained_levels == 3  # of 64 tokens in blocks of 4
+
+
+def test_levels_never_trained_are_means():
+    """A stream longer than those of the training has levels that nothing was learned for."""
+    controller = built(make_model())
+    gistnet = controller.networks.gistnet
+    gistnet.trained_levels.fill_(1)
+    children = torch.randn(3, K, 32, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(gistnet(children, 1), mean_gist(children, 1))
+    assert torch.equal(gistnet(children, 2), mean_gist(children, 2))
+    gistnet.trained_levels.fill_(2)
+    assert not torch.equal(gistnet(children, 2), mean_gist(children, 2))
+
+
+def test_no_span_is_so_vague_that_its_key_is_lost():
+    """The slowest frequency of even the widest span is left with e^−½ of itself."""
+    for lod in range(1, 6):
+        span = torch.tensor([[32**lod]])
+        cos, sin = entry_cos_sin(torch.zeros_like(span), span, 64)
+        assert (cos**2 + sin**2).sqrt().max() >= 0.6
+        if lod > 1:
+            assert (cos**2 + sin**2).sqrt().min() < 1e-6
