@@ -1,10 +1,13 @@
 """The one place where --mc becomes objects. With the flag off, none of MegaContext's networks or losses is made."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from megacontext.auto_batch import auto_batch_size
+from megacontext.inference import session_maker
 from megacontext.networks import MCNetworks
+from megacontext.telemetry import open_telemetry
 from megacontext.training import MCObjective
 from nanochat.common import resolve_dtype
 from nanochat.training import PlainObjective
@@ -48,3 +51,27 @@ def attach(config, model_config, device, parent=None):
 def meta_of(config, T) -> dict:
     """What a checkpoint's meta data says of MegaContext; nothing with the flag off."""
     return {"megacontext": asdict(config.megacontext.resolve(T))} if is_on(config) else {}
+
+
+def observe(config, script, training, objective):
+    """Send what MegaContext does, and all that is logged, to where MC_OTEL_ENDPOINT says; training.close() ends it."""
+    if is_on(config):
+        objective.telemetry = open_telemetry(script, training.tag, {"device": training.device.type})
+        training.log.others.append(objective.telemetry)
+
+
+@contextmanager
+def generating(config, training):
+    """
+    While in use, what is trained is in eval mode; as it gives a maker of sessions, make_session(rows) -> MCSession, of
+    the networks as they are now, or None with the flag off.
+    """
+    model, networks = training.model, training.companion
+    model.eval()
+    if not is_on(config):
+        yield None
+    else:
+        networks.eval()
+        yield session_maker(model, networks, config.megacontext.resolve(model.config.sequence_len))
+        networks.train()
+    model.train()

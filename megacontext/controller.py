@@ -7,6 +7,7 @@ Shapes: B sequences of T tokens, V variants of each (R = B·V rows), W entries o
 The controller holds networks and settings, and nothing of any batch.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from megacontext.config import MCConfig
 from megacontext.focus import Focus
 from megacontext.networks import MCNetworks
 from megacontext.objective import lens_preference, mean_nll, pairs_of_variants, tail_nll
-from megacontext.reading import read
+from megacontext.reading import positions, read
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
 from nanochat.common import autocast
@@ -27,6 +28,7 @@ class MCBatchResult:
     loss: what to minimize. stats: tensors for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
     working contexts of one's own. positional_cache: (cos, sin) of the variants, each [R, W, 1, d/2].
     positional_caches: the same a row, {session id: (cos, sin, alibi)}, alibi None: positions are rotary only.
+    timings: milliseconds of the parts, as this process saw them (a GPU may still be at work).
     """
 
     loss: torch.Tensor
@@ -34,6 +36,18 @@ class MCBatchResult:
     cached_embeddings: torch.Tensor
     positional_cache: tuple
     positional_caches: dict = field(default_factory=dict)
+    timings: dict = field(default_factory=dict)
+
+
+class Laps:
+    """Names the time since the lap before, in milliseconds."""
+
+    def __init__(self):
+        self.times, self.last = {}, time.perf_counter()
+
+    def __call__(self, name):
+        now = time.perf_counter()
+        self.times[name], self.last = 1000 * (now - self.last), now
 
 
 class MCController:
@@ -67,12 +81,16 @@ class MCController:
         variants, on x's device. session_ids: a name for each sequence, default 0 … B − 1.
         """
         c, (B, T), V = self.config, x.shape, self.config.mc_num_random_variants
+        lap = Laps()
         embeds = self.model.embed(x)
         table = build_table(self.gist, embeds, c.block_size)
         length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
         context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, generator, x.device)
+        lap("build_ms")
+        cos_sin = positions(self.model, context.entries(), c.mc_positional)
+        lap("positional_ms")
 
-        entries, inputs, cos_sin, targets, nll = read(self.model, table, context, y, c.mc_positional)
+        entries, inputs, _, targets, nll = read(self.model, table, context, y, c.mc_positional, cos_sin)
         variant_loss = mean_nll(nll, targets).mean()
         base_loss = variant_loss.new_zeros(())
         if not c.mc_freeze_base:
@@ -82,11 +100,14 @@ class MCController:
         stats |= self._lod_stats(context, entries, nll, targets)
 
         if c.mc_lens_loss_weight > 0 and V > 1:
+            lap("model_ms")
             scores = self.score(inputs, entries, T)
+            lap("lens_forward_ms")
             pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
             tail = tail_nll(nll.detach(), context.lengths(), max(1, c.allocator_recent_tokens))
             lens_loss, difference, agreement = lens_preference(context.per_block(scores), context.lod_map, tail, pairs)
             loss = loss + c.mc_lens_loss_weight * lens_loss
+            lap("lens_loss_ms")
             stats |= {
                 "mc/lens_loss": lens_loss,
                 "mc/adv_delta_mean": difference.abs().mean(),
@@ -97,7 +118,7 @@ class MCController:
         names = list(range(B)) if session_ids is None else session_ids
         caches = {name: (cos[i * V : i * V + V], sin[i * V : i * V + V], None) for i, name in enumerate(names)}
         stats = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in stats.items()}
-        return MCBatchResult(loss, stats, embeds, cos_sin, caches)
+        return MCBatchResult(loss, stats, embeds, cos_sin, caches, lap.times)
 
     @staticmethod
     def _lod_stats(context, entries, nll, targets):

@@ -22,21 +22,22 @@ class Reading(NamedTuple):
     nll: torch.Tensor
 
 
-def read(model, table, context, y, positional) -> Reading:
+def read(model, table, context, y, positional, cos_sin=None) -> Reading:
     """
     Put a working context through the model.
 
     table: the tree of R / V sequences, of which the context's rows are V variants each; y [R / V, N] the token that
     follows each position. positional: "gaussian" or "simple".
+    cos_sin: `positions` of the entries, where they are known.
     """
     y = y.repeat_interleave(context.num_rows // len(y), 0)
-    return read_inputs(model, table.materialize(context), context, y, positional)
+    return read_inputs(model, table.materialize(context), context, y, positional, cos_sin)
 
 
-def read_inputs(model, inputs, context, y, positional) -> Reading:
+def read_inputs(model, inputs, context, y, positional, cos_sin=None) -> Reading:
     """The same with embeddings [R, W, D] of the entries that are given, and y [R, N]."""
     entries, targets = context.entries(), context.targets(y)
-    cos_sin = positions(model, entries, positional)
+    cos_sin = positions(model, entries, positional) if cos_sin is None else cos_sin
     nll = model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, loss_reduction="none")
     return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets))
 

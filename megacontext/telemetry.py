@@ -53,6 +53,7 @@ EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod
         "step": "as above",
         "build_ms": "milliseconds for embeddings, tree and variants",
         "positional_ms": "for positions as cosines and sines",
+        "model_ms": "for the model's passes over working contexts and tokens",
         "lens_forward_ms": "for LensNet",
         "lens_loss_ms": "for its preference loss",
         "milliseconds": "for all of the controller, the model's own passes included",

@@ -15,6 +15,7 @@ from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.networks import MCNetworks
 from megacontext.reading import read
+from megacontext.telemetry import Telemetry
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 
@@ -29,6 +30,7 @@ class MCObjective:
     def __init__(self, model, networks: MCNetworks, config: MCConfig, dtype):
         self.controller = MCController(model, networks, config, dtype)
         self.networks, self.config = networks, config
+        self.telemetry = Telemetry()  # goes nowhere, see attach.observe
         if isinstance(model, torch._dynamo.OptimizedModule):
             torch._dynamo.config.recompile_limit = 64  # each stage of the variants' length is a shape of its own
 
@@ -37,7 +39,16 @@ class MCObjective:
         generator = torch.Generator(x.device).manual_seed(seed)
         result = self.controller.process_batch(x, y, progress, generator)
         milliseconds = 1000 * (time.perf_counter() - started)
+        self._tell(x.shape[1], result, milliseconds)
         return result.loss, {**result.stats, "mc/time_controller_ms": milliseconds}
+
+    def _tell(self, T, result, milliseconds):
+        """What this micro-batch was, as spans; numbers on the device are left there."""
+        K, W = self.config.block_size, result.positional_cache[0].size(1)
+        nodes = {f"nodes/{lod}": T // K**lod for lod in range(int(math.log(T, K)) + 1)}
+        self.telemetry.event("mc_tree_snapshot", {"num_tokens": T, **nodes})
+        self.telemetry.event("working_context_snapshot", {"entries": W, "budget": self.config.allocator_soft_max})
+        self.telemetry.event("mc_timing", {**result.timings, "milliseconds": milliseconds})
 
     def work(self, progress, T) -> float:
         """Tokens and entries that the model reads for one token of training text: what FLOPs are multiplied by."""
@@ -56,6 +67,7 @@ class MCObjective:
         tail = max(1, c.allocator_recent_tokens)
         nats = {name: 0.0 for name in ("full", "mc", "truncated")}
         total_bytes = 0
+        training = self.networks.training
         self.networks.eval()
         for _ in range(steps):
             x, y = next(batches)
@@ -74,7 +86,7 @@ class MCObjective:
             for name, loss in losses.items():
                 nats[name] += (loss.view(B, -1)[:, -tail:] * (scored > 0)).sum(dtype=torch.float64)
             total_bytes += scored.sum()
-        self.networks.train()
+        self.networks.train(training)
         sums = torch.stack([*nats.values(), total_bytes.double()])
         if dist.is_initialized():
             dist.all_reduce(sums)

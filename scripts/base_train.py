@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 
-from megacontext.attach import attach, batch_shape, meta_of
+from megacontext.attach import attach, batch_shape, generating, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
 from nanochat.configurator import group, run
@@ -158,6 +158,7 @@ def main(config: Config):
         return
     model, compiled = training.model, training.compiled
     objective = make_objective(compiled)
+    observe(config, "base_train", training, objective)
 
     facts = {
         "Number of parameters": model.num_params(),
@@ -206,11 +207,9 @@ def main(config: Config):
             say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
             log(**training.totals(), core_metric=core_results["core_metric"])
         if step > 0 and rank == 0 and training.due(config.sample_every, last):
-            with autocast(device, dtype):
-                model.eval()
-                for text in sample_texts(Engine(model, tokenizer), tokenizer):
+            with autocast(device, dtype), generating(config, training) as make_session:
+                for text in sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session):
                     say(f"  {text!r}")
-                model.train()
         if last or (step > 0 and training.due(config.save_every, last)):
             training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, **meta_of(config, T))
         if last:

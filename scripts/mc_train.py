@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 
-from megacontext.attach import attach, batch_shape, meta_of
+from megacontext.attach import attach, batch_shape, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
 from nanochat.configurator import group, run, short
@@ -105,6 +105,7 @@ def main(config: Config):
         compute_cleanup()
         return
     objective = make_objective(training.compiled)
+    observe(config, "mc_train", training, objective)
     model = training.model  # after a resume, the parent's weights would stay in memory
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
-from megacontext.attach import attach, batch_shape, meta_of
+from megacontext.attach import attach, batch_shape, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
 from nanochat.configurator import group, run
@@ -117,6 +117,7 @@ def main(config: Config):
         training.carry(networks[0], megacontext=networks[1])
     compiled = training.compiled
     objective = make_objective(compiled)
+    observe(config, "mid_train", training, objective)
     model = training.model  # after a resume, the parent's weights would stay in memory
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",

@@ -17,7 +17,7 @@ from tests.test_flow import assert_equal
 from tests.test_stages import base, log_of  # noqa: F401 (a fixture)
 
 COMMON = ["--device_type=cpu", "--dtype=fp32", "--device_batch_size=4", "--total_batch_size=256", "--eval_tokens=256"]
-BASE = [*COMMON, "--depth=1", "--max_seq_len=64", "--core_metric_every=-1", "--sample_every=-1", "--eval_every=4"]
+BASE = [*COMMON, "--depth=1", "--max_seq_len=64", "--core_metric_every=-1", "--sample_every=6", "--eval_every=4"]
 MC = ["--mc", "--block_size=4", "--mc_num_random_variants=2", "--allocator_recent_tokens=8"]
 
 
