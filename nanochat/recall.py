@@ -4,13 +4,14 @@ Generated documents whose later parts depend on earlier ones at a known distance
 A document is English of few words and forms, one sentence a line. Three things in it reach far back:
 
 - its vocabulary: its everyday sentences use a few words out of LEXICON, others than the next document does;
-- facts, "The code of Maria is 4817.", stated once; some of them are asked for later, the rest distract:
-  "What is the code of Maria? The code of Maria is 4817.";
+- facts, "They fed Maria cream.", stated once; some of them are asked for later, the rest distract:
+  "What did they feed Maria? They fed Maria cream.";
 - tables, "- Maria, red, 48" under a head line, one cell of which is asked for later in the same form.
 
 No name has two values of an attribute, so that every question has one right answer, and nothing but the fact tells
-it. A distance is a number of characters: from the start of the fact to the start of the answer. At a vocabulary of
-1,024 tokens about 3.3 characters make a token, at 4,096 about 4.4.
+it. The value stands right after the name, both times: what has to be learned is to find the name, a small model's first
+feat of memory. A distance is a number of characters, from the start of the fact to the start of the answer. At a
+vocabulary of 1,024 tokens about 3.3 characters make a token, at 4,096 about 4.4.
 """
 
 import heapq
@@ -58,8 +59,13 @@ ANIMALS = _words(
 )
 FACTS = {"animal": ANIMALS, "city": CITIES, "food": FOODS}  # attribute -> its values
 COLUMNS = {"colour": COLOURS, "number": NUMBERS}
-ASK = dict.fromkeys([*FACTS, *COLUMNS], "What is the {attribute} of {name}?")
-SAY = dict.fromkeys([*FACTS, *COLUMNS], "The {attribute} of {name} is")
+VERBS = {  # attribute -> what was done with it, as asked and as told
+    "animal": ("give", "gave"),
+    "city": ("show", "showed"),
+    "food": ("feed", "fed"),
+    "colour": ("paint", "painted"),
+    "number": ("deal", "dealt"),
+}
 ROWS = 3  # of a table
 MARGIN = 80  # characters at the end that no answer is meant for: questions may have to wait for each other
 
@@ -122,8 +128,8 @@ class Sizes:
         _check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
         _check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
         # The mean lengths of these lines, and a quarter more to put between them.
-        question = 80 if self.ask else 54  # with its fact
-        least = (question * self.questions + 150 * self.tables + 27 * self.distractors) * 5 // 4
+        question = 74 if self.ask else 48  # with its fact
+        least = (question * self.questions + 150 * self.tables + 24 * self.distractors) * 5 // 4
         have = f"{self.questions} questions, {self.tables} tables and {self.distractors} distractors"
         _check(self.chars >= least, f"at least {least} characters for {have}", self.chars)
         reach = max(self.min_distance, self.max_distance) + 100
@@ -201,9 +207,14 @@ class _Statement:
 
     def asked(self, ask) -> tuple[str, str, str]:
         """The question (empty if nothing is asked), what leads to the answer, the answer."""
-        key = {"attribute": self.attribute, "name": self.name}
-        told, answer = SAY[self.attribute].format(**key), f" {self.value}"
-        return (ASK[self.attribute].format(**key), f" {told}", answer) if ask else ("", told, answer)
+        told, answer = told_of(self.attribute, self.name), f" {self.value}"
+        question = f"What did they {VERBS[self.attribute][0]} {self.name}?"
+        return (question, f" {told}", answer) if ask else ("", told, answer)
+
+
+def told_of(attribute, name) -> str:
+    """The words before a value: "They fed Maria"."""
+    return f"They {VERBS[attribute][1]} {name}"
 
 
 def _statements(rng, sizes):
@@ -225,7 +236,7 @@ def _statements(rng, sizes):
         turn, which = divmod(ROWS * sizes.tables + number, len(names))
         name, attribute = names[which], attributes[turn % len(attributes)]
         value = rng.choice(FACTS[attribute])
-        line = f"{SAY[attribute].format(attribute=attribute, name=name)} {value}.\n"
+        line = f"{told_of(attribute, name)} {value}.\n"
         place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
         yield _Statement(*place, [line], 0, "fact", attribute, name, value)
 

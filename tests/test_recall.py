@@ -14,21 +14,22 @@ from hypothesis import strategies as st
 from nanochat import dataset, recall, samples
 from nanochat.common import UserError
 from nanochat.dataset import Config, get_data_dir, iter_documents, list_row_groups, main
-from nanochat.recall import COLUMNS, FACTS, KEY_FILE, LEXICON, Sizes, recall_document, recall_documents
+from nanochat.recall import COLUMNS, FACTS, KEY_FILE, LEXICON, VERBS, Sizes, recall_document, recall_documents
 from nanochat.tokenizer import RustBPETokenizer, count_token_bytes
 
 SMALL = {"recall_documents": 60, "recall_chars": 2000, "recall_questions": 4}
 WORDS = set(LEXICON)
+TOLD = {told: attribute for attribute, (_, told) in VERBS.items()}
 
 
 def believed(text):
     """What a reader of the text knows of (attribute, name): each value that was stated, before any question of it."""
     known = {}
     for line in text.splitlines():
-        if line.startswith("What is"):
+        if line.startswith("What did"):
             continue
-        if match := re.fullmatch(r"The (\w+) of (\w+) is (\w+)\.", line):
-            known.setdefault((match[1], match[2]), []).append(match[3])
+        if match := re.fullmatch(r"They (\w+) (\w+) (\w+)\.", line):
+            known.setdefault((TOLD[match[1]], match[2]), []).append(match[3])
         elif line.startswith("Table: name, "):
             columns = line.removeprefix("Table: name, ").split(", ")
         elif line.startswith("- "):
@@ -46,18 +47,19 @@ def check(text, questions, sizes):
     """Compare with what a reader finds who knows nothing but the forms of the sentences."""
     known = believed(text)
     assert all(len(values) == 1 for values in known.values())  # one right answer, and it is stated once
-    asked = re.findall(r"What is the (\w+) of (\w+)\? The \1 of \2 is (\w+)\.\n", text)
+    asked = re.findall(r"What did they \w+ (\w+)\? They (\w+) \1 (\w+)\.\n", text)
     assert text.count("What") == len(asked) == len(questions) == sizes.questions + sizes.tables
     assert len(set(asked)) == len(asked)
-    for (attribute, name, value), question in zip(asked, questions, strict=True):  # in the order of the text
+    for (name, told, value), question in zip(asked, questions, strict=True):  # in the order of the text
+        attribute = TOLD[told]
         assert known[attribute, name] == [value]
         assert question.attribute == attribute
         assert question.kind == ("fact" if attribute in FACTS else "table")
-        assert cut(text, question.question) == f"What is the {attribute} of {name}?"
+        assert cut(text, question.question) == f"What did they {VERBS[attribute][0]} {name}?"
         assert cut(text, question.answer) == f" {value}"
-        assert text[: question.answer[0]].endswith(f"? The {attribute} of {name} is")
+        assert text[: question.answer[0]].endswith(f"? They {told} {name}")
         row = f"- {name}, {value}, \\w+" if attribute == "colour" else f"- {name}, \\w+, {value}"
-        fact = f"The {attribute} of {name} is {value}." if question.kind == "fact" else row
+        fact = f"They {told} {name} {value}." if question.kind == "fact" else row
         assert re.fullmatch(fact, cut(text, question.fact))
         assert text[: question.question[0]].count(cut(text, question.fact)) == 1
         assert question.distance == question.answer[0] - question.fact[0] >= sizes.min_distance
