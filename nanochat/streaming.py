@@ -1,6 +1,7 @@
 """From generated ids to text as it can be shown: whole characters, tool calls and their answers told apart."""
 
 import codecs
+from itertools import groupby
 
 PARTS = {  # a token that begins a part → (the part's type, as in a conversation; the token that ends it)
     "<|python_start|>": ("python", "<|python_end|>"),
@@ -36,6 +37,21 @@ def stream_parts(tokenizer, columns):
     rest = decoder.decode(b"", final=True)
     if rest:
         yield kind, rest
+
+
+SPEAKERS = {"<|user_start|>": "You: ", "<|assistant_start|>": "Answer: ", "<|output_start|>": " = "}
+
+
+def readable(tokenizer, ids):
+    """Any stretch of a conversation as text: who speaks in words, other special tokens as spaces."""
+    special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
+    pieces = []
+    for is_special, group in groupby(ids, special.__contains__):
+        if is_special:
+            pieces += [SPEAKERS.get(special[id], " ") for id in group]
+        else:  # characters that lie across the edges are left out
+            pieces.append(b"".join(map(tokenizer.id_to_bytes, group)).decode("utf-8", errors="ignore"))
+    return "".join(pieces).strip()
 
 
 def join_parts(pieces):

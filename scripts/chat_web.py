@@ -4,10 +4,15 @@ Serve a model: a chat page for browsers, and an API for OpenAI's clients.
     python -m scripts.chat_web                     # the SFT model on one GPU, or on the CPU
     python -m scripts.chat_web -i rl -n 4          # the RL model on four GPUs
     python -m scripts.chat_web --host 127.0.0.1    # for this machine only
+    python -m scripts.chat_web --mc                # chats as long as you like, with a view of where the model looks
 
 GET /                        the page
 POST /chat/completions       {"messages": [{"role", "content"}], "temperature", "top_k", "max_tokens", "seed"}; answers
                              data: {"token": "…", "gpu": 0} …, data: {"done": true, "finish_reason": "stop"}
+                             with {"conversation": "name", "focus": true} and --mc also, at each refocus,
+                             event: focus, data: {"focus": {…}}; the name, 22 characters or more, is the key to
+POST /focus                  {"conversation"}: the last of these
+POST /focus/text             {"conversation", "start", "end"}: the tokens from start to end, as text
 POST /v1/chat/completions    as OpenAI's, streaming or not; also GET /v1/models
 POST /render                 {"texts": […]}: Markdown as safe HTML
 GET /health, /stats, /config
@@ -19,15 +24,19 @@ import logging
 import resource
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import torch
 
+from megacontext.chat_sessions import ChatSessions
+from megacontext.inference import MCInference, load_for_inference
+from megacontext.session import MCSession
 from megacontext.telemetry import open_telemetry
 from nanochat.checkpoint_manager import checkpoint_root, load_model
 from nanochat.common import UserError, compute_init, resolve_dtype
-from nanochat.configurator import run, short
+from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.serving import schema
 from nanochat.serving.app import create_app
@@ -64,14 +73,20 @@ class Config:
     """cuda, cpu or mps; empty for the best there is"""
     queue_size: int = 64
     """requests that may wait for a worker; more get 503"""
-    max_messages: int = 500
-    """of one conversation"""
-    max_message_chars: int = 8000
-    """characters of one message"""
-    max_conversation_chars: int = 32000
-    """characters of one conversation"""
+    max_messages: int = -1
+    """of one conversation; -1 for 500, or 20,000 with --mc"""
+    max_message_chars: int = -1
+    """characters of one message; -1 for 8,000, or with --mc as many as in one conversation"""
+    max_conversation_chars: int = -1
+    """characters of one conversation; -1 for 32,000, or 2,000,000 with --mc"""
     drain_seconds: float = 30.0
     """for running answers to finish when the server is told to end"""
+    mc: bool = False
+    """MegaContext: conversations of any length, of which the model reads a working context"""
+    mc_sessions: int = 8
+    """conversations that a worker keeps at hand, with --mc; others are read again at their next turn"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """what follows counts with --mc only"""
 
 
 def check(config):
@@ -86,8 +101,11 @@ def check(config):
         "max_message_chars": (1, 10_000_000),
         "max_conversation_chars": (1, 10_000_000),
         "drain_seconds": (0, 3600),
+        "mc_sessions": (1, 10_000),
     }
     for name, (low, high) in bounds.items():
+        if name in ("max_messages", "max_message_chars", "max_conversation_chars") and getattr(config, name) == -1:
+            continue
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name} must be {low} to {high}, got {getattr(config, name)}")
     if config.dtype not in ("auto", "bf16", "fp32"):
@@ -107,12 +125,28 @@ def devices(config):
     return [device] * config.num_gpus
 
 
-def load(config, device):
-    """(Engine, ServedModel) of one worker."""
+def limits_of(config):
+    """Of one conversation: where nothing else is asked for, with --mc they are no limits to speak of."""
+    usual = Limits(20_000, 2_000_000, 2_000_000) if config.mc else Limits()
+    messages, message, conversation = config.max_messages, config.max_message_chars, config.max_conversation_chars
+    conversation = usual.conversation_chars if conversation == -1 else conversation
+    if message == -1:
+        message = conversation if config.mc else usual.message_chars
+    return Limits(usual.messages if messages == -1 else messages, message, conversation)
+
+
+def load(config, device, on_event):
+    """(Engine, ServedModel, ChatSessions or None) of one worker. on_event: told of what sessions do."""
     step = None if config.step == -1 else config.step
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type), fixed=True)
-    return engine, ServedModel(config.source, meta["model_tag"], meta["step"])
+    sessions = None
+    if config.mc:
+        networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
+        make_session = partial(MCSession, model, networks, settings, decoder=engine.decoder)
+        make_session().close()  # complains now of a budget that is too small
+        sessions = ChatSessions(make_session, settings, config.mc_sessions, on_event)
+    return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
 
 
 def describe(config, pool, limits, port):
@@ -121,9 +155,17 @@ def describe(config, pool, limits, port):
     where = ", ".join(str(worker.device) for worker in pool.workers)
     everywhere = config.host in ("0.0.0.0", "::")
     name = "localhost" if everywhere else f"[{config.host}]" if ":" in config.host else config.host
+    focus = ""
+    if pool.sessions:
+        mc = pool.sessions[0].describe()
+        focus = (
+            f"focus   a working context of {mc['budget']:,} entries, blocks of {mc['block_size']} tokens, "
+            f"{mc['sessions']} conversations a worker at hand\n"
+        )
     return (
         f"model   {pool.model.source}/{pool.model.model_tag}, step {pool.model.step}: "
         f"{model.num_params():,} parameters, context {pool.context_length} tokens, on {where}\n"
+        f"{focus}"
         f"limits  {limits.messages} messages, {limits.message_chars:,} characters a message, "
         f"{limits.conversation_chars:,} in all, {config.queue_size} waiting requests\n"
         f"API     http://{name}:{port}/v1, model {pool.model.id}\n"
@@ -156,7 +198,7 @@ def main(config: Config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))  # a connection is an open file
-    limits = Limits(config.max_messages, config.max_message_chars, config.max_conversation_chars)
+    limits = limits_of(config)
     telemetry = open_telemetry("chat_web", f"{config.source}_{config.model_tag or 'largest'}")
 
     def on_end(job, outcome):
@@ -172,14 +214,15 @@ def main(config: Config):
         port = listener.getsockname()[1]
 
         def start():  # beside the server, which answers 503 meanwhile
-            engines = []
+            engines, sessions = [], []
             try:
                 for device in workers:
-                    engine, served = load(config, device)
+                    engine, served, kept = load(config, device, telemetry.event)
                     engines.append(engine)
+                    sessions.append(kept)
                     if server.should_exit:
                         return
-                pool.start(engines, served)
+                pool.start(engines, served, sessions)
                 print(describe(config, pool, limits, port), flush=True)
             except BaseException as error:  # passed on below
                 failures.append(error)

@@ -17,13 +17,15 @@ from starlette.exceptions import HTTPException
 from nanochat.common import UserError
 from nanochat.markdown import render_markdown
 from nanochat.serving import openai_api, schema
-from nanochat.serving.job import Done, Failed, Job, Piece
+from nanochat.serving.job import Done, Failed, Focus, Job, Piece
 from nanochat.serving.schema import ApiError, Defaults, Limits
 from nanochat.serving.transport import PING, EventStream, Gate, next_or_none, sse
 from nanochat.serving.worker_pool import Unavailable, WorkerPool
+from nanochat.streaming import readable
 
 FOLDER = Path(__file__).parent.parent
 OPENAI_PREFIX = "/v1"
+FOCUS_VIEW = "<!-- focus_view.html -->"  # where the page has that file
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,17 @@ class Service:
     defaults: Defaults
     ping_seconds: float = 10.0
 
-    async def submit(self, messages, temperature=None, top_k=None, max_tokens=None, seed=None, stop=()) -> Job:
+    async def submit(
+        self,
+        messages,
+        temperature=None,
+        top_k=None,
+        max_tokens=None,
+        seed=None,
+        stop=(),
+        conversation=None,
+        focus=None,
+    ) -> Job:
         """A queued job for these messages ({"role", "content"}). Raises ApiError."""
 
         def prompt():
@@ -49,13 +61,17 @@ class Service:
             schema.check_conversation(messages, self.limits)
             ids = await asyncio.to_thread(prompt)
             max_tokens = choice(max_tokens, self.defaults.max_tokens)
+            sessions = self.pool.sessions
+            fits = not sessions or sessions[0].fits(len(ids))
             job = Job(
                 prompt=ids,
-                max_tokens=schema.room(len(ids), max_tokens, self.pool.context_length),
+                max_tokens=schema.room(len(ids), max_tokens, None if sessions else self.pool.context_length, fits),
                 temperature=choice(temperature, self.defaults.temperature),
                 top_k=choice(top_k, self.defaults.top_k),
                 seed=secrets.randbelow(schema.SEED[1]) if seed is None else seed,
                 stop=list(stop),
+                conversation=conversation,
+                focus=bool(focus),
             )
             self.pool.submit(job)
         except Unavailable as error:
@@ -65,6 +81,12 @@ class Service:
     async def next_event(self, job):
         """What becomes of a job: a Piece, Done or Failed, or None when nothing has happened for a while."""
         return await next_or_none(job.events, self.ping_seconds)
+
+    def sessions(self):
+        """The Sessions of all workers. ApiError (404) where none are kept."""
+        if not self.pool.sessions:
+            raise ApiError(404, "this server keeps no sessions: it runs without --mc")
+        return self.pool.sessions
 
     def model(self):
         """The ServedModel. ApiError (503) while there is none."""
@@ -138,6 +160,7 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
     limits, defaults = limits or Limits(), defaults or Defaults()
     service = Service(pool, limits, defaults, ping_seconds)
     page_text, logo_text = _read(page or FOLDER / "ui.html"), _read(logo or FOLDER / "logo.svg")
+    page_text = page_text.replace(FOCUS_VIEW, _read(FOLDER / "focus_view.html"))
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(ApiError)
@@ -201,12 +224,25 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
                 "top_k": schema.TOP_K,
                 "max_tokens": schema.MAX_TOKENS,
             },
+            **({"mc": pool.sessions[0].describe()} if pool.sessions else {}),
         }
 
     @app.post("/chat/completions")
     async def chat(body: schema.ChatRequest):
         job = await service.submit(**body.model_dump())
         return EventStream(_native_stream(service, job), on_end=lambda: pool.cancel(job))
+
+    @app.post("/focus")
+    async def focus(body: schema.FocusRequest):
+        found = (sessions.focus(body.conversation) for sessions in service.sessions())
+        return {"focus": next((state for state in found if state), None)}
+
+    @app.post("/focus/text")
+    async def focus_text(body: schema.TextRequest):
+        end = min(body.end, body.start + schema.SHOWN_TOKENS)
+        found = (sessions.tokens(body.conversation, body.start, end) for sessions in service.sessions())
+        ids = next((ids for ids in found if ids is not None), None)
+        return {"text": None if ids is None else readable(pool.tokenizer, ids)}
 
     rendering = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too
 
@@ -227,6 +263,8 @@ async def _native_stream(service, job):
                 yield PING
             case Piece(kind, text, worker):
                 yield sse({"token": text, "gpu": worker} | ({} if kind == "text" else {"kind": kind}))
+            case Focus(state):
+                yield sse({"focus": state}, event="focus")
             case Done(reason):
                 yield sse({"done": True, "finish_reason": reason})
                 return

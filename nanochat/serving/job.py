@@ -28,13 +28,22 @@ class Failed:
     message: str
 
 
+@dataclass(frozen=True)
+class Focus:
+    """Where the session that answers looks now. state: ready for JSON."""
+
+    state: dict
+
+
 @dataclass(eq=False)
 class Job:
     """
     One answer to be made. Created on the event loop that reads `events`: Pieces, then one Done or Failed.
 
-    created, first: when it was asked for and its first Piece came, by time.monotonic(). compacted: the session that
-    answers let summaries stand in for older tokens.
+    conversation: a name that only those who take part in it know, None if they gave none. focus: whether `events` is
+    to get a Focus now and then, too. created, first: when it was asked for and its first Piece came, by
+    time.monotonic(). compacted: the session that answers let summaries stand in for older tokens. home: the Worker
+    that has the conversation at hand, if one does.
     """
 
     prompt: list[int]
@@ -43,10 +52,14 @@ class Job:
     top_k: int
     seed: int
     stop: list[str] = field(default_factory=list)
+    conversation: str | None = None
+    focus: bool = False
+    ids: list[int] = field(default_factory=list)  # generated so far
     tokens: int = 0  # generated so far, a tool's answers and the end token included
     cancelled: bool = False
     compacted: bool = False
     first: float | None = None
+    home: object = None
 
     def __post_init__(self):
         self.events = asyncio.Queue()

@@ -10,6 +10,8 @@ TEMPERATURE = (0.0, 2.0)
 TOP_K = (1, 200)
 MAX_TOKENS = (1, 4096)
 SEED = (0, 2**63 - 1)
+RENDER_CHARS = 200_000
+SHOWN_TOKENS = 256  # of a conversation, in one answer to /focus/text
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Limits:
 
     @property
     def render_chars(self) -> int:
-        """Of all texts in one /render request: a full conversation and the longest answer to it."""
-        return 2 * self.conversation_chars
+        """Of all texts in one /render request: more than the longest answer, and no more than is soon done."""
+        return min(2 * self.conversation_chars, RENDER_CHARS)
 
     @property
     def body_bytes(self) -> int:
         """Of a request, before it is parsed: JSON spells a character with at most 12 bytes."""
-        return 12 * self.render_chars + 256 * self.messages
+        return 12 * max(self.conversation_chars, self.render_chars) + 256 * self.messages
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Message(Strict):
     content: str | list[Part]
 
 
+# What cannot be guessed: 22 characters can hold 128 bits
+ConversationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22,64}$")]
+
+
 class ChatRequest(Strict):
     """POST /chat/completions"""
 
@@ -78,6 +84,21 @@ class ChatRequest(Strict):
     top_k: TopK | None = None
     max_tokens: MaxTokens | None = None
     seed: Annotated[int, Field(ge=SEED[0], le=SEED[1])] | None = None
+    conversation: ConversationId | None = None
+    focus: bool | None = None
+
+
+class FocusRequest(Strict):
+    """POST /focus"""
+
+    conversation: ConversationId
+
+
+class TextRequest(FocusRequest):
+    """POST /focus/text: tokens from `start` on, `end` not included."""
+
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=0)]
 
 
 class RenderRequest(Strict):
@@ -136,12 +157,25 @@ def check_texts(texts: list[str], limits: Limits):
         )
 
 
-def room(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
+def room(prompt_tokens: int, max_tokens: int, context_length: int | None, fits: bool = True) -> int:
     """
-    How many tokens may be generated after a prompt. ApiError (400) if the prompt alone fills the context.
+    How many tokens may be generated after a prompt. ApiError (400) if there is no room for any.
+
+    context_length: of prompt and answer together, None where sessions summarize what is old. fits: whether a
+    session can hold the prompt.
 
     The one place that knows that a context is finite.
     """
+    if not fits:
+        raise ApiError(
+            400,
+            f"the conversation has {prompt_tokens} tokens, too many even for summaries of them to fit into this "
+            "server's working context: start a new chat",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    if context_length is None:
+        return max_tokens
     if prompt_tokens >= context_length:
         raise ApiError(
             400,

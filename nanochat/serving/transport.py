@@ -167,9 +167,10 @@ def _replay(body, receive):
     return replay
 
 
-def sse(data) -> bytes:
-    """One server-sent event of a JSON value."""
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+def sse(data, event=None) -> bytes:
+    """One server-sent event of a JSON value; event: its name."""
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
 async def next_or_none(events: asyncio.Queue, seconds):

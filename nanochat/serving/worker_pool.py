@@ -11,11 +11,14 @@ import math
 import threading
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Protocol
 
 import torch
 
-from nanochat.serving.job import Done, Failed, Piece, cut_at
+from nanochat.serving.job import Done, Failed, Job, Piece, cut_at
 from nanochat.streaming import stream_parts
 
 logger = logging.getLogger(__name__)
@@ -43,17 +46,48 @@ class ServedModel:
         return f"nanochat-{self.source}-{self.model_tag}"
 
 
-class Worker:
-    """One engine and the numbers that /stats shows of it."""
+class Sessions(Protocol):
+    """Contexts of one worker that outlive an answer; only `serve` is for the worker's thread alone."""
 
-    def __init__(self, number, engine):
-        self.number, self.engine = number, engine
+    def serve(self, job: Job) -> AbstractContextManager:
+        """The session that the Engine answers this job with; it is the job's until the end of the `with`."""
+
+    def holds(self, job: Job) -> bool:
+        """Whether the conversation that this job goes on with is here."""
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a session can hold so many tokens."""
+
+    def describe(self) -> dict:
+        """What GET /config tells of them."""
+
+    def stats(self) -> dict:
+        """What GET /stats tells of them."""
+
+    def focus(self, conversation: str) -> dict | None:
+        """The Focus that was told last in this conversation; None where there is none."""
+
+    def tokens(self, conversation: str, start: int, end: int) -> list[int] | None:
+        """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
+
+
+class Worker:
+    """One engine, the sessions of its conversations if it keeps any, and the numbers that /stats shows of it."""
+
+    def __init__(self, number, engine, sessions: Sessions | None = None):
+        self.number, self.engine, self.sessions = number, engine, sessions
         self.device = engine.model.get_device()
         self.job = None
         self.served = self.failed = 0
 
     def answer(self, job):
         """Generate, handing pieces to the job; returns the finish reason, or None if the job was cancelled."""
+        if self.sessions is None:
+            return self._answer(job)
+        with self.sessions.serve(job) as session:
+            return self._answer(job, session=session)
+
+    def _answer(self, job, **options):
         tokenizer, reason = self.engine.tokenizer, "length"
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
 
@@ -66,13 +100,13 @@ class Worker:
                 if job.cancelled:
                     return
                 job.tokens += 1
+                job.ids.append(column[0])
                 if column[0] in ends:
                     stopped()
                 yield column, mask
 
-        columns = self.engine.generate(
-            job.prompt, max_tokens=job.max_tokens, temperature=job.temperature, top_k=job.top_k, seed=job.seed
-        )
+        options |= {"temperature": job.temperature, "top_k": job.top_k, "seed": job.seed}
+        columns = self.engine.generate(job.prompt, max_tokens=job.max_tokens, **options)
         # Closed here and now: a generator that is merely dropped keeps its cache until it is collected
         with contextlib.closing(columns):
             for kind, text in cut_at(stream_parts(tokenizer, watched(columns)), job.stop, stopped):
@@ -102,12 +136,16 @@ class WorkerPool:
         self.seconds = 1.0  # that an answer takes, a running mean
         self.started = time.monotonic()
 
-    def start(self, engines, model: ServedModel):
-        """Begin to work, one thread an engine; they hold the same model."""
+    def start(self, engines, model: ServedModel, sessions=()):
+        """
+        Begin to work, one thread an engine; they hold the same model.
+
+        sessions: Sessions for each engine; none for contexts that are gone after an answer.
+        """
         cores = max(1, torch.get_num_threads() // len(engines))
         with self.changed:
             self.model = model
-            self.workers = [Worker(i, engine) for i, engine in enumerate(engines)]
+            self.workers = [Worker(i, *both) for i, both in enumerate(zip_longest(engines, sessions))]
             if self.state == "loading":  # else it is to end before it began
                 self.state = "ready"
         for worker in self.workers:
@@ -121,8 +159,13 @@ class WorkerPool:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together."""
+        """Tokens of prompt and answer together, where no sessions make more of it."""
         return self.workers[0].engine.model.config.sequence_len
+
+    @property
+    def sessions(self) -> list[Sessions]:
+        """One a worker, or none."""
+        return [worker.sessions for worker in self.workers if worker.sessions]
 
     def _idle(self):
         return sum(worker.job is None for worker in self.workers)
@@ -150,11 +193,13 @@ class WorkerPool:
 
     def submit(self, job):
         """Queue a job. Raises Unavailable."""
+        homes = self.workers if len(self.workers) > 1 else []
+        job.home = next((w for w in homes if w.sessions and w.sessions.holds(job)), None)
         with self.changed:
             self._check_open()
             self.totals["requests"] += 1
             self.waiting.append(job)
-            self.changed.notify()
+            self.changed.notify_all()
 
     def cancel(self, job):
         """Nobody waits for this job any more. Does nothing if it has ended."""
@@ -201,6 +246,7 @@ class WorkerPool:
                     "busy": worker.job is not None,
                     "served": worker.served,
                     "failed": worker.failed,
+                    **({"sessions": worker.sessions.stats()} if worker.sessions else {}),
                 }
                 for worker in self.workers
             ]
@@ -213,6 +259,10 @@ class WorkerPool:
                 "uptime_seconds": round(time.monotonic() - self.started, 3),
             }
 
+    def _next(self, worker):
+        """The first waiting job that is not better left to another worker, idle and with its conversation at hand."""
+        return next((job for job in self.waiting if job.home in (None, worker) or job.home.job), None)
+
     def _work(self, worker, cores):
         if worker.device.type == "cuda":
             torch.cuda.set_device(worker.device)  # a thread's own setting
@@ -220,10 +270,12 @@ class WorkerPool:
             torch.set_num_threads(cores)  # workers on the CPU share its cores
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.state == "closed")
-                if not self.waiting:
+                self.changed.wait_for(lambda: self._next(worker) or self.state == "closed")
+                job = worker.job = self._next(worker)
+                if job is None:
                     return
-                job = worker.job = self.waiting.popleft()
+                self.waiting.remove(job)
+                self.changed.notify_all()  # what was left to this worker is now for whoever is idle
             start = time.monotonic()
             try:
                 reason = worker.answer(job)

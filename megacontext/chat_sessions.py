@@ -1,0 +1,148 @@
+"""
+The sessions of a chat server's worker: one a conversation, a bounded number, none of them precious.
+
+A conversation is known by a name that its client gives, or else by its tokens: it goes on with the session whose last
+prompt is how the new prompt begins. A session with a name serves that name only. What a prompt does not share with
+what the session holds is cut off before anything is read, so no session can tell of another conversation. The least
+recently used one makes room for a new one; its conversation is read again at its next turn, and nothing is lost.
+
+A worker has one thread and so one job at a time: a session never serves two.
+"""
+
+import threading
+from array import array
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from megacontext.session import MCSession
+from megacontext.working_context import WorkingContext
+from nanochat.serving.job import Focus, Job
+
+
+@dataclass(eq=False)
+class Held:
+    """A session and, where other threads can read it, what it holds."""
+
+    session: MCSession = None
+    conversation: str | None = None
+    job: Job | None = None  # that is being answered
+    prompt: array = field(default_factory=lambda: array("i"))  # of the last job
+    answer: list[int] = field(default_factory=list)  # to it
+    state: dict | None = None  # the newest that was told
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+    def tokens(self, start, end):
+        n = len(self.prompt)
+        return [*self.prompt[start:end], *self.answer[max(0, start - n) : max(0, end - n)]]
+
+
+class ChatSessions:
+    """
+    nanochat.serving.worker_pool.Sessions. make_session(on_event=…) -> MCSession of one row; config: resolved, the
+    same. on_event(name, attributes): for telemetry.
+    """
+
+    def __init__(self, make_session, config, limit, on_event=None):
+        self.make_session, self.config, self.limit, self.on_event = make_session, config, limit, on_event
+        self.held = []  # least recently used first
+        self.evicted = 0
+        self.lock = threading.Lock()  # guards `held`
+
+    @contextmanager
+    def serve(self, job):
+        held = self._take(job)
+        try:
+            yield held.session
+        except BaseException:  # in the middle of something: nobody knows what the session holds
+            self._drop(held)
+            raise
+        if held.session.num_tokens > held.num_tokens:
+            self._tell(held)  # where it is at the end, between two refocuses
+        held.job = None
+
+    def _take(self, job):
+        """The session for this job, now the most recently used."""
+        prompt = array("i", job.prompt)
+        with self.lock:
+            held = self._find(prompt, job.conversation)
+            if held:
+                self.held.remove(held)
+            else:
+                if len(self.held) == self.limit:
+                    self.held.pop(0).session.close()
+                    self.evicted += 1
+                held = Held(conversation=job.conversation)
+                held.session = self.make_session(on_event=partial(self._on_event, held))
+            held.job, held.prompt, held.answer = job, prompt, job.ids
+            self.held.append(held)
+        return held
+
+    def _find(self, prompt, conversation):
+        if conversation:
+            return next((held for held in self.held if held.conversation == conversation), None)
+        unnamed = (held for held in self.held if not held.conversation)
+        known = [held for held in unnamed if prompt[: len(held.prompt)] == held.prompt]
+        return max(known, key=lambda held: len(held.prompt), default=None)
+
+    def _drop(self, held):
+        with self.lock:
+            self.held.remove(held)
+        held.session.close()
+
+    def _on_event(self, held, name, attributes):
+        """What the session has to say, at each prefill and refocus."""
+        if self.on_event:
+            self.on_event(name, attributes)
+        if name == "working_context_snapshot":
+            held.job.compacted |= any(f"lod_count/{lod}" in attributes for lod in range(1, 64))
+        if name == "inference_update":  # the last one
+            self._tell(held)
+
+    def _tell(self, held):
+        held.num_tokens = held.session.num_tokens
+        held.num_bytes = sum(held.session.memory().values())
+        if held.job.focus:
+            held.state = held.session.focus_state()
+            held.job.emit(Focus(held.state))
+
+    # -----------------------------------------------------------------------------------------------------
+    # From any thread
+
+    def holds(self, job):
+        with self.lock:
+            return self._find(array("i", job.prompt), job.conversation) is not None
+
+    def fits(self, num_tokens):
+        finest = WorkingContext.finest(1, num_tokens, self.config.block_size)
+        room = self.config.allocator_soft_max - self.config.mc_infer_refocus_interval
+        return finest.smallest_length(self.config.allocator_recent_tokens) <= room
+
+    def describe(self):
+        return {
+            "budget": self.config.allocator_soft_max,
+            "block_size": self.config.block_size,
+            "sessions": self.limit,
+            "refocus_interval": self.config.mc_infer_refocus_interval,
+        }
+
+    def stats(self):
+        with self.lock:
+            return {
+                "held": len(self.held),
+                "limit": self.limit,
+                "evicted": self.evicted,
+                "tokens": sum(held.num_tokens for held in self.held),
+                "bytes": sum(held.num_bytes for held in self.held),
+            }
+
+    def focus(self, conversation):
+        with self.lock:
+            held = self._find(array("i"), conversation)
+            return held.state if held else None
+
+    def tokens(self, conversation, start, end):
+        with self.lock:
+            held = self._find(array("i"), conversation)
+            return held.tokens(start, end) if held else None
