@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from megacontext.attention import attention_to_blocks
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.gaussian_rope import entry_cos_sin
@@ -44,8 +45,13 @@ def parts(model, controller, x, y, progress):
             scores = controller.networks.lensnet(inputs, *entries, T)
         scores.mean().backward()
 
+    def attention():
+        with autocast(x.device, controller.dtype):
+            attention_to_blocks(model, embeds, c.block_size, c.allocator_recent_tokens, old)
+
+    old = context.old_blocks(c.allocator_recent_tokens)
     wanted = {"trunk, baseline": baseline, "trunk, variants": variants, "GistNet": gistnet}
-    return wanted | ({"LensNet": lensnet} if V > 1 and c.mc_lens_loss_weight > 0 else {})
+    return {**wanted, "LensNet": lensnet, "attention": attention}
 
 
 def seconds(function, device, repeat) -> float:
@@ -94,7 +100,6 @@ def bench_mc(config, show):
             {
                 "variants": V,
                 **{f"{name} ms": 1000 * s for name, s in best.items()},
-                **({"LensNet ms": "-"} if "LensNet" not in best else {}),
                 "sum ms": 1000 * arithmetic,
                 "whole step ms": 1000 * whole,
                 "whole / sum": whole / arithmetic,

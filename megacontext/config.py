@@ -60,7 +60,7 @@ class MCConfig:
     mc_train_wc_length: int = -1
     """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len, or two blocks open"""
     mc_max_counterfactuals: int = 4
-    """pairs of working contexts a sequence that LensNet learns from, at most"""
+    """pairs of working contexts a sequence, at most, of which LensNet should foretell the better one: a measure"""
     mc_lens_loss_weight: float = 0.1
     """weight of LensNet's loss beside the token loss; 0 for none"""
     mc_auto_batch: bool = True
@@ -112,7 +112,7 @@ class MCConfig:
         recent = config.allocator_recent_tokens
         finest = WorkingContext.finest(1, max_seq_len, K)
         smallest = finest.smallest_length(recent)
-        # Two blocks stay open, somewhere: if all were gists, variants would be equal and LensNet learn nothing
+        # Two blocks stay open, somewhere: the model is to read mixtures, as it will meet them
         two_open = max_seq_len - (K - 1) * max(0, finest.old_blocks(recent) - 2)
         config = config._derive(mc_train_wc_length=max(max_seq_len // 5, two_open))
         config = config._derive(mc_eval_soft_max_length=min(config.mc_train_wc_length, config.allocator_soft_max))

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megacontext.attention import attention_to_blocks
 from megacontext.config import MCConfig
 from megacontext.focus import Focus
 from megacontext.networks import MCNetworks
-from megacontext.objective import lens_preference, mean_nll, pairs_of_variants, tail_nll
+from megacontext.objective import lens_loss, mean_nll, pairs_of_variants, preference_agreement, tail_nll
 from megacontext.reading import positions, read
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
@@ -99,21 +100,26 @@ class MCController:
         stats = {"mc/token_loss": variant_loss, "mc/base_loss": base_loss, "mc/variants_total": B * V}
         stats |= self._lod_stats(context, entries, nll, targets)
 
-        if c.mc_lens_loss_weight > 0 and V > 1:
+        old = context.old_blocks(c.allocator_recent_tokens)
+        if c.mc_lens_loss_weight > 0 and old > 0:
+            recent = max(1, c.allocator_recent_tokens)
             lap("model_ms")
-            scores = self.score(inputs, entries, T)
+            scores = context.per_block(self.score(inputs, entries, T))
             lap("lens_forward_ms")
-            pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
-            tail = tail_nll(nll.detach(), context.lengths(), max(1, c.allocator_recent_tokens))
-            lens_loss, difference, agreement = lens_preference(context.per_block(scores), context.lod_map, tail, pairs)
-            loss = loss + c.mc_lens_loss_weight * lens_loss
+            shares = attention_to_blocks(self.model, embeds, c.block_size, recent, old).repeat_interleave(V, 0)
+            loss_of_lens = lens_loss(scores, shares, context)
+            loss = loss + c.mc_lens_loss_weight * loss_of_lens
+            stats["mc/lens_loss"] = loss_of_lens
             lap("lens_loss_ms")
-            stats |= {
-                "mc/lens_loss": lens_loss,
-                "mc/adv_delta_mean": difference.abs().mean(),
-                "mc/adv_delta_p95": difference.abs().flatten().float().quantile(0.95),
-                "mc/preference_agreement": agreement,
-            }
+            if V > 1:
+                pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
+                tail = tail_nll(nll.detach(), context.lengths(), recent)
+                difference, agreement = preference_agreement(scores, context.lod_map, tail, pairs)
+                stats |= {
+                    "mc/adv_delta_mean": difference.abs().mean(),
+                    "mc/adv_delta_p95": difference.abs().flatten().float().quantile(0.95),
+                    "mc/preference_agreement": agreement,
+                }
         cos, sin = cos_sin
         names = list(range(B)) if session_ids is None else session_ids
         caches = {name: (cos[i * V : i * V + V], sin[i * V : i * V + V], None) for i, name in enumerate(names)}

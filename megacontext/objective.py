@@ -29,23 +29,48 @@ def pairs_of_variants(B, V, limit, generator=None, device=None):
     return first + a[pick], first + b[pick]
 
 
-def lens_preference(scores, lods, nll, pairs, temperature=1.0):
+def lens_targets(shares, context):
     """
-    How well LensNet foretells which of two working contexts reads the newest tokens better.
+    What LensNet is to say of each old block, [R, n] in (−1, 1), from its share [R, n] of the dense model's attention.
+
+    tanh of the logarithm of the share over an equal one: positive where the model looks more than on average, so that
+    detail moves there, negative where it looks less. A node of several blocks is worth as much as the best of them.
+    """
+    n = shares.size(1)
+    targets = (shares * n).clamp(min=1e-6).log().tanh()
+    lod_map = context.lod_map[:, :n]
+    level, size = 2, context.block_size
+    while size <= n:
+        whole = n // size * size
+        best = targets[:, :whole].unflatten(1, (-1, size)).amax(2).repeat_interleave(size, 1)
+        targets[:, :whole] = best.where(lod_map[:, :whole] == level, targets[:, :whole])
+        level, size = level + 1, size * context.block_size
+    return targets
+
+
+def lens_loss(scores, shares, context):
+    """
+    Mean squared difference of LensNet's scores [R, n_blocks] of each block, in the light of its row's own context, and
+    the targets above. Measured against a preference between pairs of contexts, and against the divergence of the two
+    distributions: it finds what is asked for in a fraction of the steps (see dev/LOG.md).
+    """
+    targets = lens_targets(shares, context)
+    return F.mse_loss(scores[:, : targets.size(1)], targets)
+
+
+@torch.no_grad()
+def preference_agreement(scores, lods, nll, pairs):
+    """
+    How well LensNet foretells which of two working contexts reads the newest tokens better: a measure, not a loss.
 
     scores [R, n_blocks]: of each block in the light of its own context. lods [R, n_blocks]. nll [R]: of the newest
     tokens, the same in all contexts. pairs: (a, b), each [B, P]. With D = NLL_b − NLL_a > 0, a is the better. Its
-    predicted advantage is the sum, over the blocks in which the two differ, of a's score times how much more detail
-    a has; b's likewise. The loss is Bradley and Terry's (1952), −log σ(sign D · advantage / temperature), of both,
-    weighted by |D| over its mean.
-
-    Returns (loss, D [B, P], agreement: the share of pairs, weighted likewise, that are foretold rightly).
+    foretold advantage is the sum, over the blocks in which the two differ, of the scores times how much more detail a
+    has. Returns (D [B, P], agreement: the share of pairs, weighted by |D|, that are foretold rightly).
     """
     a, b = pairs
-    difference = (nll[b] - nll[a]).detach()
+    difference = nll[b] - nll[a]
     more_detail = (lods[b] - lods[a]).to(scores.dtype)  # of a over b
     advantage = ((scores[a] + scores[b]) * more_detail).sum(-1)
-    weight = difference.abs() / difference.abs().mean().clamp(min=1e-9)
-    loss = (weight * F.softplus(-difference.sign() * advantage / temperature)).mean()
-    agreement = (weight * (difference.sign() == advantage.detach().sign())).mean()
-    return loss, difference, agreement
+    right = difference.sign() == advantage.sign()
+    return difference, (difference.abs() * right).sum() / difference.abs().sum().clamp(min=1e-9)

@@ -55,7 +55,7 @@ EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod
         "positional_ms": "for positions as cosines and sines",
         "model_ms": "for the model's passes over working contexts and tokens",
         "lens_forward_ms": "for LensNet",
-        "lens_loss_ms": "for its preference loss",
+        "lens_loss_ms": "for what it learns from: the dense model's attention",
         "milliseconds": "for all of the controller, the model's own passes included",
     },
     "inference_update": {
@@ -103,7 +103,7 @@ METRICS = {  # key in the log → what it is. As a metric, a slash is a dot, and
     "mc/token_loss": "loss over the variants, nats per token",
     "mc/base_loss": "loss with all tokens, nats per token",
     "mc/lod_loss/{lod}": "loss of what follows an entry of a level",
-    "mc/lens_loss": "preference loss of LensNet",
+    "mc/lens_loss": "mean squared error of LensNet's scores",
     "mc/adv_delta_mean": "mean difference in loss between two variants",
     "mc/adv_delta_p95": "95th percentile of the same",
     "mc/preference_agreement": "part of the pairs, by weight, that LensNet foretells",

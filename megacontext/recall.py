@@ -1,0 +1,149 @@
+"""
+Does the focus find what is asked for? Questions about facts of long generated documents, at an equal budget.
+
+Shapes: R windows of N tokens, K = block_size, E blocks of the history that may be open.
+
+A window ends with the answer to a question; its fact stands somewhere in the history, before the newest tokens. The
+history is gists but for E blocks at full detail, which a policy chooses:
+
+- recency: the newest; random; bm25: those that share the rarest tokens with the newest ones, as a search engine would;
+- oracle: those that the fact stands in;
+- lens: LensNet and the allocator, as at inference, starting from recency.
+
+full is the whole window in tokens, gists no open block at all.
+"""
+
+import random
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from megacontext.reading import positions
+from megacontext.tree import build_table
+from megacontext.working_context import WorkingContext
+from nanochat.common import UserError
+from nanochat.recall import recall_documents, token_spans
+
+ROUNDS = 8  # of the allocator: enough to open E blocks and to close as many
+MAX_DOCUMENTS_PER_WINDOW = 20
+POLICIES = ("recency", "random", "bm25", "lens", "oracle")
+
+
+class Windows(NamedTuple):
+    x: torch.Tensor  # [R, N]
+    y: torch.Tensor  # [R, N], the token after each
+    answer: torch.Tensor  # [R, N] bool: targets that belong to the answer
+    fact: torch.Tensor  # [R, 2] first and last token of the fact
+
+    def to(self, device):
+        return Windows(*(t.to(device) for t in self))
+
+
+def recall_windows(tokenizer, token_bytes, N, recent, count, seed=0, **sizes) -> Windows:
+    """
+    `count` windows of N tokens, each from a document of its own, whose fact ends before the last `recent` tokens.
+
+    sizes: of the documents, as nanochat.recall takes them; their length follows from N. Raises UserError when the
+    documents have too few questions that reach so far.
+    """
+    bos, pick, found = tokenizer.get_bos_token_id(), random.Random(f"windows {seed}"), []
+    token_bytes = token_bytes.cpu()
+    text, _ = next(recall_documents(seed, 1, chars=4000))
+    chars = round(1.6 * N * len(text) / len(tokenizer.encode(text)))
+    for text, questions in recall_documents(seed, MAX_DOCUMENTS_PER_WINDOW * count, chars=chars, **sizes):
+        ids = tokenizer.encode(text, prepend=bos)
+        fits = []
+        for question in questions:
+            fact, answer = token_spans(ids, token_bytes, [question.fact, question.answer])
+            start = answer[1] - 1 - N  # the window's inputs end with the last token but one of the answer
+            if 0 <= start <= fact[0] and fact[1] <= start + N - recent:
+                fits.append((start, fact, answer))
+        if fits:
+            found.append((ids, *pick.choice(fits)))
+        if len(found) == count:
+            break
+    else:
+        raise UserError(
+            f"{len(found)} of {count} windows of {N} tokens: ask for shorter ones, or for documents with more questions"
+        )
+    rows = []
+    for ids, start, fact, answer in found:
+        window = torch.tensor(ids[start : start + N + 1])
+        places = torch.arange(start + 1, start + N + 1)
+        is_answer = (places >= answer[0]) & (places < answer[1])
+        rows.append((window[:-1], window[1:], is_answer, torch.tensor([fact[0] - start, fact[1] - 1 - start])))
+    return Windows(*(torch.stack(part) for part in zip(*rows, strict=True)))
+
+
+@torch.no_grad()
+def recall_scores(controller, windows: Windows, open_blocks: int, seed=0) -> dict[str, tuple]:
+    """
+    name → (right [R] bool: every token of the answer would be the model's first choice; nll [R], of the answer).
+
+    Names: POLICIES, "full" and "gists". The documents' windows are read together: pass as many as memory allows.
+    """
+    c, model = controller.config, controller.model
+    K, recent, (R, N) = c.block_size, c.allocator_recent_tokens, windows.x.shape
+    embeds = model.embed(windows.x)
+    table = build_table(controller.gist, embeds, K)
+    finest = WorkingContext.finest(R, N, K, windows.x.device)
+    old = finest.old_blocks(recent)
+    E = min(open_blocks, old)
+
+    def with_open(chosen):
+        """All old blocks as gists but those chosen, bool [R, old]."""
+        lod_map = finest.lod_map.clone()
+        lod_map[:, :old] = (~chosen).to(torch.int8)
+        return WorkingContext(lod_map, N, K)
+
+    def best(scores):
+        """The E blocks of highest score [R, old]; of equal ones the newest."""
+        order = scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :E]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, old - 1 - order, True)
+
+    newest = torch.zeros(R, old, device=windows.x.device)
+    generator = torch.Generator(windows.x.device).manual_seed(seed)
+    start = with_open(best(newest))
+    budget = int(start.lengths().max())
+    settings = replace(c, mc_infer_allocator_iterations=ROUNDS, mc_infer_allocator_max_replacements=2 * E)
+    contexts = {
+        "gists": with_open(torch.zeros_like(newest, dtype=torch.bool)),
+        "recency": start,
+        "random": with_open(best(torch.rand(R, old, generator=generator, device=newest.device))),
+        "bm25": with_open(best(bm25(windows.x, K, old, recent))),
+        "oracle": with_open(best(holds(windows.fact, K, old).float())),
+        "lens": controller.focus(table, start, budget, settings),
+        "full": finest,
+    }
+    return {name: _answers(model, table, context, windows, c.mc_positional) for name, context in contexts.items()}
+
+
+def _answers(model, table, context, windows, positional):
+    cos_sin = positions(model, context.entries(), positional)
+    logits = model(inputs_embeds=table.materialize(context), cos_sin=cos_sin)  # [R, W, V]
+    longest = int(windows.answer.sum(1).max())
+    places = context.lengths()[:, None] - longest + torch.arange(longest, device=logits.device)
+    logits = logits.gather(1, places[..., None].expand(-1, -1, logits.size(-1)))
+    y, answer = windows.y[:, -longest:], windows.answer[:, -longest:]
+    nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none") * answer
+    right = (logits.argmax(-1) == y) | ~answer
+    return right.all(1), nll.sum(1) / answer.sum(1)
+
+
+def holds(fact, K, old):
+    """Bool [R, old]: the blocks in which the fact [R, 2] stands."""
+    block = torch.arange(old, device=fact.device)
+    return (block >= fact[:, :1] // K) & (block <= fact[:, 1:] // K)
+
+
+def bm25(x, K, old, recent, k1=1.2):
+    """Okapi BM25 [R, old]: each block is a document, all of one length; the newest `recent` tokens are the query."""
+    blocks = x[:, : old * K].unflatten(1, (old, K))
+    query = x[:, -recent:]
+    found = (blocks[:, :, :, None] == query[:, None, None, :]).sum(2)  # [R, old, recent] times a token stands there
+    containing = (found > 0).sum(1, keepdim=True)
+    idf = torch.log(1 + (old - containing + 0.5) / (containing + 0.5))
+    first = (query[:, :, None] == query[:, None, :]).int().argmax(2) == torch.arange(recent, device=x.device)
+    return (idf * found * (k1 + 1) / (found + k1) * first[:, None]).sum(2)  # each token of the query counts once

@@ -1,0 +1,138 @@
+"""What training minimizes and measures, each against a loop; and that LensNet learns from it."""
+
+import math
+
+import pytest
+import torch
+
+from megacontext.attention import attention_to_blocks
+from megacontext.layers import split_parameters
+from megacontext.lensnet import LensNet
+from megacontext.objective import (
+    lens_loss,
+    lens_targets,
+    mean_nll,
+    pairs_of_variants,
+    preference_agreement,
+    tail_nll,
+)
+from megacontext.working_context import WorkingContext
+from nanochat.gpt import GPT, GPTConfig, apply_rotary, norm
+from nanochat.muon import Muon
+from tests.test_mc_training import RECENT, K, T, tokens
+
+
+def test_mean_and_tail():
+    nll = torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
+    targets = torch.tensor([[5, -1, 6], [-1, -1, -1]])
+    assert mean_nll(nll, targets).tolist() == [2.0, 0.0]
+    rows = torch.arange(10.0).view(2, 5)
+    assert tail_nll(rows, torch.tensor([5, 3]), 2).tolist() == [3.5, 6.5]
+
+
+def test_pairs_are_different_and_of_one_sequence():
+    a, b = pairs_of_variants(3, 4, 5, torch.Generator().manual_seed(0))
+    assert a.shape == b.shape == (3, 5)
+    for row in range(3):
+        pairs = set(zip(a[row].tolist(), b[row].tolist(), strict=True))
+        assert len(pairs) == 5
+        assert all(row * 4 <= x < y < row * 4 + 4 for x, y in pairs)
+    assert pairs_of_variants(2, 3, 100)[0].shape == (2, 3)
+    assert pairs_of_variants(2, 1, 4)[0].shape == (2, 0)
+
+
+def test_preference_agreement_against_a_loop():
+    generator = torch.Generator().manual_seed(3)
+    R, n = 6, 5
+    scores = torch.rand(R, n, generator=generator) * 2 - 1
+    lods = torch.randint(0, 3, (R, n), generator=generator).to(torch.int8)
+    nll = torch.rand(R, generator=generator)
+    pairs = pairs_of_variants(2, 3, 2, generator)
+    difference, agreement = preference_agreement(scores, lods, nll, pairs)
+    differences, right = [], []
+    for a, b in zip(pairs[0].flatten().tolist(), pairs[1].flatten().tolist(), strict=True):
+        d = nll[b].item() - nll[a].item()
+        advantage = sum(
+            (scores[a, i].item() + scores[b, i].item()) * (lods[b, i].item() - lods[a, i].item()) for i in range(n)
+        )
+        differences.append(d)
+        right.append(d * advantage > 0)
+    assert difference.flatten().tolist() == pytest.approx(differences, rel=1e-5)
+    weights = [abs(d) / sum(map(abs, differences)) for d in differences]
+    assert agreement.item() == pytest.approx(sum(w * r for w, r in zip(weights, right, strict=True)), rel=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(T, 70, 3, 2, n_kv_head, 32))
+    model.init_rotary()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, _ = tokens(B=2)
+    old = (T - RECENT) // K
+    got = attention_to_blocks(model, model.embed(x), K, RECENT, old)
+
+    seen = []  # inputs of each attention
+    hooks = [block.attn.register_forward_pre_hook(lambda m, args: seen.append(args)) for block in model.transformer.h]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    expected = torch.zeros(2, old)
+    for block, (h, cos, sin, _) in zip(model.transformer.h, seen, strict=True):
+        q, k = (f(h).view(2, T, -1, 16) for f in (block.attn.c_q, block.attn.c_k))
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        for b in range(2):
+            for head in range(2):
+                for t in range(T - RECENT, T):
+                    logits = k[b, : t + 1, head * n_kv_head // 2] @ q[b, t, head] / 4
+                    for place, weight in enumerate(logits.softmax(0).tolist()):
+                        if place // K < old:
+                            expected[b, place // K] += weight
+    expected /= expected.sum(1, keepdim=True)
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_lens_targets():
+    """Of 8 blocks of K = 2: positive above an equal share; a node of two or four blocks is worth its best."""
+    shares = torch.tensor([[0.5, 0.02, 0.02, 0.02, 0.25, 0.05, 0.1, 0.04]])
+    values = [math.tanh(math.log(8 * share)) for share in shares[0].tolist()]
+    lod_map = torch.tensor([[0, 1, 2, 2, 3, 3, 3, 3, 0, 0]], dtype=torch.int8)
+    context = WorkingContext(lod_map, 20, 2)
+    got = lens_targets(shares, context)[0].tolist()
+    assert got == pytest.approx([values[0], values[1], values[2], values[2], *[values[4]] * 4], abs=1e-6)
+    assert got[0] > 0.8
+    assert got[1] < -0.8
+    scores = torch.zeros(1, 10)
+    assert lens_loss(scores, shares, context).item() == pytest.approx(sum(v * v for v in got) / 8, rel=1e-5)
+
+
+def test_lens_learns_where_the_model_looks():
+    """The model is made to look at one block, which one depends on the newest tokens; a lens finds it in new texts."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    lens = LensNet(32, 8)
+    matrices, others = split_parameters(lens)
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.003)]
+    words = norm(torch.randn(16, 32, generator=generator))
+
+    def batch(B, n=8):
+        order = torch.rand(B, 16, generator=generator).argsort(1)[:, :n]
+        asked = torch.randint(n, (B,), generator=generator)
+        x = torch.cat((words[order], words[order.gather(1, asked[:, None])].expand(B, K, 32)), 1)
+        lod_map = torch.tensor([[1] * n + [0]], dtype=torch.int8).expand(B, -1)
+        context = WorkingContext(lod_map, n * K + K, K)
+        return context, context.per_block(lens(x, *context.entries(), context.num_tokens)), asked
+
+    for _ in range(150):
+        context, scores, asked = batch(32)
+        shares = torch.full((32, 8), 0.05).scatter(1, asked[:, None], 0.65)
+        lens_loss(scores, shares, context).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        context, scores, asked = batch(256)
+    assert (scores[:, :8].argmax(1) == asked).float().mean() > 0.9
+    assert scores.gather(1, asked[:, None]).mean() > 0.3
+    assert scores[:, :8].mean() < 0
