@@ -15,7 +15,7 @@ def attention_to_blocks(model, embeds, block_size, recent, num_blocks):
     Shares [B, num_blocks] of the attention that the last `recent` tokens pay to each of the first num_blocks blocks of
     embeds [B, T, D], summed over layers, heads and tokens; a row adds up to 1.
 
-    It repeats the model's forward pass, all but the last MLP and the head, and of each layer's attention the part of the last tokens.
+    It repeats the model's forward pass but for the last MLP and the head, and of each layer's attention the last part.
     """
     T = embeds.size(1)
     cos, sin = (t[:, :T].to(embeds.dtype) for t in (model.cos, model.sin))

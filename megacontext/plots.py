@@ -1,5 +1,7 @@
 """Plots of MegaContext's evaluation for the report. Drawn without a display."""
 
+from itertools import pairwise
+
 from nanochat.plots import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
 PUBLISHED = {16: 0.97, 32: 0.85}  # REFRAG (arXiv 2509.01092), a 7B model
@@ -51,3 +53,38 @@ def _recovered(axes, labels, rows, lines):
     axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":", label="history cut off")
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylim(bottom=max(-1, axes.get_ylim()[0]))  # the gists of another text may be far below
+
+
+POLICIES = {  # policy → colour
+    "gists": "#BBBBBB",
+    "random": GREY,
+    "recency": ORANGE,
+    "bm25": "#CC79A7",
+    "lens": GREEN,
+    "oracle": BLUE,
+    "full": "black",
+}
+
+
+def plot_focus(by_length, depths, right) -> bytes:
+    """A PNG: answers found by policy and length; of the lens, by length and where the fact stands."""
+    figure, (bars, heat) = new_figure("Is found what is asked for?", 2)
+    for i, (name, color) in enumerate(POLICIES.items()):
+        places = [place + 0.12 * (i - 3) for place in range(len(by_length))]
+        bars.bar(places, [row[name] for row in by_length], 0.12, color=color, label=name)
+    lengths = [f"{row['tokens']:,}" for row in by_length]
+    bars.set_xticks(range(len(lengths)), lengths)
+    bars.set(title="Answers found, equal budget", xlabel="tokens", ylabel="share", ylim=(0, 1.02))
+    bars.legend(fontsize=7, ncols=2)
+    tidy(bars)
+    values = [[float("nan") if value is None else value for value in row] for row in right]
+    image = heat.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value == value:
+                heat.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    heat.set_yticks(range(len(lengths)), lengths)
+    heat.set_xticks(range(len(depths) - 1), [f"{low:.0%}–{high:.0%}" for low, high in pairwise(depths)])
+    heat.set(title="LensNet, by where the fact stands", xlabel="oldest → newest", ylabel="tokens")
+    figure.colorbar(image, ax=heat, label="share found")
+    return png(figure)

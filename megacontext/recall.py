@@ -28,6 +28,7 @@ from nanochat.recall import recall_documents, token_spans
 
 ROUNDS = 8  # of the allocator: enough to open E blocks and to close as many
 MAX_DOCUMENTS_PER_WINDOW = 20
+DEPTHS = 5  # bins of the heatmap
 POLICIES = ("recency", "random", "bm25", "lens", "oracle")
 
 
@@ -41,18 +42,20 @@ class Windows(NamedTuple):
         return Windows(*(t.to(device) for t in self))
 
 
-def recall_windows(tokenizer, token_bytes, N, recent, count, seed=0, **sizes) -> Windows:
+def recall_windows(tokenizer, token_bytes, N, recent, count, like, seed=0) -> Windows:
     """
     `count` windows of N tokens, each from a document of its own, whose fact ends before the last `recent` tokens.
 
-    sizes: of the documents, as nanochat.recall takes them; their length follows from N. Raises UserError when the
-    documents have too few questions that reach so far.
+    like: sizes of the documents that the model was trained on, as source.json has them; of longer documents they are
+    the same a character. Raises UserError when the documents have too few questions that reach so far.
     """
     bos, pick, found = tokenizer.get_bos_token_id(), random.Random(f"windows {seed}"), []
     token_bytes = token_bytes.cpu()
-    text, _ = next(recall_documents(seed, 1, chars=4000))
+    (text, _), *_ = recall_documents(seed, 1, **like)
     chars = round(1.6 * N * len(text) / len(tokenizer.encode(text)))
-    for text, questions in recall_documents(seed, MAX_DOCUMENTS_PER_WINDOW * count, chars=chars, **sizes):
+    scaled = {name: round(like[name] * chars / like["chars"]) for name in ("questions", "tables", "distractors")}
+    sizes = {**like, **scaled, "chars": chars, "max_distance": -1, "depth": None}
+    for text, questions in recall_documents(seed, MAX_DOCUMENTS_PER_WINDOW * count, **sizes):
         ids = tokenizer.encode(text, prepend=bos)
         fits = []
         for question in questions:
@@ -118,6 +121,36 @@ def recall_scores(controller, windows: Windows, open_blocks: int, seed=0) -> dic
         "full": finest,
     }
     return {name: _answers(model, table, context, windows, c.mc_positional) for name, context in contexts.items()}
+
+
+def focus_by_length(controller, tokenizer, token_bytes, lengths, count, like, open_blocks, batch_size) -> dict:
+    """
+    name → figures for each length of window that there are documents for, `count` windows each.
+
+    "by_length": rows {"tokens", "<policy>" (share of answers that are right), "<policy>_nll", "gap_closed" (of what
+    the oracle gains over random in accuracy, the part that the lens does; None where the oracle gains nothing),
+    "regret" (nats that the lens is behind the oracle)}. "depths": edges of DEPTHS bins of where the fact stands, 0 the
+    oldest; "right": of the lens, [length][depth], None in a bin without windows.
+    """
+    device, recent = controller.model.get_device(), controller.config.allocator_recent_tokens
+    rows, maps = [], []
+    for N in lengths:
+        windows = recall_windows(tokenizer, token_bytes, N, recent, count, like).to(device)
+        parts = [
+            recall_scores(controller, Windows(*(t[i : i + batch_size] for t in windows)), open_blocks, seed=i)
+            for i in range(0, count, batch_size)
+        ]
+        right = {name: torch.cat([part[name][0] for part in parts]).float() for name in parts[0]}
+        nll = {name: torch.cat([part[name][1] for part in parts]) for name in parts[0]}
+        row = {"tokens": N, **{name: right[name].mean().item() for name in right}}
+        gap = row["oracle"] - row["random"]
+        row["gap_closed"] = (row["lens"] - row["random"]) / gap if gap > 0 else None
+        row["regret"] = (nll["lens"] - nll["oracle"]).mean().item()
+        rows.append(row | {f"{name}_nll": nll[name].mean().item() for name in nll})
+        depth = (windows.fact[:, 0] / (N - recent) * DEPTHS).long().clamp(max=DEPTHS - 1)
+        bins = [right["lens"][depth == i] for i in range(DEPTHS)]
+        maps.append([values.mean().item() if len(values) else None for values in bins])
+    return {"by_length": rows, "depths": [i / DEPTHS for i in range(DEPTHS + 1)], "right": maps}
 
 
 def _answers(model, table, context, windows, positional):

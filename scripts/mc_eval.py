@@ -7,8 +7,9 @@ How much of its context a model with MegaContext keeps when it reads gists inste
 
 On validation text, always scored on the same newest tokens: context gain recovered by compression ratio and by
 distance, the loss at each level of detail, with controls (history cut off, gists of another text, means in
-GistNet's place), and how many tokens of a block can be read back from its gist. Tables and a plot go to the report,
-all figures to $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
+GistNet's place), and how many tokens of a block can be read back from its gist. On recall documents also: how often
+an answer is found when LensNet, other policies, or an oracle choose what is at full detail. Tables and plots go to the
+report, all figures to $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 """
 
 import json
@@ -21,7 +22,8 @@ import torch
 from megacontext.controller import MCController
 from megacontext.evaluate import Evaluator, mean_gist
 from megacontext.networks import load_networks
-from megacontext.plots import plot_context_gain
+from megacontext.plots import plot_context_gain, plot_focus
+from megacontext.recall import focus_by_length
 from megacontext.reconstruction import reconstruction_accuracy
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (
@@ -36,12 +38,15 @@ from nanochat.common import (
 )
 from nanochat.configurator import run, short
 from nanochat.dataloader import TokenLoader
+from nanochat.dataset import get_data_dir
 from nanochat.report import format_value, get_report
+from nanochat.tokenizer import get_token_bytes
 
 COLUMNS = {  # of the tables: key → head
+    "tokens": "tokens",
     "gist": "gist",
     "natural": "text",
-    "random": "random tokens",
+    "noise": "random tokens",
     "ratio": "ratio",
     "level": "LOD",
     "nearest": "from",
@@ -54,6 +59,13 @@ COLUMNS = {  # of the tables: key → head
     "shuffled": "shuffled",
     "truncated": "cut off",
     "none": "none",
+    "random": "random",
+    "recency": "recency",
+    "bm25": "BM25",
+    "lens": "LensNet",
+    "oracle": "oracle",
+    "gap_closed": "gap closed",
+    "regret": "regret, nats",
     "gists_recovered": "gists recover",
     "focus_recovered": "focus recovers",
     "mean_recovered": "means recover",
@@ -77,6 +89,12 @@ class Config:
     """sequences at once"""
     ratios: str = "4,8,16,32"
     """compression of the history"""
+    recall: int = 128
+    """questions a length, where the data came from nanochat.dataset --source recall; 0 for none"""
+    recall_lengths: str = ""
+    """tokens before an answer; empty for half, once, twice and four times max_seq_len"""
+    open_blocks: int = 2
+    """blocks at full detail that a policy may choose"""
     probe_steps: int = 300
     """training of the decoder that reads blocks back from gists; 0 for none"""
     device_type: str = ""
@@ -85,15 +103,15 @@ class Config:
     """auto, bf16 or fp32"""
 
 
-def numbers(text) -> list[int]:
+def numbers(option, text) -> list[int]:
     """ "4,8" → [4, 8]; UserError for anything else."""
     try:
-        ratios = [int(part) for part in text.split(",")]
+        values = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--ratios: expected whole numbers such as 4,8,16,32, got {text!r}") from error
-    if min(ratios) < 2:
-        raise UserError(f"--ratios: expected numbers of 2 or more, got {text!r}")
-    return ratios
+        raise UserError(f"--{option}: expected whole numbers such as 4,8,16,32, got {text!r}") from error
+    if min(values) < 2:
+        raise UserError(f"--{option}: expected numbers of 2 or more, got {text!r}")
+    return values
 
 
 def table(title, rows) -> str:
@@ -114,7 +132,7 @@ def table(title, rows) -> str:
 def main(config: Config):
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    ratios = numbers(config.ratios)
+    ratios = numbers("ratios", config.ratios)
     if config.sequences < 1 or config.device_batch_size < 2:
         raise UserError(
             f"expected 1 or more sequences and a device_batch_size of 2 or more (the gists of two are exchanged), "
@@ -154,6 +172,24 @@ def main(config: Config):
     if config.probe_steps > 0:
         figures["reconstruction"] = reconstruction(config, model, tokenizer, controller, dtype, T)
         print0(table("Tokens of a block read back from its gist", figures["reconstruction"]))
+    like = recall_sizes() if config.recall > 0 else None
+    if like:
+        lengths = (
+            numbers("recall_lengths", config.recall_lengths) if config.recall_lengths else [T // 2, T, 2 * T, 4 * T]
+        )
+        shortest, longest = mc.allocator_recent_tokens + 2 * mc.block_size, model.max_seq_len
+        with autocast(device, dtype):
+            figures["focus"] = focus_by_length(
+                controller,
+                tokenizer,
+                get_token_bytes(device),
+                [length for length in lengths if shortest <= length <= longest],
+                config.recall,
+                like,
+                config.open_blocks,
+                B,
+            )
+        print0(table("Answers found by what is at full detail", figures["focus"]["by_length"]))
 
     facts = {
         "Model": f"{config.source} {meta['model_tag']}, step {meta['step']}",
@@ -185,11 +221,19 @@ def main(config: Config):
             table("Tokens of a block read back from its gist", figures["reconstruction"])
             if "reconstruction" in figures
             else None,
+            table("Answers found by what is at full detail", figures["focus"]["by_length"]) if like else None,
         ],
-        plots={"Context gain": plot},
+        plots={"Context gain": plot} | ({"Focus": plot_focus(**figures["focus"])} if like else {}),
     )
     print0(f"all figures: {path}")
     compute_cleanup()
+
+
+def recall_sizes() -> dict | None:
+    """What the documents that the model was trained on are like; None if they are no recall documents."""
+    path = get_data_dir() / "source.json"
+    record = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return record.get("sizes") if record.get("source") == "recall" else None
 
 
 def reconstruction(config, model, tokenizer, controller, dtype, T) -> list[dict]:
@@ -209,10 +253,10 @@ def reconstruction(config, model, tokenizer, controller, dtype, T) -> list[dict]
 
             return sample
 
-        def random(n):
+        def noise(n):
             return torch.randint(tokenizer.get_vocab_size(), (n, K), generator=generator, device=device)
 
-        samples = {"natural": (natural("train"), natural("val")), "random": (random, random)}
+        samples = {"natural": (natural("train"), natural("val")), "noise": (noise, noise)}
         return [
             {"gist": name, **reconstruction_accuracy(model, gist, samples, K, dtype, config.probe_steps)}
             for name, gist in {"GistNet": controller.gist, "mean": mean_gist}.items()

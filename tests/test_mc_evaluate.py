@@ -166,7 +166,7 @@ def test_script(trained, capsys):  # noqa: F811
     figures = json.loads((trained / "mc_eval" / "base_mc_000006.json").read_text())
     assert [row["ratio"] for row in figures["by_ratio"]] == [2, 4]
     assert figures["Sequences"] == 8
-    assert all(0 <= row[name] <= 1 for row in figures["reconstruction"] for name in ("natural", "random"))
+    assert all(0 <= row[name] <= 1 for row in figures["reconstruction"] for name in ("natural", "noise"))
     assert "gists recover" in out
     section = (trained / "report" / "megacontext-evaluation-base.md").read_text()
     assert "Context gain recovered at 4×" in section
