@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_flow import TRAIN, prepared, run, weights  # noqa: F401 (a fixture)
+from test_flow import TRAIN, run, weights
 from test_repo import dry_run
+from test_stages import base  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*TRAIN, "--num_iterations=4", "--eval_every=4", "--sample_every=-1", "--save_every=-1"]
@@ -45,23 +46,23 @@ def agents(base_dir, rendezvous, *command):
     return outputs
 
 
-def test_two_machines_equal_one(prepared):  # noqa: F811 (the fixture)
+def test_two_machines_equal_one(base):  # noqa: F811 (the fixture)
     """By c10d rendezvous, as by hand, and by the recipes' static one: the same model as one process trains."""
-    run(prepared, "scripts.base_train", *SHORT, "--model_tag=one")
+    run(base, "scripts.base_train", *SHORT, "--model_tag=one")
     port = free_port()
     c10d = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
-    outputs = agents(prepared, lambda _rank: c10d, "scripts.base_train", "--", *SHORT, "--model_tag=c10d")
+    outputs = agents(base, lambda _rank: c10d, "scripts.base_train", "--", *SHORT, "--model_tag=c10d")
     assert sum("trained 4 steps" in output for output in outputs) == 1  # one of them is the first, and speaks
-    one, two = weights(prepared, "one", 4), weights(prepared, "c10d", 4)
+    one, two = weights(base, "one", 4), weights(base, "c10d", 4)
     differ = [(one[key] - two[key]).abs().mean().item() for key in one]
     assert max(differ) < 2e-3, differ
-    assert (prepared / "base_checkpoints" / "c10d" / "optim_000004_rank1.pt").exists()
+    assert (base / "base_checkpoints" / "c10d" / "optim_000004_rank1.pt").exists()
 
     by_recipe = recipe_rendezvous(free_port())
-    outputs = agents(prepared, by_recipe, "scripts.base_train", "--", *SHORT, "--model_tag=static")
+    outputs = agents(base, by_recipe, "scripts.base_train", "--", *SHORT, "--model_tag=static")
     assert "trained 4 steps" not in outputs[0]
     assert "trained 4 steps" in outputs[1]  # the first machine has rank 0
-    three = weights(prepared, "static", 4)
+    three = weights(base, "static", 4)
     assert all(two[key].equal(three[key]) for key in two)
 
 
