@@ -51,14 +51,12 @@ def tiny(tokenizer):
 
 
 class Watched(MCSession):
-    """Remembers every session there was, and says when two jobs are in one at a time."""
+    """Adds itself to the sessions `made`, and says when two jobs are in it at a time."""
 
-    made = []
-
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, made, **kwargs):
         super().__init__(*args, **kwargs)
         self.inside, self.fault = threading.Lock(), None
-        self.made.append(self)
+        made.append(self)
 
     def prefill(self, tokens):
         if self.fault:
@@ -77,26 +75,25 @@ class Watched(MCSession):
 
 
 @contextlib.contextmanager
-def serving(tokenizer, workers=1, limit=8, page=None, on_event=None, on_end=None, queue_size=64):
+def serving(tokenizer, workers=1, limit=8, model=MODEL, on_event=None, on_end=None, queue_size=64):
     """A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made)."""
-    Watched.made = []
-    pool = WorkerPool(queue_size, on_end)
-    server = Server(create_app(pool, LIMITS, page=page), pool)
+    made, pool = [], WorkerPool(queue_size, on_end)
+    server = Server(create_app(pool, LIMITS), pool)
     listener = open_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     engines, kept = [], []
     for _ in range(workers):
         engine, networks, config = tiny(tokenizer)
-        make = partial(Watched, engine.model, networks, config, decoder=engine.decoder)
+        make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
         engines.append(engine)
         kept.append(ChatSessions(make, config, limit, on_event))
-    pool.start(engines, MODEL, kept)
+    pool.start(engines, model, kept)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
             until(lambda: server.started)
-            yield SimpleNamespace(url=url, client=client, pool=pool, sessions=kept, made=Watched.made)
+            yield SimpleNamespace(url=url, client=client, pool=pool, sessions=kept, made=made)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -223,9 +220,8 @@ def test_how_a_conversation_is_recognized(serve):
 
 
 def test_eviction_loses_nothing(serve, tokenizer):
-    """A bounded number; who was away comes back with all of the conversation, and short ones answer as if never gone."""
+    """A bounded number; who was away comes back with all of it, and short chats answer as if they had never gone."""
     server, roomy = serve(limit=2), serve(limit=8)
-    Watched.made = server.made
     for target in (server, roomy):
         target.chats = [Chat(target, i, max_tokens=4) for i in range(5)]
         target.answers = [chat.say(f"Fact {chat.i}") for _ in range(2) for chat in target.chats]
@@ -356,8 +352,8 @@ def test_text_of_a_block(serve, tokenizer):
     chat = Chat(server, max_tokens=40)
     chat.say("The first fact is 1234. " * 6)
 
-    def text(start, end, conversation=name(0)):
-        body = {"conversation": conversation, "start": start, "end": end}
+    def text(start, end, i=0):
+        body = {"conversation": name(i), "start": start, "end": end}
         return server.client.post("/focus/text", json=body).json()["text"]
 
     prompt = tokenizer.render_for_completion({"messages": chat.messages})
@@ -368,7 +364,7 @@ def test_text_of_a_block(serve, tokenizer):
     assert text(0, 10**9) == readable(tokenizer, [*prompt, *held.answer][:256])
     assert text(len(prompt) - 1, len(prompt) + 5).startswith("Answer:"), "what is being said, too"
     assert text(10**6, 10**6 + 4) == ""
-    assert text(0, 4, name(1)) is None
+    assert text(0, 4, i=1) is None
     assert server.client.post("/focus", json={"conversation": name(1)}).json() == {"focus": None}
     for body in ({"start": 0, "end": 4}, {"conversation": "short", "start": 0, "end": 4}, {"conversation": ""}):
         assert server.client.post("/focus/text", json=body).status_code == 400
@@ -393,8 +389,6 @@ def test_without_mc_there_is_nothing_of_it(tokenizer, tmp_path):
 
 def test_size_of_an_event_is_bounded_by_the_budget(tokenizer):
     """At 300,000 tokens as at 1,000: what is told grows with the entries, not with the stream."""
-    from tests.test_server import json
-
     engine, networks, config = tiny(tokenizer)
     sizes = []
     for n in (1_000, 300_000):
@@ -450,8 +444,8 @@ def test_mistakes(checkpoints):
         chat_web.main(config_of(model_tag="plain", mc=True))
     with pytest.raises(UserError, match="--mc_sessions must be 1 to"):
         chat_web.main(config_of(model_tag="mc", mc=True, mc_sessions=0))
+    options = chat_web.MCInference(allocator_soft_max=12)
     with pytest.raises(UserError, match="--allocator_soft_max: expected at least"):
-        options = chat_web.MCInference(allocator_soft_max=12)
         chat_web.main(config_of(model_tag="mc", mc=True, megacontext=options))
 
 
@@ -509,14 +503,14 @@ def chat_for(server, i, end, turns):
         return done
 
 
-def test_twenty_at_once(serve, seconds=6):
+def test_twenty_at_once(serve):
     """Bounded sessions, bounded memory, nobody sees anyone else's words."""
     server = serve(limit=8, queue_size=64)
     with ThreadPoolExecutor(20) as pool:
         sizes = []
         for _ in range(3):
-            end = time.monotonic() + seconds / 3
-            done = sum(pool.map(lambda i: chat_for(server, i, end, turns=4), range(20)))
+            end = time.monotonic() + 2
+            done = sum(pool.map(lambda i, end=end: chat_for(server, i, end, turns=4), range(20)))
             gc.collect()
             sizes.append(resident())
             assert done >= 20
