@@ -166,7 +166,7 @@ def describe(config, pool, limits, port):
         f"model   {pool.model.source}/{pool.model.model_tag}, step {pool.model.step}: "
         f"{model.num_params():,} parameters, context {pool.context_length} tokens, on {where}\n"
         f"{focus}"
-        f"limits  {limits.messages} messages, {limits.message_chars:,} characters a message, "
+        f"limits  {limits.messages:,} messages, {limits.message_chars:,} characters a message, "
         f"{limits.conversation_chars:,} in all, {config.queue_size} waiting requests\n"
         f"API     http://{name}:{port}/v1, model {pool.model.id}\n"
         f"page    http://{name}:{port}/" + (" (open to the network; --host 127.0.0.1 closes it)" if everywhere else "")
