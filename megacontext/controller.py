@@ -16,7 +16,7 @@ from megacontext.attention import attention_to_blocks
 from megacontext.config import MCConfig
 from megacontext.focus import Focus
 from megacontext.networks import MCNetworks
-from megacontext.objective import lens_loss, mean_nll, pairs_of_variants, preference_agreement, tail_nll
+from megacontext.objective import beyond_place, lens_loss, mean_nll, pairs_of_variants, preference_agreement, tail_nll
 from megacontext.reading import positions, read
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
@@ -106,8 +106,8 @@ class MCController:
             lap("model_ms")
             scores = context.per_block(self.score(inputs, entries, T))
             lap("lens_forward_ms")
-            shares = attention_to_blocks(self.model, embeds, c.block_size, recent, old).repeat_interleave(V, 0)
-            loss_of_lens = lens_loss(scores, shares, context)
+            beyond = beyond_place(attention_to_blocks(self.model, embeds, c.block_size, recent, old))
+            loss_of_lens = lens_loss(scores, beyond.repeat_interleave(V, 0), context)
             loss = loss + c.mc_lens_loss_weight * loss_of_lens
             stats["mc/lens_loss"] = loss_of_lens
             lap("lens_loss_ms")

@@ -29,15 +29,33 @@ def pairs_of_variants(B, V, limit, generator=None, device=None):
     return first + a[pick], first + b[pick]
 
 
-def lens_targets(shares, context):
+def beyond_place(shares):
     """
-    What LensNet is to say of each old block, [R, n] in (−1, 1), from its share [R, n] of the dense model's attention.
+    What of the logarithm of attention shares [B, n] is not explained by the place of a block alone; [B, n].
 
-    tanh of the logarithm of the share over an equal one: positive where the model looks more than on average, so that
-    detail moves there, negative where it looks less. A node of several blocks is worth as much as the best of them.
+    Near blocks, and the oldest, are looked at whatever they say. So a quadratic in the logarithm of the distance, with
+    a step for the newest and the oldest block, is fitted to all rows (least squares) and taken away. With few rows it
+    takes some of the content along: more rows tell better what is content.
     """
-    n = shares.size(1)
-    targets = (shares * n).clamp(min=1e-6).log().tanh()
+    log = shares.float().clamp(min=1e-6).log()
+    n = log.size(1)
+    distance = torch.arange(n, 0, -1, device=log.device).float()  # in blocks
+    place = (torch.ones_like(distance), distance.log(), distance.log() ** 2, distance == 1, distance == n)
+    place = torch.stack([feature.float() for feature in place], dim=1)  # [n, 5]
+    with torch.autocast(log.device.type, enabled=False):
+        normal = place.T @ place + 1e-4 * torch.eye(5, device=log.device)  # a ridge, for when there are few blocks
+        return log - place @ torch.linalg.solve(normal, place.T @ log.mean(0))
+
+
+def lens_targets(beyond, context):
+    """
+    What LensNet is to say of each old block, [R, n] in (−1, 1), from `beyond_place` of its attention, [R, n].
+
+    tanh of it: positive where the model looks more than the place explains, so that detail moves there, negative where
+    it looks less. A node of several blocks is worth as much as the best of them.
+    """
+    n = beyond.size(1)
+    targets = beyond.tanh()
     lod_map = context.lod_map[:, :n]
     level, size = 2, context.block_size
     while size <= n:
@@ -48,13 +66,13 @@ def lens_targets(shares, context):
     return targets
 
 
-def lens_loss(scores, shares, context):
+def lens_loss(scores, beyond, context):
     """
     Mean squared difference of LensNet's scores [R, n_blocks] of each block, in the light of its row's own context, and
     the targets above. Measured against a preference between pairs of contexts, and against the divergence of the two
     distributions: it finds what is asked for in a fraction of the steps (see dev/LOG.md).
     """
-    targets = lens_targets(shares, context)
+    targets = lens_targets(beyond, context)
     return F.mse_loss(scores[:, : targets.size(1)], targets)
 
 

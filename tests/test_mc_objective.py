@@ -1,7 +1,6 @@
 """What training minimizes and measures, each against a loop; and that LensNet learns from it."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +8,7 @@ from megacontext.attention import attention_to_blocks
 from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
 from megacontext.objective import (
+    beyond_place,
     lens_loss,
     lens_targets,
     mean_nll,
@@ -93,18 +93,42 @@ def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head):
     assert torch.allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("B", "n"), [(1, 12), (6, 12), (6, 3), (4, 1)])
+def test_beyond_place_against_least_squares(B, n):
+    shares = torch.rand(B, n, generator=torch.Generator().manual_seed(0)).softmax(1)
+    distance = np.arange(n, 0, -1)
+    columns = [np.ones(n), np.log(distance), np.log(distance) ** 2, distance == 1, distance == n]
+    place = np.tile(np.stack([c.astype(float) for c in columns], 1), (B, 1))
+    log = shares.log().double().numpy().reshape(-1)
+    solution = np.linalg.lstsq(place, log, rcond=None)[0]
+    expected = torch.from_numpy((log - place @ solution).reshape(B, n))
+    assert torch.allclose(beyond_place(shares).double(), expected, atol=2e-3)
+
+
+def test_beyond_place_leaves_the_content():
+    """Attention that falls with the distance, with sinks at both ends, and one block a row that says something."""
+    B, n = 8, 15
+    generator = torch.Generator().manual_seed(0)
+    asked = torch.randint(n, (B,), generator=generator)
+    log = -1.3 * torch.arange(n, 0, -1).float().log() + 0.1 * torch.randn(B, n, generator=generator)
+    log[:, -1] += 2
+    log[:, 0] += 3
+    log = log.scatter_add(1, asked[:, None], torch.full((B, 1), 1.5))
+    assert (log.argmax(1) == asked).float().mean() < 0.6
+    beyond = beyond_place(log.softmax(1))
+    assert (beyond.argmax(1) == asked).all()
+    assert beyond.mean().abs() < 1e-3
+
+
 def test_lens_targets():
-    """Of 8 blocks of K = 2: positive above an equal share; a node of two or four blocks is worth its best."""
-    shares = torch.tensor([[0.5, 0.02, 0.02, 0.02, 0.25, 0.05, 0.1, 0.04]])
-    values = [math.tanh(math.log(8 * share)) for share in shares[0].tolist()]
+    """Of blocks of K = 2; a node of two or four blocks is worth its best."""
+    beyond = torch.tensor([[1.5, -2.0, -1.0, -0.5, 0.7, -0.1, 0.1, 0.0]])
+    values = beyond.tanh()[0].tolist()
     lod_map = torch.tensor([[0, 1, 2, 2, 3, 3, 3, 3, 0, 0]], dtype=torch.int8)
     context = WorkingContext(lod_map, 20, 2)
-    got = lens_targets(shares, context)[0].tolist()
-    assert got == pytest.approx([values[0], values[1], values[2], values[2], *[values[4]] * 4], abs=1e-6)
-    assert got[0] > 0.8
-    assert got[1] < -0.8
-    scores = torch.zeros(1, 10)
-    assert lens_loss(scores, shares, context).item() == pytest.approx(sum(v * v for v in got) / 8, rel=1e-5)
+    got = lens_targets(beyond, context)[0].tolist()
+    assert got == pytest.approx([values[0], values[1], values[3], values[3], *[values[4]] * 4], abs=1e-6)
+    assert lens_loss(torch.zeros(1, 10), beyond, context).item() == pytest.approx(sum(v * v for v in got) / 8, rel=1e-5)
 
 
 def test_lens_learns_where_the_model_looks():
@@ -127,7 +151,7 @@ def test_lens_learns_where_the_model_looks():
     for _ in range(150):
         context, scores, asked = batch(32)
         shares = torch.full((32, 8), 0.05).scatter(1, asked[:, None], 0.65)
-        lens_loss(scores, shares, context).backward()
+        lens_loss(scores, beyond_place(shares), context).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
