@@ -197,12 +197,12 @@ Talk to the model:
 TXT
 }
 
-# activate_environment cpu|gpu: install what is missing, enter the virtual environment.
+# activate_environment cpu|gpu [options of uv sync]: install what is missing, enter the virtual environment.
 activate_environment() {
     ensure_uv
     ensure_rust
     [ -d .venv ] || uv venv --quiet
-    UV_COMPILE_BYTECODE=1 uv sync --quiet --extra "$1" # once: every start of Python is seconds faster
+    UV_COMPILE_BYTECODE=1 uv sync --quiet --extra "$@" # once: every start of Python is seconds faster
     . .venv/bin/activate
 }
 
@@ -222,7 +222,7 @@ recipe_setup() {
         return
     fi
     mkdir -p "$NANOCHAT_BASE_DIR"
-    activate_environment "$1"
+    activate_environment "$1" --no-dev --inexact # without what only tests need; what is there stays
 }
 
 # mc_evaluation TAG [OPTIONS]: what the gists of the base model keep, if it has some.

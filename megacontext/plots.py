@@ -88,3 +88,23 @@ def plot_focus(by_length, depths, right) -> bytes:
     heat.set(title="LensNet, by where the fact stands", xlabel="oldest → newest", ylabel="tokens")
     figure.colorbar(image, ax=heat, label="share found")
     return png(figure)
+
+
+def plot_stream(rows) -> bytes:
+    """A PNG: milliseconds a token, seconds to the first token, and memory, by the tokens in the tree."""
+    figure, (each, first, memory) = new_figure("What a stream costs as it grows", 3)
+    tokens = [row["tokens"] for row in rows]
+    each.plot(tokens, [row["token_ms"] for row in rows], color=BLUE, marker="o", label="a token, refocuses included")
+    each.set(title="Time a token", ylabel="milliseconds", ylim=(0, 1.25 * max(row["token_ms"] for row in rows)))
+    first.plot(tokens, [row["first_token_s"] for row in rows], color=ORANGE, marker="o", label="from nothing")
+    turns = [row["next_turn_ms"] / 1000 for row in rows]
+    first.plot(tokens, turns, color=GREEN, marker="s", label="next turn, 64 tokens")
+    first.set(title="Time to the first token", ylabel="seconds", yscale="log")
+    memory.plot(tokens, [row["tree_mb"] for row in rows], color=GREY, marker="o", label="tree")
+    memory.plot(tokens, [row["cache_mb"] for row in rows], color=BLUE, marker="s", label="keys and values")
+    memory.set(title="Memory", ylabel="MiB", yscale="log")
+    for axes in (each, first, memory):
+        axes.set(xscale="log", xlabel="tokens in the tree")
+        axes.legend(fontsize=7.5)
+        tidy(axes)
+    return png(figure)

@@ -8,8 +8,9 @@ How much of its context a model with MegaContext keeps when it reads gists inste
 On validation text, always scored on the same newest tokens: context gain recovered by compression ratio and by
 distance, the loss at each level of detail, with controls (history cut off, gists of another text, means in
 GistNet's place), and how many tokens of a block can be read back from its gist. On recall documents also: how often
-an answer is found when LensNet, other policies, or an oracle choose what is at full detail. Tables and plots go to the
-report, all figures to $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
+an answer is found when LensNet, other policies, or an oracle choose what is at full detail. With --stream_tokens,
+what a session of so many tokens costs. Tables and plots go to the report, all figures to
+$NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 """
 
 import json
@@ -22,9 +23,11 @@ import torch
 from megacontext.controller import MCController
 from megacontext.evaluate import Evaluator, mean_gist
 from megacontext.networks import load_networks
-from megacontext.plots import plot_context_gain, plot_focus
+from megacontext.plots import plot_context_gain, plot_focus, plot_stream
 from megacontext.recall import focus_by_length
 from megacontext.reconstruction import reconstruction_accuracy
+from megacontext.session import MCSession
+from megacontext.streaming_cost import STEPS_IN_INTERVALS, stream_cost
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (
     UserError,
@@ -44,6 +47,13 @@ from nanochat.tokenizer import get_token_bytes
 
 COLUMNS = {  # of the tables: key → head
     "tokens": "tokens",
+    "first_token_s": "first token, s",
+    "next_turn_ms": "next turn, ms",
+    "token_ms": "ms a token",
+    "tree_mb": "tree, MiB",
+    "cache_mb": "cache, MiB",
+    "swap_rate": "swap rate",
+    "residency": "residency",
     "gist": "gist",
     "natural": "text",
     "noise": "random tokens",
@@ -95,6 +105,8 @@ class Config:
     """tokens before an answer; empty for half, once, twice and four times max_seq_len"""
     open_blocks: int = 2
     """blocks at full detail that a policy may choose"""
+    stream_tokens: int = 0
+    """grow a session to so many tokens and measure what it costs on the way; 0 for none"""
     probe_steps: int = 300
     """training of the decoder that reads blocks back from gists; 0 for none"""
     device_type: str = ""
@@ -190,6 +202,11 @@ def main(config: Config):
                 B,
             )
         print0(table("Answers found by what is at full detail", figures["focus"]["by_length"]))
+    if config.stream_tokens > 0:
+        with autocast(device, dtype):
+            session = MCSession(model, networks, mc)
+        figures["stream"] = stream_cost(session, stream(tokenizer, session, config.stream_tokens), doublings(config))
+        print0(table("What a stream costs as it grows", figures["stream"]))
 
     facts = {
         "Model": f"{config.source} {meta['model_tag']}, step {meta['step']}",
@@ -222,11 +239,30 @@ def main(config: Config):
             if "reconstruction" in figures
             else None,
             table("Answers found by what is at full detail", figures["focus"]["by_length"]) if like else None,
+            table("What a stream costs as it grows", figures["stream"]) if "stream" in figures else None,
         ],
-        plots={"Context gain": plot} | ({"Focus": plot_focus(**figures["focus"])} if like else {}),
+        plots={
+            "Context gain": plot,
+            **({"Focus": plot_focus(**figures["focus"])} if like else {}),
+            **({"Stream": plot_stream(figures["stream"])} if "stream" in figures else {}),
+        },
     )
     print0(f"all figures: {path}")
     compute_cleanup()
+
+
+def doublings(config) -> list[int]:
+    """1,024 tokens, four times as many, and so on, up to stream_tokens."""
+    lengths = [1024]
+    while lengths[-1] * 4 < config.stream_tokens:
+        lengths.append(lengths[-1] * 4)
+    return [length for length in lengths if length < config.stream_tokens] + [config.stream_tokens]
+
+
+def stream(tokenizer, session, n) -> list[int]:
+    """n tokens of the training split, and those that come after each length that is measured."""
+    with TokenLoader(tokenizer, 1, n + 64 + STEPS_IN_INTERVALS * session.interval, "train") as batches:
+        return next(batches)[0][0].tolist()
 
 
 def recall_sizes() -> dict | None:

@@ -161,12 +161,18 @@ def test_reconstruction_tells_what_is_there():
 
 def test_script(trained, capsys):  # noqa: F811
     options = ["--model_tag=mc", "--sequences=8", "--device_batch_size=4", "--ratios=2,4", "--probe_steps=5"]
+    options += ["--stream_tokens=3000"]
     mc_eval.main(parse(mc_eval.Config, [*options, "--device_type=cpu", "--dtype=fp32"]))
     out = capsys.readouterr().out
     figures = json.loads((trained / "mc_eval" / "base_mc_000006.json").read_text())
     assert [row["ratio"] for row in figures["by_ratio"]] == [2, 4]
     assert figures["Sequences"] == 8
     assert all(0 <= row[name] <= 1 for row in figures["reconstruction"] for name in ("natural", "noise"))
+    assert [row["tokens"] for row in figures["stream"]] == [1024, 3000]
+    assert all(row["entries"] <= row["budget"] == 64 for row in figures["stream"])
+    assert figures["stream"][0]["tree_mb"] < figures["stream"][1]["tree_mb"]
+    assert figures["stream"][0]["cache_mb"] == figures["stream"][1]["cache_mb"]
+    assert all(row["first_token_s"] > 0 and row["token_ms"] > 0 for row in figures["stream"])
     assert "gists recover" in out
     section = (trained / "report" / "megacontext-evaluation-base.md").read_text()
     assert "Context gain recovered at 4×" in section
