@@ -18,6 +18,9 @@ if [ $MC = 1 ]; then # a step costs three times as much, and a longer context ha
     [ $SLOW = 0 ] || MID=(--num_iterations=60)
     MC_OPTIONS=(--mc_num_random_variants=2 --mc_auto_batch=0 "${MC_OPTIONS[@]}") # memory is not what is short
 fi
+report_reset
+stage python -m nanochat.dataset --source stdlib
+tokenizer_stage 4096 --max_chars=50000000
 module scripts.base_train --depth=$DEPTH --max_seq_len=$T --device_batch_size=$BATCH --total_batch_size=4096 \
     --streams=$BATCH --num_iterations=$STEPS --eval_every=150 --eval_tokens=$EVAL --core_metric_every=-1 \
     --sample_every=450 --save_every=50 --run="$WANDB_RUN" ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
