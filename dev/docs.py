@@ -1,0 +1,105 @@
+"""
+Tables of the vault that are made from the code, so that the two cannot drift apart:
+
+    python -m dev.docs      # writes them into the pages of obsidian/
+
+A page says where: everything between <!-- dev.docs: NAME --> and <!-- /dev.docs --> is replaced. NAME is a key of
+TABLES. tests/test_docs.py holds that the pages are up to date.
+"""
+
+import ast
+import inspect
+import re
+from dataclasses import fields
+from itertools import pairwise
+from typing import Literal, get_args, get_origin
+
+from dev.docs_links import VAULT
+from megacontext.config import MCConfig
+from megacontext.inference import MCInference
+from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS, metric_of
+from nanochat.common import atomic_write
+
+BLOCK = re.compile(r"(<!-- dev\.docs: (\w+) -->\n).*?(<!-- /dev\.docs -->)", re.DOTALL)
+
+
+def option_helps(cls) -> dict[str, tuple[str, str]]:
+    """Field → (the comment that heads its group, its help string), as they stand in the source of a dataclass."""
+    source = inspect.getsource(cls)
+    body = ast.parse(source).body[0].body
+    helps = {}
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            comments = re.findall(r"^    # (.+)$", "\n".join(source.splitlines()[: field.lineno]), re.MULTILINE)
+            helps[field.target.id] = comments[-1] if comments else "", " ".join(text.value.value.split())
+    return helps
+
+
+def table(heads, rows) -> str:
+    """Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def flags() -> str:
+    """A table for each group of MCConfig's fields."""
+    again = {field.name for field in fields(MCInference)}
+    helps, groups = option_helps(MCConfig), {}
+    for field in fields(MCConfig):
+        group, text = helps[field.name]
+        values = ", ".join(f"`{v}`" for v in get_args(field.type)) if get_origin(field.type) is Literal else ""
+        values = values or {bool: "`0`, `1`", int: "whole number", float: "number"}[field.type]
+        default = int(field.default) if field.type is bool else field.default
+        row = [f"`--{field.name}`", f"`{default}`", values, text, "yes" if field.name in again else ""]
+        groups.setdefault(group, []).append(row)
+    heads = ["Flag", "Default", "Values", "Meaning", "Answering"]
+    return "\n".join(f"**{group}**\n\n{table(heads, rows)}" for group, rows in groups.items())
+
+
+def spans() -> str:
+    """A table for each event."""
+    parts, known = [], {}
+    for event, attributes in EVENTS.items():
+        known |= {name: text for name, text in attributes.items() if text != "as above"}
+        rows = [[f"`{name.replace('/', '.')}`", known[name]] for name in attributes]
+        parts.append(f"### `{event}`\n\n{table(['Attribute', 'What it is'], rows)}")
+    return "\n".join(parts)
+
+
+def metrics() -> str:
+    """What is logged, with its name as a metric."""
+    rows = []
+    for key, text in METRICS.items():
+        name, labels = metric_of(key.replace("{lod}", "0"))
+        rows.append([f"`{key}`", f"`{name}`{' by `lod`' if labels else ''}", text])
+    return table(["In the log and in W&B", "As a metric", "What it is"], rows)
+
+
+def event_metrics() -> str:
+    """What is made of spans."""
+    rows = []
+    for name, (event, attribute, text) in EVENT_GAUGES.items():
+        by = " by `lod`" if "{lod}" in attribute else ""
+        rows.append([f"`{name}`{by}", "gauge", f"`{event}`, `{attribute}`", text])
+    for name, event, attribute, labels, text in EVENT_HISTOGRAMS:
+        which = "".join(f", `{label}` = {value}" for label, value in labels.items())
+        source = "its duration" if attribute == "seconds" else f"`{attribute}`"
+        rows.append([f"`{name}`{which}", "histogram", f"`{event}`, {source}", text])
+    return table(["Metric", "Kind", "From", "What it is"], rows)
+
+
+TABLES = {"flags": flags, "spans": spans, "metrics": metrics, "event_metrics": event_metrics}
+
+
+def render(text) -> str:
+    """A page with its tables as they should be now."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+if __name__ == "__main__":
+    for path in sorted(VAULT.rglob("*.md")):
+        before = path.read_text("utf-8")
+        if (after := render(before)) != before:
+            with atomic_write(path, "w") as file:
+                file.write(after)
+            print(f"wrote {path}")

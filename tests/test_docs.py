@@ -1,0 +1,209 @@
+"""The vault obsidian/: links lead somewhere, names are those of the code, tables are up to date."""
+
+import ast
+import re
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from dev.docs import BLOCK, TABLES, option_helps, render
+from dev.docs_links import (
+    CODE,
+    LINK,
+    ROOT,
+    VAULT,
+    WIKILINK,
+    for_site,
+    headings,
+    link_target,
+    pages,
+    prose,
+    slug,
+    wikilink_target,
+)
+from dev.telemetry.dashboards import prometheus_name
+from megacontext.config import MCConfig
+from megacontext.inference import MCInference
+from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS
+
+TEXTS = {path: path.read_text("utf-8") for path in pages().values()}
+OPERATIONS = TEXTS[pages()["Training & Operations"]]
+TELEMETRY = TEXTS[pages()["Telemetry"]]
+FOLDERS = ("nanochat", "megacontext", "scripts", "tasks", "tests", "dev", "rustbpe", "obsidian")
+all_pages = pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)
+
+
+def problems(text, page) -> list[str]:
+    """Links of a page that lead nowhere."""
+    found = []
+    text = prose(text)
+    targets = [(match[0], wikilink_target(match, page)) for match in WIKILINK.finditer(text)]
+    targets += [(match[0], link_target(match["target"], page)) for match in LINK.finditer(WIKILINK.sub("", text))]
+    for link, target in targets:
+        if target is None:
+            continue
+        if not target.path.exists():
+            found.append(f"{link}: there is no {target.path}")
+        elif target.heading and slug(target.heading) not in headings(target.path.read_text("utf-8")):
+            found.append(f"{link}: {target.path.name} has no heading {target.heading!r}")
+    return found
+
+
+@all_pages
+def test_links_lead_somewhere(page):
+    assert problems(TEXTS[page], page) == []
+
+
+def test_a_dead_link_is_found():
+    page = pages()["Tree"]
+    dead = (
+        "[[Nowhere]] [[Tree#No such heading]] [x](../nowhere.md) [x](../../megacontext/nowhere.py) [y](../TODO.md#none)"
+    )
+    assert len(problems(dead, page)) == 5
+    assert problems("`[[Nowhere]]`\n```\n[[Nowhere]]\n```\n[[Telemetry#Spans|x]] [y](https://example.org)", page) == []
+
+
+@all_pages
+def test_links_of_the_site(page):
+    """What MkDocs gets has no wikilinks, and relative links only to what lies in the vault."""
+    text = prose(for_site(TEXTS[page], page, "https://example.org/r"))
+    assert not WIKILINK.search(text)
+    for match in LINK.finditer(text):
+        target = link_target(match["target"], page)
+        if target is not None:
+            assert target.path.is_relative_to(VAULT), match[0]
+            assert target.path.exists(), match[0]
+
+
+def test_addresses_of_the_site():
+    page = pages()["Tree"]
+    text = "[[Training & Operations#Choose a recipe|go]] [x](../../megacontext/tree.py) `[[Tree]]`"
+    assert for_site(text, page, "https://example.org/r/") == (
+        "[go](../ops/Training%20%26%20Operations.md#choose-a-recipe) "
+        "[x](https://example.org/r/blob/main/megacontext/tree.py) `[[Tree]]`"
+    )
+
+
+def test_every_page_is_on_the_site_and_can_be_reached():
+    named = {match for match in re.findall(r"^ +- (?:[\w ]+: )?(.+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)}
+    assert named == {path.relative_to(VAULT).as_posix() for path in TEXTS}
+    reached, new = set(), {VAULT / "index.md"}
+    while new:
+        reached |= new
+        links = {wikilink_target(m, page).path for page in new for m in WIKILINK.finditer(prose(TEXTS[page]))}
+        new = links - reached
+    assert reached == set(TEXTS)
+
+
+@all_pages
+def test_tables_are_up_to_date(page):
+    assert render(TEXTS[page]) == TEXTS[page], "run python -m dev.docs"
+
+
+def test_tables_are_somewhere():
+    assert {name for text in TEXTS.values() for _, name, _ in BLOCK.findall(text)} == set(TABLES)
+
+
+# Flags, spans, metrics: read from the pages by other means than they are written
+
+
+def test_flags_documented_are_flags_existing():
+    rows = {row[1]: row[2] for row in re.finditer(r"^\| `--(\w+)` \| `([^`]*)` \|", OPERATIONS, re.M)}
+    assert rows == {
+        field.name: str(int(field.default) if isinstance(field.default, bool) else field.default)
+        for field in fields(MCConfig)
+    }
+    assert set(option_helps(MCConfig)) == set(rows)
+    again = set(re.findall(r"^\| `--(\w+)` .*\| yes \|$", OPERATIONS, re.M))
+    assert again == {field.name for field in fields(MCInference)}
+
+
+def section(text, heading):
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def test_spans_documented_are_spans_emitted():
+    parts = re.split(r"^### `(\w+)`$", section(TELEMETRY, "Spans"), flags=re.M)[1:]
+    documented = {
+        name: set(re.findall(r"^\| `([^`]+)`", body, re.M)) for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+    assert documented == {name: {key.replace("/", ".") for key in attributes} for name, attributes in EVENTS.items()}
+    assert "as above" not in TELEMETRY
+
+
+def test_metrics_documented_are_metrics_emitted():
+    assert set(re.findall(r"^\| `([^`]+)`", section(TELEMETRY, "Metrics of the log"), re.M)) == set(METRICS)
+    of_events = set(re.findall(r"^\| `([^`]+)`", section(TELEMETRY, "Metrics of events"), re.M))
+    assert of_events == {*EVENT_GAUGES, *(name for name, *_ in EVENT_HISTOGRAMS)}
+
+
+def test_alerts_name_what_is_emitted():
+    names = {prometheus_name(metric)[0] for metric in [*METRICS, *EVENT_GAUGES]}
+    histograms = {name.replace(".", "_") for name, *_ in EVENT_HISTOGRAMS}
+    names |= {f"{name}_{part}" for name in histograms for part in ("bucket", "count", "sum")}
+    table = section(OPERATIONS, "Targets and alerts")
+    used = set(re.findall(r"\b(?:mc|train|val|gen_ai)_\w+", " ".join(re.findall(r"`([^`]+)` *[^`|]*\|$", table, re.M))))
+    assert len(used) > 8
+    assert used <= names
+
+
+@all_pages
+def test_log_keys_exist(page):
+    keys = re.findall(r"`((?:mc|val|train)/[\w/]+)`", TEXTS[page])
+    assert {re.sub(r"/\d+$", "/{lod}", key) for key in keys} <= set(METRICS)
+
+
+# Files and commands
+
+
+@all_pages
+def test_files_named_exist(page):
+    text = TEXTS[page]
+    for name in re.findall(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]*\w", " ".join(CODE.findall(text))):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`([\w/]+\.(?:py|sh|yml|toml))`", text):
+        assert (ROOT / name).exists(), name
+
+
+def command_options(module) -> set[str]:
+    """Names of the options of a module's Config, of MegaContext's too where it has them; the file is not run."""
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    names = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            renamed = re.search(r"arg\(name='(\w+)'\)", ast.unparse(node.annotation))
+            names[renamed[1] if renamed else node.target.id] = ast.unparse(node.annotation)
+    own = set(names)
+    for cls in (MCConfig, MCInference):
+        if cls.__name__ in names.get("megacontext", ""):
+            own |= {field.name for field in fields(cls)}
+    return own
+
+
+COMMAND = re.compile(r"python -m ((?:scripts|nanochat|dev)[\w.]*)([^\n`#|]*)")
+
+
+@all_pages
+def test_commands_exist(page):
+    for module, rest in COMMAND.findall(" ".join(CODE.findall(TEXTS[page]))):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+        options = {name.replace("-", "_") for name in re.findall(r"(?<=\s)--([a-z][\w-]*)", rest)}
+        if options:
+            assert options <= command_options(module), f"{module} {rest}"
+
+
+def test_diagrams_are_ours_and_fetch_nothing():
+    for path in VAULT.glob("images/*.svg"):
+        text = path.read_text("utf-8")
+        assert "<title>" in text
+        assert set(re.findall(r"https?://[^\"]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_the_site_is_built_by_the_command_that_is_named():
+    command = "uv run --only-group docs mkdocs build --strict"
+    steps = yaml.safe_load((ROOT / ".github/workflows/docs.yml").read_text("utf-8"))["jobs"]["build"]["steps"]
+    assert command in [step.get("run") for step in steps]
+    assert command in (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert any(line == "/site/" for line in (ROOT / ".gitignore").read_text("utf-8").splitlines())
