@@ -22,9 +22,10 @@ With 2 layers, D = 768 and W = 2,048 that is 2.0M and 17 GFLOP.
 import torch
 import torch.nn as nn
 
-from megacontext.layers import Encoder, Head, init_linear
+from megacontext.layers import Encoder, Head, check_choice, init_linear
 from nanochat.gpt import norm
 
+TYPES = ("transformer",)
 MAX_WIDTH = 256
 HEAD_DIM = 32  # many narrow heads, for a choice of slopes
 STEEPEST = 2.0
@@ -34,8 +35,9 @@ SCALES = tuple(4.0**i for i in range(6))  # 1 to 1,024 tokens
 class LensNet(nn.Module):
     """A bidirectional transformer; `head` is "linear" or "mlp", zero at first: an untrained lens has no wishes."""
 
-    def __init__(self, n_embd: int, max_levels: int, layers=2, head="mlp"):
+    def __init__(self, n_embd: int, max_levels: int, layers=2, head="mlp", type="transformer"):
         super().__init__()
+        check_choice("lensnet type", type, TYPES)
         width = min(n_embd, MAX_WIDTH)
         self.max_levels = max_levels
         self.embed = nn.Linear(n_embd, width, bias=False)

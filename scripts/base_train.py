@@ -128,6 +128,11 @@ def main(config: Config):
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
+    if config.mc and config.megacontext.mc_freeze_base:
+        raise UserError(
+            "--mc_freeze_base: expected a trained model to freeze, and this one is new: train it first, then use "
+            "scripts.mc_train, or scripts.mid_train with this option"
+        )
     # Everything that could be missing is looked for before anything long begins
     T = config.max_seq_len
     B, streams = batch_shape(config, T)

@@ -100,6 +100,11 @@ def test_runs_with_and_without_are_not_mixed(trained):
         train(base_train, *BASE, *MC, "--block_size=8", "--num_iterations=6", "--model_tag=mc")
 
 
+def test_a_new_model_is_not_frozen():
+    with pytest.raises(UserError, match="mc_freeze_base: expected a trained model"):
+        train(base_train, *BASE, *MC, "--mc_freeze_base", "--num_iterations=6", "--model_tag=frozen")
+
+
 def test_flag_off_has_nothing_of_it(trained):
     """The options of MegaContext, the flag left out: the same weights as without them, bit for bit."""
     for tag, options in (("off", []), ("off_too", [*MC[1:], "--gistnet_layers=4"])):
