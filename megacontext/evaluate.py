@@ -11,7 +11,8 @@ Losses are means over the scored tokens of a sequence, in nats a token, one valu
 - focus: the same number of entries, where LensNet and the allocator put the detail.
 
 Context gain recovered by a context c is (truncated − c) / (truncated − full): 1 for the full context, 0 for one that
-is no better than cutting the history off.
+is no better than cutting the history off. Against none in truncated's place, as REFRAG (arXiv 2509.01092) measures it,
+it is called context kept.
 """
 
 from collections import defaultdict
@@ -71,7 +72,12 @@ class Evaluator:
                 focused = self.controller.focus(tables["gists"], context, W, settings)
                 row["focus"].append(self._read(tables["gists"], focused, y))
         return [
-            {"ratio": ratio, "entries": self.budget(T, ratio), **_figures(losses[ratio], "truncated")}
+            {
+                "ratio": ratio,
+                "entries": self.budget(T, ratio),
+                **_figures(losses[ratio], "truncated"),
+                **_figures(losses[ratio], "none", "kept"),
+            }
             for ratio in ratios
         ]
 
@@ -173,14 +179,13 @@ class Evaluator:
         return tail_nll(reading.nll, context.lengths(), self.tail)
 
 
-def _figures(losses, worst) -> dict:
-    """Mean losses, and for each context between `worst` and full the share of the gain that it recovers."""
+def _figures(losses, worst, suffix="recovered") -> dict:
+    """Mean losses, and for each context the share, with its error, of what full gains over `worst` that it has."""
     losses = {name: torch.cat(values).double().cpu().numpy() for name, values in losses.items()}
     figures = {"sequences": len(losses["full"]), **{name: float(values.mean()) for name, values in losses.items()}}
     for name in losses.keys() - {"full", worst}:
-        figures[f"{name}_recovered"], figures[f"{name}_recovered_error"] = recovered(
-            losses[name], losses["full"], losses[worst]
-        )
+        key = f"{name}_{suffix}"
+        figures[key], figures[f"{key}_error"] = recovered(losses[name], losses["full"], losses[worst])
     return dict(sorted(figures.items()))
 
 

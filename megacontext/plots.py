@@ -16,14 +16,14 @@ LINES = {  # context → colour, marker, what it is called
 def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
     """A PNG: the share of the context gain that is recovered, by ratio and by distance; the loss by level."""
     figure, (ratios, distances, levels) = new_figure("What compression keeps of the context", 3)
-    _recovered(ratios, [f"{row['ratio']}×" for row in by_ratio], by_ratio, LINES)
+    _shares(ratios, [f"{row['ratio']}×" for row in by_ratio], by_ratio, LINES, "kept", "no context at all")
     places = [i for i, row in enumerate(by_ratio) if row["ratio"] in PUBLISHED]
     published = [PUBLISHED[by_ratio[i]["ratio"]] for i in places]
     ratios.plot(places, published, color="black", linestyle="none", marker="*", markersize=9, label="REFRAG, 7B model")
-    ratios.set(title="By compression of the history", ylabel="context gain recovered")
+    ratios.set(title="By compression of the history", ylabel="context kept")
     without_focus = {name: line for name, line in LINES.items() if name != "focus"}
     labels = [f"{row['nearest']}–{row['farthest']}" for row in by_distance]
-    _recovered(distances, labels, by_distance, without_focus)
+    _shares(distances, labels, by_distance, without_focus, "recovered", "cut out")
     distances.set(title="By distance of what is compressed", xlabel="tokens ago", ylabel="gain recovered")
 
     names = {"full": "black", "gists": BLUE, "mean": ORANGE, "shuffled": GREY, "none": "#BBBBBB"}
@@ -40,17 +40,17 @@ def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
     return png(figure)
 
 
-def _recovered(axes, labels, rows, lines):
+def _shares(axes, labels, rows, lines, measure, worst):
     for name, (color, marker, label) in lines.items():
         points = [
-            (i, row[f"{name}_recovered"], row[f"{name}_recovered_error"])
+            (i, row[f"{name}_{measure}"], row[f"{name}_{measure}_error"])
             for i, row in enumerate(rows)
-            if row[f"{name}_recovered"] is not None
+            if row[f"{name}_{measure}"] is not None
         ]
         if points:
             axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, capsize=3, label=label)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="full context")
-    axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":", label="history cut off")
+    axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":", label=worst)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylim(bottom=max(-1, axes.get_ylim()[0]))  # the gists of another text may be far below
 

@@ -80,6 +80,10 @@ COLUMNS = {  # of the tables: key → head
     "focus_recovered": "focus recovers",
     "mean_recovered": "means recover",
     "shuffled_recovered": "shuffled recover",
+    "gists_kept": "gists keep",
+    "focus_kept": "focus keeps",
+    "mean_kept": "means keep",
+    "shuffled_kept": "shuffled keep",
 }
 
 
@@ -220,9 +224,7 @@ def main(config: Config):
     with atomic_write(path, "w") as file:
         json.dump({**facts, **figures}, file, indent=2)
     gained = {
-        f"Context gain recovered at {row['ratio']}×, %": None
-        if (share := row["gists_recovered"]) is None
-        else 100 * share
+        f"Context kept at {row['ratio']}×, %": None if (share := row["gists_kept"]) is None else 100 * share
         for row in figures["by_ratio"]
     }
     plot = plot_context_gain(figures["by_ratio"], figures["by_distance"], figures["by_level"])
@@ -230,8 +232,8 @@ def main(config: Config):
         f"MegaContext evaluation {config.source}",
         [
             facts | gained,
-            "Losses in nats a token on the scored tokens. Recovered: what part of the loss between a history that is "
-            "cut off (to as many entries) and one in full is won back.\n",
+            "Losses in nats a token on the scored tokens. Recovered: what part of the gain of the full history over "
+            "one that is cut off, to as many entries, is won back. Kept: the same against no history at all.\n",
             table("By compression of the history", figures["by_ratio"]),
             table("By distance of what is compressed (tokens ago)", figures["by_distance"]),
             table("All of the history at one level", figures["by_level"]),

@@ -75,6 +75,9 @@ def test_by_ratio(evaluator):
         share = (row["truncated"] - row["gists"]) / (row["truncated"] - row["full"])
         if row["gists_recovered"] is not None:
             assert row["gists_recovered"] == pytest.approx(share, rel=1e-6)
+        share = (row["none"] - row["mean"]) / (row["none"] - row["full"])
+        if row["mean_kept"] is not None:
+            assert row["mean_kept"] == pytest.approx(share, rel=1e-6)
 
 
 @torch.no_grad()
@@ -175,7 +178,7 @@ def test_script(trained, capsys):  # noqa: F811
     assert all(row["first_token_s"] > 0 and row["token_ms"] > 0 for row in figures["stream"])
     assert "gists recover" in out
     section = (trained / "report" / "megacontext-evaluation-base.md").read_text()
-    assert "Context gain recovered at 4×" in section
+    assert "Context kept at 4×" in section
     picture = "report/megacontext-evaluation-base-context-gain.png"
     assert f"({picture})" in section
     assert (trained / "report" / picture).read_bytes().startswith(b"\x89PNG")
