@@ -27,7 +27,7 @@ module scripts.base_train --depth=$DEPTH --max_seq_len=$T --device_batch_size=$B
 TAG="$(base_tag $DEPTH)" LATER="$(later_options)"
 module scripts.base_loss --device_batch_size=$BATCH --split_tokens=262144 --model_tag="$TAG"
 module scripts.base_eval --model_tag="$TAG"
-mc_evaluation "$TAG"
+mc_evaluation "$TAG" --sequences=96 --probe_steps=150
 identity_stage
 module scripts.mid_train --tasks=local --device_batch_size=$BATCH --total_batch_size=4096 --eval_every=80 \
     --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN" ${MID[@]+"${MID[@]}"} \
