@@ -52,6 +52,7 @@ def _shares(axes, labels, rows, lines, measure, worst):
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="full context")
     axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":", label=worst)
     axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.4, len(labels) - 0.6)
     axes.set_ylim(bottom=max(-1, axes.get_ylim()[0]))  # the gists of another text may be far below
 
 
