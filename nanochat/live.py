@@ -10,6 +10,7 @@ Every number of $NANOCHAT_BASE_DIR/logs/*.jsonl is drawn. The page asks again ev
 import json
 import math
 import re
+import signal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def show(host, port, output):
         print(f"{len(logs.runs())} runs written to {output}")
         return
     with LiveServer(host, port, logs) as server:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started without it
         print(f"{logs.folder} is shown at http://{host}:{server.server_port}/ (Ctrl-C ends)", flush=True)
         try:
             server.serve_forever()
