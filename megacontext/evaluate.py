@@ -121,7 +121,8 @@ class Evaluator:
         losses, K = defaultdict(lambda: defaultdict(list)), self.config.block_size
         for x, y in self._batches():
             B, T = x.shape
-            embeds, tables, full = self.model.embed(x), self._tables(x), self._tokens(x, y, T)
+            tables, full = self._tables(x), self._tokens(x, y, T)
+            embeds = tables["gists"].values[:, :T]  # its level 0
             last, width = WorkingContext.finest(1, T, K).old_blocks(self.tail), 1
             while last > 0:
                 first = max(0, last - width)
