@@ -10,5 +10,6 @@ fi
 activate_environment cpu
 ruff check .
 ruff format --check .
-# Two processes share the tests, a file each at a time: most tests wait for something, or use one core
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
+# Two processes share the tests, a file each at a time: most tests wait for something, or use one core. In the order of
+# their names: by number of tests, the files of few but long ones would come last, one after the other.
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -37,11 +37,13 @@ LIMITS = Limits(20_000, 2_000_000, 2_000_000)
 
 
 def tiny(tokenizer):
-    """(engine, networks, resolved config); the same each time."""
+    """(engine, networks, resolved config); the same each time. With top_k, it ends no answer before max_tokens."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(CONTEXT, tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16)).eval()
     model.init_weights()
     torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    with torch.no_grad():
+        model.lm_head.weight[[tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()]] = 0
     torch.nn.init.normal_(model.transformer.h[0].attn.c_proj.weight, std=0.5)
     networks = MCNetworks(16, SETTINGS.resolve(CONTEXT)).eval()
     with torch.no_grad():
