@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
+import torch
+
 from megacontext.networks import load_networks
 from megacontext.session import MCSession
 from nanochat.common import UserError
@@ -61,3 +63,23 @@ def load_for_inference(source, meta, device, options: MCInference):
 def session_maker(model, networks, config, **options):
     """A function rows -> MCSession; the model's weights are laid out once, in the precision of the moment."""
     return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
+
+
+class SessionScorer:
+    """A model for evaluate_core that reads rows in a session, their ends token by token, as a chat does."""
+
+    def __init__(self, make_session):
+        self.make_session = make_session
+
+    def logits_of_ends(self, rows) -> list[torch.Tensor]:
+        """For each row (tokens, start) the logits about tokens[start:], [n, V]. Equal beginnings are read once."""
+        ends, beginning = [], None
+        for tokens, start in rows:
+            if tokens[:start] != beginning:
+                beginning, session = tokens[:start], self.make_session(1)
+                first = session.prefill(beginning)
+                after_beginning = session.snapshot()
+            session.restore(after_beginning)
+            rest = [session.step(torch.tensor([token], device=session.device)) for token in tokens[start:-1]]
+            ends.append(torch.cat([first, *rest]))
+        return ends

@@ -71,28 +71,35 @@ def scored_rows(rows, task_type, max_tokens=None) -> list[tuple[list[int], int]]
 # Scoring
 
 
+def logits_of_ends(model, rows, padding, device) -> list[torch.Tensor]:
+    """For each row (tokens, start) the logits about tokens[start:], [n, V]. model(ids [B, T]) → logits [B, T, V]."""
+    # Padding comes after a row's end, where a causal model cannot see it from the row.
+    ids = torch.full((len(rows), max(len(row) for row, _ in rows)), padding, dtype=torch.long)
+    for i, (row, _) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    logits = model(ids.to(device))
+    return [logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(rows)]  # those at t are about t + 1
+
+
 @torch.inference_mode()
 def is_correct(model, tokenizer, data, index, device, meta: TaskMeta) -> bool:
-    """Whether the model gets item `index` right. model(ids [B, T]) → logits [B, T, V]."""
+    """
+    Whether the model gets item `index` right. model(ids [B, T]) → logits [B, T, V]; or, if it has a method of that
+    name, model.logits_of_ends(rows) as above.
+    """
     item, bos = data[index], tokenizer.get_bos_token_id()
     examples = fewshot_examples(data, index, meta.num_fewshot)
     prompts = render_prompts(item, meta.task_type, meta.continuation_delimiter, examples)
     tokens = tokenizer.encode(prompts, prepend=bos)
     rows = scored_rows(tokens, meta.task_type, getattr(model, "max_seq_len", None))
-
-    # Padding comes after a row's end, where a causal model cannot see it from the row.
-    ids = torch.full((len(rows), max(len(row) for row, _ in rows)), bos, dtype=torch.long)
-    for i, (row, _) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    ids = ids.to(device)
-    logits = model(ids)
-    parts = [  # (logits, targets) of the tokens that count; the logits at t are about token t + 1
-        (logits[i, start - 1 : len(row) - 1], ids[i, start : len(row)]) for i, (row, start) in enumerate(rows)
-    ]
+    if hasattr(model, "logits_of_ends"):
+        ends = model.logits_of_ends(rows)
+    else:
+        ends = logits_of_ends(model, rows, bos, device)
+    targets = [torch.tensor(row[start:], device=device) for row, start in rows]
     if meta.task_type == "language_modeling":
-        ((scores, targets),) = parts
-        return bool((scores.argmax(dim=-1) == targets).all())
-    losses = torch.stack([F.cross_entropy(scores.float(), targets) for scores, targets in parts])
+        return bool((ends[0].argmax(dim=-1) == targets[0]).all())
+    losses = torch.stack([F.cross_entropy(*end) for end in zip((e.float() for e in ends), targets, strict=True)])
     return losses.argmin().item() == item["gold"]
 
 

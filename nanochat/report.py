@@ -30,6 +30,7 @@ STAGES = [  # sections in the order of the pipeline; any others follow in alphab
     "base-model-training",
     "base-model-loss",
     "base-model-evaluation",
+    "base-model-evaluation-with-megacontext",
     "megacontext-training",
     "megacontext-evaluation-base",
     "midtraining",

@@ -4,20 +4,22 @@ Score a base model on the CORE metric (22 in-context-learning tasks of DCLM).
     python -m scripts.base_eval
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
     python -m scripts.base_eval --hf-path openai-community/gpt2
+    python -m scripts.base_eval --mc                       # read from a working context
 
 The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle; --download fetches it.
 """
 
 import csv
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch.distributed as dist
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
+from megacontext.inference import MCInference, SessionScorer, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (
     UserError,
@@ -29,7 +31,7 @@ from nanochat.common import (
     print0,
     resolve_dtype,
 )
-from nanochat.configurator import run
+from nanochat.configurator import group, run
 from nanochat.core_bundle import download_bundle, has_bundle, how_to_get_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.report import get_report
@@ -51,6 +53,10 @@ class Config:
     """precision of matrix products; auto = bf16 where that is faster"""
     download: bool = False
     """fetch the evaluation bundle first if it is not there"""
+    mc: bool = False
+    """read what is asked from a working context; what is longer than the model's context is then not cut"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """what follows counts with --mc only"""
 
 
 class HFModel:
@@ -146,6 +152,10 @@ def main(config):
     dtype = resolve_dtype(config.dtype, device.type)
     # Another project's model is a comparison, not the base model of this run's report
     section = f"CORE evaluation of {config.hf_path}" if config.hf_path else "Base model evaluation"
+    if config.mc:
+        if config.hf_path:
+            raise UserError("--mc needs networks that a Hugging Face model has not: leave out one of the two")
+        section += " with MegaContext"
 
     if config.download and rank == 0:
         download_bundle()
@@ -164,7 +174,10 @@ def main(config):
         model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step)
         name = f"{meta['model_tag']} (step {meta['step']:,})"
         file_name = f"{meta['model_tag']}_{meta['step']:06d}"
+    mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
     with autocast(device, dtype):
+        if mc:
+            model, file_name = SessionScorer(session_maker(model, *mc)), f"{file_name}_mc"
         core = evaluate_with_progress(model, tokenizer, device, config.max_per_task, rank == 0)
 
     if rank == 0:

@@ -1,6 +1,8 @@
 """--mc in the scripts that generate, on a tiny model of random weights: chats without end, samples, evaluation."""
 
+import csv
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from megacontext.session import MCSession
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
-from scripts import base_loss, chat_cli, chat_eval
+from scripts import base_eval, base_loss, chat_cli, chat_eval
+from tests.test_core_eval import BUNDLE
 from tests.test_stages import base  # noqa: F401 (a fixture)
 
 SETTINGS = MCConfig(block_size=4, allocator_recent_tokens=8, mc_infer_refocus_interval=4, mc_aux_dtype="fp32")
@@ -104,6 +107,37 @@ def test_evaluation(trained, capsys):
     options = ["-g", "mc", "--tasks=local", "-a", "Arithmetic", "-x", "3", "-m", "8", "-n", "2", "-t", "1", *CPU]
     chat_eval.main(parse(chat_eval.Config, [*options, "--mc"]))
     assert "Arithmetic:" in capsys.readouterr().out
+
+
+def test_core_metric(trained, monkeypatch):
+    """Equal to plain scoring where the budget holds all there is to read; with a small one it is read all the same."""
+    shutil.copytree(BUNDLE, trained / "eval_bundle")
+    longest = 0
+
+    class Watched(MCSession):
+        def step(self, ids):
+            nonlocal longest
+            logits = super().step(ids)
+            entries = self.focus_state()["entries"]
+            assert entries <= self.budget
+            longest = max(longest, self.num_tokens)
+            return logits
+
+    monkeypatch.setattr("megacontext.inference.MCSession", Watched)
+
+    def results(name, *options):
+        base_eval.main(parse(base_eval.Config, ["--model_tag=mc", *CPU, *options]))
+        return list(csv.reader((trained / "base_eval" / f"{name}.csv").read_text().splitlines()))
+
+    plain = results("mc_000003")
+    assert longest == 0
+    assert results("mc_000003_mc", "--mc", "--allocator_soft_max=4000") == plain
+    small = results("mc_000003_mc", "--mc", "--allocator_soft_max=40")
+    assert [row[0] for row in small] == [row[0] for row in plain]
+    assert longest > 40
+    assert "CORE metric" in (trained / "report" / "base-model-evaluation-with-megacontext.md").read_text()
+    with pytest.raises(UserError, match="Hugging Face"):
+        base_eval.main(parse(base_eval.Config, ["--mc", "--hf-path=some/model"]))
 
 
 def test_options_take_the_place_of_the_checkpoints(trained):
