@@ -67,11 +67,14 @@ def generating(config, training):
     the networks as they are now, or None with the flag off.
     """
     model, networks = training.model, training.companion
-    model.eval()
-    if not is_on(config):
-        yield None
-    else:
-        networks.eval()
-        yield session_maker(model, networks, config.megacontext.resolve(model.config.sequence_len))
-        networks.train()
-    model.train()
+    trained = [model] if networks is None else [model, networks]
+    for module in trained:
+        module.eval()
+    try:
+        make_session = None
+        if is_on(config):
+            make_session = session_maker(model, networks, config.megacontext.resolve(model.config.sequence_len))
+        yield make_session
+    finally:
+        for module in trained:
+            module.train()

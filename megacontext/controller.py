@@ -20,7 +20,6 @@ from megacontext.objective import beyond_place, lens_loss, mean_nll, pairs_of_va
 from megacontext.reading import positions, read
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
-from nanochat.common import autocast
 
 
 @dataclass
@@ -58,13 +57,11 @@ class MCController:
         self.model, self.networks, self.config, self.dtype = model, networks, config, dtype
 
     def gist(self, children, level):
-        with autocast(children.device, self.dtype):
-            return self.networks.gistnet(children, level)
+        return self.networks.gist(children, level, self.dtype)
 
     def score(self, inputs, entries, num_tokens):
         """LensNet's scores [R, W] of what was read."""
-        with autocast(inputs.device, self.dtype):
-            return self.networks.lensnet(inputs, *entries, num_tokens)
+        return self.networks.score(inputs, entries, num_tokens, self.dtype)
 
     def focus(self, table, context, budget, config=None):
         """The context after a refocus, as at inference, within the budget. config: other settings of the allocator."""

@@ -28,11 +28,14 @@ def entry_cos_sin(start, span, head_dim, base=10000.0, mode="gaussian"):
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    device = start.device
+    if device.type == "mps":  # which has no float64
+        start, span = start.cpu(), span.cpu()
     mean = start.double() + (span.double() - 1) / 2
     cos, sin = (t.view(*start.shape, 1, -1) for t in rotary_cos_sin(mean.flatten(), head_dim, base))
     if mode == "simple":
-        return cos, sin
+        return cos.to(device), sin.to(device)
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=span.device) / head_dim)
     variance = ((span.double() ** 2 - 1) / 12).clamp(max=float(frequency[-1]) ** -2)
     fade = torch.exp(-(frequency**2) * variance[..., None, None] / 2).float()
-    return cos * fade, sin * fade
+    return (cos * fade).to(device), (sin * fade).to(device)

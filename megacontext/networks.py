@@ -26,6 +26,16 @@ class MCNetworks(nn.Module):
         )
         self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
 
+    def gist(self, children, level, dtype):
+        """GistNet, with matrix products in `dtype` whatever autocast surrounds it."""
+        with _products_in(dtype, children.device):
+            return self.gistnet(_at_least(dtype, children), level)
+
+    def score(self, x, entries, num_tokens, dtype):
+        """LensNet on the embeddings x of `entries`, in the same way."""
+        with _products_in(dtype, x.device):
+            return self.lensnet(_at_least(dtype, x), *entries, num_tokens)
+
     def load(self, state: dict, settings: dict):
         """Take over a checkpoint's weights. Raises UserError when they were made with settings of another shape."""
         try:
@@ -48,6 +58,14 @@ class MCNetworks(nn.Module):
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         return optimizers
+
+
+def _products_in(dtype, device):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+
+
+def _at_least(dtype, x):
+    return x.float() if dtype == torch.float32 else x  # embeddings are bf16 on GPUs
 
 
 def load_networks(source, meta, device):

@@ -262,19 +262,13 @@ class MCSession:
         with self._plain():
             return self.model.embed(ids)
 
-    def _aux(self):
-        """The precision of GistNet and LensNet."""
-        return self._plain() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
-
     def _gist(self, children, level):
-        with self._aux():
-            return self.networks.gistnet(children, level)
+        return self.networks.gist(children, level, self.dtype)
 
     def _scores(self, context):
         context = self._on_device(context)
         x = self.tree.materialize(context)
-        with self._aux():
-            return self.networks.lensnet(x, *context.entries(), context.num_tokens).float().cpu()
+        return self.networks.score(x, context.entries(), context.num_tokens, self.dtype).float().cpu()
 
     def _refocused(self, context):
         self._since = 0

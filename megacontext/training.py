@@ -18,6 +18,7 @@ from megacontext.reading import read
 from megacontext.telemetry import Telemetry
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
+from nanochat.common import sum_dtype
 
 
 class MCObjective:
@@ -64,7 +65,7 @@ class MCObjective:
         """
         c, controller = self.config, self.controller
         model = controller.model
-        tail = max(1, c.allocator_recent_tokens)
+        tail, exact = max(1, c.allocator_recent_tokens), sum_dtype(token_bytes.device)
         nats = {name: 0.0 for name in ("full", "mc", "truncated")}
         total_bytes = 0
         training = self.networks.training
@@ -84,10 +85,10 @@ class MCObjective:
                 "truncated": model(x[:, -budget:], y[:, -budget:], loss_reduction="none"),
             }
             for name, loss in losses.items():
-                nats[name] += (loss.view(B, -1)[:, -tail:] * (scored > 0)).sum(dtype=torch.float64)
+                nats[name] += (loss.view(B, -1)[:, -tail:] * (scored > 0)).sum(dtype=exact)
             total_bytes += scored.sum()
         self.networks.train(training)
-        sums = torch.stack([*nats.values(), total_bytes.double()])
+        sums = torch.stack([*nats.values(), total_bytes.to(exact)])
         if dist.is_initialized():
             dist.all_reduce(sums)
         full, mc, truncated = (sums[:3] / sums[3] / math.log(2)).tolist()

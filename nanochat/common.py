@@ -135,6 +135,11 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
     return dtypes[name]
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """For long sums on a device: float64 where there is one (MPS has none)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which matrix products run in `dtype`."""
     if dtype == torch.float32:

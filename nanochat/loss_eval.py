@@ -5,6 +5,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from nanochat.common import sum_dtype
+
 
 @torch.no_grad()
 def evaluate_bpb(model, batches, steps, token_bytes) -> float:
@@ -14,14 +16,15 @@ def evaluate_bpb(model, batches, steps, token_bytes) -> float:
     batches: iterator of (x, y), each [B, T]. token_bytes [V]: bytes of each token. Targets of 0 bytes
     (special tokens) and ignored ones (−1) count in neither sum. Infinity when there was no byte at all.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
+    exact = sum_dtype(token_bytes.device)
+    nats = torch.zeros((), dtype=exact, device=token_bytes.device)
     total_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
     for _ in range(steps):
         x, y = next(batches)
         losses = model(x, y, loss_reduction="none").view(-1)  # [B·T], 0 where ignored
         y = y.reshape(-1)
         target_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
-        nats += (losses * (target_bytes > 0)).sum(dtype=torch.float64)
+        nats += (losses * (target_bytes > 0)).sum(dtype=exact)
         total_bytes += target_bytes.sum()
     if dist.is_initialized():
         dist.all_reduce(nats)

@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.common import (
+    UserError,
+    autocast,
+    compute_cleanup,
+    compute_init,
+    print0,
+    print_banner,
+    resolve_dtype,
+    sum_dtype,
+)
 from nanochat.configurator import run
 from nanochat.conversations import pad_rows
 from nanochat.engine import Engine
@@ -151,7 +160,7 @@ def main(config: Config):
         return answers
 
     def summed(value):
-        value = torch.tensor(value, dtype=torch.float64, device=device)
+        value = torch.tensor(value, dtype=sum_dtype(device), device=device)
         if is_dist:
             dist.all_reduce(value)
         return value.item()

@@ -170,6 +170,28 @@ def test_lens_loss_reaches_lensnet_only():
     assert grads[0]["lensnet"] is None
 
 
+def test_networks_keep_their_precision():
+    """Whatever autocast surrounds them, and with embeddings in bf16, as on a GPU."""
+    model = make_model()
+    networks = make_controller(model).networks
+    for p in networks.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    children = torch.randn(2, 4, 32).bfloat16()
+    entries = WorkingContext.finest(2, 4, 4).entries()
+
+    def outputs(dtype):
+        return networks.gist(children, 1, dtype), networks.score(children, entries, 4, dtype)
+
+    exact = networks.gistnet(children.float(), 1), networks.lensnet(children.float(), *entries, 4)
+    for around in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            fine, coarse = outputs(torch.float32), outputs(torch.bfloat16)
+        for a, b, c in zip(fine, coarse, exact, strict=True):
+            assert torch.equal(a, c)
+            assert not torch.equal(b.float(), c)
+            torch.testing.assert_close(b.float(), c, atol=0.05, rtol=0.05)
+
+
 def test_options_change_what_they_should():
     def stats(**options):
         model, (x, y) = make_model(), tokens()
