@@ -290,6 +290,8 @@ class Config:
     """recall: characters from a fact to the answer, at least; the distances are log-uniform"""
     recall_max_distance: int = recall.Sizes.max_distance
     """recall: characters from a fact to the answer, at most; -1 for as far as the document reaches"""
+    recall_times: int = recall.Sizes.times
+    """recall: times that each is asked for, at distances of their own"""
     recall_ask: bool = recall.Sizes.ask
     """recall: ask for facts; 0 tells them again instead, which a small model learns sooner"""
 

@@ -105,12 +105,14 @@ class Sizes:
     words: int = 16  # of LEXICON
     min_distance: int = 128  # distances are log-uniform between these two, and overshoot by some lines
     max_distance: int = -1  # -1: as far as the document reaches
+    times: int = 1  # that each is asked for, at distances of their own
     ask: bool = True  # False: a fact is told again where else it would be asked for, which is learned sooner
     depth: float | None = None  # of the facts: 0 first, 1 last; without max_distance they are asked for at the end
 
     def __post_init__(self):
+        _check(self.times >= 1, "1 or more times", self.times)
         suitable = {
-            "questions": min(self.chars // 160, 96),
+            "questions": min(self.chars // (160 * self.times), 96),
             "tables": min(self.chars // 2000, 8),
             "distractors": min(self.chars // 800, 48),
         }
@@ -128,8 +130,8 @@ class Sizes:
         _check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
         _check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
         # The mean lengths of these lines, and a quarter more to put between them.
-        question = 74 if self.ask else 48  # with its fact
-        least = (question * self.questions + 150 * self.tables + 24 * self.distractors) * 5 // 4
+        asked = self.times * (50 if self.ask else 24)
+        least = ((24 + asked) * self.questions + (100 + asked) * self.tables + 24 * self.distractors) * 5 // 4
         have = f"{self.questions} questions, {self.tables} tables and {self.distractors} distractors"
         _check(self.chars >= least, f"at least {least} characters for {have}", self.chars)
         reach = max(self.min_distance, self.max_distance) + 100
@@ -161,7 +163,7 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
     words = rng.sample(LEXICON, sizes.words)
     friends = dict(zip(words, words[1:] + words[:1], strict=True))
     coming = sorted(_statements(rng, sizes), key=lambda statement: statement.place, reverse=True)
-    lines, length, due, questions = [], 0, [], []
+    lines, length, due, questions, order = [], 0, [], [], itertools.count()
 
     def add(line):
         nonlocal length
@@ -171,7 +173,7 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
 
     while True:
         if due and due[0][0] <= length:
-            _, fact, statement = heapq.heappop(due)
+            _, fact, _, statement = heapq.heappop(due)
             question, told, answer = statement.asked(sizes.ask)
             start, end = add(f"{question}{told}{answer}.\n")
             question, answer = (start, start + len(question)), (end - 1 - len(answer), end - 1)
@@ -179,11 +181,11 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
         elif coming and coming[-1].place <= length:
             statement = coming.pop()
             spans = [add(line) for line in statement.lines]
-            if statement.distance:
+            for distance in statement.distances:
                 fact = spans[statement.row]
                 question, told, _ = statement.asked(sizes.ask)
-                start = fact[0] + statement.distance - len(question + told)
-                heapq.heappush(due, (start, fact, statement))
+                start = fact[0] + distance - len(question + told)
+                heapq.heappush(due, (start, fact, next(order), statement))
         else:
             one, other = rng.choices(words, k=2)
             line = rng.choice(EVERYDAY).format(one, friends[one], other, friends[other]) + "\n"
@@ -194,10 +196,10 @@ def recall_document(rng: random.Random, **sizes) -> tuple[str, list[Question]]:
 
 @dataclass(frozen=True)
 class _Statement:
-    """Lines that hold a fact in `lines[row]`: where they belong, and how far from there it is asked for (0: never)."""
+    """Lines that hold a fact in `lines[row]`: where they belong, and how far from there it is asked for."""
 
     place: float
-    distance: int
+    distances: list[int]
     lines: list[str]
     row: int
     kind: str
@@ -237,19 +239,19 @@ def _statements(rng, sizes):
         name, attribute = names[which], attributes[turn % len(attributes)]
         value = rng.choice(FACTS[attribute])
         line = f"{told_of(attribute, name)} {value}.\n"
-        place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), 0)
+        place = _place(rng, sizes) if number < sizes.questions else (rng.uniform(0, sizes.chars), [])
         yield _Statement(*place, [line], 0, "fact", attribute, name, value)
 
 
 def _place(rng, sizes):
-    """(character at which a statement should begin, distance from there to the answer)"""
+    """(character at which a statement should begin, distances from there to the answers)"""
     reach = sizes.chars - MARGIN
     low, high = sizes.min_distance, min(reach, sizes.max_distance if sizes.max_distance != -1 else reach)
-    distance = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+    distances = [round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(sizes.times)]
     if sizes.depth is None:
-        return rng.uniform(0, reach - distance), distance
+        return rng.uniform(0, reach - max(distances)), distances
     place = round(sizes.depth * (reach - low))
-    return place, reach - place if sizes.max_distance == -1 else distance
+    return place, [reach - place] * sizes.times if sizes.max_distance == -1 else distances
 
 
 # ---------------------------------------------------------------------------------------------------------
