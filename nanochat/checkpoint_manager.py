@@ -242,12 +242,17 @@ def prune(folder, keep: int):
             (folder / name).unlink(missing_ok=True)
 
 
-def find_largest_model(root) -> str:
-    """The model to take when none is named: the deepest d<depth> with a checkpoint, else the newest folder."""
-    folders = [path for path in Path(root).glob("*") if path.is_dir() and find_last_step(path) is not None]
-    folders = [path for path in folders if ".old-" not in path.name]
+def find_largest_model(root, companion=False) -> str:
+    """
+    The model to take when none is named: the deepest d<depth> with a checkpoint, else the newest folder. companion:
+    among those whose newest checkpoint has one, if there are any.
+    """
+    steps = {path: find_last_step(path) for path in Path(root).glob("*") if path.is_dir() and ".old-" not in path.name}
+    folders = [path for path, step in steps.items() if step is not None]
     if not folders:
         raise UserError(f"no complete checkpoint in {root}: train one first")
+    if companion:
+        folders = [path for path in folders if _file(path, "mc", steps[path]).is_file()] or folders
     deep = [path for path in folders if re.fullmatch(r"d\d+", path.name)]
     if deep:
         return max(deep, key=lambda path: int(path.name[1:])).name
@@ -290,16 +295,16 @@ def build_model(model_data, model_config: dict, device) -> GPT:
     return model
 
 
-def load_model(source, device, phase="eval", model_tag=None, step=None):
+def load_model(source, device, phase="eval", model_tag=None, step=None, companion=False):
     """
     (model, tokenizer, meta_data) of a stage: by default its deepest model at its newest complete step.
 
-    phase: "train" or "eval", the mode the model is put in.
+    phase: "train" or "eval", the mode the model is put in. companion: the default is the deepest that has one.
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, got {phase!r}")
     root = checkpoint_root(source)
-    folder = root / (model_tag or find_largest_model(root))
+    folder = root / (model_tag or find_largest_model(root, companion))
     step = find_last_step(folder) if step is None else step
     if step is None:
         raise UserError(f"no complete checkpoint in {folder}: train one first, or name another --model_tag")

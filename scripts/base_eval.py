@@ -171,7 +171,7 @@ def main(config):
         model, tokenizer = load_hf_model(config.hf_path, device, dtype)
         name, file_name = config.hf_path, re.sub(r"[^\w.]+", "-", config.hf_path).strip("-")
     else:
-        model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step)
+        model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
         name = f"{meta['model_tag']} (step {meta['step']:,})"
         file_name = f"{meta['model_tag']}_{meta['step']:06d}"
     mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None

@@ -62,7 +62,7 @@ def main(config: Config):
     if config.device_batch_size < 1 or config.split_tokens < 1:
         raise UserError("device_batch_size and split_tokens must be at least 1")
     model, tokenizer, meta = load_model(
-        "base", device, "eval", config.model_tag or None, None if config.step == -1 else config.step
+        "base", device, "eval", config.model_tag or None, None if config.step == -1 else config.step, config.mc
     )
     mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
     B, T = config.device_batch_size, model.config.sequence_len

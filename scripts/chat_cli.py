@@ -127,7 +127,7 @@ def main(config: Config):
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step, config.mc)
     engine, console = Engine(model, tokenizer), Console(highlight=False)
     context, make_session = model.config.sequence_len, None
     if config.mc:

@@ -101,7 +101,7 @@ def main(config: Config):
             names.remove("HumanEval")
     tasks = {name: available[name]() for name in names}  # now, so that missing data is known at once
     step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step, config.mc)
     print0(f"model: {config.source} {meta['model_tag']}, step {meta['step']}")
 
     mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None

@@ -138,7 +138,7 @@ def limits_of(config):
 def load(config, device, on_event):
     """(Engine, ServedModel, ChatSessions or None) of one worker. on_event: told of what sessions do."""
     step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step, config.mc)
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type), fixed=True)
     sessions = None
     if config.mc:

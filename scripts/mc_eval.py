@@ -155,7 +155,7 @@ def main(config: Config):
             f"got {config.sequences} and {config.device_batch_size}"
         )
     model, tokenizer, meta = load_model(
-        config.source, device, "eval", config.model_tag or None, None if config.step == -1 else config.step
+        config.source, device, "eval", config.model_tag or None, None if config.step == -1 else config.step, True
     )
     networks, mc = load_networks(config.source, meta, device)
     if networks is None:

@@ -287,6 +287,7 @@ def test_without_a_name_the_newest_folder(tmp_path):
     aside = cm.set_aside(tmp_path / "new")
     assert aside.name.startswith("new.old-")
     assert cm.find_largest_model(tmp_path) == "old"
+    assert cm.find_largest_model(tmp_path, companion=True) == "old"  # none has one: whoever needs it will say so
 
 
 def test_prune_keeps_the_newest_and_what_is_not_ours(tmp_path):

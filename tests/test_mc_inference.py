@@ -92,6 +92,12 @@ def test_without_networks_it_says_what_to_do(trained):
             module.main(parse(module.Config, options))
 
 
+def test_by_default_a_model_with_networks(trained):
+    """d1, the deepest, has none; the folder "mc" has."""
+    assert cm.load_model("base", "cpu")[2]["model_tag"] == "d1"
+    assert cm.load_model("base", "cpu", companion=True)[2]["model_tag"] == "mc"
+
+
 def test_samples_and_loss(trained, capsys):
     options = ["--model_tag=mc", "--device_batch_size=2", "--split_tokens=256", *CPU]
     base_loss.main(parse(base_loss.Config, [*options, "--mc", "--mc_infer_refocus_interval=2"]))
