@@ -195,7 +195,7 @@ for path in ["/proc/1/environ", "/proc/self/environ", "/proc/self/cmdline", "/pr
             "/proc",
             "/sys",
             "/var",
-            "/work",
+            "/srv",
             "/usr/bin",
             str(ROOT),
             __file__,
