@@ -34,6 +34,7 @@ ${USAGE_EXTRA}  --dry-run          print the commands instead of running them
   --nproc N          processes, one a GPU (default $NPROC), on each machine
   --nnodes N         machines; the same command runs on each, on one shared \$NANOCHAT_BASE_DIR, with
                      --node_rank K (0 to N - 1) and --master_addr HOST of machine 0 (see dev/cluster)
+  --master_port P    port of the first stage between machines; each further stage takes the next (default 29500)
   --help             this text
 Every other option (--depth=12, --device_batch_size 8, …) goes to scripts.base_train; see
   python -m scripts.base_train --help
