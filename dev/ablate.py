@@ -28,7 +28,6 @@ from megacontext.controller import MCController
 from megacontext.evaluate import mean_gist
 from megacontext.layers import split_parameters
 from megacontext.networks import MCNetworks
-from megacontext.objective import mean_nll
 from megacontext.reading import positions, read, read_inputs
 from megacontext.reconstruction import BlockDecoder
 from megacontext.tree import build_table
@@ -199,7 +198,7 @@ def main(config: Config):
             loss = loss + config.distill * divergence
         else:
             reading = read(model, table, context, y, mc.mc_positional)
-            loss = mean_nll(reading.nll, reading.targets).mean()
+            loss = reading.loss
         if not config.frozen:
             loss = loss + model(inputs_embeds=embeds, targets=y)
         return loss + config.recon * reconstruction(x, embeds) if decoder else loss

@@ -34,8 +34,8 @@ def parts(model, controller, x, y, progress):
 
     def variants():
         embeds = inputs.clone().requires_grad_()
-        loss = model(inputs_embeds=embeds, cos_sin=cos_sin, targets=targets, loss_reduction="none")
-        loss.mean().backward()
+        weights = torch.full(targets.shape, 1 / targets.numel(), device=x.device)
+        model(inputs_embeds=embeds, cos_sin=cos_sin, targets=targets, row_weights=weights)[0].backward()
 
     def gistnet():
         build_table(controller.gist, embeds.clone().requires_grad_(), c.block_size).values.mean().backward()

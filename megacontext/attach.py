@@ -57,6 +57,7 @@ def observe(config, script, training, objective):
     """Send what MegaContext does, and all that is logged, to where MC_OTEL_ENDPOINT says; training.close() ends it."""
     if is_on(config):
         objective.telemetry = open_telemetry(script, training.tag, {"device": training.device.type})
+        objective.step = lambda: training.step
         training.log.others.append(objective.telemetry)
 
 

@@ -3,13 +3,15 @@ The sessions of a chat server's worker: one a conversation, a bounded number, no
 
 A conversation is known by a name that its client gives, or else by its tokens: it goes on with the session whose last
 prompt is how the new prompt begins. A session with a name serves that name only. What a prompt does not share with
-what the session holds is cut off before anything is read, so no session can tell of another conversation. The least
-recently used one makes room for a new one; its conversation is read again at its next turn, and nothing is lost.
+what the session holds is cut off before anything is read, so no session can tell of another conversation; where it
+looked stays, so that an answer without a name may depend a little on what others with the same beginning asked. The
+least recently used one makes room for a new one; its conversation is read again at its next turn, nothing is lost.
 
 A worker has one thread and so one job at a time: a session never serves two.
 """
 
 import threading
+import time
 from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ class Held:
     prompt: array = field(default_factory=lambda: array("i"))  # of the last job
     answer: list[int] = field(default_factory=list)  # to it
     state: dict | None = None  # the newest that was told
+    used: float = 0.0  # when it was taken last, by time.monotonic()
     num_tokens: int = 0
     num_bytes: int = 0
 
@@ -75,7 +78,7 @@ class ChatSessions:
                     self.evicted += 1
                 held = Held(conversation=job.conversation)
                 held.session = self.make_session(on_event=partial(self._on_event, held))
-            held.job, held.prompt, held.answer = job, prompt, job.ids
+            held.job, held.prompt, held.answer, held.used = job, prompt, job.ids, time.monotonic()
             self.held.append(held)
         return held
 
@@ -110,9 +113,10 @@ class ChatSessions:
     # -----------------------------------------------------------------------------------------------------
     # From any thread
 
-    def holds(self, job):
+    def last_used(self, conversation, prompt=()):
         with self.lock:
-            return self._find(array("i", job.prompt), job.conversation) is not None
+            held = self._find(array("i", prompt), conversation)
+            return held.used if held else 0.0
 
     def fits(self, num_tokens):
         finest = WorkingContext.finest(1, num_tokens, self.config.block_size)

@@ -90,7 +90,7 @@ class MCConfig:
                 what = f"{least} or more{', or -1' * derivable}"
                 _expect(field.name, value, value >= least or (derivable and value == -1), what)
         T, weight = self.allocator_sample_temperature, self.mc_lens_loss_weight
-        _expect("allocator_sample_temperature", T, 0 < T < math.inf, "a number above 0")
+        _expect("allocator_sample_temperature", T, 1e-6 <= T < math.inf, "a number of 1e-6 or more")
         _expect("mc_lens_loss_weight", weight, 0 <= weight < math.inf, "a number of 0 or more")
         for name in ("allocator_expand_threshold", "allocator_collapse_threshold"):
             _expect(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
@@ -125,6 +125,21 @@ class MCConfig:
         length = config.mc_train_wc_length
         _expect("mc_train_wc_length", length, length <= max_seq_len, f"at most max_seq_len, {max_seq_len}")
         return config
+
+    def check_session(self, max_seq_len: int):
+        """Raises UserError when a session of a model of this context length could not keep to the budget."""
+        K, levels, blocks = self.block_size, 0, max_seq_len // self.block_size
+        while blocks:
+            levels, blocks = levels + 1, blocks // K
+        recent, interval = self.allocator_recent_tokens, self.mc_infer_refocus_interval
+        least = recent + (K - 1) * (1 + levels) + interval
+        if self.allocator_soft_max < least:
+            raise UserError(
+                f"--allocator_soft_max: expected at least {least} entries to answer with: {recent} recent tokens, up "
+                f"to {K - 1} of an unfinished block, up to {K - 1} gists of each of {levels} levels, and {interval} "
+                f"tokens until the next refocus; got {self.allocator_soft_max}. Raise it, or lower "
+                f"--allocator_recent_tokens, --mc_infer_refocus_interval or --block_size"
+            )
 
     def _derive(self, **values):
         """These settings with the values given for those that are -1."""

@@ -16,7 +16,7 @@ from megacontext.attention import attention_to_blocks
 from megacontext.config import MCConfig
 from megacontext.focus import Focus
 from megacontext.networks import MCNetworks
-from megacontext.objective import beyond_place, lens_loss, mean_nll, pairs_of_variants, preference_agreement, tail_nll
+from megacontext.objective import beyond_place, lens_loss, pairs_of_variants, preference_agreement, tail_nll
 from megacontext.reading import positions, read
 from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
@@ -65,11 +65,13 @@ class MCController:
 
     def focus(self, table, context, budget, config=None):
         """The context after a refocus, as at inference, within the budget. config: other settings of the allocator."""
+        device = context.lod_map.device  # of the embeddings, too; what is planned is planned on the CPU
 
         def lens(context):
-            return self.score(table.materialize(context), context.entries(), context.num_tokens).cpu()
+            context = context.to(device)
+            return self.score(table.materialize(context), context.entries(), context.num_tokens).float().cpu()
 
-        return Focus(config or self.config, context.num_rows).refocus(context, lens, budget)
+        return Focus(config or self.config, context.num_rows).refocus(context.to("cpu"), lens, budget).to(device)
 
     def process_batch(self, x, y, progress, generator=None, session_ids=None) -> MCBatchResult:
         """
@@ -84,12 +86,12 @@ class MCController:
         table = build_table(self.gist, embeds, c.block_size)
         length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
         context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, generator, x.device)
+        self.networks.gistnet.mark_trained(int(context.lod_map.max()))
         lap("build_ms")
         cos_sin = positions(self.model, context.entries(), c.mc_positional)
         lap("positional_ms")
 
-        entries, inputs, _, targets, nll = read(self.model, table, context, y, c.mc_positional, cos_sin)
-        variant_loss = mean_nll(nll, targets).mean()
+        entries, inputs, _, targets, nll, variant_loss = read(self.model, table, context, y, c.mc_positional, cos_sin)
         base_loss = variant_loss.new_zeros(())
         if not c.mc_freeze_base:
             base_loss = self.model(inputs_embeds=embeds, targets=y)
@@ -110,7 +112,7 @@ class MCController:
             lap("lens_loss_ms")
             if V > 1:
                 pairs = pairs_of_variants(B, V, c.mc_max_counterfactuals, generator, x.device)
-                tail = tail_nll(nll.detach(), context.lengths(), recent)
+                tail = tail_nll(nll, context.lengths(), recent)
                 difference, agreement = preference_agreement(scores, context.lod_map, tail, pairs)
                 stats |= {
                     "mc/adv_delta_mean": difference.abs().mean(),
@@ -131,5 +133,5 @@ class MCController:
             here = (entries.lod == lod) & entries.valid
             stats[f"mc/lod_count/{lod}"] = here.sum() / context.num_rows
             scored = here & (targets >= 0)
-            stats[f"mc/lod_loss/{lod}"] = (nll.detach() * scored).sum() / scored.sum().clamp(min=1)
+            stats[f"mc/lod_loss/{lod}"] = (nll * scored).sum() / scored.sum().clamp(min=1)
         return stats

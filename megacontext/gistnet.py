@@ -73,11 +73,14 @@ class GistNet(nn.Module):
         mean = children.mean(dim=1)
         if self.type == "mean":
             return norm(mean)
-        if self.training:
-            self.trained_levels.clamp_(min=min(level, self.max_levels))
-        elif min(level, self.max_levels) > self.trained_levels:
+        if not self.training and min(level, self.max_levels) > self.trained_levels:
             return norm(mean)
         return norm(mean + self._correction(children, level))
+
+    def mark_trained(self, level: int):
+        """Gists of up to this level have been read in training: from now on they are more than means elsewhere too."""
+        if self.type != "mean":
+            self.trained_levels.clamp_(min=min(level, self.max_levels))
 
     def _correction(self, children, level):
         x = children + self.level_embed[min(level, self.max_levels) - 1]

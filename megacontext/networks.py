@@ -21,6 +21,7 @@ class MCNetworks(nn.Module):
     def __init__(self, n_embd: int, config: MCConfig):
         super().__init__()
         c = config
+        self.settings = {"block_size": c.block_size, "mc_positional": c.mc_positional}
         self.gistnet = GistNet(
             n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
         )
@@ -37,7 +38,13 @@ class MCNetworks(nn.Module):
             return self.lensnet(_at_least(dtype, x), *entries, num_tokens)
 
     def load(self, state: dict, settings: dict):
-        """Take over a checkpoint's weights. Raises UserError when they were made with settings of another shape."""
+        """Take over a checkpoint's weights. Raises UserError when they were made with settings they do not fit."""
+        for name in ("block_size", "mc_positional"):  # which no shape tells
+            if settings.get(name, self.settings[name]) != self.settings[name]:
+                raise UserError(
+                    f"--{name}: expected {settings[name]}, with which the checkpoint's MegaContext networks were made, "
+                    f"got {self.settings[name]}"
+                )
         try:
             self.load_state_dict(state)
         except RuntimeError as error:

@@ -8,12 +8,6 @@ import torch
 import torch.nn.functional as F
 
 
-def mean_nll(nll, targets):
-    """Mean over the targets that count (not −1) of losses nll, both [..., W]; 0 where there are none. → [...]"""
-    count = (targets >= 0).sum(-1)
-    return nll.sum(-1) / count.clamp(min=1)
-
-
 def tail_nll(nll, lengths, tail):
     """Mean losses [R] of the last `tail` entries of each row, nll [R, W] with lengths [R]."""
     index = lengths[:, None] - tail + torch.arange(tail, device=nll.device)

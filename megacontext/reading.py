@@ -13,13 +13,18 @@ from megacontext.working_context import Entries
 
 
 class Reading(NamedTuple):
-    """What went in, each [R, W, …], and nll [R, W], in nats: the loss of each entry's target, 0 where it has none."""
+    """
+    What went in, each [R, W, …], and nll [R, W], in nats: the loss of each entry's target, 0 where it has none.
+
+    Only `loss` has a gradient.
+    """
 
     entries: Entries
     inputs: torch.Tensor  # [R, W, D]
     cos_sin: tuple[torch.Tensor, torch.Tensor]
     targets: torch.Tensor  # −1 where nothing is to be predicted
     nll: torch.Tensor
+    loss: torch.Tensor  # to be minimized: the mean of nll over the targets of a row, over the rows
 
 
 def read(model, table, context, y, positional, cos_sin=None) -> Reading:
@@ -38,8 +43,10 @@ def read_inputs(model, inputs, context, y, positional, cos_sin=None) -> Reading:
     """The same with embeddings [R, W, D] of the entries that are given, and y [R, N]."""
     entries, targets = context.entries(), context.targets(y)
     cos_sin = positions(model, entries, positional) if cos_sin is None else cos_sin
-    nll = model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, loss_reduction="none")
-    return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets))
+    counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
+    weights = (1 / (counts * len(targets))).expand_as(targets)
+    loss, nll = model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, row_weights=weights)
+    return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets), loss)
 
 
 def positions(model, entries, positional):

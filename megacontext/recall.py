@@ -88,7 +88,8 @@ def recall_scores(controller, windows: Windows, open_blocks: int, seed=0) -> dic
     Names: POLICIES, "full" and "gists". The documents' windows are read together: pass as many as memory allows.
     """
     c, model = controller.config, controller.model
-    K, recent, (R, N) = c.block_size, c.allocator_recent_tokens, windows.x.shape
+    K, (R, N) = c.block_size, windows.x.shape
+    recent = max(c.allocator_recent_tokens, int(windows.answer.sum(1).max()))  # no gist stands for what is scored
     embeds = model.embed(windows.x)
     table = build_table(controller.gist, embeds, K)
     finest = WorkingContext.finest(R, N, K, windows.x.device)
@@ -154,11 +155,12 @@ def focus_by_length(controller, tokenizer, token_bytes, lengths, count, like, op
 
 
 def _answers(model, table, context, windows, positional):
-    cos_sin = positions(model, context.entries(), positional)
-    logits = model(inputs_embeds=table.materialize(context), cos_sin=cos_sin)  # [R, W, V]
-    longest = int(windows.answer.sum(1).max())
-    places = context.lengths()[:, None] - longest + torch.arange(longest, device=logits.device)
-    logits = logits.gather(1, places[..., None].expand(-1, -1, logits.size(-1)))
+    cos, sin = positions(model, context.entries(), positional)
+    x, longest, logits = table.materialize(context), int(windows.answer.sum(1).max()), []
+    for row, length in enumerate(context.lengths().tolist()):  # one at a time: a vocabulary for each token is much
+        part = slice(row, row + 1), slice(length)
+        logits.append(model(inputs_embeds=x[part], cos_sin=(cos[part], sin[part]))[:, -longest:])
+    logits = torch.cat(logits)
     y, answer = windows.y[:, -longest:], windows.answer[:, -longest:]
     nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none") * answer
     right = (logits.argmax(-1) == y) | ~answer

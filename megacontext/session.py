@@ -56,25 +56,12 @@ class MCSession:
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
         self.budget = config.allocator_soft_max
         self.room = self.budget - self.interval  # entries that a refocus may leave
-        self._check_budget(model.config.sequence_len)
+        config.check_session(model.config.sequence_len)
         self.decoder = decoder or Decoder(model)
         self.seed = seed
         self.closed = False
         self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
         self._reset()
-
-    def _check_budget(self, sequence_len):
-        K, levels, blocks = self.config.block_size, 0, sequence_len // self.config.block_size
-        while blocks:
-            levels, blocks = levels + 1, blocks // K
-        least = self.recent + (K - 1) * (1 + levels) + self.interval
-        if self.budget < least:
-            raise UserError(
-                f"--allocator_soft_max: expected at least {least} entries: {self.recent} recent tokens, up to {K - 1} "
-                f"of an unfinished block, up to {K - 1} gists of each of {levels} levels, and {self.interval} tokens "
-                f"until the next refocus; got {self.budget}. Raise it, or lower --allocator_recent_tokens or "
-                f"--mc_infer_refocus_interval"
-            )
 
     def _reset(self):
         self.tree = MegaContextTree(self._gist, self.config.block_size, STORES[self.config.mc_tree](), self._embed)
@@ -234,9 +221,6 @@ class MCSession:
         new = self.num_tokens + more - self._context.num_tokens
         return self._context.append(new) if new else self._context
 
-    def _on_device(self, context):
-        return WorkingContext(context.lod_map.to(self.device), context.num_tokens, context.block_size)
-
     def _adopt(self, context):
         """Go on with this context; the cache keeps the entries before the first that is another one."""
         if self._context is not None:
@@ -266,7 +250,7 @@ class MCSession:
         return self.networks.gist(children, level, self.dtype)
 
     def _scores(self, context):
-        context = self._on_device(context)
+        context = context.to(self.device)
         x = self.tree.materialize(context)
         return self.networks.score(x, context.entries(), context.num_tokens, self.dtype).float().cpu()
 
@@ -281,7 +265,7 @@ class MCSession:
 
     def _read(self, started=None):
         """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more a row."""
-        context = self._on_device(self._context_now())
+        context = self._context_now().to(self.device)
         entries, x = context.entries(), self.tree.materialize(context)
         cos_sin = entry_cos_sin(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
         logits, read = [], 0

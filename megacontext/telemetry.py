@@ -12,11 +12,13 @@ counts, times and names. The tables below are all that is told; documentation, d
 """
 
 import atexit
+import contextlib
 import json
 import math
 import os
 import re
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -224,7 +226,7 @@ class JSONLines(Telemetry):
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
         except OSError as error:
             raise UserError(f"MC_OTEL_ENDPOINT: cannot write to {path} ({error.strerror})") from error
-        self.head = head
+        self.head, self.path = head, path
 
     def _event(self, name, attributes, seconds):
         self._write({"event": name, "seconds": seconds, **attributes})
@@ -233,10 +235,19 @@ class JSONLines(Telemetry):
         self._write({"metrics": record})
 
     def _write(self, record):
-        self.file.write(json.dumps({"time": time.time(), **self.head, **record}) + "\n")
+        if self.file is None:
+            return
+        try:
+            self.file.write(json.dumps({"time": time.time(), **self.head, **record}) + "\n")
+        except OSError as error:  # a full disk, most likely: the run goes on without
+            warnings.warn(f"MC_OTEL_ENDPOINT: no more telemetry, {self.path}: {error.strerror}", stacklevel=2)
+            self.close()
 
     def close(self):
-        self.file.close()
+        file, self.file = self.file, None
+        if file:
+            with contextlib.suppress(OSError):  # what could not be written before cannot be flushed now
+                file.close()
 
 
 def open_telemetry(service: str, run: str, attributes: dict | None = None) -> Telemetry:

@@ -4,6 +4,7 @@ MegaContext in a training script: what --mc puts in the place of the plain loss.
 Shapes: B sequences of T tokens, W entries of a working context.
 """
 
+import itertools
 import math
 import time
 
@@ -31,7 +32,7 @@ class MCObjective:
     def __init__(self, model, networks: MCNetworks, config: MCConfig, dtype):
         self.controller = MCController(model, networks, config, dtype)
         self.networks, self.config = networks, config
-        self.telemetry = Telemetry()  # goes nowhere, see attach.observe
+        self.telemetry, self.step = Telemetry(), lambda: None  # goes nowhere, see attach.observe
         if isinstance(model, torch._dynamo.OptimizedModule):
             torch._dynamo.config.recompile_limit = 64  # each stage of the variants' length is a shape of its own
 
@@ -45,16 +46,26 @@ class MCObjective:
 
     def _tell(self, T, result, milliseconds):
         """What this micro-batch was, as spans; numbers on the device are left there."""
-        K, W = self.config.block_size, result.positional_cache[0].size(1)
-        nodes = {f"nodes/{lod}": T // K**lod for lod in range(int(math.log(T, K)) + 1)}
-        self.telemetry.event("mc_tree_snapshot", {"num_tokens": T, **nodes})
-        self.telemetry.event("working_context_snapshot", {"entries": W, "budget": self.config.allocator_soft_max})
-        self.telemetry.event("mc_timing", {**result.timings, "milliseconds": milliseconds})
+        K, W, step = self.config.block_size, result.positional_cache[0].size(1), {"step": self.step()}
+        nodes = {f"nodes/{lod}": T // K**lod for lod in itertools.takewhile(lambda lod: K**lod <= T, itertools.count())}
+        self.telemetry.event("mc_tree_snapshot", {**step, "num_tokens": T, **nodes})
+        budget = self.config.allocator_soft_max
+        self.telemetry.event("working_context_snapshot", {**step, "entries": W, "budget": budget})
+        self.telemetry.event("mc_timing", {**step, **result.timings, "milliseconds": milliseconds})
 
     def work(self, progress, T) -> float:
-        """Tokens and entries that the model reads for one token of training text: what FLOPs are multiplied by."""
-        own = 0 if self.config.mc_freeze_base else 1
-        return own + variant_tokens(self.config, progress, T) / T
+        """
+        What the model's FLOPs for one token of training text are multiplied by: itself and the variants, a third for
+        the forward pass that tells where it looks, and the two networks, of 6 FLOPs a parameter and input.
+        """
+        c, nets, variants = self.config, self.networks, variant_tokens(self.config, progress, T) / T
+        inputs = {nets.gistnet: c.block_size / (c.block_size - 1)}
+        looks = 0
+        if c.mc_lens_loss_weight > 0:
+            looks, inputs[nets.lensnet] = 1 / 3, variants
+        params = sum(n * sum(p.numel() for p in net.parameters()) for net, n in inputs.items())
+        own = 0 if c.mc_freeze_base else 1
+        return own + variants + looks + 6 * params / self.controller.model.flops_per_token()
 
     @torch.no_grad()
     def validate(self, batches, steps, token_bytes) -> dict:

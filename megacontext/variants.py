@@ -10,7 +10,7 @@ from megacontext.working_context import WorkingContext
 
 START_SHARE = 0.8  # of the tokens, the entries of the first variants
 STAGES = 8
-COARSE_SHARE = 0.25  # of what has to be saved, at most, is saved by nodes above LOD 1
+COARSE_SHARE = 0.25  # of what has to be saved is saved by nodes above LOD 1, at most
 
 
 def target_length(progress, num_tokens, block_size, final_length, start_share=START_SHARE) -> int:
@@ -29,11 +29,11 @@ def target_length(progress, num_tokens, block_size, final_length, start_share=ST
 
 def random_variants(rows, num_tokens, block_size, length, recent_tokens, generator=None, device=None):
     """
-    A WorkingContext of `rows` rows, each of `length` entries (see target_length; or the next smaller possible
-    number); the last recent_tokens tokens stay LOD 0.
+    A WorkingContext of `rows` rows, each of `length` entries (see target_length), or of the fewest that collapsing
+    blocks can reach; the last recent_tokens tokens stay LOD 0.
 
     First nodes of the coarse levels collapse, highest level first, in a random order and as long as they save at
-    most COARSE_SHARE of what has to be saved; then blocks.
+    most COARSE_SHARE of what has to be saved, or one, by that chance, where one saves more; then blocks.
     """
     K = block_size
     context = WorkingContext.finest(rows, num_tokens, K, device)
@@ -49,7 +49,11 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
         free = lod_map[:, : nodes * size].unflatten(1, (nodes, size)).amax(2) == 0
         order = torch.rand(rows, nodes, generator=generator, device=device).masked_fill(~free, 2.0).argsort(1)
         saved = K**lod - 1  # by a node
-        wanted = -(-excess // saved) if lod == 1 else (COARSE_SHARE * excess).long() // saved
+        if lod == 1:
+            wanted = -(-excess // saved)
+        else:
+            one = torch.rand(rows, generator=generator, device=device) < COARSE_SHARE
+            wanted = torch.maximum((COARSE_SHARE * excess).long() // saved, (one & (excess >= saved)).long())
         count = torch.minimum(wanted, free.sum(1))
         rank = order.argsort(1)  # of each node in the random order; the taken ones come last
         chosen = rank < count[:, None]

@@ -90,6 +90,11 @@ class WorkingContext:
     # -----------------------------------------------------------------------------------------------------
     # Reading it
 
+    def to(self, device) -> "WorkingContext":
+        if self.lod_map.device == torch.device(device):
+            return self
+        return WorkingContext(self.lod_map.to(device), self.num_tokens, self.block_size)
+
     @property
     def num_rows(self) -> int:
         return self.lod_map.size(0)

@@ -22,66 +22,84 @@ def softcap(logits, cap):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of the rows' losses; the gradients of x [N, D] and weight are made during the forward pass."""
+    """
+    (sum of the rows' losses, each times its row_weights [N] if there are any; the losses [N], for the log alone).
+
+    The gradients of x [N, D] and weight are made during the forward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, cap, dtype):
+    def forward(ctx, x, weight, targets, vocab_size, cap, dtype, row_weights=None):
         block = max(1, BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_GPU) // vocab_size)
         w = weight[:vocab_size].to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
+        counts = (targets >= 0).float()  # 0 for rows without a target
+        scale = counts if row_weights is None else counts * row_weights
+        losses = torch.empty_like(counts)
         grad_x = torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
-        for x_b, t_b, grad_x_b in zip(x.split(block), targets.split(block), grad_x.split(block), strict=True):
+        parts = (x, targets, grad_x, counts, scale, losses)
+        for x_b, t_b, grad_x_b, counts_b, scale_b, losses_b in zip(*(t.split(block) for t in parts), strict=True):
             x_b = x_b.to(dtype)
-            counts = (t_b >= 0).float()[:, None]  # 0 for rows without a target
+            scale_b = scale_b[:, None]
             index = t_b.clamp(min=0)[:, None]
             unit = (x_b @ w.T).float().div_(cap).tanh_()  # logit z = cap·unit
             # |z| < cap, so that exp(z) cannot overflow: no pass for the maximum is needed
             p = (unit * cap).exp_()
             normalizer = p.sum(dim=-1, keepdim=True)
-            total += ((normalizer.log() - cap * unit.gather(1, index)) * counts).sum()
+            loss = normalizer.log() - cap * unit.gather(1, index)
+            total += (loss * scale_b).sum()
+            torch.mul(loss[:, 0], counts_b, out=losses_b)
             # d loss/d z = softmax(z) − onehot(target), and d z/d (x·w) = 1 − tanh²
-            p.mul_(counts / normalizer).scatter_add_(1, index, -counts)
+            p.mul_(scale_b / normalizer).scatter_add_(1, index, -scale_b)
             grad = p.addcmul_(p, unit.square_(), value=-1.0).to(dtype)
             grad_x_b.copy_(grad @ w)
             grad_w[:vocab_size] += grad.T @ x_b
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, _):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_output, (grad_w * grad_output).to(ctx.weight_dtype), None, None, None, None
+        return grad_x * grad_output, (grad_w * grad_output).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _row_losses(x, weight, targets, vocab_size, cap):
-    """The plain way, [N]: for evaluation (a block at a time) and for losses that are weighted row by row."""
+    """The plain way, [N]: for evaluation (a block at a time) and for losses of which each is to be derived."""
     logits = softcap(F.linear(x, weight)[:, :vocab_size], cap)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
 
-def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean"):
+def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean", row_weights=None):
     """
     Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap) against targets.
 
     x [B, T, D], weight [≥ vocab_size, D], targets [B, T] with −1 where nothing is to be predicted.
-    reduction: "mean" over the targets that count (0 if there are none), "sum", or "none" ([B·T]).
+    reduction: "mean" over the targets that count (0 if there are none), "sum", or "none" ([B·T]). With row_weights
+    [B, T], whatever the reduction: (the sum of the losses times their weights, the losses [B·T] without a gradient).
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
     device_type = x.device.type
-    if reduction != "none" and torch.is_grad_enabled():
+    if row_weights is not None:
+        row_weights = row_weights.reshape(-1)
+    if torch.is_grad_enabled() and (reduction != "none" or row_weights is not None):
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-        loss = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype)
+        loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights)
+        if row_weights is not None:
+            return loss, losses
     elif torch.is_grad_enabled():
         return _row_losses(x, weight, targets, vocab_size, cap)
     else:
         block = max(1, BLOCK_ELEMENTS.get(device_type, BLOCK_ELEMENTS_GPU) // vocab_size)
         pairs = zip(x.split(block), targets.split(block), strict=True)
         loss = torch.cat([_row_losses(x_b, weight, t_b, vocab_size, cap) for x_b, t_b in pairs])
+        if row_weights is not None:
+            return (loss * row_weights).sum(), loss
         if reduction == "none":
             return loss
         loss = loss.sum()

@@ -211,7 +211,9 @@ class GPT(nn.Module):
 
     def embed(self, idx):
         """Normalized token embeddings [B, T, D] of idx [B, T]: the space in which `inputs_embeds` lives."""
-        return norm(self.transformer.wte(idx))
+        x = norm(self.transformer.wte(idx))
+        # The table is bf16 on GPUs. Autocast fits the matrices to that; without it, they are what all else must fit to
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lm_head.weight.dtype)
 
     def forward(
         self,
@@ -222,6 +224,7 @@ class GPT(nn.Module):
         *,
         inputs_embeds=None,
         cos_sin=None,
+        row_weights=None,
     ):
         """
         Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.
@@ -229,6 +232,7 @@ class GPT(nn.Module):
         idx [B, T] token ids, or inputs_embeds [B, T, D] as `embed` makes them (exactly one of the two).
         targets [B, T] with −1 where nothing is to be predicted. loss_reduction "mean" (over the targets
         that count; 0 if there are none), "sum", or "none" ([B·T], 0 where nothing is predicted).
+        row_weights [B, T]: instead, (sum of the losses times these, the losses [B·T] without a gradient).
         cos_sin: a (cos, sin) pair, each [B or 1, T, 1, d/2], instead of positions past, past + 1, ….
         """
         if (idx is None) == (inputs_embeds is None):
@@ -254,7 +258,7 @@ class GPT(nn.Module):
 
         V = self.config.vocab_size
         if targets is not None:
-            return softcap_cross_entropy(x, self.lm_head.weight, targets, V, LOGIT_SOFTCAP, loss_reduction)
+            return softcap_cross_entropy(x, self.lm_head.weight, targets, V, LOGIT_SOFTCAP, loss_reduction, row_weights)
         logits = self.lm_head(x)[..., :V].float()
         return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
 

@@ -157,6 +157,8 @@ def main(config: Config):
 
     tag = config.model_tag or f"d{config.depth}"
     companion, make_objective = attach(config, model_config, device)
+    if config.mc and config.sample_every > 0:
+        config.megacontext.resolve(T).check_session(T)  # now, not when the first samples are due
     training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations, companion)
     if training.finished:
         compute_cleanup()
@@ -211,12 +213,12 @@ def main(config: Config):
                 model.train()
             say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
             log(**training.totals(), core_metric=core_results["core_metric"])
+        if last or (step > 0 and training.due(config.save_every, last)):
+            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, **meta_of(config, T))
         if step > 0 and rank == 0 and training.due(config.sample_every, last):
             with autocast(device, dtype), generating(config, training) as make_session:
                 for text in sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session):
                     say(f"  {text!r}")
-        if last or (step > 0 and training.due(config.save_every, last)):
-            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, **meta_of(config, T))
         if last:
             break
 

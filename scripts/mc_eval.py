@@ -180,6 +180,16 @@ def main(config: Config):
         print0(table(title, rows))
         return rows
 
+    like = recall_sizes() if config.recall > 0 else None
+    lengths = numbers("recall_lengths", config.recall_lengths) if config.recall_lengths else [T // 2, T, 2 * T, 4 * T]
+    shortest, longest = mc.allocator_recent_tokens + 2 * mc.block_size, model.max_seq_len
+    lengths = [length for length in lengths if shortest <= length <= longest]
+    if like and not lengths:
+        raise UserError(f"--recall_lengths: expected lengths from {shortest} to {longest}, got {config.recall_lengths}")
+    if like and config.open_blocks < 1:
+        raise UserError(f"--open_blocks: expected 1 or more, got {config.open_blocks}")
+    if config.stream_tokens > 0:
+        mc.check_session(T)
     figures = {
         "by_ratio": measured("By compression of the history", lambda e: e.by_ratio(ratios)),
         "by_distance": measured("By distance of what is compressed (tokens ago)", Evaluator.by_distance),
@@ -188,18 +198,13 @@ def main(config: Config):
     if config.probe_steps > 0:
         figures["reconstruction"] = reconstruction(config, model, tokenizer, controller, dtype, T)
         print0(table("Tokens of a block read back from its gist", figures["reconstruction"]))
-    like = recall_sizes() if config.recall > 0 else None
     if like:
-        lengths = (
-            numbers("recall_lengths", config.recall_lengths) if config.recall_lengths else [T // 2, T, 2 * T, 4 * T]
-        )
-        shortest, longest = mc.allocator_recent_tokens + 2 * mc.block_size, model.max_seq_len
         with autocast(device, dtype):
             figures["focus"] = focus_by_length(
                 controller,
                 tokenizer,
                 get_token_bytes(device),
-                [length for length in lengths if shortest <= length <= longest],
+                lengths,
                 config.recall,
                 like,
                 config.open_blocks,

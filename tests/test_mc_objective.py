@@ -11,7 +11,6 @@ from megacontext.objective import (
     beyond_place,
     lens_loss,
     lens_targets,
-    mean_nll,
     pairs_of_variants,
     preference_agreement,
     tail_nll,
@@ -22,10 +21,7 @@ from nanochat.muon import Muon
 from tests.test_mc_training import RECENT, K, T, tokens
 
 
-def test_mean_and_tail():
-    nll = torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
-    targets = torch.tensor([[5, -1, 6], [-1, -1, -1]])
-    assert mean_nll(nll, targets).tolist() == [2.0, 0.0]
+def test_tail():
     rows = torch.arange(10.0).view(2, 5)
     assert tail_nll(rows, torch.tensor([5, 3]), 2).tolist() == [3.5, 6.5]
 

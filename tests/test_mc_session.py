@@ -327,7 +327,7 @@ def test_a_stream_that_outgrows_the_smallest_context_ends(model):
 def test_a_budget_that_is_too_small_is_refused(model):
     with pytest.raises(UserError, match="--allocator_soft_max: expected at least 26 .* got 25"):
         session_of(model, allocator_soft_max=25)
-    with pytest.raises(UserError, match="lower --allocator_recent_tokens or --mc_infer_refocus_interval"):
+    with pytest.raises(UserError, match="lower --allocator_recent_tokens, --mc_infer_refocus_interval or --block_size"):
         session_of(model, mc_infer_refocus_interval=64)
 
 

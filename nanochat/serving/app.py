@@ -82,11 +82,11 @@ class Service:
         """What becomes of a job: a Piece, Done or Failed, or None when nothing has happened for a while."""
         return await next_or_none(job.events, self.ping_seconds)
 
-    def sessions(self):
-        """The Sessions of all workers. ApiError (404) where none are kept."""
+    def sessions_of(self, conversation):
+        """The Sessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
         if not self.pool.sessions:
             raise ApiError(404, "this server keeps no sessions: it runs without --mc")
-        return self.pool.sessions
+        return max(self.pool.sessions, key=lambda sessions: sessions.last_used(conversation))
 
     def model(self):
         """The ServedModel. ApiError (503) while there is none."""
@@ -234,14 +234,12 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
 
     @app.post("/focus")
     async def focus(body: schema.FocusRequest):
-        found = (sessions.focus(body.conversation) for sessions in service.sessions())
-        return {"focus": next((state for state in found if state), None)}
+        return {"focus": service.sessions_of(body.conversation).focus(body.conversation)}
 
     @app.post("/focus/text")
     async def focus_text(body: schema.TextRequest):
         end = min(body.end, body.start + schema.SHOWN_TOKENS)
-        found = (sessions.tokens(body.conversation, body.start, end) for sessions in service.sessions())
-        ids = next((ids for ids in found if ids is not None), None)
+        ids = service.sessions_of(body.conversation).tokens(body.conversation, body.start, end)
         return {"text": None if ids is None else readable(pool.tokenizer, ids)}
 
     rendering = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too

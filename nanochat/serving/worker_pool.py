@@ -52,8 +52,8 @@ class Sessions(Protocol):
     def serve(self, job: Job) -> AbstractContextManager:
         """The session that the Engine answers this job with; it is the job's until the end of the `with`."""
 
-    def holds(self, job: Job) -> bool:
-        """Whether the conversation that this job goes on with is here."""
+    def last_used(self, conversation: str | None, prompt: list[int] = ()) -> float:
+        """When what this conversation, or this prompt, goes on with was used, by time.monotonic(); 0.0 if never."""
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a session can hold so many tokens."""
@@ -194,7 +194,8 @@ class WorkerPool:
     def submit(self, job):
         """Queue a job. Raises Unavailable."""
         homes = self.workers if len(self.workers) > 1 else []
-        job.home = next((w for w in homes if w.sessions and w.sessions.holds(job)), None)
+        used = {w: w.sessions.last_used(job.conversation, job.prompt) for w in homes if w.sessions}
+        job.home = max((w for w in used if used[w]), key=used.get, default=None)
         with self.changed:
             self._check_open()
             self.totals["requests"] += 1
@@ -294,4 +295,7 @@ class WorkerPool:
             if not unheard:
                 job.emit(event)
             if self.on_end:
-                self.on_end(job, reason or outcome)
+                try:
+                    self.on_end(job, reason or outcome)
+                except Exception:  # whoever counts answers must not end them
+                    logger.exception("what happens after an answer failed")
