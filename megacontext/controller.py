@@ -86,7 +86,8 @@ class MCController:
         table = build_table(self.gist, embeds, c.block_size)
         length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
         context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, generator, x.device)
-        self.networks.gistnet.mark_trained(int(context.lod_map.max()))
+        top = int(context.lod_map.max())
+        self.networks.gistnet.mark_trained(top)
         lap("build_ms")
         cos_sin = positions(self.model, context.entries(), c.mc_positional)
         lap("positional_ms")
@@ -97,7 +98,7 @@ class MCController:
             base_loss = self.model(inputs_embeds=embeds, targets=y)
         loss = base_loss + variant_loss
         stats = {"mc/token_loss": variant_loss, "mc/base_loss": base_loss, "mc/variants_total": B * V}
-        stats |= self._lod_stats(context, entries, nll, targets)
+        stats |= self._lod_stats(context, top, entries, nll, targets)
 
         old = context.old_blocks(c.allocator_recent_tokens)
         if c.mc_lens_loss_weight > 0 and old > 0:
@@ -126,10 +127,10 @@ class MCController:
         return MCBatchResult(loss, stats, embeds, cos_sin, caches, lap.times)
 
     @staticmethod
-    def _lod_stats(context, entries, nll, targets):
-        """Entries a row of each level, and the loss of what follows a token (LOD 0) or a gist of each level."""
+    def _lod_stats(context, top, entries, nll, targets):
+        """Entries a row of each level up to top, and the loss of what follows a token (LOD 0) or a gist of each level."""
         stats = {}
-        for lod in range(int(context.lod_map.max()) + 1):
+        for lod in range(top + 1):
             here = (entries.lod == lod) & entries.valid
             stats[f"mc/lod_count/{lod}"] = here.sum() / context.num_rows
             scored = here & (targets >= 0)

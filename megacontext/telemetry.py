@@ -79,6 +79,8 @@ EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod
         "gen_ai.response.finish_reasons": "stop, length, cancelled or error",
         "gen_ai.conversation.compacted": "whether MegaContext stood in for older tokens",
         "error.type": "what failed, if something did",
+        "gen_ai.input.messages": "the prompt as the model reads it; only if asked for",
+        "gen_ai.output.messages": "the answer; only if asked for",
     },
 }
 

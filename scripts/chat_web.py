@@ -20,7 +20,9 @@ GET /health, /stats, /config
 SIGTERM and Ctrl-C let running answers finish first.
 """
 
+import json
 import logging
+import os
 import resource
 import threading
 import time
@@ -45,6 +47,7 @@ from nanochat.serving.transport import Server, open_socket
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
 
 MAX_OPEN_FILES = 65536
+CAPTURE_TEXT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"  # OpenTelemetry's name for it
 
 
 @dataclass
@@ -174,7 +177,7 @@ def describe(config, pool, limits, port):
 
 
 def chat_attributes(job, outcome, model) -> dict:
-    """What a span tells of a request: counts and settings, never text."""
+    """What a span tells of a request: counts and settings, no text."""
     return {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "nanochat",
@@ -191,6 +194,18 @@ def chat_attributes(job, outcome, model) -> dict:
     }
 
 
+def chat_text(job, tokenizer) -> dict:
+    """What was said, for a span, in the form of OpenTelemetry's conventions."""
+
+    def message(role, ids):
+        return json.dumps([{"role": role, "parts": [{"type": "text", "content": tokenizer.decode(ids)}]}])
+
+    return {
+        "gen_ai.input.messages": message("user", job.prompt),
+        "gen_ai.output.messages": message("assistant", job.ids),
+    }
+
+
 def main(config: Config):
     check(config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -201,8 +216,13 @@ def main(config: Config):
     limits = limits_of(config)
     telemetry = open_telemetry("chat_web", f"{config.source}_{config.model_tag or 'largest'}")
 
+    with_text = os.environ.get(CAPTURE_TEXT, "").lower() in ("1", "true", "yes")
+
     def on_end(job, outcome):
-        telemetry.event("chat", chat_attributes(job, outcome, pool.model.id), time.monotonic() - job.created)
+        attributes = chat_attributes(job, outcome, pool.model.id) | (
+            chat_text(job, pool.tokenizer) if with_text else {}
+        )
+        telemetry.event("chat", attributes, time.monotonic() - job.created)
 
     pool = WorkerPool(config.queue_size, on_end)
     app = create_app(pool, limits, Defaults(config.temperature, config.top_k, config.max_tokens))

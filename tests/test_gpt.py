@@ -206,6 +206,39 @@ def test_cross_entropy_and_gradients(reduction, block, monkeypatch):
         torch.testing.assert_close(softcap_cross_entropy(x, weight, targets, 50, 15.0, reduction), losses[0])
 
 
+@pytest.mark.parametrize("block", [1, 100, 2**20])
+def test_cross_entropy_with_weights_of_rows(block, monkeypatch):
+    monkeypatch.setitem(softcap_cross_entropy.__globals__["BLOCK_ELEMENTS"], "cpu", block)
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 16, requires_grad=True)
+    weight = torch.randn(64, 16, requires_grad=True)
+    targets, row_weights = torch.randint(0, 50, (3, 7)), torch.rand(3, 7)
+    targets[0, :4] = -1
+    expected = reference_loss(x, weight, targets, 50, 15.0, "none")
+    weighted = (expected * row_weights.flatten()).sum()
+    (weighted * 3).backward()
+    gradients = [x.grad, weight.grad]
+    x.grad = weight.grad = None
+    loss, losses = softcap_cross_entropy(x, weight, targets, 50, 15.0, row_weights=row_weights)
+    (loss * 3).backward()
+    assert not losses.requires_grad
+    for got, wanted in zip((loss, losses, x.grad, weight.grad), (weighted, expected, *gradients), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        again = softcap_cross_entropy(x, weight, targets, 50, 15.0, row_weights=row_weights)
+    torch.testing.assert_close(again, (weighted.detach(), expected.detach()))
+
+
+def test_a_bf16_table_without_autocast():
+    """As on a GPU with --dtype=fp32: everything after the lookup is float32."""
+    model = make_model()
+    model.transformer.wte.bfloat16()
+    ids = torch.randint(0, 70, (2, 5))
+    assert model(ids, ids).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.embed(ids).dtype == torch.bfloat16
+
+
 def test_nothing_to_predict_is_loss_zero():
     model = make_model()
     ids = torch.randint(0, 70, (2, 5))

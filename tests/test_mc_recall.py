@@ -54,6 +54,15 @@ def test_windows_end_with_an_answer_whose_fact_they_hold(tools, N):
     assert torch.equal(again.x, windows.x)
 
 
+def test_without_recent_tokens(tools):
+    """What is scored is never in a gist."""
+    tokenizer, token_bytes, controller = tools
+    config = MCConfig(block_size=K, allocator_recent_tokens=0).resolve(256)
+    bare = MCController(controller.model, controller.networks, config)
+    scores = recall_scores(bare, recall_windows(tokenizer, token_bytes, 120, 0, 4, LIKE), 2)
+    assert all(nll.isfinite().all() for _, nll in scores.values())
+
+
 def test_too_long_windows_are_told(tools):
     tokenizer, token_bytes, _ = tools
     with pytest.raises(UserError, match="of 4 windows of 120 tokens"):

@@ -130,6 +130,14 @@ def test_stages_go_on_with_the_networks(trained):
     assert load_networks("sft", meta, "cpu")[1].block_size == 4
     with pytest.raises(UserError, match="do not fit"):
         train(mid_train, *mid, *MC, "--gistnet_layers=4", "--resume=0")
+    with pytest.raises(UserError, match="--block_size: expected 4, .* got 8"):
+        train(mid_train, *mid, *MC, "--block_size=8", "--resume=0")
+
+
+def test_a_budget_too_small_to_sample_is_told_before_training(trained):
+    with pytest.raises(UserError, match="--allocator_soft_max: expected at least"):
+        train(base_train, *BASE, *MC, "--model_tag=small", "--sample_every=1", "--mc_infer_refocus_interval=60")
+    assert not (trained / "base_checkpoints" / "small").exists()
 
 
 def test_attached_to_a_frozen_model(trained):

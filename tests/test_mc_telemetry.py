@@ -26,7 +26,7 @@ from nanochat.common import UserError
 from nanochat.loop import RunLog
 from nanochat.serving.job import Done, Job, Piece
 from nanochat.serving.worker_pool import WorkerPool
-from scripts.chat_web import chat_attributes
+from scripts.chat_web import chat_attributes, chat_text
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"step": 3, "build_ms": 1.5, "positional_ms": 0.25, "lens_forward_ms": 2.0, "lens_loss_ms": 0.5}
@@ -161,6 +161,15 @@ def test_json_lines(tmp_path, opened):
         opened("file:/proc/none/x")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full, of Linux")
+def test_a_full_disk_is_told_once(opened):
+    telemetry = opened("file:/dev/full")
+    with pytest.warns(UserWarning, match="no more telemetry, /dev/full: No space left"):
+        telemetry.event("mc_timing", TIMING)
+    telemetry.event("mc_timing", TIMING)
+    telemetry.metrics({"step": 1})
+
+
 def test_a_log_is_handed_on(tmp_path, base_dir, opened):
     log = RunLog("base_d1", "dummy", {}, resumed=False)
     log.others.append(opened(f"file:{tmp_path / 'e.jsonl'}"))
@@ -242,6 +251,17 @@ def test_a_collector_gets_spans_and_metrics(protocol, collector, opened, caplog)
     assert "Description: entries of a level in a working context" in log
     assert "train.mfu" not in log
     assert not warnings(caplog)
+
+
+def test_text_of_a_chat_is_told_if_asked_for(tokenizer):
+    async def job():
+        return Job(tokenizer.encode("my secret"), 9, 1.0, 7, 1, ids=tokenizer.encode('Tell "nobody".'))
+
+    told = chat_text(asyncio.run(job()), tokenizer)
+    assert told.keys() <= EVENTS["chat"].keys()
+    (asked,), (answer,) = (json.loads(text) for text in told.values())
+    assert (asked["role"], asked["parts"]) == ("user", [{"type": "text", "content": "my secret"}])
+    assert (answer["role"], answer["parts"]) == ("assistant", [{"type": "text", "content": 'Tell "nobody".'}])
 
 
 def test_a_chat_request_becomes_a_span(tokenizer, collector, opened):

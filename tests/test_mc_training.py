@@ -80,6 +80,22 @@ def test_variants_differ_and_use_every_level():
     assert torch.equal(context.lod_map, again.lod_map)
 
 
+def test_a_level_of_one_node_is_used_too():
+    """At 2,048 tokens in blocks of 32 a node of LOD 2 saves more than the share that is meant for it."""
+    context = random_variants(200, 2048, 32, 420, 128, torch.Generator().manual_seed(0))
+    share = (context.lod_map == 2).any(1).float().mean()
+    assert 0.15 < share < 0.35
+    assert set(context.lengths().tolist()) == {target_length(1, 2048, 32, 420)}
+
+
+def test_only_levels_that_were_read_count_as_trained():
+    """64 tokens in blocks of 4 make three levels; these variants have no node of the third."""
+    model = make_model()
+    controller = make_controller(model)
+    controller.process_batch(*tokens(), 1.0, torch.Generator().manual_seed(0))
+    assert controller.networks.gistnet.trained_levels == 2
+
+
 def test_lengths_go_down_in_few_steps():
     lengths = [target_length(p / 100, 256, 8, 40) for p in range(101)]
     assert lengths == sorted(lengths, reverse=True)
@@ -224,6 +240,18 @@ def test_options_change_what_they_should():
     assert stats(allocator_recent_tokens=16)["mc/lod_count/0"] != plain["mc/lod_count/0"]
     assert stats(mc_lens_loss_weight=2.0)["loss"] != plain["loss"]
     assert stats(mc_freeze_base=True)["mc/base_loss"] == 0
+
+
+def test_flops_count_all_that_runs():
+    def work(**options):
+        controller = make_controller(make_model(), **options)
+        objective = MCObjective(controller.model, controller.networks, controller.config, torch.float32)
+        return objective.work(1.0, T)
+
+    variants = variant_tokens(make_controller(make_model()).config, 1.0, T) / T
+    assert work(mc_lens_loss_weight=0.0) > 1 + variants
+    assert work() > 1 + variants + 1 / 3
+    assert work() - work(mc_freeze_base=True) == pytest.approx(1)
 
 
 def test_auto_batch():

@@ -258,6 +258,26 @@ def test_two_workers(serve):
     assert len(server.made) == before, "one at a time, each finds its worker"
 
 
+def test_the_worker_that_answered_last_is_asked(serve):
+    """While its worker is busy a conversation is taken by the other one; the first then holds an older state of it."""
+    server = serve(workers=2)
+    chat = Chat(server)
+    chat.say(chat.fact(0))
+    home = next(sessions for sessions in server.sessions if sessions.held)
+    home.last_used, last_used = lambda *_: 0.0, home.last_used  # nobody knows that it is there, as if it were busy
+    for turn in range(1, 50):
+        chat.say(chat.fact(turn))
+        if all(sessions.held for sessions in server.sessions):
+            break
+    home.last_used = last_used
+    (other,) = (sessions for sessions in server.sessions if sessions is not home)
+    newest = max(server.sessions, key=lambda sessions: sessions.held[0].num_tokens)
+    assert newest is other
+    focus = server.client.post("/focus", json={"conversation": name(0)}).json()["focus"]
+    assert focus == chat.states[-1]
+    assert focus["num_tokens"] == other.held[0].num_tokens
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What may go wrong
 
