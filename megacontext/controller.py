@@ -128,7 +128,7 @@ class MCController:
 
     @staticmethod
     def _lod_stats(context, top, entries, nll, targets):
-        """Entries a row of each level up to top, and the loss of what follows a token (LOD 0) or a gist of each level."""
+        """Entries a row of each level up to top, and the loss of what follows a token (LOD 0) or a gist of it."""
         stats = {}
         for lod in range(top + 1):
             here = (entries.lod == lod) & entries.valid
