@@ -188,13 +188,15 @@ install_sandbox() {
 }
 
 chat_hint() {
+    local mc=""
+    [ "$MC" = 0 ] || mc=" --mc"
     cat <<TXT
 
 Talk to the model:
   source .venv/bin/activate
   export NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR"
-  python -m scripts.chat_web -g $1      # in the browser
-  python -m scripts.chat_cli -g $1      # in the terminal
+  python -m scripts.chat_web -g $1$mc      # in the browser
+  python -m scripts.chat_cli -g $1$mc      # in the terminal
 TXT
 }
 

@@ -71,7 +71,7 @@ class _Row:
         self.K = context.block_size
         self.lod = context.lod_map[0].cpu().clone()
         # In float64 the mean of many equal float32 values is exactly that value
-        self.value = context.per_block(scores[None].float())[0].cpu().double()
+        self.value = context.per_block(scores[None].double())[0].cpu()
         self.resting = torch.zeros_like(self.lod, dtype=torch.bool) if resting is None else resting.cpu().clone()
         self.old_blocks = context.old_blocks(recent_tokens)
         self.edits: list[Edit] = []

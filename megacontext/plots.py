@@ -36,7 +36,7 @@ def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
     levels.set_xticks(range(len(by_level)), [f"LOD {row['level']}" for row in by_level])
     for axes in (ratios, distances, levels):
         tidy(axes)
-        axes.legend(fontsize=7.5)
+        axes.legend(fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: lines go anywhere
     return png(figure)
 
 

@@ -44,14 +44,14 @@ def test_metrics_and_checkpoint(trained):
     assert steps[-1]["mc/token_loss"] < steps[0]["mc/token_loss"]
     validations = [record for record in records if "val/bpb" in record]
     assert all("val/mc_bpb" in record and "val/mc_truncated_bpb" in record for record in validations)
-    # More FLOPs than the tokens alone need: that is what runs are compared by
+    # More FLOPs than the tokens alone need: that is what runs are compared by. Beside one layer, two networks are much
     flops = steps[-1]["total_training_flops"] / steps[-1]["total_training_tokens"]
     plain = cm.build_model(
         cm.load_checkpoint(trained / "base_checkpoints" / "mc", 6)[0],
         cm.load_meta(trained / "base_checkpoints" / "mc", 6)["model_config"],
         "cpu",
     ).flops_per_token()
-    assert 1.5 * plain < flops < 3 * plain
+    assert 3 * plain < flops < 8 * plain
     _, _, meta = cm.load_model("base", "cpu", model_tag="mc")
     networks, config = load_networks("base", meta, "cpu")
     assert config.block_size == 4
