@@ -161,6 +161,7 @@ def main(config: Config):
     networks = MCNetworks(D, mc)
     if not config.mean_start:
         without_mean(networks.gistnet)
+    networks.gistnet.mark_trained(1)
     gist = MCController(model, networks, mc).gist
     decoder = BlockDecoder(D, K) if config.recon else None
     optimizers = optimizers_of(networks.gistnet, config.adamw) + (optimizers_of(decoder, 0) if decoder else [])

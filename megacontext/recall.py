@@ -53,7 +53,7 @@ def recall_windows(tokenizer, token_bytes, N, recent, count, like, seed=0) -> Wi
     token_bytes = token_bytes.cpu()
     (text, _), *_ = recall_documents(seed, 1, **like)
     chars = round(1.6 * N * len(text) / len(tokenizer.encode(text)))
-    scaled = {name: round(like[name] * chars / like["chars"]) for name in ("questions", "tables", "distractors")}
+    scaled = {name: like[name] * chars // like["chars"] for name in ("questions", "tables", "distractors")}
     sizes = {**like, **scaled, "chars": chars, "max_distance": -1, "depth": None, "times": 1}
     for text, questions in recall_documents(seed, MAX_DOCUMENTS_PER_WINDOW * count, **sizes):
         ids = tokenizer.encode(text, prepend=bos)
