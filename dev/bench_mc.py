@@ -41,9 +41,7 @@ def parts(model, controller, x, y, progress):
         build_table(controller.gist, embeds.clone().requires_grad_(), c.block_size).values.mean().backward()
 
     def lensnet():
-        with autocast(x.device, controller.dtype):
-            scores = controller.networks.lensnet(inputs, *entries, T)
-        scores.mean().backward()
+        controller.score(inputs, entries, T).mean().backward()
 
     def attention():
         with autocast(x.device, controller.dtype):
