@@ -44,9 +44,9 @@ def read_inputs(model, inputs, context, y, positional, cos_sin=None) -> Reading:
     entries, targets = context.entries(), context.targets(y)
     cos_sin = positions(model, entries, positional) if cos_sin is None else cos_sin
     counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
-    weights = (1 / (counts * len(targets))).expand_as(targets)
+    weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
     loss, nll = model(inputs_embeds=inputs, cos_sin=cos_sin, targets=targets, row_weights=weights)
-    return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets), loss)
+    return Reading(entries, inputs, cos_sin, targets, nll.view_as(targets), loss / counts.sum())
 
 
 def positions(model, entries, positional):
