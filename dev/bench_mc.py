@@ -45,7 +45,7 @@ def parts(model, controller, x, y, progress):
 
     def attention():
         with autocast(x.device, controller.dtype):
-            attention_to_blocks(model, embeds, c.block_size, c.allocator_recent_tokens, old)
+            attention_to_blocks(model, embeds, c.block_size, old)
 
     old = context.old_blocks(c.allocator_recent_tokens)
     wanted = {"trunk, baseline": baseline, "trunk, variants": variants, "GistNet": gistnet}

@@ -106,7 +106,7 @@ class MCController:
             lap("model_ms")
             scores = context.per_block(self.score(inputs, entries, T))
             lap("lens_forward_ms")
-            beyond = beyond_place(attention_to_blocks(self.model, embeds, c.block_size, recent, old))
+            beyond = beyond_place(attention_to_blocks(self.model, embeds, c.block_size, old))
             loss_of_lens = lens_loss(scores, beyond.repeat_interleave(V, 0), context)
             loss = loss + c.mc_lens_loss_weight * loss_of_lens
             stats["mc/lens_loss"] = loss_of_lens

@@ -34,7 +34,7 @@ class Config:
     task_name: Annotated[str, short("-a")] = ""
     """tasks with | between them; empty for all"""
     tasks: str = "full"
-    """full (the hub's datasets) or local"""
+    """full (the hub's datasets), local or recall"""
     dtype: Annotated[str, short("-d")] = "auto"
     """auto, bf16 or fp32"""
     temperature: Annotated[float, short("-t")] = 0.0

@@ -23,7 +23,7 @@ from nanochat.training import Training, decisive, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
 from tasks.scoring import evaluate
 
-METRICS = {"full": ["MMLU", "ARC-Easy"], "local": ["Arithmetic"]}  # what training is watched by
+METRICS = {"full": ["MMLU", "ARC-Easy"], "local": ["Arithmetic"], "recall": ["Recall"]}  # what training is watched by
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Config:
     """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
     # What to train
     tasks: str = "full"
-    """full (the hub's datasets) or local (made here, for a CPU)"""
+    """full (the hub's datasets), local or recall (made here, for a CPU)"""
     source: str = "mid"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     model_tag: str = ""

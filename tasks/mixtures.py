@@ -1,8 +1,9 @@
 """
 Which tasks each stage trains and is evaluated on.
 
-"full" are the fork point's mixtures, from the Hugging Face hub. "local" needs no network and is sized for a CPU:
-it teaches a small model who it is, to use the calculator, and to spell.
+"full" are the fork point's mixtures, from the Hugging Face hub. The others need no network and are sized for a CPU:
+"local" teaches a small model who it is, to use the calculator, and to spell; "recall" to answer from what was said long
+before, for which MegaContext is.
 """
 
 from functools import partial
@@ -15,6 +16,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
+from tasks.recall import Recall
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -23,6 +25,7 @@ LOCAL_MID = {"arithmetic": 12_000, "spelling": 8_000, "counting": 2_000, "identi
 LOCAL_SFT = {"arithmetic": 1_200, "spelling": 1_200, "counting": 300, "identity": 1}
 LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
 LOCAL_RL = 2_000
+RECALL = {"mid": 20_000, "sft": 2_000, "val": 200}
 LOCAL_TWO_STEPS = 0.1  # share of the sums in training
 
 # Accuracy of guessing, for ChatCORE = mean of (accuracy - baseline) / (1 - baseline).
@@ -34,12 +37,13 @@ BASELINES = {
     "HumanEval": 0.0,
     "SpellingBee": 0.0,
     "Arithmetic": 0.0,
+    "Recall": 1 / 32,  # a value of the right kind
 }
 
 
-def _check(which):
-    if which not in ("full", "local"):
-        raise UserError(f"expected --tasks full or local, got {which!r}")
+def _check(which, known=("full", "local", "recall")):
+    if which not in known:
+        raise UserError(f"expected --tasks {' or '.join(known)}, got {which!r}")
 
 
 def _identity():
@@ -70,6 +74,8 @@ def mid_mixture(which: str) -> Task:
     _check(which)
     if which == "local":
         return _local(LOCAL_MID)
+    if which == "recall":
+        return Recall(RECALL["mid"], "train")
     identity = _identity()  # first, since it is quick to find missing
     tasks = [
         SmolTalk("train"),
@@ -88,6 +94,8 @@ def mid_val(which: str) -> Task:
     _check(which)
     if which == "local":
         return _local_val()
+    if which == "recall":
+        return Recall(RECALL["val"], "test")
     return TaskMixture([SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)])
 
 
@@ -96,6 +104,8 @@ def sft_mixture(which: str) -> Task:
     _check(which)
     if which == "local":
         return _local(LOCAL_SFT, start=max(LOCAL_MID.values()))
+    if which == "recall":
+        return Recall(RECALL["mid"] + RECALL["sft"], "train", start=RECALL["mid"])
     identity = _identity()
     tasks = [
         ARC("ARC-Easy", "train"),
@@ -111,13 +121,12 @@ def sft_mixture(which: str) -> Task:
 
 def sft_val(which: str) -> Task:
     """Validation conversations of supervised finetuning."""
-    _check(which)
-    return _local_val() if which == "local" else SmolTalk("test")
+    return SmolTalk("test") if which == "full" else mid_val(which)
 
 
 def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
     """(problems to train on, problems to evaluate on) of reinforcement learning."""
-    _check(which)
+    _check(which, ("full", "local"))
     if which == "local":
         sums = {"two_steps": 0.2, "max_operand": 999}  # harder than those before: there must be something to gain
         return Arithmetic(LOCAL_RL, "train", **sums), Arithmetic(LOCAL_RL, "test", **sums)
@@ -132,6 +141,8 @@ def eval_tasks(which: str) -> dict:
             "Arithmetic": partial(Arithmetic, 256, "test"),
             "SpellingBee": partial(SpellingBee, 128, "test", words="text"),
         }
+    if which == "recall":
+        return {"Recall": partial(Recall, 128, "test")}
     return {
         "ARC-Easy": partial(ARC, "ARC-Easy", "test"),
         "ARC-Challenge": partial(ARC, "ARC-Challenge", "test"),

@@ -27,6 +27,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, extract_imports, extract_program
 from tasks.mmlu import MMLU
+from tasks.recall import LINES, Recall
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -366,6 +367,7 @@ class TestHubTasks:
             lambda: SmolTalk("validation"),
             lambda: SpellingBee(1, "val"),
             lambda: Arithmetic(1, "val"),
+            lambda: Recall(1, "val"),
         ],
     )
     def test_unknown_names(self, make):
@@ -604,7 +606,49 @@ class TestArithmetic:
             NumberTask().evaluate({"messages": [{"role": "assistant", "content": "x"}]}, "#### 1")
 
 
+class TestRecall:
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_what_was_told_decides(self, split):
+        task = Recall(40, split, chars=2000)
+        for i in range(len(task)):
+            conversation = task[i]
+            check_conversation(conversation)
+            messages = [message["content"] for message in conversation["messages"]]
+            *before, question, answer = messages
+            leading, _, value = answer.rpartition(" ")
+            told = {line for text in before for line in text.splitlines() if line.startswith(leading)}
+            assert told == {answer}, "the fact was told, and no other of the name"
+            assert leading.split()[-1] in question
+            assert all(1 <= len(text.splitlines()) <= LINES[1] for text in messages)
+            assert task.evaluate(conversation, answer)
+            assert task.evaluate(conversation, f" {value} Not London, salt or an ant.")
+            assert not task.evaluate(conversation, "I see.")
+            others = {"salt", "London", "ant"} - {value.rstrip(".")}
+            assert not any(task.evaluate(conversation, f"It was {other}. {answer}") for other in others)
+
+    def test_splits_differ_and_repeat(self):
+        train, test = Recall(20, "train"), Recall(20, "test")
+        assert [train[i] for i in range(5)] == [Recall(20, "train")[i] for i in range(5)]
+        assert all(train[i] != test[i] for i in range(20))
+        lengths = [sum(len(m["content"]) for m in train[i]["messages"]) for i in range(20)]
+        assert min(lengths) < 2000 < 4000 < max(lengths)
+
+    def test_too_short(self):
+        with pytest.raises(ValueError, match="1200 or more"):
+            Recall(1, "train", chars=1000)
+
+
 class TestMixtures:
+    def test_recall(self):
+        mid, mid_val, sft, sft_val = (
+            make("recall") for make in (mixtures.mid_mixture, mixtures.mid_val, mixtures.sft_mixture, mixtures.sft_val)
+        )
+        assert (len(mid), len(sft)) == (mixtures.RECALL["mid"], mixtures.RECALL["sft"])
+        assert sft[0] != mid[0]
+        assert mid_val[0] == sft_val[0] == mixtures.eval_tasks("recall")["Recall"]()[0]
+        with pytest.raises(UserError, match="expected --tasks full or local, got 'recall'"):
+            mixtures.rl_tasks("recall")
+
     @pytest.mark.usefixtures("shards")
     def test_local(self):
         stages = [mixtures.mid_mixture, mixtures.mid_val, mixtures.sft_mixture, mixtures.sft_val]
@@ -626,7 +670,7 @@ class TestMixtures:
         assert len(mixtures.sft_mixture("full")) == 4 * 30 + 300 + 600
         assert len(mixtures.sft_val("full")) == 30
 
-    @pytest.mark.parametrize("which", ["full", "local"])
+    @pytest.mark.parametrize("which", ["full", "local", "recall"])
     @pytest.mark.usefixtures("shards", "local_hub")
     def test_eval_tasks(self, which):
         tasks = mixtures.eval_tasks(which)
@@ -644,7 +688,7 @@ class TestMixtures:
 
     def test_unknown(self):
         for make in (mixtures.mid_mixture, mixtures.sft_mixture, mixtures.eval_tasks):
-            with pytest.raises(UserError, match="expected --tasks full or local, got 'all'"):
+            with pytest.raises(UserError, match="expected --tasks full or local or recall, got 'all'"):
                 make("all")
 
     def test_renders(self, tokenizer, shards):

@@ -1,0 +1,62 @@
+"""
+What was said long before: long conversations in which facts are told, and asked for much later.
+
+The user tells the lines of a recall document (nanochat.recall) a few at a time and asks its questions; the last message
+answers one. Learned best by a model that was pretrained on such documents.
+"""
+
+import math
+import random
+
+from nanochat.recall import FACTS, recall_document
+from tasks.common import Task, last_text
+
+SHORTEST = 1200  # characters of a conversation
+LINES = (3, 8)  # that the user tells at once
+ACKNOWLEDGED = "I see."
+VALUES = {value for values in FACTS.values() for value in values}
+
+
+class Recall(Task):
+    """`size` conversations of SHORTEST to `chars` characters, log-uniform. split: "train" or "test"."""
+
+    def __init__(self, size: int, split: str, chars: int = 6000, **slicing):
+        super().__init__(**slicing)
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be train or test, got {split!r}")
+        if chars < SHORTEST:
+            raise ValueError(f"expected chars of {SHORTEST} or more, got {chars}")
+        self.size, self.split, self.chars = size, split, chars
+
+    def num_examples(self):
+        return self.size
+
+    def get_example(self, index):
+        rng = random.Random(f"recall chat {self.split} {index}")
+        chars = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(self.chars))))
+        text, questions = recall_document(
+            rng, chars=chars, questions=4, tables=0, distractors=0, words=rng.randint(3, 16), times=4
+        )
+        messages, told, done = [], [], 0
+
+        def exchange(answer):
+            messages.append({"role": "user", "content": "\n".join(told)})
+            messages.append({"role": "assistant", "content": answer})
+            told.clear()
+
+        for question in questions:
+            (start, end), stop = question.question, question.answer[1] + 1  # behind the full stop
+            patience = rng.randint(*LINES)
+            for line in text[done:start].splitlines():
+                told.append(line)
+                if len(told) == patience:
+                    exchange(ACKNOWLEDGED)
+            told.append(text[start:end])
+            exchange(text[end:stop].strip())
+            done = stop + 1
+        return {"messages": messages}
+
+    def evaluate(self, conversation, assistant_response):
+        """Whether the first value that the response names is the right one."""
+        named = [word for word in assistant_response.replace(".", " ").split() if word in VALUES]
+        return named[:1] == [last_text(conversation).rstrip(".").split()[-1]]
