@@ -9,7 +9,7 @@ from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
 from nanochat import checkpoint_manager
 from nanochat.adamw import DistAdamW
-from nanochat.common import UserError, get_dist_info
+from nanochat.common import UserError, autocast, get_dist_info
 from nanochat.muon import DistMuon, Muon
 
 MAX_LEVELS = 8  # levels with an embedding of their own
@@ -29,12 +29,12 @@ class MCNetworks(nn.Module):
 
     def gist(self, children, level, dtype):
         """GistNet, with matrix products in `dtype` whatever autocast surrounds it."""
-        with _products_in(dtype, children.device):
+        with autocast(children.device, dtype):
             return self.gistnet(_at_least(dtype, children), level)
 
     def score(self, x, entries, num_tokens, dtype):
         """LensNet on the embeddings x of `entries`, in the same way."""
-        with _products_in(dtype, x.device):
+        with autocast(x.device, dtype):
             return self.lensnet(_at_least(dtype, x), *entries, num_tokens)
 
     def load(self, state: dict, settings: dict):
@@ -65,10 +65,6 @@ class MCNetworks(nn.Module):
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         return optimizers
-
-
-def _products_in(dtype, device):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
 
 
 def _at_least(dtype, x):

@@ -7,6 +7,8 @@ Shapes: B sequences, V variants of each (rows b·V … b·V + V − 1 of R = B·
 import torch
 import torch.nn.functional as F
 
+from nanochat.common import autocast
+
 
 def tail_nll(nll, lengths, tail):
     """Mean losses [R] of the last `tail` entries of each row, nll [R, W] with lengths [R]."""
@@ -36,7 +38,7 @@ def beyond_place(shares):
     distance = torch.arange(n, 0, -1, device=log.device).float()  # in blocks
     place = (torch.ones_like(distance), distance.log(), distance.log() ** 2, distance == 1, distance == n)
     place = torch.stack([feature.float() for feature in place], dim=1)  # [n, 5]
-    with torch.autocast(log.device.type, enabled=False):
+    with autocast(log.device, torch.float32):
         normal = place.T @ place + 1e-4 * torch.eye(5, device=log.device)  # a ridge, for when there are few blocks
         return log - place @ torch.linalg.solve(normal, place.T @ log.mean(0))
 

@@ -21,7 +21,7 @@ from megacontext.focus import Focus, focus_state, tell
 from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.tree import STORES, MegaContextTree
 from megacontext.working_context import WorkingContext
-from nanochat.common import UserError, resolve_dtype
+from nanochat.common import UserError, autocast, resolve_dtype
 from nanochat.decode import Decoder, KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
@@ -238,12 +238,8 @@ class MCSession:
         self._context = self._context.select([0] * self.rows)
         self.cache, self._stepper = RowCaches(self.cache, self.rows, self.budget), None
 
-    def _plain(self):
-        """Without a surrounding autocast: what goes into the decoder is rounded as the decoder does."""
-        return torch.autocast(self.device.type, enabled=False)
-
     def _embed(self, ids):
-        with self._plain():
+        with autocast(self.device, torch.float32):  # what goes into the decoder is rounded as the decoder does
             return self.model.embed(ids)
 
     def _gist(self, children, level):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.common import autocast
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin, sample
@@ -227,6 +228,15 @@ def test_cross_entropy_with_weights_of_rows(block, monkeypatch):
     with torch.no_grad():
         again = softcap_cross_entropy(x, weight, targets, 50, 15.0, row_weights=row_weights)
     torch.testing.assert_close(again, (weighted.detach(), expected.detach()))
+
+
+def test_autocast_whatever_surrounds_it():
+    a, cpu = torch.randn(4, 4), torch.device("cpu")
+    for around in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            for dtype in (torch.float32, torch.bfloat16):
+                with autocast(cpu, dtype):
+                    assert (a @ a).dtype == dtype
 
 
 def test_a_bf16_table_without_autocast():
