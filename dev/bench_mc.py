@@ -41,7 +41,8 @@ def parts(model, controller, x, y, progress):
         build_table(controller.gist, embeds.clone().requires_grad_(), c.block_size).values.mean().backward()
 
     def lensnet():
-        controller.score(inputs, entries, T).mean().backward()
+        table = build_table(controller.gist, embeds, c.block_size)
+        controller.score(table.materialize(context), entries, T).mean().backward()
 
     def attention():
         with autocast(x.device, controller.dtype):

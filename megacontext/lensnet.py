@@ -59,15 +59,15 @@ class LensNet(nn.Module):
         """
         Scores [B, W], float32 in (−1, 1): positive = expand, negative = collapse, 0 where not valid.
 
-        x [B, W, D] embeddings (no gradient goes back into them); lod, start and span (in tokens) [B, W] int64 and
-        valid [B, W] bool, as WorkingContext.entries() gives them; num_tokens: length of the stream, an int or [B].
+        x [B, W, D] embeddings; lod, start and span (in tokens) [B, W] int64 and valid [B, W] bool, as
+        WorkingContext.entries() gives them; num_tokens: length of the stream, an int or [B].
         Levels above max_levels share its embedding.
         """
         length = torch.as_tensor(num_tokens, device=x.device).view(-1, 1)
         distance = (length - start - span).clamp(min=0).float()  # [B, W]; 0 for the newest entry
         d, scales = distance[..., None], torch.tensor(SCALES, device=x.device)
         place = torch.cat((span.float().log2()[..., None] / 10, d / (d + scales)), dim=-1)
-        h = self.embed(x.detach()) + self.embed_place(place) + self.lod_embed(lod.clamp(max=self.max_levels))
+        h = self.embed(x) + self.embed_place(place) + self.lod_embed(lod.clamp(max=self.max_levels))
 
         slopes = torch.linspace(0, STEEPEST, self.encoder.n_head, device=x.device)
         bias = -slopes[:, None, None] * distance.log1p()[:, None, None]  # [B, H, 1, W]

@@ -59,10 +59,11 @@ class MCObjective:
         the forward pass that tells where it looks, and the two networks, of 6 FLOPs a parameter and input.
         """
         c, nets, variants = self.config, self.networks, variant_tokens(self.config, progress, T) / T
-        inputs = {nets.gistnet: c.block_size / (c.block_size - 1)}
-        looks = 0
+        nodes = c.block_size / (c.block_size - 1)  # children a token of all nodes
+        inputs, looks = {nets.gistnet: nodes}, 0
         if c.mc_lens_loss_weight > 0:
             looks, inputs[nets.lensnet] = 1 / 3, variants
+            inputs[nets.gistnet] += 0 if c.mc_freeze_base else nodes  # gists for LensNet's loss
         params = sum(n * sum(p.numel() for p in net.parameters()) for net, n in inputs.items())
         own = 0 if c.mc_freeze_base else 1
         return own + variants + looks + 6 * params / self.controller.model.flops_per_token()

@@ -165,6 +165,7 @@ def gradients(model, controller):
     result.loss.backward()
     return {
         "trunk": model.transformer.h[0].attn.c_q.weight.grad,
+        "embedding": model.transformer.wte.weight.grad,
         "gistnet": controller.networks.gistnet.head.c_proj.weight.grad,
         "lensnet": controller.networks.lensnet.head.c_proj.weight.grad,
     }
@@ -175,14 +176,17 @@ def test_every_network_learns_from_its_loss():
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(model, make_controller(model)).values())
 
 
-def test_lens_loss_reaches_lensnet_only():
-    """The same gradients of trunk and GistNet with and without it."""
+def test_lens_loss_reaches_the_networks_only():
+    """The same gradients of the trunk, to the bit, with and without it; GistNet is taught by it too."""
     grads = []
     for weight in (0.0, 5.0):
         model = make_model()
-        grads.append(gradients(model, make_controller(model, mc_lens_loss_weight=weight)))
+        controller = make_controller(model, mc_lens_loss_weight=weight)
+        torch.nn.init.ones_(controller.networks.lensnet.head.c_proj.weight)  # zero at first, nothing would come through
+        grads.append(gradients(model, controller))
     assert torch.equal(grads[0]["trunk"], grads[1]["trunk"])
-    assert torch.equal(grads[0]["gistnet"], grads[1]["gistnet"])
+    assert torch.equal(grads[0]["embedding"], grads[1]["embedding"])
+    assert not torch.allclose(grads[0]["gistnet"], grads[1]["gistnet"])
     assert grads[0]["lensnet"] is None
 
 
@@ -251,7 +255,7 @@ def test_flops_count_all_that_runs():
     variants = variant_tokens(make_controller(make_model()).config, 1.0, T) / T
     assert work(mc_lens_loss_weight=0.0) > 1 + variants
     assert work() > 1 + variants + 1 / 3
-    assert work() - work(mc_freeze_base=True) == pytest.approx(1)
+    assert work() - work(mc_freeze_base=True) > 1, "the baseline, and gists for LensNet"
 
 
 def test_auto_batch():
