@@ -45,12 +45,11 @@ def parts(model, controller, x, y, progress):
         controller.score(table.materialize(context), entries, T).mean().backward()
 
     def attention():
-        with autocast(x.device, controller.dtype):
-            attention_to_blocks(model, embeds, c.block_size, old)
+        attention_to_blocks(model, embeds, c.block_size, old)
 
     old = context.old_blocks(c.allocator_recent_tokens)
     wanted = {"trunk, baseline": baseline, "trunk, variants": variants, "GistNet": gistnet}
-    return {**wanted, "LensNet": lensnet, "attention": attention}
+    return {**wanted, "LensNet and its gists": lensnet, "attention": attention}
 
 
 def seconds(function, device, repeat) -> float:

@@ -12,7 +12,8 @@ def variant_tokens(config: MCConfig, progress, T) -> int:
 
 def auto_batch_size(device_batch_size: int, config: MCConfig, T: int) -> int:
     """
-    The largest batch size that needs no more memory than device_batch_size does without MegaContext; at least 1.
+    The largest batch size for which the model needs no more memory than for device_batch_size without MegaContext; at
+    least 1. (GistNet and LensNet are two layers each, and are not counted.)
 
     It divides device_batch_size, so that accumulation makes up for it and a step has the same tokens. With
     mc_auto_batch off: device_batch_size.

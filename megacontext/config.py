@@ -62,7 +62,7 @@ class MCConfig:
     mc_max_counterfactuals: int = 4
     """pairs of working contexts a sequence, at most, of which LensNet should foretell the better one: a measure"""
     mc_lens_loss_weight: float = 0.1
-    """weight of LensNet's loss beside the token loss; 0 for none"""
+    """weight of LensNet's loss, which teaches GistNet too, beside the token loss; 0 for none"""
     mc_auto_batch: bool = True
     """shrink device_batch_size so that variants fit in the same memory, and keep the tokens seen the same"""
     mc_aux_dtype: Literal["auto", "fp32", "bf16"] = "auto"

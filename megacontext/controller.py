@@ -104,7 +104,7 @@ class MCController:
         if c.mc_lens_loss_weight > 0 and old > 0:
             recent = max(1, c.allocator_recent_tokens)
             lap("model_ms")
-            if embeds.requires_grad:  # gists anew: this loss is to teach GistNet, too, and not the embeddings
+            if not c.mc_freeze_base:  # gists anew: this loss is to teach GistNet, too, and not the embeddings
                 inputs = build_table(self.gist, embeds.detach(), c.block_size).materialize(context)
             scores = context.per_block(self.score(inputs, entries, T))
             lap("lens_forward_ms")

@@ -56,7 +56,7 @@ EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod
         "build_ms": "milliseconds for embeddings, tree and variants",
         "positional_ms": "for positions as cosines and sines",
         "model_ms": "for the model's passes over working contexts and tokens",
-        "lens_forward_ms": "for LensNet",
+        "lens_forward_ms": "for LensNet, and the gists it teaches",
         "lens_loss_ms": "for what it learns from: the dense model's attention",
         "milliseconds": "for all of the controller, the model's own passes included",
     },
@@ -127,7 +127,11 @@ EVENT_GAUGES = {
     "mc.residency": ("focus_allocator", "residency", "refocuses that a block keeps its level for"),
     "mc.build_ms": ("mc_timing", "build_ms", "milliseconds for embeddings, tree and variants"),
     "mc.positional_ms": ("mc_timing", "positional_ms", "milliseconds for positions"),
-    "mc.lens_forward_ms": ("mc_timing", "lens_forward_ms", "milliseconds for LensNet"),
+    "mc.lens_forward_ms": (
+        "mc_timing",
+        "lens_forward_ms",
+        "milliseconds for LensNet, and the gists it teaches",
+    ),
     "mc.lens_loss_ms": ("mc_timing", "lens_loss_ms", "milliseconds for its loss"),
     "mc.inference_ms": ("inference_update", "milliseconds", "milliseconds of an update of the working context"),
 }

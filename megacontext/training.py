@@ -56,7 +56,8 @@ class MCObjective:
     def work(self, progress, T) -> float:
         """
         What the model's FLOPs for one token of training text are multiplied by: itself and the variants, a third for
-        the forward pass that tells where it looks, and the two networks, of 6 FLOPs a parameter and input.
+        the forward pass that tells where it looks, and the two networks, of 6 FLOPs a parameter and input, GistNet
+        once for each loss that teaches it.
         """
         c, nets, variants = self.config, self.networks, variant_tokens(self.config, progress, T) / T
         nodes = c.block_size / (c.block_size - 1)  # children a token of all nodes

@@ -141,8 +141,9 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Context in which matrix products run in `dtype`, whatever surrounds it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+    """Context in which matrix products run in `dtype`, bfloat16 or float32, whatever surrounds it."""
+    assert dtype in (torch.float32, torch.bfloat16), dtype
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 # Dense bf16 peak FLOP/s by a part of the device name, first match wins. Sources: the vendors' data sheets.

@@ -35,7 +35,7 @@ class Config:
     """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
     # What to train
     tasks: str = "full"
-    """full (the hub's datasets), local or recall (made here, for a CPU)"""
+    """full (the hub's datasets), local (made here, for a CPU) or recall (too; of up to 6,000 characters)"""
     source: str = "base"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     model_tag: str = ""

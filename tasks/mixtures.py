@@ -37,7 +37,7 @@ BASELINES = {
     "HumanEval": 0.0,
     "SpellingBee": 0.0,
     "Arithmetic": 0.0,
-    "Recall": 1 / 32,  # a value of the right kind
+    "Recall": 0.155,  # the value of any of the names told
 }
 
 

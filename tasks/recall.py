@@ -2,16 +2,19 @@
 What was said long before: long conversations in which facts are told, and asked for much later.
 
 The user tells the lines of a recall document (nanochat.recall) a few at a time and asks its questions; the last message
-answers one. Learned best by a model that was pretrained on such documents.
+answers one. A model learns it from few facts asked for often, best after pretraining on such documents. In the test
+each fact is asked for once, at least a third of the conversation after it was told, and as many others are told.
 """
 
 import math
 import random
+import re
 
 from nanochat.recall import FACTS, recall_document
 from tasks.common import Task, last_text
 
 SHORTEST = 1200  # characters of a conversation
+FACTS_ASKED = 4  # of a conversation
 LINES = (3, 8)  # that the user tells at once
 ACKNOWLEDGED = "I see."
 VALUES = {value for values in FACTS.values() for value in values}
@@ -34,8 +37,11 @@ class Recall(Task):
     def get_example(self, index):
         rng = random.Random(f"recall chat {self.split} {index}")
         chars = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(self.chars))))
+        sizes = {"times": 4, "distractors": 0}
+        if self.split == "test":
+            sizes = {"times": 1, "distractors": FACTS_ASKED, "min_distance": chars // 3}
         text, questions = recall_document(
-            rng, chars=chars, questions=4, tables=0, distractors=0, words=rng.randint(3, 16), times=4
+            rng, chars=chars, questions=FACTS_ASKED, tables=0, words=rng.randint(3, 16), **sizes
         )
         messages, told, done = [], [], 0
 
@@ -58,5 +64,5 @@ class Recall(Task):
 
     def evaluate(self, conversation, assistant_response):
         """Whether the first value that the response names is the right one."""
-        named = [word for word in assistant_response.replace(".", " ").split() if word in VALUES]
+        named = [word for word in re.findall(r"\w+", assistant_response) if word in VALUES]
         return named[:1] == [last_text(conversation).rstrip(".").split()[-1]]

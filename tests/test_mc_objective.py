@@ -59,14 +59,14 @@ def test_preference_agreement_against_a_loop():
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
-def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head):
+@pytest.mark.parametrize(("length", "old"), [(T, (T - RECENT) // K), (2 * K, 2), (K, 1)])  # then it looks at itself
+def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head, length, old):
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, 70, 3, 2, n_kv_head, 32))
     model.init_rotary()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    x, _ = tokens(B=2)
-    old = (T - RECENT) // K
+    x = tokens(B=2)[0][:, :length]
     got = attention_to_blocks(model, model.embed(x), K, old)
 
     seen = []  # inputs of each attention
@@ -76,11 +76,11 @@ def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head):
         hook.remove()
     expected = torch.zeros(2, old)
     for block, (h, cos, sin, _) in zip(model.transformer.h, seen, strict=True):
-        q, k = (f(h).view(2, T, -1, 16) for f in (block.attn.c_q, block.attn.c_k))
+        q, k = (f(h).view(2, length, -1, 16) for f in (block.attn.c_q, block.attn.c_k))
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         for b in range(2):
             for head in range(2):
-                for t in range(T - ASKING, T):
+                for t in range(max(0, length - ASKING), length):
                     logits = k[b, : t + 1, head * n_kv_head // 2] @ q[b, t, head] / 4
                     weights = logits.softmax(0)
                     for i in range(old):

@@ -117,13 +117,13 @@ def test_flag_off_has_nothing_of_it(trained):
 
 
 def test_stages_go_on_with_the_networks(trained):
-    mid = ["--tasks=local", *COMMON, "--num_iterations=2", "--eval_every=-1", "--model_tag=mc"]
+    mid = ["--tasks=recall", *COMMON, "--num_iterations=2", "--eval_every=-1", "--model_tag=mc"]
     train(mid_train, *mid, *MC)
     first = cm.load_companion(trained / "mid_checkpoints" / "mc", 2)
     before = cm.load_companion(trained / "base_checkpoints" / "mc", 6)
     assert first.keys() == before.keys()
     assert any(not torch.equal(first[key], before[key]) for key in first)  # they learned on
-    sft = ["--tasks=local", "--device_type=cpu", "--dtype=fp32", "--num_iterations=2", "--eval_every=-1"]
+    sft = ["--tasks=recall", "--device_type=cpu", "--dtype=fp32", "--num_iterations=2", "--eval_every=-1"]
     train(chat_sft, *sft, "--eval_metrics_every=-1", "--model_tag=mc")
     assert_equal(cm.load_companion(trained / "chatsft_checkpoints" / "mc", 2), first)  # carried along as they are
     _, _, meta = cm.load_model("sft", "cpu", model_tag="mc")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dev import gen_synthetic_data
 from nanochat.calculator import calculate
 from nanochat.common import UserError
+from scripts.chat_sft import METRICS
 from tasks import hub, mixtures, words
 from tasks.arc import ARC
 from tasks.arithmetic import STORIES, Arithmetic, pair_split
@@ -616,15 +617,22 @@ class TestRecall:
             messages = [message["content"] for message in conversation["messages"]]
             *before, question, answer = messages
             leading, _, value = answer.rpartition(" ")
-            told = {line for text in before for line in text.splitlines() if line.startswith(leading)}
-            assert told == {answer}, "the fact was told, and no other of the name"
+            lines = [line for text in before for line in text.splitlines()]
+            told = [line for line in lines if line.startswith(leading)]
+            assert set(told) == {answer}, "the fact was told, and no other of the name"
             assert leading.split()[-1] in question
+            if split == "test":
+                assert len(told) == 1, "never asked for before"
+                text = "\n".join(lines)
+                assert len(text) - text.index(answer) > len(text) / 4, "and long ago"
+                names = [line for line in lines if line.startswith(leading.rsplit(" ", 1)[0])]
+                assert len(names) >= 5, "among others"
             assert all(1 <= len(text.splitlines()) <= LINES[1] for text in messages)
             assert task.evaluate(conversation, answer)
-            assert task.evaluate(conversation, f" {value} Not London, salt or an ant.")
+            assert task.evaluate(conversation, f"'{value[:-1]}', I think! Not London, salt or an ant.")
             assert not task.evaluate(conversation, "I see.")
             others = {"salt", "London", "ant"} - {value.rstrip(".")}
-            assert not any(task.evaluate(conversation, f"It was {other}. {answer}") for other in others)
+            assert not any(task.evaluate(conversation, f"It was {other}, or: {answer}") for other in others)
 
     def test_splits_differ_and_repeat(self):
         train, test = Recall(20, "train"), Recall(20, "test")
@@ -674,7 +682,7 @@ class TestMixtures:
     @pytest.mark.usefixtures("shards", "local_hub")
     def test_eval_tasks(self, which):
         tasks = mixtures.eval_tasks(which)
-        assert set(tasks) <= set(mixtures.BASELINES)
+        assert set(METRICS[which]) <= set(tasks) <= set(mixtures.BASELINES)
         for name, make in tasks.items():
             task = make(stop=10)
             assert len(task) == 10
