@@ -76,7 +76,9 @@ def plot_focus(by_length, depths, right) -> bytes:
     lengths = [f"{row['tokens']:,}" for row in by_length]
     bars.set_xticks(range(len(lengths)), lengths)
     bars.set(title="Answers found, equal budget", xlabel="tokens", ylabel="share", ylim=(0, 1.02))
-    bars.legend(fontsize=7, ncols=2)
+    bars.legend(
+        fontsize=7.5, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), columnspacing=0.8, handlelength=1
+    )
     tidy(bars)
     values = [[float("nan") if value is None else value for value in row] for row in right]
     image = heat.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
@@ -85,8 +87,10 @@ def plot_focus(by_length, depths, right) -> bytes:
             if value == value:
                 heat.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
     heat.set_yticks(range(len(lengths)), lengths)
-    heat.set_xticks(range(len(depths) - 1), [f"{low:.0%}–{high:.0%}" for low, high in pairwise(depths)])
-    heat.set(title="LensNet, by where the fact stands", xlabel="oldest → newest", ylabel="tokens")
+    heat.set_xticks(
+        range(len(depths) - 1), [f"{100 * low:.0f}–{high:.0%}" for low, high in pairwise(depths)], fontsize=9
+    )
+    heat.set(title="LensNet, by where the fact stands", xlabel="of the history, oldest → newest", ylabel="tokens")
     figure.colorbar(image, ax=heat, label="share found")
     return png(figure)
 
