@@ -115,9 +115,9 @@ def compute_cleanup():
 
 
 def has_fast_bf16(device_type: str) -> bool:
-    """Whether matrix products in bf16 are faster than in float32 on this device."""
+    """Whether matrix products in bf16 are faster than in float32 on this device: older GPUs only emulate them."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":
         with contextlib.suppress(OSError):  # no such file: not Linux, so take the safe answer
             flags = Path("/proc/cpuinfo").read_text()

@@ -23,9 +23,9 @@ def softcap(logits, cap):
 
 class _SummedLoss(torch.autograd.Function):
     """
-    (sum of the rows' losses, each times its row_weights [N] if there are any; the losses [N], for the log alone).
+    (sum of the rows' losses, weighted by row_weights [N] if given; the losses [N], for the log alone).
 
-    The gradients of x [N, D] and weight are made during the forward pass.
+    The gradients of x [N, D] and weight are made during the forward pass, each only if it will be asked for.
     """
 
     @staticmethod
@@ -36,10 +36,10 @@ class _SummedLoss(torch.autograd.Function):
         counts = (targets >= 0).float()  # 0 for rows without a target
         scale = counts if row_weights is None else counts * row_weights
         losses = torch.empty_like(counts)
-        grad_x = torch.empty_like(x)
-        grad_w = torch.zeros_like(weight, dtype=torch.float32)
-        parts = (x, targets, grad_x, counts, scale, losses)
-        for x_b, t_b, grad_x_b, counts_b, scale_b, losses_b in zip(*(t.split(block) for t in parts), strict=True):
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        parts = [t.split(block) for t in (x, targets, counts, scale, losses)]
+        for i, (x_b, t_b, counts_b, scale_b, losses_b) in enumerate(zip(*parts, strict=True)):
             x_b = x_b.to(dtype)
             scale_b = scale_b[:, None]
             index = t_b.clamp(min=0)[:, None]
@@ -53,8 +53,10 @@ class _SummedLoss(torch.autograd.Function):
             # d loss/d z = softmax(z) − onehot(target), and d z/d (x·w) = 1 − tanh²
             p.mul_(scale_b / normalizer).scatter_add_(1, index, -scale_b)
             grad = p.addcmul_(p, unit.square_(), value=-1.0).to(dtype)
-            grad_x_b.copy_(grad @ w)
-            grad_w[:vocab_size] += grad.T @ x_b
+            if grad_x is not None:
+                grad_x[i * block : (i + 1) * block] = grad @ w
+            if grad_w is not None:
+                grad_w[:vocab_size] += grad.T @ x_b
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -63,11 +65,13 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, _):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_output, (grad_w * grad_output).to(ctx.weight_dtype), None, None, None, None, None
+        grad_x = None if grad_x is None else grad_x * grad_output
+        grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
+        return grad_x, grad_w, None, None, None, None, None
 
 
 def _row_losses(x, weight, targets, vocab_size, cap):
-    """The plain way, [N]: for evaluation (a block at a time) and for losses of which each is to be derived."""
+    """The plain way, [N]: for evaluation (a block at a time), and where each loss has a gradient of its own."""
     logits = softcap(F.linear(x, weight)[:, :vocab_size], cap)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
@@ -86,13 +90,14 @@ def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean",
     device_type = x.device.type
     if row_weights is not None:
         row_weights = row_weights.reshape(-1)
-    if torch.is_grad_enabled() and (reduction != "none" or row_weights is not None):
+    with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if with_gradient and (reduction != "none" or row_weights is not None):
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights)
         if row_weights is not None:
             return loss, losses
-    elif torch.is_grad_enabled():
+    elif with_gradient:
         return _row_losses(x, weight, targets, vocab_size, cap)
     else:
         block = max(1, BLOCK_ELEMENTS.get(device_type, BLOCK_ELEMENTS_GPU) // vocab_size)

@@ -52,7 +52,9 @@ class GPTConfig:
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+    """x [..., D] divided by its root mean square, in the precision it came in."""
+    with torch.autocast(x.device.type, enabled=False):  # which on CUDA would make the whole residual stream float32
+        return F.rms_norm(x, (x.size(-1),))
 
 
 def apply_rotary(x, cos, sin):

@@ -1,12 +1,15 @@
 """The model against slow, obvious references; shapes, losses, KV cache, other people's checkpoints' shapes."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat.common import autocast
+from nanochat.common import autocast, has_fast_bf16
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin, sample
@@ -230,6 +233,45 @@ def test_cross_entropy_with_weights_of_rows(block, monkeypatch):
     torch.testing.assert_close(again, (weighted.detach(), expected.detach()))
 
 
+class MatrixProducts(TorchDispatchMode):
+    """Counts the matrix products run while it is in use, backward passes included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("x_needs", "weight_needs", "products"), [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_makes_only_the_gradients_that_are_needed(x_needs, weight_needs, products, weighted):
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2, 7, 16), torch.randn(64, 16), torch.randint(0, 50, (2, 7))
+    row_weights = torch.rand(2, 7) if weighted else None
+    whole = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    x.requires_grad_(x_needs), weight.requires_grad_(weight_needs)
+
+    def loss_of(x, weight):
+        loss = softcap_cross_entropy(x, weight, targets, 50, 15.0, row_weights=row_weights)
+        return loss[0] if weighted else loss
+
+    expected = loss_of(*whole)
+    expected.backward()
+    with MatrixProducts() as run:
+        loss = loss_of(x, weight)
+        if loss.requires_grad:
+            loss.backward()
+    assert run.count == products
+    torch.testing.assert_close(loss.detach(), expected.detach())
+    for got, needed, reference in zip((x, weight), (x_needs, weight_needs), whole, strict=True):
+        assert (got.grad is not None) == needed
+        if needed:
+            assert torch.equal(got.grad, reference.grad)
+
+
 def test_autocast_whatever_surrounds_it():
     a, cpu = torch.randn(4, 4), torch.device("cpu")
     for around in (False, True):
@@ -247,6 +289,36 @@ def test_a_bf16_table_without_autocast():
     assert model(ids, ids).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.embed(ids).dtype == torch.bfloat16
+
+
+def test_the_residual_stream_stays_bf16_on_cuda():
+    """Autocast makes rms_norm float32 there, though not on a CPU. Fake tensors have a device but no data."""
+    seen = []
+    cuda = torch.device("cuda")
+    with (
+        FakeTensorMode(),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+    ):
+        with cuda:
+            model = GPT(CONFIG)
+            table = torch.empty(CONFIG.padded_vocab_size, CONFIG.n_embd, dtype=torch.bfloat16)  # as init_weights has it
+            model.transformer.wte = torch.nn.Embedding.from_pretrained(table, freeze=False)
+            ids = torch.zeros(2, 5, dtype=torch.long)
+        for block in model.transformer.h:
+            block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+        with autocast(cuda, torch.bfloat16):
+            assert model(ids).dtype == torch.float32  # the logits
+        assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
+        with autocast(cuda, torch.float32):
+            model(ids)
+        assert seen[2:] == [(torch.float32, torch.float32)] * 2
+
+
+def test_bf16_only_where_the_hardware_has_it(monkeypatch):
+    """A T4 or V100: PyTorch emulates bf16 there, slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_fast_bf16("cuda")
 
 
 def test_nothing_to_predict_is_loss_zero():
