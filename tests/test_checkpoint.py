@@ -12,31 +12,24 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import write_tokenizer
 
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError, atomic_write
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
+from tests.helpers import make_model, write_tokenizer
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
 
 
-def make_model(config=CONFIG):
-    torch.manual_seed(0)
-    model = GPT(config)
-    model.init_weights()
-    return model
-
-
 def save(folder, step, model=None, **meta):
-    model = model or make_model()
+    model = model or make_model(CONFIG)
     optimizers = [o.state_dict() for o in model.setup_optimizers()]
     meta = {"step": step, "model_config": asdict(model.config), **meta}
     cm.save_checkpoint(folder, step, model.state_dict(), optimizers, meta, [{"epoch": 0}])
 
 
 def test_round_trip(tmp_path):
-    model = make_model()
+    model = make_model(CONFIG)
     save(tmp_path, 7, model, val_bpb=1.5)
     names = {
         "model_000007.pt",
@@ -141,8 +134,7 @@ KILLED = textwrap.dedent(
     """
     import os, signal, sys
     from nanochat import checkpoint_manager as cm
-    sys.path.insert(0, "tests")
-    from test_checkpoint import save
+    from tests.test_checkpoint import save
 
     folder, boundary = sys.argv[1], int(sys.argv[2])
     save(folder, 1)
@@ -211,7 +203,7 @@ def test_another_number_of_processes(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_nanochat(tmp_path):
     """No manifest, compiled keys, bf16 embedding, and a vocabulary that was not padded."""
-    model = make_model()
+    model = make_model(CONFIG)
     data = {f"_orig_mod.{key}": tensor.clone() for key, tensor in model.state_dict().items()}
     for key in ("_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"):
         data[key] = data[key][:300]
@@ -231,7 +223,7 @@ def test_a_checkpoint_of_nanochat(tmp_path):
 
 
 def test_weights_that_do_not_fit(tmp_path):
-    data = make_model().state_dict()
+    data = make_model(CONFIG).state_dict()
     with pytest.raises(UserError, match="do not fit its model_config"):
         cm.build_model(data, asdict(GPTConfig(8, 300, 2, 2, 2, 16)), "cpu")
     with pytest.raises(UserError, match="model_config is not ours.*window"):

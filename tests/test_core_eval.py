@@ -26,8 +26,8 @@ from nanochat.common import UserError
 from nanochat.core_bundle import TaskMeta, download_bundle, load_bundle
 from nanochat.core_eval import centered, evaluate_core, evaluate_task, is_correct, render_prompts, scored_rows
 from scripts import base_eval
+from tests.helpers import CORE_BUNDLE as BUNDLE
 
-BUNDLE = Path(__file__).parent / "core_bundle"
 V = 7  # so few tokens that a random model is right now and then
 
 

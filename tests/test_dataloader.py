@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.dataloader import TokenLoader
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 BOS = 256
 
 
@@ -311,8 +311,7 @@ def test_a_dropped_loader_takes_its_thread_along(data_dir):
 
 def test_a_program_ends_with_a_loader_open(data_dir):
     code = f"""
-        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_dataloader import ByteTokenizer, TokenLoader
+        from tests.test_dataloader import ByteTokenizer, TokenLoader
         loader = TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir={str(data_dir)!r})
         print(next(loader)[0].shape)
     """

@@ -22,8 +22,8 @@ import pytest
 from nanochat import dataset, download, sources
 from nanochat.common import UserError
 from nanochat.dataset import Config, iter_documents, list_parquet_files, list_row_groups, main, shard_name
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 VAL = shard_name(dataset.VAL_SHARD)
 
 

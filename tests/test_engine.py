@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpt import make_model
 
 from nanochat.common import UserError, autocast
 from nanochat.decode import Decoder, KVCache, StaticStep, compute_dtype, without_onednn
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig, rotary_cos_sin
+from tests.helpers import make_model
 
 V = 300  # of the tokenizer; the models' matrices have 320 rows
 CONFIGS = {

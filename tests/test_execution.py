@@ -14,8 +14,8 @@ import pytest
 
 from nanochat import execution
 from nanochat.execution import MAX_OUTPUT, SandboxUnavailable, execute_code, find_sandbox
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 

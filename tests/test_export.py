@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TEXT, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -19,10 +18,11 @@ from nanochat import hf_export
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.hf_export import export_hf, to_hf_tokenizer
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from scripts import export_hf as script
+from tests.helpers import TEXT, make_model, write_tokenizer
 
 META = {"model_tag": "d2", "step": 7, "val_bpb": 1.25}
 CHAT = [
@@ -43,22 +43,16 @@ CHAT = [
 ]
 
 
-def make_model(n_kv_head=2):
-    """Weights that all matter: as large as after training, none zero. The vocabulary, 300, is padded to 320."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64))
-    model.init_weights()
-    with torch.no_grad():
-        for parameter in model.transformer.h.parameters():
-            parameter.normal_(std=0.2)
-        model.lm_head.weight.normal_(std=0.5)
-    return model.eval()
+def large(n_kv_head=2):
+    """Weights as large as after training. The vocabulary, 300, is padded to 320."""
+    config = GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64)
+    return make_model(config, spread=0.5).eval()
 
 
 @pytest.fixture(scope="module")
 def exported(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "model"
-    model = make_model()
+    model = large()
     export_hf(folder, model, tokenizer, "sft", META)
     return folder, model
 
@@ -73,7 +67,7 @@ def theirs(exported):
 
 def test_equal_logits(exported, theirs, tmp_path, tokenizer):
     for n_kv_head in (1, 2, 4):
-        model, hf = (exported[1], theirs[0]) if n_kv_head == 2 else (make_model(n_kv_head), None)
+        model, hf = (exported[1], theirs[0]) if n_kv_head == 2 else (large(n_kv_head), None)
         if hf is None:
             export_hf(tmp_path / str(n_kv_head), model, tokenizer, "base", META)
             hf = AutoModelForCausalLM.from_pretrained(tmp_path / str(n_kv_head)).eval()
@@ -221,7 +215,7 @@ def test_files_precision_and_card(exported, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("source", ["base", "sft"])
 def test_the_program_on_the_card_runs(source, tmp_path, tokenizer, capsys):
-    export_hf(tmp_path / "model", make_model(), tokenizer, source, META)
+    export_hf(tmp_path / "model", large(), tokenizer, source, META)
     program = re.search(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)[1]
     exec(program, {"folder": str(tmp_path / "model")})
     assert capsys.readouterr().out.startswith("<|bos|>The capital" if source == "base" else "<|bos|><|user_start|>What")
@@ -230,7 +224,7 @@ def test_the_program_on_the_card_runs(source, tmp_path, tokenizer, capsys):
 def test_large_weights_come_in_shards(tmp_path, tokenizer, monkeypatch):
     save = hf_export.save_torch_state_dict
     monkeypatch.setattr(hf_export, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": 50_000}))
-    model = make_model()
+    model = large()
     export_hf(tmp_path / "model", model, tokenizer, "base", META)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -239,7 +233,7 @@ def test_large_weights_come_in_shards(tmp_path, tokenizer, monkeypatch):
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, tokenizer, monkeypatch):
-    model, target = make_model(), tmp_path / "model"
+    model, target = large(), tmp_path / "model"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
     for force in (False, True):
@@ -270,7 +264,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, tokenizer, mo
 
 def test_the_command(base_dir, tmp_path, tokenizer, capsys):
     write_tokenizer(tokenizer, base_dir)
-    model = make_model()
+    model = large()
     for step, more in ((3, {}), (9, {"megacontext": {"block_size": 4}})):
         meta = {"step": step, "model_config": asdict(model.config), **more}
         cm.save_checkpoint(base_dir / "chatsft_checkpoints" / "d2", step, model.state_dict(), None, meta)

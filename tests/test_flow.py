@@ -18,27 +18,7 @@ import torch
 from nanochat import checkpoint_manager as cm
 from nanochat import configurator
 from scripts import base_train
-
-TRAIN = [
-    *(
-        "--depth=2",
-        "--max_seq_len=64",
-        "--device_batch_size=2",
-        "--total_batch_size=256",
-        "--num_iterations=12",
-    ),
-    *("--eval_every=6", "--eval_tokens=512", "--core_metric_every=-1", "--sample_every=12", "--save_every=4"),
-    *("--device_type=cpu", "--dtype=fp32"),
-]
-
-
-def run(base_dir, *command, check=True, **env):
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "-m", *map(str, command)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    if check:
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
+from tests.helpers import TRAIN, assert_equal, run, weights
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +42,6 @@ def trained(prepared):
     result = run(prepared, "scripts.base_train", *TRAIN)
     assert "step 12/12" in result.stdout
     return prepared
-
-
-def weights(base_dir, tag, step):
-    return cm.load_checkpoint(base_dir / "base_checkpoints" / tag, step)[0]
 
 
 BEFORE_MEGACONTEXT = "fcff69b07fa5e8c02072abe66578f5264779d060"
@@ -154,22 +130,6 @@ def test_resumed_equals_unbroken(trained):
         for tag in ("d2", "killed")
     ]
     assert bpb[0] == bpb[1]
-
-
-def assert_equal(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 def test_other_options_are_not_mixed_into_a_run(trained):

@@ -13,20 +13,9 @@ from nanochat.common import autocast, has_fast_bf16
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin, sample
+from tests.helpers import make_model
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
-
-
-def make_model(config=CONFIG, seed=0, spread=0.3):
-    """A model whose zero-initialized matrices are filled too, so that every path matters."""
-    torch.manual_seed(seed)
-    model = GPT(config)
-    model.init_weights()
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(std=spread)
-    return model
 
 
 def reference_logits(model, ids):
@@ -68,7 +57,7 @@ def reference_logits(model, ids):
 
 
 def test_forward_equals_the_reference():
-    model = make_model()
+    model = make_model(CONFIG)
     ids = torch.randint(0, 70, (2, 9))
     logits = model(ids)
     assert logits.shape == (2, 9, 70)
@@ -87,7 +76,7 @@ def test_state_dict_keys_and_depth():
         config = GPTConfig.from_depth(depth, 8, 64)
         assert config.n_embd == 64 * depth
         assert config.n_head >= -(-config.n_embd // 128)
-    keys = set(make_model().state_dict())
+    keys = set(make_model(CONFIG).state_dict())
     block = {"attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     expected = {f"transformer.h.{i}.{name}.weight" for i in range(2) for name in block}
     assert keys == expected | {"transformer.wte.weight", "lm_head.weight"}
@@ -111,7 +100,7 @@ def test_init_scales():
 
 
 def test_causality():
-    model = make_model()
+    model = make_model(CONFIG)
     a = torch.randint(0, 70, (1, 12))
     b = a.clone()
     b[0, 7] = (b[0, 7] + 1) % 70
@@ -123,7 +112,7 @@ def test_causality():
 @torch.inference_mode()
 @pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 5], [3, 1, 4, 1]])
 def test_kv_cache_in_any_chunks_equals_one_pass(cuts):
-    model = make_model()
+    model = make_model(CONFIG)
     ids = torch.randint(0, 70, (2, 9))
     whole = model(ids)
     cache, parts = KVCache(2, capacity=3), []
@@ -135,7 +124,7 @@ def test_kv_cache_in_any_chunks_equals_one_pass(cuts):
 
 @torch.inference_mode()
 def test_kv_cache_truncate_and_repeat():
-    model = make_model()
+    model = make_model(CONFIG)
     ids = torch.randint(0, 70, (1, 8))
     cache = KVCache(2, capacity=8)
     model(ids, kv_cache=cache)
@@ -146,7 +135,7 @@ def test_kv_cache_truncate_and_repeat():
 
 
 def test_inputs_embeds_and_cos_sin_are_the_same_model():
-    model = make_model()
+    model = make_model(CONFIG)
     ids = torch.randint(0, 70, (2, 9))
     cos, sin = rotary_cos_sin(torch.arange(9), 8)
     cos_sin = cos[None, :, None, :], sin[None, :, None, :]
@@ -175,7 +164,7 @@ def test_rotary_phase_is_exact_far_out():
 
 def test_too_long_input_says_so():
     with pytest.raises(ValueError, match="161 tokens are more than the 160 positions"):
-        make_model()(torch.zeros(1, 161, dtype=torch.long))
+        make_model(CONFIG)(torch.zeros(1, 161, dtype=torch.long))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -283,7 +272,7 @@ def test_autocast_whatever_surrounds_it():
 
 def test_a_bf16_table_without_autocast():
     """As on a GPU with --dtype=fp32: everything after the lookup is float32."""
-    model = make_model()
+    model = make_model(CONFIG)
     model.transformer.wte.bfloat16()
     ids = torch.randint(0, 70, (2, 5))
     assert model(ids, ids).dtype == torch.float32
@@ -322,7 +311,7 @@ def test_bf16_only_where_the_hardware_has_it(monkeypatch):
 
 
 def test_nothing_to_predict_is_loss_zero():
-    model = make_model()
+    model = make_model(CONFIG)
     ids = torch.randint(0, 70, (2, 5))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -333,7 +322,7 @@ def test_nothing_to_predict_is_loss_zero():
 
 
 def test_loss_in_bf16_is_close_and_finite():
-    model = make_model(spread=3.0)  # logits far into the softcap
+    model = make_model(CONFIG, spread=3.0)  # logits far into the softcap
     ids = torch.randint(0, 70, (2, 16))
     exact = model(ids, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -344,7 +333,9 @@ def test_loss_in_bf16_is_close_and_finite():
 
 def test_bad_reduction():
     with pytest.raises(ValueError, match="mean, sum or none, got 'median'"):
-        make_model()(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), loss_reduction="median")
+        make_model(CONFIG)(
+            torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), loss_reduction="median"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------

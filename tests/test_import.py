@@ -8,14 +8,14 @@ from dataclasses import asdict
 import pytest
 import tiktoken
 import torch
-from conftest import write_tokenizer
 
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, count_token_bytes, get_token_bytes, get_tokenizer
 from scripts import import_nanochat
+from tests.helpers import make_model, write_tokenizer
 
 CONFIG = GPTConfig(sequence_len=32, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 FOLDERS = {
@@ -26,13 +26,11 @@ FOLDERS = {
 }
 
 
-def make_model():
-    torch.manual_seed(3)
-    model = GPT(CONFIG)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.transformer.wte.to(torch.bfloat16)  # as on nanochat's GPUs
-    return model.eval()
+def in_half():
+    """A model whose embeddings are bf16, as on nanochat's GPUs."""
+    model = make_model(CONFIG, seed=3).eval()
+    model.transformer.wte.to(torch.bfloat16)
+    return model
 
 
 def write_step(folder, step, model, prefix="_orig_mod.", **meta):
@@ -56,7 +54,7 @@ def cache(tmp_path, tokenizer):
     counts = count_token_bytes(tokenizer)
     counts[200] += 2  # nanochat counted the bytes of what "half a character" decodes to
     torch.save(counts, root / "tokenizer" / "token_bytes.pt")
-    model = make_model()
+    model = in_half()
     write_step(root / "base_checkpoints" / "d2", 10, model)
     write_step(root / "base_checkpoints" / "d2", 20, model)
     write_step(root / "mid_checkpoints" / "d2", 5, model)
@@ -79,7 +77,7 @@ def test_all_stages_come_over(cache, base_dir, tokenizer, capsys):
     assert "1 byte counts corrected" in capsys.readouterr().out
     assert files(cache) == before
     ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
-    expected = make_model()
+    expected = in_half()
     expected.transformer.wte.float()
     for source, step, tag in (("base", 20, "d2"), ("mid", 5, "d2"), ("sft", 3, "mine"), ("rl", 4, "d2")):
         folder = base_dir / FOLDERS[source] / tag
@@ -271,7 +269,7 @@ def test_encodings_that_are_none(changes, message, cache, base_dir, tokenizer, m
     ],
 )
 def test_wrong_shapes_and_vocabularies(config, message, cache, base_dir):
-    write_step(cache / "mid_checkpoints" / "d2", 5, make_model(), model_config={**asdict(CONFIG), **config})
+    write_step(cache / "mid_checkpoints" / "d2", 5, in_half(), model_config={**asdict(CONFIG), **config})
     with pytest.raises(UserError, match=message):
         run(cache)
     assert not base_dir.exists() or not files(base_dir)

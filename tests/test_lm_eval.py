@@ -7,13 +7,13 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_tokenizer
 
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from scripts import lm_eval as script
+from tests.helpers import make_model, write_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 T = 32
+CONFIG = GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 LONG = "for i in range(10):\n    print(i, double(i))\n" * 4
 PAIRS = [
     ("def double(x):\n", "    return x + x\n"),
@@ -38,22 +39,11 @@ class Request:
         self.args = args
 
 
-def make_model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
-    model.init_weights()
-    with torch.no_grad():
-        for parameter in model.transformer.h.parameters():
-            parameter.normal_(std=0.2)
-        model.lm_head.weight.normal_(std=0.5)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def adapter(tokenizer):
     from nanochat.lm_eval_adapter import HarnessLM
 
-    return lambda batch_size=4: HarnessLM(make_model(), tokenizer, batch_size=batch_size)
+    return lambda batch_size=4: HarnessLM(make_model(CONFIG, spread=0.5).eval(), tokenizer, batch_size=batch_size)
 
 
 def reference(model, ids, n):
@@ -219,7 +209,7 @@ def test_the_harness_on_tasks_of_ours(adapter, tokenizer, base_dir, tmp_path, mo
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf" / "datasets"))
     write_tokenizer(tokenizer, base_dir)
-    model, lm = make_model(), adapter()
+    model, lm = make_model(CONFIG, spread=0.5).eval(), adapter()
     meta = {"step": 5, "model_config": asdict(model.config)}
     cm.save_checkpoint(base_dir / "base_checkpoints" / "d2", 5, model.state_dict(), None, meta)
     questions = ["for i in range(10):", "The quick", "class", "def double(x):", "3 +"]

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import pytest
 import torch
-from test_gpt import make_model
 
 from nanochat import loop
 from nanochat.common import UserError, get_base_dir, peak_flops
@@ -15,6 +14,7 @@ from nanochat.dataset import make_local
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
+from tests.helpers import make_model
 
 
 @pytest.mark.parametrize(

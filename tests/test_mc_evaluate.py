@@ -13,11 +13,10 @@ from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.configurator import parse
-from nanochat.gpt import norm
+from nanochat.gpt import GPTConfig, norm
 from nanochat.report import Report
 from scripts import mc_eval
-from tests.test_mc_scripts import base, trained  # noqa: F401 (fixtures)
-from tests.test_mc_training import RECENT, K, T, make_controller, make_model, tokens
+from tests.helpers import RECENT, K, T, make_controller, make_model, tokens
 
 
 @pytest.fixture
@@ -138,7 +137,7 @@ def test_recovered():
 
 def test_reconstruction_tells_what_is_there():
     """Gists that hold both tokens of a block are read; those that hold the first only are half read."""
-    model = make_model(vocab=16, n_embd=64)
+    model = make_model(GPTConfig(T, 16, 2, 2, 2, 64))
     mixer = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
 
     def both(children, level):
@@ -162,12 +161,12 @@ def test_reconstruction_tells_what_is_there():
         assert accuracy["constant"] == 1.0
 
 
-def test_script(trained, capsys):  # noqa: F811
+def test_script(mc_trained, capsys):
     options = ["--model_tag=mc", "--sequences=8", "--device_batch_size=4", "--ratios=2,4", "--probe_steps=5"]
     options += ["--stream_tokens=3000"]
     mc_eval.main(parse(mc_eval.Config, [*options, "--device_type=cpu", "--dtype=fp32"]))
     out = capsys.readouterr().out
-    figures = json.loads((trained / "mc_eval" / "base_mc_000006.json").read_text())
+    figures = json.loads((mc_trained / "mc_eval" / "base_mc_000006.json").read_text())
     assert [row["ratio"] for row in figures["by_ratio"]] == [2, 4]
     assert figures["Sequences"] == 8
     assert all(0 <= row[name] <= 1 for row in figures["reconstruction"] for name in ("natural", "noise"))
@@ -177,14 +176,14 @@ def test_script(trained, capsys):  # noqa: F811
     assert figures["stream"][0]["cache_mb"] == figures["stream"][1]["cache_mb"]
     assert all(row["first_token_s"] > 0 and row["token_ms"] > 0 for row in figures["stream"])
     assert "gists recover" in out
-    section = (trained / "report" / "megacontext-evaluation-base.md").read_text()
+    section = (mc_trained / "report" / "megacontext-evaluation-base.md").read_text()
     assert "Context kept at 4×" in section
     picture = "report/megacontext-evaluation-base-context-gain.png"
     assert f"({picture})" in section
-    assert (trained / "report" / picture).read_bytes().startswith(b"\x89PNG")
+    assert (mc_trained / "report" / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_shows_plots_of_sections(trained, tmp_path):  # noqa: F811
+def test_report_shows_plots_of_sections(mc_trained, tmp_path):
     Report().log("Some section", [{"a": 1}], plots={"A plot": b"\x89PNG picture"})
     Report().generate(tmp_path)
     assert "![A plot](report/some-section-a-plot.png)" in (tmp_path / "report.md").read_text()
@@ -201,6 +200,6 @@ def test_report_shows_plots_of_sections(trained, tmp_path):  # noqa: F811
         (["--model_tag=mc", "--max_seq_len=8"], "max_seq_len"),
     ],
 )
-def test_bad_options(trained, options, message):  # noqa: F811
+def test_bad_options(mc_trained, options, message):
     with pytest.raises(UserError, match=message):
         mc_eval.main(parse(mc_eval.Config, [*options, "--device_type=cpu"]))

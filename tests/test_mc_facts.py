@@ -1,7 +1,6 @@
 """What must hold of a model that reads gists, whatever the mixture of levels and however its networks are built."""
 
 import pytest
-import reference_mc as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +10,8 @@ from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.reading import read
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
-from tests.test_mc_training import K, T, make_controller, make_model, tokens
+from tests import reference_mc as reference
+from tests.helpers import K, T, make_controller, make_model, tokens
 
 VOCAB = 70
 

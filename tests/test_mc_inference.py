@@ -16,15 +16,14 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from scripts import base_eval, base_loss, chat_cli, chat_eval
-from tests.test_core_eval import BUNDLE
-from tests.test_stages import base  # noqa: F401 (a fixture)
+from tests.helpers import CORE_BUNDLE as BUNDLE
 
 SETTINGS = MCConfig(block_size=4, allocator_recent_tokens=8, mc_infer_refocus_interval=4, mc_aux_dtype="fp32")
 CPU = ["--device_type=cpu", "--dtype=fp32"]
 
 
 @pytest.fixture(scope="module")
-def trained(base):  # noqa: F811
+def trained(base):
     """The base model twice, as a base and as an SFT model, with networks beside it; "plain" has none."""
     source = base / "base_checkpoints" / "d1"
     model, _, meta, _ = cm.load_checkpoint(source, 7, "cpu")

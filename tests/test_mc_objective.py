@@ -18,7 +18,7 @@ from megacontext.objective import (
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, norm
 from nanochat.muon import Muon
-from tests.test_mc_training import RECENT, K, T, tokens
+from tests.helpers import RECENT, K, T, tokens
 
 
 def test_tail():

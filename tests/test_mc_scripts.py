@@ -13,26 +13,15 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from scripts import base_train, chat_sft, mc_train, mid_train
-from tests.test_flow import assert_equal
-from tests.test_stages import base, log_of  # noqa: F401 (a fixture)
-
-COMMON = ["--device_type=cpu", "--dtype=fp32", "--device_batch_size=4", "--total_batch_size=256", "--eval_tokens=256"]
-BASE = [*COMMON, "--depth=1", "--max_seq_len=64", "--core_metric_every=-1", "--sample_every=6", "--eval_every=4"]
-MC = ["--mc", "--block_size=4", "--mc_num_random_variants=2", "--allocator_recent_tokens=8"]
+from tests.helpers import QUICK, QUICK_BASE, WITH_MC, assert_equal, log_of
 
 
 def train(module, *options):
     module.main(parse(module.Config, options))
 
 
-@pytest.fixture(scope="module")
-def trained(base):  # noqa: F811
-    train(base_train, *BASE, *MC, "--num_iterations=6", "--save_every=3", "--model_tag=mc")
-    return base
-
-
-def test_metrics_and_checkpoint(trained):
-    records = log_of(trained, "base", "mc")
+def test_metrics_and_checkpoint(mc_trained):
+    records = log_of(mc_trained, "base", "mc")
     steps = [record for record in records if "train/loss" in record]
     assert len(steps) == 6
     for name in ("token_loss", "lens_loss", "lod_loss/0", "lod_count/1", "adv_delta_mean", "adv_delta_p95"):
@@ -48,8 +37,8 @@ def test_metrics_and_checkpoint(trained):
     # More FLOPs than the tokens alone need: that is what runs are compared by. Beside one layer, two networks are much
     flops = steps[-1]["total_training_flops"] / steps[-1]["total_training_tokens"]
     plain = cm.build_model(
-        cm.load_checkpoint(trained / "base_checkpoints" / "mc", 6)[0],
-        cm.load_meta(trained / "base_checkpoints" / "mc", 6)["model_config"],
+        cm.load_checkpoint(mc_trained / "base_checkpoints" / "mc", 6)[0],
+        cm.load_meta(mc_trained / "base_checkpoints" / "mc", 6)["model_config"],
         "cpu",
     ).flops_per_token()
     assert 3 * plain < flops < 8 * plain
@@ -59,97 +48,106 @@ def test_metrics_and_checkpoint(trained):
     assert any(p.abs().sum() > 0 for p in [networks.gistnet.head.c_proj.weight])
 
 
-def test_resumed_equals_unbroken(trained, capsys):
-    folder = trained / "base_checkpoints" / "mc"
-    other = trained / "base_checkpoints" / "again"
+def test_resumed_equals_unbroken(mc_trained, capsys):
+    folder = mc_trained / "base_checkpoints" / "mc"
+    other = mc_trained / "base_checkpoints" / "again"
     other.mkdir()
     for path in folder.glob("*_000003*"):
         (other / path.name).write_bytes(path.read_bytes())
-    train(base_train, *BASE, *MC, "--num_iterations=6", "--save_every=3", "--model_tag=again")
+    train(base_train, *QUICK_BASE, *WITH_MC, "--num_iterations=6", "--save_every=3", "--model_tag=again")
     assert "resuming from step 3" in capsys.readouterr().out
     for kind in ("model", "mc", "optim"):
         one, two = (torch.load(f / f"{kind}_000006.pt", weights_only=True) for f in (folder, other))
         assert_equal(one, two)
 
 
-def test_two_processes_equal_one(trained):
+def test_two_processes_equal_one(mc_trained):
     """The same step over two processes trains the same networks, up to rounding."""
-    options = [*BASE, *MC, "--num_iterations=4", "--device_batch_size=2", "--mc_auto_batch=0", "--eval_every=-1"]
+    options = [
+        *QUICK_BASE,
+        *WITH_MC,
+        "--num_iterations=4",
+        "--device_batch_size=2",
+        "--mc_auto_batch=0",
+        "--eval_every=-1",
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for tag, command in (("lone", [sys.executable, "-m"]), ("pair", launch)):
         command = [*command, "scripts.base_train", "--", *options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"]
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr[-3000:]
-    lone, pair = (cm.load_companion(trained / "base_checkpoints" / tag, 4) for tag in ("lone", "pair"))
-    start = cm.load_companion(trained / "base_checkpoints" / "mc", 3)
+    lone, pair = (cm.load_companion(mc_trained / "base_checkpoints" / tag, 4) for tag in ("lone", "pair"))
+    start = cm.load_companion(mc_trained / "base_checkpoints" / "mc", 3)
     assert lone.keys() == pair.keys()
     for name in lone.keys() & start.keys():
         if lone[name].is_floating_point():
             assert (lone[name] - pair[name]).abs().mean() < 2e-3, name
     losses = [
-        [record[name] for record in log_of(trained, "base", tag) for name in ("train/loss",) if name in record]
+        [record[name] for record in log_of(mc_trained, "base", tag) for name in ("train/loss",) if name in record]
         for tag in ("lone", "pair")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
-def test_runs_with_and_without_are_not_mixed(trained):
+def test_runs_with_and_without_are_not_mixed(mc_trained):
     with pytest.raises(UserError, match="megacontext="):
-        train(base_train, *BASE, "--num_iterations=6", "--model_tag=mc")
+        train(base_train, *QUICK_BASE, "--num_iterations=6", "--model_tag=mc")
     with pytest.raises(UserError, match="megacontext="):
-        train(base_train, *BASE, *MC, "--block_size=8", "--num_iterations=6", "--model_tag=mc")
+        train(base_train, *QUICK_BASE, *WITH_MC, "--block_size=8", "--num_iterations=6", "--model_tag=mc")
 
 
 def test_a_new_model_is_not_frozen():
     with pytest.raises(UserError, match="mc_freeze_base: expected a trained model"):
-        train(base_train, *BASE, *MC, "--mc_freeze_base", "--num_iterations=6", "--model_tag=frozen")
+        train(base_train, *QUICK_BASE, *WITH_MC, "--mc_freeze_base", "--num_iterations=6", "--model_tag=frozen")
 
 
-def test_flag_off_has_nothing_of_it(trained):
+def test_flag_off_has_nothing_of_it(mc_trained):
     """The options of MegaContext, the flag left out: the same weights as without them, bit for bit."""
-    for tag, options in (("off", []), ("off_too", [*MC[1:], "--gistnet_layers=4"])):
-        train(base_train, *BASE, *options, "--num_iterations=3", "--model_tag", tag)
-    folders = [trained / "base_checkpoints" / tag for tag in ("off", "off_too")]
+    for tag, options in (("off", []), ("off_too", [*WITH_MC[1:], "--gistnet_layers=4"])):
+        train(base_train, *QUICK_BASE, *options, "--num_iterations=3", "--model_tag", tag)
+    folders = [mc_trained / "base_checkpoints" / tag for tag in ("off", "off_too")]
     for kind in ("model", "optim"):
         assert_equal(*(torch.load(folder / f"{kind}_000003.pt", weights_only=True) for folder in folders))
     assert not list(folders[0].glob("mc_*"))
-    assert not any(key.startswith("mc/") for record in log_of(trained, "base", "off") for key in record)
+    assert not any(key.startswith("mc/") for record in log_of(mc_trained, "base", "off") for key in record)
 
 
-def test_stages_go_on_with_the_networks(trained):
-    mid = ["--tasks=recall", *COMMON, "--num_iterations=2", "--eval_every=-1", "--model_tag=mc"]
-    train(mid_train, *mid, *MC)
-    first = cm.load_companion(trained / "mid_checkpoints" / "mc", 2)
-    before = cm.load_companion(trained / "base_checkpoints" / "mc", 6)
+def test_stages_go_on_with_the_networks(mc_trained):
+    mid = ["--tasks=recall", *QUICK, "--num_iterations=2", "--eval_every=-1", "--model_tag=mc"]
+    train(mid_train, *mid, *WITH_MC)
+    first = cm.load_companion(mc_trained / "mid_checkpoints" / "mc", 2)
+    before = cm.load_companion(mc_trained / "base_checkpoints" / "mc", 6)
     assert first.keys() == before.keys()
     assert any(not torch.equal(first[key], before[key]) for key in first)  # they learned on
     sft = ["--tasks=recall", "--device_type=cpu", "--dtype=fp32", "--num_iterations=2", "--eval_every=-1"]
     train(chat_sft, *sft, "--eval_metrics_every=-1", "--model_tag=mc")
-    assert_equal(cm.load_companion(trained / "chatsft_checkpoints" / "mc", 2), first)  # carried along as they are
+    assert_equal(cm.load_companion(mc_trained / "chatsft_checkpoints" / "mc", 2), first)  # carried along as they are
     _, _, meta = cm.load_model("sft", "cpu", model_tag="mc")
     assert load_networks("sft", meta, "cpu")[1].block_size == 4
     with pytest.raises(UserError, match="do not fit"):
-        train(mid_train, *mid, *MC, "--gistnet_layers=4", "--resume=0")
+        train(mid_train, *mid, *WITH_MC, "--gistnet_layers=4", "--resume=0")
     with pytest.raises(UserError, match="--block_size: expected 4, .* got 8"):
-        train(mid_train, *mid, *MC, "--block_size=8", "--resume=0")
+        train(mid_train, *mid, *WITH_MC, "--block_size=8", "--resume=0")
 
 
-def test_a_budget_too_small_to_sample_is_told_before_training(trained):
+def test_a_budget_too_small_to_sample_is_told_before_training(mc_trained):
     with pytest.raises(UserError, match="--allocator_soft_max: expected at least"):
-        train(base_train, *BASE, *MC, "--model_tag=small", "--sample_every=1", "--mc_infer_refocus_interval=60")
-    assert not (trained / "base_checkpoints" / "small").exists()
+        train(
+            base_train, *QUICK_BASE, *WITH_MC, "--model_tag=small", "--sample_every=1", "--mc_infer_refocus_interval=60"
+        )
+    assert not (mc_trained / "base_checkpoints" / "small").exists()
 
 
-def test_attached_to_a_frozen_model(trained):
-    options = ["-g", "off", *COMMON, "--num_iterations=3", "--eval_every=3", *MC[1:]]
+def test_attached_to_a_frozen_model(mc_trained):
+    options = ["-g", "off", *QUICK, "--num_iterations=3", "--eval_every=3", *WITH_MC[1:]]
     train(mc_train, *options)
-    folder = trained / "base_checkpoints" / "off-mc"
+    folder = mc_trained / "base_checkpoints" / "off-mc"
     assert_equal(
-        cm.load_checkpoint(folder, 3)[0], cm.load_checkpoint(trained / "base_checkpoints" / "off", 3)[0]
+        cm.load_checkpoint(folder, 3)[0], cm.load_checkpoint(mc_trained / "base_checkpoints" / "off", 3)[0]
     )  # the model is as it was
     assert cm.load_companion(folder, 3)["gistnet.head.c_proj.weight"].abs().sum() > 0
-    record = log_of(trained, "base", "off-mc")[-1]
+    record = log_of(mc_trained, "base", "off-mc")[-1]
     assert "val/mc_bpb" in json.dumps(record)
     with pytest.raises(UserError, match="output_tag must differ"):
         train(mc_train, *options, "--output_tag=off")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpt import make_model
 
 from megacontext.config import MCConfig
 from megacontext.gaussian_rope import entry_cos_sin
@@ -19,6 +18,7 @@ from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig
+from tests.helpers import make_model
 
 V, K = 300, 4
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}

@@ -6,13 +6,13 @@ import pty
 import shutil
 import stat
 import subprocess
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 NAMES = ["NANOCHAT_BASE_DIR", "WANDB_API_KEY", "WANDB_RUN", "HF_TOKEN", "MC_OTEL_ENDPOINT", "MC_OTEL_INSECURE"]
 QUESTIONS = 5
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import rotel
-from test_server import MODEL, Script, until
 
 from megacontext.telemetry import EVENTS, METRICS, Endpoint, metric_of, open_telemetry, parse_endpoint
 from nanochat.common import UserError
@@ -27,8 +26,9 @@ from nanochat.loop import RunLog
 from nanochat.serving.job import Done, Job, Piece
 from nanochat.serving.worker_pool import WorkerPool
 from scripts.chat_web import chat_attributes, chat_text
+from tests.helpers import ROOT, free_port, until
+from tests.helpers_server import MODEL, Script
 
-ROOT = Path(__file__).parent.parent
 TIMING = {"step": 3, "build_ms": 1.5, "positional_ms": 0.25, "lens_forward_ms": 2.0, "lens_loss_ms": 0.5}
 SNAPSHOT = {"row": 0, "entries": 40, "budget": 64, "lod_count/0": 32, "lod_count/1": 8}
 
@@ -180,12 +180,6 @@ def test_a_log_is_handed_on(tmp_path, base_dir, opened):
 
 # ---------------------------------------------------------------------------------------------------------
 # A real collector
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Collector:

@@ -17,31 +17,7 @@ from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import GPT, GPTConfig, norm
-
-T, K, RECENT = 64, 4, 8
-
-
-def make_model(seed=0, vocab=70, n_embd=32, n_layer=2, sequence_len=T):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(sequence_len, vocab, n_layer, 2, 2, n_embd))
-    model.init_weights()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model
-
-
-def make_controller(model, **options):
-    settings_ = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **options}
-    config = MCConfig(**settings_).resolve(model.config.sequence_len)
-    torch.manual_seed(1)
-    networks = MCNetworks(model.config.n_embd, config)
-    return MCController(model, networks, config)
-
-
-def tokens(B=2, seed=0, vocab=70):
-    stream = torch.randint(0, vocab, (B, T + 1), generator=torch.Generator().manual_seed(seed))
-    return stream[:, :-1], stream[:, 1:]
-
+from tests.helpers import RECENT, K, T, make_controller, make_model, tokens
 
 # ---------------------------------------------------------------------------------------------------------
 # Variants

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import reference_mc as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from megacontext.gaussian_rope import entry_cos_sin
 from megacontext.tree import STORES, MegaContextTree, RamStore, build_table
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import GPT, GPTConfig
+from tests import reference_mc as reference
 
 D = 8
 

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from playwright.sync_api import expect
 
 from nanochat.serving.worker_pool import ServedModel
-from tests.test_mc_web import CONTEXT, K, serving
-from tests.test_ui import ask, browser, finished, server, visit  # noqa: F401 (fixtures)
+from tests.helpers_browser import ask, finished
+from tests.helpers_server import CONTEXT, K, serving_mc
 
 SHORT = "localStorage['nanochat.settings'] ??= '{\"max_tokens\": 40}';"
 CELLS = "[...document.querySelectorAll('#focus-picture rect[x]')].map((rect) => rect.getAttribute('class'))"
@@ -20,13 +21,13 @@ PHONE = {"viewport": {"width": 390, "height": 780}, "is_mobile": True, "has_touc
 
 @pytest.fixture(scope="module")
 def mc(tokenizer):
-    with serving(tokenizer, model=ServedModel("sft", "d4", 600)) as running:
+    with serving_mc(tokenizer, model=ServedModel("sft", "d4", 600)) as running:
         yield running
 
 
 @pytest.fixture
-def open_page(visit, mc):  # noqa: F811
-    return lambda script=SHORT, **options: visit(script=script, base_url=mc.url, **options)
+def visit(mc, open_page):
+    return partial(open_page, mc.url, script=SHORT)
 
 
 @pytest.fixture
@@ -112,9 +113,9 @@ def width_of(page):
     return page.evaluate("document.getElementById('focus-picture').clientWidth")
 
 
-def test_ten_times_the_context(open_page, mc, shot):
+def test_ten_times_the_context(visit, mc, shot):
     """The page stays responsive and the view moves; what it shows is what the last event says; hovering shows text."""
-    page = open_page()
+    page = visit()
     expect(page.locator("#focus")).to_be_hidden()
     page.evaluate(
         """() => {
@@ -160,8 +161,8 @@ def test_ten_times_the_context(open_page, mc, shot):
     expect(page.locator("#focus")).to_be_visible()
 
 
-def test_two_chats_have_a_view_each(open_page, mc):
-    page = open_page()
+def test_two_chats_have_a_view_each(visit, mc):
+    page = visit()
     names = set()
     for text in ("First of all", "Second " * 20):
         page.get_by_role("button", name="New chat").first.click()
@@ -186,9 +187,9 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
-def test_any_size(open_page, shot, size, look):
+def test_any_size(visit, shot, size, look):
     """Few cells or thousands of blocks a cell: it fits its width, in little time, and says what the event says."""
-    page = open_page(**({"color_scheme": "dark"} if look == "dark" else PHONE if look == "phone" else {}))
+    page = visit(**({"color_scheme": "dark"} if look == "dark" else PHONE if look == "phone" else {}))
     ask(page, "Where are you looking?")
     finished(page)
     state = made_up(*SIZES[size])
@@ -223,9 +224,9 @@ def test_any_size(open_page, shot, size, look):
         shot(page, f"{size}-{look}-hover")
 
 
-def test_what_is_read_can_be_pointed_at_too(open_page):
+def test_what_is_read_can_be_pointed_at_too(visit):
     """Below, every entry of the working context has its place: pointing at it finds the block that it stands for."""
-    page = open_page()
+    page = visit()
     ask(page, "Hello")
     finished(page)
     state = {
@@ -248,8 +249,8 @@ def test_what_is_read_can_be_pointed_at_too(open_page):
     expect(page.locator("#focus-card")).to_contain_text("LensNet −0.50")
 
 
-def test_by_keyboard_and_in_words(open_page, shot):
-    page = open_page()
+def test_by_keyboard_and_in_words(visit, shot):
+    page = visit()
     words(page, 1)
     words(page, 2)
     state = page.evaluate("current.focus")
@@ -280,8 +281,8 @@ def test_by_keyboard_and_in_words(open_page, shot):
     finished(page)
 
 
-def test_it_folds_away(open_page):
-    page = open_page()
+def test_it_folds_away(visit):
+    page = visit()
     ask(page, "Hello")
     finished(page)
     page.get_by_role("button", name="Hide the focus").click()
@@ -295,9 +296,9 @@ def test_it_folds_away(open_page):
     assert page.evaluate(CELLS)
 
 
-def test_text_that_is_no_longer_at_hand(open_page, mc):
+def test_text_that_is_no_longer_at_hand(visit, mc):
     """After eviction the picture stays, the card has no text, and the next answer brings all of it back."""
-    page = open_page()
+    page = visit()
     words(page, 1)
     mc.sessions[0].held.clear()
     page.locator("#focus-picture").hover(position={"x": 2, "y": 30})
@@ -308,11 +309,3 @@ def test_text_that_is_no_longer_at_hand(open_page, mc):
     words(page, 2)
     page.locator("#focus-picture").hover(position={"x": 2, "y": 30})
     expect(page.locator("#focus-card blockquote")).to_contain_text("You: In")
-
-
-def test_without_mc_there_is_none(visit, server):  # noqa: F811
-    page = visit()
-    ask(page, "Hello")
-    finished(page)
-    assert page.locator("#focus:visible").count() == 0
-    assert server.requests[0].keys() == {"messages", "temperature", "top_k", "max_tokens"}

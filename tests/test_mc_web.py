@@ -5,108 +5,29 @@ import dataclasses
 import gc
 import json
 import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 
-from megacontext.chat_sessions import ChatSessions
-from megacontext.config import MCConfig
-from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.serving.app import create_app
 from nanochat.serving.schema import Limits
-from nanochat.serving.transport import Server, open_socket
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
 from nanochat.streaming import readable, stream_parts
 from scripts import chat_web
-from tests.test_server import MODEL, ask, events, said, until
-
-K, CONTEXT = 4, 64
-SETTINGS = MCConfig(block_size=K, allocator_recent_tokens=8, mc_infer_refocus_interval=4, mc_aux_dtype="fp32")
-LIMITS = Limits(20_000, 2_000_000, 2_000_000)
-
-
-def tiny(tokenizer):
-    """(engine, networks, resolved config); the same each time. With top_k, it ends no answer before max_tokens."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(CONTEXT, tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16)).eval()
-    model.init_weights()
-    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
-    with torch.no_grad():
-        model.lm_head.weight[[tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()]] = 0
-    torch.nn.init.normal_(model.transformer.h[0].attn.c_proj.weight, std=0.5)
-    networks = MCNetworks(16, SETTINGS.resolve(CONTEXT)).eval()
-    with torch.no_grad():
-        for p in networks.lensnet.parameters():
-            p.add_(torch.randn_like(p))
-    return Engine(model, tokenizer, fixed=True), networks, SETTINGS.resolve(CONTEXT)
-
-
-class Watched(MCSession):
-    """Adds itself to the sessions `made`, and says when two jobs are in it at a time."""
-
-    def __init__(self, *args, made, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.inside, self.fault = threading.Lock(), None
-        made.append(self)
-
-    def prefill(self, tokens):
-        if self.fault:
-            raise self.fault
-        return self._alone(super().prefill, tokens)
-
-    def step(self, ids):
-        return self._alone(super().step, ids)
-
-    def _alone(self, method, argument):
-        assert self.inside.acquire(blocking=False), "two at once"
-        try:
-            return method(argument)
-        finally:
-            self.inside.release()
-
-
-@contextlib.contextmanager
-def serving(tokenizer, workers=1, limit=8, model=MODEL, on_event=None, on_end=None, queue_size=64):
-    """A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made)."""
-    made, pool = [], WorkerPool(queue_size, on_end)
-    server = Server(create_app(pool, LIMITS), pool)
-    listener = open_socket("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    engines, kept = [], []
-    for _ in range(workers):
-        engine, networks, config = tiny(tokenizer)
-        make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
-        engines.append(engine)
-        kept.append(ChatSessions(make, config, limit, on_event))
-    pool.start(engines, model, kept)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            until(lambda: server.started)
-            yield SimpleNamespace(url=url, client=client, pool=pool, sessions=kept, made=made)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-        assert not thread.is_alive()
+from tests.helpers import until, write_tokenizer
+from tests.helpers_server import CONTEXT, MODEL, K, Script, ask, events, said, serving, serving_mc, tiny
 
 
 @pytest.fixture
 def serve(tokenizer):
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(serving(tokenizer, **options))
+        yield lambda **options: stack.enter_context(serving_mc(tokenizer, **options))
 
 
 def name(i):
@@ -394,10 +315,7 @@ def test_text_of_a_block(serve, tokenizer):
 
 
 def test_without_mc_there_is_nothing_of_it(tokenizer, tmp_path):
-    from tests.test_server import Script
-    from tests.test_server import serving as plainly
-
-    with plainly(tmp_path, Script(tokenizer)) as server:
+    with serving(tmp_path, Script(tokenizer)) as server:
         replies = ask(server, conversation=name(0), focus=True)
         assert said(replies) == "Hello there."
         assert not any("focus" in reply for reply in replies)
@@ -450,8 +368,6 @@ def save(base_dir, tokenizer, tag, mc):
 
 @pytest.fixture
 def checkpoints(base_dir, tokenizer):
-    from tests.conftest import write_tokenizer
-
     write_tokenizer(tokenizer, base_dir)
     save(base_dir, tokenizer, "mc", True)
     save(base_dir, tokenizer, "plain", False)

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import reference_mc as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from megacontext.working_context import Edit, WorkingContext
 from nanochat.common import UserError
+from tests import reference_mc as reference
 
 shapes = st.tuples(st.integers(1, 90), st.integers(2, 5), st.integers(1, 3), st.randoms(use_true_random=False))
 

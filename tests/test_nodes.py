@@ -2,25 +2,15 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from test_flow import TRAIN, run, weights
-from test_repo import dry_run
-from test_stages import base  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT, TRAIN, dry_run, free_port, run, weights
+
 SHORT = [*TRAIN, "--num_iterations=4", "--eval_every=4", "--sample_every=-1", "--save_every=-1"]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def agents(base_dir, rendezvous, *command):
@@ -46,7 +36,7 @@ def agents(base_dir, rendezvous, *command):
     return outputs
 
 
-def test_two_machines_equal_one(base):  # noqa: F811 (the fixture)
+def test_two_machines_equal_one(base):
     """By c10d rendezvous, as by hand, and by the recipes' static one: the same model as one process trains."""
     run(base, "scripts.base_train", *SHORT, "--model_tag=one")
     port = free_port()

@@ -5,13 +5,12 @@ import importlib
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nanochat.training import WATCHING
+from tests.helpers import ROOT, dry_run
 
-ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "nanochat": {"nanochat", "rustbpe"},
     "tasks": {"tasks", "nanochat"},
@@ -34,6 +33,15 @@ def test_imports_go_one_way(package):
             for name in names:
                 top = name.split(".")[0]
                 assert top not in OURS - ALLOWED[package], f"{path} imports {name}"
+
+
+def test_test_modules_share_by_helpers_alone():
+    """What two of them need is in helpers*.py, a reference_*.py or a fixture of conftest.py, by one spelling."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert not any(name.removeprefix("tests.").startswith(("test_", "conftest")) for name in names), path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("[a-z]*.py")), ids=lambda p: p.stem)
@@ -64,12 +72,6 @@ def test_watching_names_options():
         name for stage in stages for name in importlib.import_module(f"scripts.{stage}").Config.__dataclass_fields__
     }
     assert names >= WATCHING
-
-
-def dry_run(script, *args):
-    result = subprocess.run(["bash", script, "--dry-run", *args], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
-import reference_bpe
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 import rustbpe
+from tests import reference_bpe
 
 DEFAULT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"

@@ -15,14 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import httpx
 import openai
 import pytest
 import torch
-from conftest import write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,93 +31,12 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.app import content_security_policy, create_app
 from nanochat.serving.job import cut_at
 from nanochat.serving.schema import Limits
-from nanochat.serving.transport import PatientProtocol, Server, open_socket
-from nanochat.serving.worker_pool import ServedModel, WorkerPool
+from nanochat.serving.transport import PatientProtocol, open_socket
+from nanochat.serving.worker_pool import WorkerPool
 from nanochat.streaming import stream_parts
 from scripts import chat_web
-
-PAGE = "<!doctype html><style>p {}</style><script>let a = 1 < 2;</script><p>hello</p>"
-USER = [{"role": "user", "content": "hi"}]
-MODEL = ServedModel("sft", "d1", 7)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Scripted engines, and a server in a thread
-
-
-@dataclass
-class Script:
-    """
-    Stands in for an Engine: says `text` (a str, or ids), over and over, up to max_tokens; then, unless endless, ends.
-
-    `go` holds it back before the first token, and `each` before every other one; `fault` is raised after `fault_at`.
-    """
-
-    tokenizer: object
-    text: object = "Hello there."
-    go: threading.Event = None
-    each: float = 0.0
-    endless: bool = False
-    fault: Exception = None
-    fault_at: int = 0
-    context: int = 4096
-    prompts: list = field(default_factory=list)
-    settings: list = field(default_factory=list)
-    started: threading.Event = field(default_factory=threading.Event)
-    closed: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def model(self):
-        return SimpleNamespace(
-            config=SimpleNamespace(sequence_len=self.context), get_device=lambda: torch.device("cpu")
-        )
-
-    def generate(self, tokens, max_tokens, **settings):
-        self.prompts.append(tokens)
-        self.settings.append(settings)
-        self.closed.clear()
-        self.started.set()
-        try:
-            assert self.go is None or self.go.wait(30)
-            ids = self.tokenizer.encode(self.text) if isinstance(self.text, str) else list(self.text)
-            if not self.endless:
-                ids.append(self.tokenizer.encode_special("<|assistant_end|>"))
-            for i in range(max_tokens if self.endless else min(max_tokens, len(ids))):
-                if self.fault and i == self.fault_at:
-                    raise self.fault
-                yield [ids[i % len(ids)]], [1]
-                time.sleep(self.each)
-        finally:
-            self.closed.set()
-
-
-@contextlib.contextmanager
-def serving(tmp_path, *engines, queue_size=64, drain_seconds=30.0, sndbuf=None, **options):
-    """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
-    page, logo = tmp_path / "ui.html", tmp_path / "logo.svg"
-    page.write_text(PAGE)
-    logo.write_text("<svg/>")
-    pool = WorkerPool(queue_size)
-    app = create_app(pool, page=page, logo=logo, **options)
-    server = Server(app, pool, drain_seconds)
-    listener = open_socket("127.0.0.1", 0)
-    if sndbuf:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    if engines:
-        pool.start(engines, MODEL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=url, timeout=30) as client:
-            until(lambda: server.started)
-            yield SimpleNamespace(url=url, port=port, pool=pool, server=server, client=client, thread=thread)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-        assert not thread.is_alive()
+from tests.helpers import until, write_tokenizer
+from tests.helpers_server import MODEL, PAGE, USER, Script, ask, events, said, serving
 
 
 @pytest.fixture
@@ -138,32 +55,9 @@ def engine(tokenizer):
     return Engine(model.eval(), tokenizer)
 
 
-def until(condition, seconds=10.0):
-    """Wait for a condition; fail if it does not come."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
-def events(lines):
-    """The JSON values of server-sent events; pings left out."""
-    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-
-
-def ask(server, messages=USER, path="/chat/completions", **options):
-    response = server.client.post(path, json={"messages": messages, **options})
-    assert response.status_code == 200, response.text
-    return events(response.text.split("\n"))
-
-
 def post_json(server, path, body):
     """As httpx would, but NaN and halves of characters are let through."""
     return server.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
-
-
-def said(replies):
-    return "".join(event["token"] for event in replies if "token" in event)
 
 
 def totals(server):

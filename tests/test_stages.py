@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,10 @@ import torch
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
-from nanochat.dataset import Config as DatasetConfig
-from nanochat.dataset import main as dataset_main
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, mid_train, prepare
 from tasks.customjson import CustomJSON
-from tests.conftest import write_tokenizer
-from tests.test_flow import assert_equal
+from tests.helpers import assert_equal, log_of
 
 COMMON = ["--tasks=local", "--device_type=cpu", "--dtype=fp32"]
 MID = [*COMMON, "--device_batch_size=2", "--total_batch_size=256", "--num_iterations=12", "--eval_tokens=256"]
@@ -31,36 +26,6 @@ SFT += ["--eval_every=4", "--eval_metrics_every=12", "--eval_metrics_max_problem
 RL = [*COMMON, "--num_iterations=12", "--examples_per_step=2", "--num_samples=4", "--device_batch_size=2"]
 RL += ["--max_new_tokens=6", "--eval_every=12", "--eval_examples=2", "--save_every=3"]
 STAGES = {"mid": (mid_train, MID), "sft": (chat_sft, SFT), "rl": (chat_rl, RL)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A base folder with text, a tokenizer, identity conversations, and a base model d1 of random weights."""
-    root = tmp_path_factory.mktemp("stages")
-    text = root / "text"
-    text.mkdir()
-    for path in sorted((Path(__file__).parent.parent / "nanochat").glob("*.py")):
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        for i in range(0, len(lines), 20):
-            (text / f"{path.stem}_{i}.py").write_text("".join(lines[i : i + 20]), "utf-8")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the process that is killed: sums then have the same order
-    dataset_main(DatasetConfig(source=str(text)))
-    documents = [path.read_text("utf-8") for path in text.iterdir()]
-    tokenizer = RustBPETokenizer.train_from_iterator(iter(sorted(documents)), 600)
-    write_tokenizer(tokenizer, root / "base")
-    conversation = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am a test."}]
-    (root / "base" / "identity_conversations.jsonl").write_text(json.dumps(conversation) + "\n")
-    torch.manual_seed(1)
-    model = GPT(GPTConfig.from_depth(1, 64, tokenizer.get_vocab_size()))
-    model.init_weights()
-    config = {"sequence_len": 64, "vocab_size": 600, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 64}
-    cm.save_checkpoint(root / "base" / "base_checkpoints" / "d1", 7, model.state_dict(), None, {"model_config": config})
-    yield root / "base"
-    torch.set_num_threads(threads)
-    patch.undo()
 
 
 def run(stage, *options):
@@ -73,10 +38,6 @@ def trained(base):
     for stage in STAGES:
         run(stage)
     return base
-
-
-def log_of(base, stage, tag="d1"):
-    return [json.loads(line) for line in (base / "logs" / f"{stage}_{tag}.jsonl").read_text().splitlines()]
 
 
 def test_stages_train(trained):

@@ -31,8 +31,7 @@ from tasks.mmlu import MMLU
 from tasks.recall import LINES, Recall
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
 
 # Rows as the hub has them.
 ROWS = {

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import tiktoken
-from conftest import TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from nanochat.tokenizer import (
     RustBPETokenizer,
     count_token_bytes,
 )
+from tests.helpers import TEXT
 
 
 @pytest.fixture(scope="module")

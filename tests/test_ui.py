@@ -7,24 +7,20 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import uvicorn
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from nanochat.markdown import render_markdown
 from nanochat.serving.app import content_security_policy, create_app
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
+from tests.helpers import ROOT
+from tests.helpers_browser import ask, finished
 
-CHROMIUM = "/usr/bin/chromium"
-if not Path(CHROMIUM).exists():
-    pytest.skip(f"{CHROMIUM} is not installed", allow_module_level=True)
-PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-ARGS += ["--disable-sync", "--no-first-run"]
+PAGE = ROOT / "nanochat" / "ui.html"
 CONFIG = {
     "model": "d4",
     "source": "sft",
@@ -146,69 +142,19 @@ def server():
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    profile = tmp_path_factory.mktemp("profile")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS, downloads_path=profile)
-        yield browser
-        browser.close()
-
-
-WATCH = """
-window.ran = []; window.violations = [];
-window.alert = window.prompt = window.confirm = (text) => window.ran.push(text);
-document.addEventListener("securitypolicyviolation", (event) => window.violations.push(
-    `${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
-"""
-
-
 @pytest.fixture
-def visit(server, browser):
-    """Open the page in a fresh profile; afterwards nothing may have gone wrong in it that the test did not name."""
+def visit(server, open_page):
+    """Open the page of the small server."""
     server.reset()
-    contexts, faults = [], []
 
-    def visit(expected=r"^$", script="", **options):
-        usual = {"viewport": {"width": 1100, "height": 760}, "reduced_motion": "reduce"}
-        usual |= {"base_url": f"http://127.0.0.1:{server.server_port}"}
-        context = browser.new_context(**(usual | options))
-        context.set_default_timeout(8000)
-        context.add_init_script(WATCH + script)
-        contexts.append((context, expected))
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-        page.on(
-            "console",
-            lambda line: (
-                line.type in ("error", "warning") and not re.search(expected, line.text) and faults.append(line.text)
-            ),
-        )
-        page.goto("/")
-        expect(page.locator("#model")).to_contain_text("d4")
-        return page
+    def visit(base_url=f"http://127.0.0.1:{server.server_port}", **options):
+        return open_page(base_url, **options)
 
-    yield visit
-    for context, expected in contexts:
-        for page in context.pages:
-            faults += page.evaluate("window.ran")
-            faults += [line for line in page.evaluate("window.violations") if not re.search(expected, line)]
-        context.close()
-    assert faults == []
-
-
-def ask(page, text):
-    page.locator("#input").fill(text)
-    page.keyboard.press("Enter")
+    return visit
 
 
 def answer(page):
     return page.locator(".answer").last
-
-
-def finished(page):
-    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
 
 
 def rendered(page):
@@ -244,6 +190,14 @@ def test_first_screen_and_a_streamed_answer(visit, server):
     sent = server.requests[0]
     assert sent["messages"] == [{"role": "user", "content": "Who are you?"}]
     assert (sent["temperature"], sent["top_k"], sent["max_tokens"]) == (0.8, 50, 512)
+
+
+def test_without_mc_there_is_no_focus(visit, server):
+    page = visit()
+    ask(page, "Hello")
+    finished(page)
+    assert page.locator("#focus:visible").count() == 0
+    assert server.requests[0].keys() == {"messages", "temperature", "top_k", "max_tokens"}
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])

@@ -1,0 +1,198 @@
+"""Chat servers for tests: with scripted engines or tiny models behind them, and a client's side of the interface."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+import httpx
+import torch
+
+from megacontext.chat_sessions import ChatSessions
+from megacontext.config import MCConfig
+from megacontext.networks import MCNetworks
+from megacontext.session import MCSession
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.serving.app import create_app
+from nanochat.serving.schema import Limits
+from nanochat.serving.transport import Server, open_socket
+from nanochat.serving.worker_pool import ServedModel, WorkerPool
+from tests.helpers import until
+
+PAGE = "<!doctype html><style>p {}</style><script>let a = 1 < 2;</script><p>hello</p>"
+USER = [{"role": "user", "content": "hi"}]
+MODEL = ServedModel("sft", "d1", 7)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scripted engines, and a server in a thread
+
+
+@dataclass
+class Script:
+    """
+    Stands in for an Engine: says `text` (a str, or ids), over and over, up to max_tokens; then, unless endless, ends.
+
+    `go` holds it back before the first token, and `each` before every other one; `fault` is raised after `fault_at`.
+    """
+
+    tokenizer: object
+    text: object = "Hello there."
+    go: threading.Event = None
+    each: float = 0.0
+    endless: bool = False
+    fault: Exception = None
+    fault_at: int = 0
+    context: int = 4096
+    prompts: list = field(default_factory=list)
+    settings: list = field(default_factory=list)
+    started: threading.Event = field(default_factory=threading.Event)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def model(self):
+        return SimpleNamespace(
+            config=SimpleNamespace(sequence_len=self.context), get_device=lambda: torch.device("cpu")
+        )
+
+    def generate(self, tokens, max_tokens, **settings):
+        self.prompts.append(tokens)
+        self.settings.append(settings)
+        self.closed.clear()
+        self.started.set()
+        try:
+            assert self.go is None or self.go.wait(30)
+            ids = self.tokenizer.encode(self.text) if isinstance(self.text, str) else list(self.text)
+            if not self.endless:
+                ids.append(self.tokenizer.encode_special("<|assistant_end|>"))
+            for i in range(max_tokens if self.endless else min(max_tokens, len(ids))):
+                if self.fault and i == self.fault_at:
+                    raise self.fault
+                yield [ids[i % len(ids)]], [1]
+                time.sleep(self.each)
+        finally:
+            self.closed.set()
+
+
+@contextlib.contextmanager
+def serving(tmp_path, *engines, queue_size=64, drain_seconds=30.0, sndbuf=None, **options):
+    """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
+    page, logo = tmp_path / "ui.html", tmp_path / "logo.svg"
+    page.write_text(PAGE)
+    logo.write_text("<svg/>")
+    pool = WorkerPool(queue_size)
+    app = create_app(pool, page=page, logo=logo, **options)
+    server = Server(app, pool, drain_seconds)
+    listener = open_socket("127.0.0.1", 0)
+    if sndbuf:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    if engines:
+        pool.start(engines, MODEL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            until(lambda: server.started)
+            yield SimpleNamespace(url=url, port=port, pool=pool, server=server, client=client, thread=thread)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def events(lines):
+    """The JSON values of server-sent events; pings left out."""
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+
+def ask(server, messages=USER, path="/chat/completions", **options):
+    response = server.client.post(path, json={"messages": messages, **options})
+    assert response.status_code == 200, response.text
+    return events(response.text.split("\n"))
+
+
+def said(replies):
+    return "".join(event["token"] for event in replies if "token" in event)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A tiny model of random weights with --mc
+
+K, CONTEXT = 4, 64
+SETTINGS = MCConfig(block_size=K, allocator_recent_tokens=8, mc_infer_refocus_interval=4, mc_aux_dtype="fp32")
+LIMITS = Limits(20_000, 2_000_000, 2_000_000)
+
+
+def tiny(tokenizer):
+    """(engine, networks, resolved config); the same each time. With top_k, it ends no answer before max_tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(CONTEXT, tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16)).eval()
+    model.init_weights()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    with torch.no_grad():
+        model.lm_head.weight[[tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()]] = 0
+    torch.nn.init.normal_(model.transformer.h[0].attn.c_proj.weight, std=0.5)
+    networks = MCNetworks(16, SETTINGS.resolve(CONTEXT)).eval()
+    with torch.no_grad():
+        for p in networks.lensnet.parameters():
+            p.add_(torch.randn_like(p))
+    return Engine(model, tokenizer, fixed=True), networks, SETTINGS.resolve(CONTEXT)
+
+
+class Watched(MCSession):
+    """Adds itself to the sessions `made`, and says when two jobs are in it at a time."""
+
+    def __init__(self, *args, made, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.inside, self.fault = threading.Lock(), None
+        made.append(self)
+
+    def prefill(self, tokens):
+        if self.fault:
+            raise self.fault
+        return self._alone(super().prefill, tokens)
+
+    def step(self, ids):
+        return self._alone(super().step, ids)
+
+    def _alone(self, method, argument):
+        assert self.inside.acquire(blocking=False), "two at once"
+        try:
+            return method(argument)
+        finally:
+            self.inside.release()
+
+
+@contextlib.contextmanager
+def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_event=None, on_end=None, queue_size=64):
+    """A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made)."""
+    made, pool = [], WorkerPool(queue_size, on_end)
+    server = Server(create_app(pool, LIMITS), pool)
+    listener = open_socket("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    engines, kept = [], []
+    for _ in range(workers):
+        engine, networks, config = tiny(tokenizer)
+        make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
+        engines.append(engine)
+        kept.append(ChatSessions(make, config, limit, on_event))
+    pool.start(engines, model, kept)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            until(lambda: server.started)
+            yield SimpleNamespace(url=url, client=client, pool=pool, sessions=kept, made=made)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
