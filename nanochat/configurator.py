@@ -12,6 +12,7 @@ import sys
 import typing
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from nanochat.common import UserError, fail
 
@@ -25,6 +26,19 @@ group = tyro.conf.arg(name="")
 def short(*names):
     """Annotation for short forms: `source: Annotated[str, short("-i")] = "sft"`."""
     return tyro.conf.arg(aliases=names)
+
+
+OptionalInt = typing.Annotated[
+    int | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: None if int(words[0]) == -1 else int(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: ["-1" if value is None else str(value)],
+    ),
+]
+"""Type of an option for which users write -1, its default, where the code has None."""
 
 
 def _spell_out_booleans(argv, names):

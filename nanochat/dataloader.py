@@ -50,12 +50,7 @@ class TokenLoader:
         self.rank = env_rank if rank is None else rank
         self.world_size = env_world_size if world_size is None else world_size
         self.device = torch.device(device)
-        row_groups = list_row_groups(split, data_dir)
-        if len(row_groups) < self.world_size:
-            raise UserError(
-                f"the {split} split has {len(row_groups)} row groups, too few for {self.world_size} "
-                "processes to share: add data or start fewer processes"
-            )
+        row_groups = list_row_groups(split, data_dir, self.world_size)
         threads = min(tokenizer_threads, os.cpu_count() or 1)  # more only wait for each other
         self._position = self._check_state(state, len(row_groups)) if state else (0, self.rank, 0)
         batches = _batches(

@@ -69,11 +69,12 @@ def list_parquet_files(data_dir=None) -> list[Path]:
     return paths
 
 
-def list_row_groups(split: str, data_dir=None) -> list[tuple[Path, int]]:
+def list_row_groups(split: str, data_dir=None, processes=1) -> list[tuple[Path, int]]:
     """
     (file, row group) of all row groups of a split ("train" or "val") that have rows, in order.
 
-    Raises UserError for a file that is not a whole parquet file with a column `text`, and for an empty split.
+    Raises UserError for a file that is not a whole parquet file with a column `text`, for an empty split, and for one
+    with fewer row groups than processes to share them.
     """
     if split not in ("train", "val"):
         raise UserError(f"expected split 'train' or 'val', got {split!r}")
@@ -86,7 +87,18 @@ def list_row_groups(split: str, data_dir=None) -> list[tuple[Path, int]]:
             found += [(path, group) for group in groups if file.metadata.row_group(group).num_rows]
     if not found:
         raise UserError(f"no rows in the {split} split ({paths[0].name} … in {paths[0].parent}): {REMAKE}")
+    if len(found) < processes:
+        raise UserError(
+            f"the {split} split has {len(found)} row groups, too few for {processes} processes to share: "
+            "add data or start fewer processes"
+        )
     return found
+
+
+def check_data(processes=1):
+    """Raises UserError when training data is missing or broken, or too little for these processes to share."""
+    for split in ("train", "val"):
+        list_row_groups(split, processes=processes)
 
 
 def read_row_group(path: Path, group: int) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat.common import UserError, get_base_dir, get_dist_info
+from nanochat.common import UserError, get_base_dir, get_dist_info, print0
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
 
@@ -93,7 +93,7 @@ def muon_momentum(step) -> float:
 
 
 def described(figures: dict) -> str:
-    """Figures that there are, for a line of text: " | name 0.1234 | …"."""
+    """Figures for a line of text, " | name 0.1234 | …", without those that are None."""
     return "".join(f" | {name} {value:.4f}" for name, value in figures.items() if value is not None)
 
 
@@ -105,8 +105,22 @@ def maybe_compile(model, mode: str, device):
     return torch.compile(model, dynamic=False) if on else model
 
 
+def passes(examples, num_iterations, num_epochs, per_step) -> int:
+    """Steps of `per_step` examples: num_iterations if that is positive, else num_epochs passes over all examples."""
+    steps = num_iterations if num_iterations > 0 else examples * num_epochs // per_step
+    if steps < 1:
+        raise UserError(f"{examples} conversations are less than one step of {per_step}")
+    return steps
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Logs and progress
+
+
+def print_facts(facts: dict):
+    """What a run begins with, a line each, on the first process."""
+    for name, value in facts.items():
+        print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
 
 class RunLog:
@@ -137,8 +151,8 @@ class RunLog:
     def wandb_id(self):
         return self.wandb.id if self.wandb else None
 
-    def log(self, **metrics):
-        """Keys may hold a slash, as in log(step=1, **{"train/loss": 2.5})."""
+    def log(self, metrics: dict):
+        """A record such as {"step": 1, "train/loss": 2.5}."""
         if self.file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}

@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager
-from nanochat.common import UserError, get_dist_info, peak_flops, print0
+from nanochat.common import UserError, autocast, get_dist_info, peak_flops, print0
 from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
 from nanochat.sharding import clip_gradients
 
-# Options that say how to watch a run; all others decide what comes out of it
+# Options that say how to watch a run, or which model to start from, which the settings have as "parent"; all others
+# decide what comes out of it
 WATCHING = {
     *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
-    *("model_tag", "device_type", "compile", "keep_last"),
+    *("source", "model_tag", "step", "device_type", "compile", "keep_last"),
 }
 
 
@@ -64,17 +65,17 @@ class Training:
     """
     A model under training.
 
-    stage: "base", "mid", "sft" or "rl"; tag: the folder of its checkpoints. config: the script's options, of
-    which it reads resume, run, compile and the learning rates. settings: `decisive` of them. fresh_model(): the
-    model of step 0, on `device`. total: steps to come, or None when they are not known beforehand. companion:
-    networks on `device` that are trained with the model and kept beside it: a module with setup_optimizers().
-    frozen: train the companion alone.
+    stage: "base", "mid", "sft" or "rl"; tag: the folder of its checkpoints. config: the script's TrainingOptions and,
+    unless frozen, OptimizerOptions. settings: `decisive` of them. model: that of step 0, on `device`, or on the meta
+    device to be initialized. total: steps to come, or None when they are not known beforehand. companion: networks on
+    `device` that are trained with the model and kept beside it: a module with setup_optimizers(). frozen: train the
+    companion alone.
 
     step: steps taken. meta, loader_state: of the checkpoint that it goes on from, {} and None at the beginning.
     finished: nothing is left to do (the model is then not loaded).
     """
 
-    def __init__(self, stage, tag, config, settings, fresh_model, device, total=None, companion=None, frozen=False):
+    def __init__(self, stage, tag, config, settings, model, device, total=None, companion=None, frozen=False):
         self.stage, self.tag, self.config, self.settings, self.device = stage, tag, config, settings, device
         self.folder = checkpoint_manager.checkpoint_root(stage) / tag
         self.resumed_at = resume_step(self.folder, config.resume, settings)
@@ -90,7 +91,10 @@ class Training:
             print0(f"{self.folder} is already trained to step {self.step}: nothing to do (--resume=0 trains anew)")
             return
         if self.resumed_at is None:
-            self.model = fresh_model()
+            self.model = model
+            if model.get_device().type == "meta":
+                model.to_empty(device=device)
+                model.init_weights()
         else:
             print0(f"resuming from step {self.step} in {self.folder}")
             loaded = checkpoint_manager.load_checkpoint(self.folder, self.step, device, load_optimizer=True)
@@ -182,8 +186,30 @@ class Training:
             parameter.grad = None
         return norm
 
+    def record(self, figures: dict):
+        """Log figures, numbers or tensors of one, of the current step."""
+        figures = {name: f.item() if isinstance(f, torch.Tensor) else f for name, f in figures.items()}
+        self.log.log({**self.totals(), **figures})
+
     def begin_step(self):
         self.started = time.time()
+
+    def accumulate(self, objective, batches, count, progress, dtype):
+        """
+        Add up the gradients of the next `count` micro-batches, each by its share of the mean loss.
+
+        objective: see PlainObjective; it runs in `dtype`. progress: part of training that is done. Returns (mean loss,
+        a tensor; metrics of the last micro-batch).
+        """
+        _, rank, _, world_size = get_dist_info()
+        loss = torch.zeros((), device=self.device)
+        for i in range(count):
+            x, y = next(batches)
+            with autocast(self.device, dtype):
+                part, metrics = objective(x, y, progress, seed=(self.step * count + i) * world_size + rank)
+            (part / count).backward()
+            loss += part.detach() / count
+        return loss, metrics
 
     def end_step(self, loss, tokens, work=1.0) -> float:
         """
@@ -217,7 +243,7 @@ class Training:
         return loss
 
     def speed(self) -> dict:
-        """Figures of the last step for the log."""
+        """Figures of how fast the last step was, for the log."""
         return {"train/dt": self.seconds, "train/tok_per_sec": self.tokens_per_second, "train/mfu": self.mfu}
 
     def show(self, *figures, done=None):
@@ -268,9 +294,7 @@ def parent_model(source, device, model_tag, step):
     facts name it down to its checksum, so that a stage trained from another model is not taken for this one's.
     networks: what lies beside the model, as (state dict, meta data "megacontext"); None if nothing does.
     """
-    model, tokenizer, meta = checkpoint_manager.load_model(
-        source, device, "train", model_tag or None, None if step == -1 else step
-    )
+    model, tokenizer, meta = checkpoint_manager.load_model(source, device, "train", model_tag, step)
     folder = checkpoint_manager.checkpoint_root(source) / meta["model_tag"]
     facts = {
         "source": source,

@@ -12,7 +12,7 @@ The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle; --d
 import csv
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch.distributed as dist
 from rich import progress as bars
@@ -34,23 +34,16 @@ from nanochat.common import (
 from nanochat.configurator import group, run
 from nanochat.core_bundle import download_bundle, has_bundle, how_to_get_bundle
 from nanochat.core_eval import evaluate_core
+from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.report import get_report
 
 
 @dataclass
-class Config:
+class Config(ModelOptions, DeviceOptions):
     hf_path: str | None = None
     """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
-    model_tag: str | None = None
-    """which of our base models (default: the deepest)"""
-    step: int | None = None
-    """its step (default: the last)"""
     max_per_task: int = -1
     """look at this many examples of each task; -1 = all"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty = the best there is"""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """precision of matrix products; auto = bf16 where that is faster"""
     download: bool = False
     """fetch the evaluation bundle first if it is not there"""
     mc: bool = False

@@ -17,6 +17,7 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.report import compression_yardstick, get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes
@@ -25,19 +26,11 @@ YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a se
 
 
 @dataclass
-class Config:
+class Config(ModelOptions, DeviceOptions):
     device_batch_size: int = 32
     """sequences at once"""
     split_tokens: int = 20 * 524288
     """tokens to evaluate on each split"""
-    model_tag: str = ""
-    """model to load; empty for the largest"""
-    step: int = -1
-    """checkpoint to load; -1 for the newest"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32"""
     mc: bool = False
     """the loss of the newest tokens in working contexts too, and samples by MegaContext"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
@@ -61,9 +54,7 @@ def main(config: Config):
     dtype = resolve_dtype(config.dtype, device.type)
     if config.device_batch_size < 1 or config.split_tokens < 1:
         raise UserError("device_batch_size and split_tokens must be at least 1")
-    model, tokenizer, meta = load_model(
-        "base", device, "eval", config.model_tag or None, None if config.step == -1 else config.step, config.mc
-    )
+    model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
     mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
     B, T = config.device_batch_size, model.config.sequence_len
     steps = max(1, config.split_tokens // (B * T * world_size))

@@ -22,11 +22,12 @@ from nanochat.configurator import group, run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import list_row_groups
+from nanochat.dataset import check_data
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum
+from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.options import OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -34,41 +35,26 @@ from nanochat.training import Training, decisive
 
 
 @dataclass
-class Config:
-    run: str = "dummy"
-    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
-    # Runtime
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32: precision of the matrix products"""
-    compile: str = "auto"
-    """auto (on for CUDA), on or off: torch.compile"""
+class Config(TrainingOptions, OptimizerOptions):
     # Model
     depth: int = 20
     """layers; width, heads and the rest follow from it"""
     max_seq_len: int = 2048
     """context length T"""
+    model_tag: str = ""
+    """folder of the checkpoints; empty for d<depth>"""
     # Horizon: the first of these three that is positive
     num_iterations: int = -1
     """optimization steps"""
     target_flops: float = -1.0
     """train for this many FLOPs"""
     target_param_data_ratio: float = 20.0
-    """train for this many tokens a parameter (Chinchilla: 20)"""
+    """train for this many tokens per parameter (Chinchilla: 20)"""
     # Optimization
     device_batch_size: int = 32
     """sequences a process handles at once; lower it when memory runs out"""
     total_batch_size: int = 524288
-    """tokens a step, over all processes; reached by accumulation"""
-    embedding_lr: float = 0.2
-    """AdamW, token embedding"""
-    unembedding_lr: float = 0.004
-    """AdamW, head"""
-    matrix_lr: float = 0.02
-    """Muon, block matrices"""
-    weight_decay: float = 0.0
-    """AdamW"""
+    """tokens per step, over all processes; reached by accumulation"""
     streams: int = 1
     """streams of text that a micro-batch is put together from; more mix more documents into short batches"""
     grad_clip: float = 1.0
@@ -87,18 +73,9 @@ class Config:
     core_metric_every: int = 2000
     """steps between CORE evaluations; -1 for never"""
     core_metric_max_per_task: int = 500
-    """examples a task during training"""
+    """examples per task during training"""
     sample_every: int = 2000
     """steps between samples; -1 for never"""
-    # Output
-    model_tag: str = ""
-    """folder of the checkpoints; empty for d<depth>"""
-    save_every: int = -1
-    """steps between checkpoints; -1 for only the last"""
-    keep_last: int = -1
-    """newest checkpoints to keep; -1 for all"""
-    resume: bool = True
-    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
     # MegaContext
     mc: bool = False
     """train the model to read gists too, and GistNet and LensNet with it"""
@@ -139,7 +116,7 @@ def main(config: Config):
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     tokenizer = get_tokenizer()
     token_bytes = get_token_bytes(device)
-    list_row_groups("train"), list_row_groups("val")
+    check_data(world_size)
     core_every = config.core_metric_every if has_bundle() else -1
     if config.core_metric_every > 0 > core_every:
         print0(f"CORE will not be evaluated. {how_to_get_bundle()}")
@@ -150,16 +127,11 @@ def main(config: Config):
         model = GPT(model_config)
     num_iterations = horizon(config, model.flops_per_token(), model.num_params())
 
-    def fresh_model():
-        model.to_empty(device=device)
-        model.init_weights()
-        return model
-
     tag = config.model_tag or f"d{config.depth}"
     companion, make_objective = attach(config, model_config, device)
     if config.mc and config.sample_every > 0:
         config.megacontext.resolve(T).check_session(T)  # now, not when the first samples are due
-    training = Training("base", tag, config, decisive(config), fresh_model, device, num_iterations, companion)
+    training = Training("base", tag, config, decisive(config), model, device, num_iterations, companion)
     if training.finished:
         compute_cleanup()
         return
@@ -173,12 +145,11 @@ def main(config: Config):
         "Iterations": num_iterations,
         "Tokens per parameter": num_iterations * config.total_batch_size / model.num_params(),
         "Processes": world_size,
-        "Micro-batches a step": accumulation,
+        "Micro-batches per step": accumulation,
         "Precision": str(dtype).removeprefix("torch."),
         "Device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    for name, value in facts.items():
-        print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    print_facts(facts)
 
     # Data
     batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
@@ -197,7 +168,7 @@ def main(config: Config):
     # Loop
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
     core_results, others = {}, {}
-    say, log = training.progress.say, training.log.log
+    say = training.progress.say
     while True:
         step = training.step
         last = step == num_iterations
@@ -205,14 +176,14 @@ def main(config: Config):
             val_bpb, others = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
             say(f"step {step:,} | validation bpb {val_bpb:.4f}{described(others)}")
-            log(**training.totals(), **{"val/bpb": val_bpb}, **others)
+            training.record({"val/bpb": val_bpb, **others})
         if step > 0 and training.due(core_every, last):
             with autocast(device, dtype), torch.no_grad():
                 model.eval()
                 core_results = evaluate_core(model, tokenizer, device, config.core_metric_max_per_task)
                 model.train()
             say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
-            log(**training.totals(), core_metric=core_results["core_metric"])
+            training.record({"core_metric": core_results["core_metric"]})
         if last or (step > 0 and training.due(config.save_every, last)):
             training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, **meta_of(config, T))
         if step > 0 and rank == 0 and training.due(config.sample_every, last):
@@ -224,20 +195,12 @@ def main(config: Config):
 
         training.begin_step()
         progress = step / num_iterations
-        loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            x, y = next(batches)
-            with autocast(device, dtype):
-                part, stats = objective(x, y, progress, seed=(step * accumulation + i) * world_size + rank)
-            (part / accumulation).backward()
-            loss += part.detach() / accumulation
+        loss, stats = training.accumulate(objective, batches, accumulation, progress, dtype)
         lrm = lr_multiplier(step, num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
         norm = training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -")
-        norm = None if norm is None else norm.item()
-        metrics = {"train/loss": loss, "train/lrm": lrm, "train/grad_norm": norm, **training.speed()}
-        log(**training.totals(), **metrics, **{name: float(value) for name, value in stats.items()})
+        training.record({"train/loss": loss, "train/lrm": lrm, "train/grad_norm": norm, **training.speed(), **stats})
 
     batches.close()
     results = {

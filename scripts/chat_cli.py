@@ -24,6 +24,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
+from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.streaming import join_parts, stream_parts
 
 STYLES = {"text": "", "python": "cyan", "python_output": "green"}
@@ -31,13 +32,9 @@ MARKS = {"python": ("[", ""), "python_output": (" = ", "] ")}  # a tool call is 
 
 
 @dataclass
-class Config:
+class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to load; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
-    """checkpoint to load; -1 for the newest"""
     prompt: Annotated[str, short("-p")] = ""
     """answer this and end"""
     temperature: Annotated[float, short("-t")] = 0.6
@@ -48,10 +45,6 @@ class Config:
     """of one answer"""
     seed: int = -1
     """of the sampling; -1 for another one each time"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: Annotated[str, short("-d")] = "auto"
-    """auto, bf16 or fp32"""
     mc: bool = False
     """MegaContext: conversations of any length, of which the model reads a working context"""
     mc_show_focus: bool = False
@@ -126,8 +119,7 @@ def main(config: Config):
         raise UserError(f"expected top_k >= 0 and max_tokens >= 1, got {config.top_k} and {config.max_tokens}")
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step, config.mc)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
     engine, console = Engine(model, tokenizer), Console(highlight=False)
     context, make_session = model.config.sequence_len, None
     if config.mc:

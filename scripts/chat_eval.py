@@ -16,10 +16,11 @@ from typing import Annotated
 from megacontext.inference import MCInference, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
-from nanochat.configurator import group, run, short
+from nanochat.configurator import OptionalInt, group, run, short
 from nanochat.engine import Engine
 from nanochat.execution import SandboxUnavailable, find_sandbox
 from nanochat.loop import ProgressLine
+from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.report import get_report
 from tasks.mixtures import eval_tasks
 from tasks.scoring import chat_core, evaluate
@@ -28,33 +29,25 @@ QUESTIONS = ["Who are you?", "What can you do?", "What is 17 + 25?", "Spell the 
 
 
 @dataclass
-class Config:
+class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
     task_name: Annotated[str, short("-a")] = ""
     """tasks with | between them; empty for all"""
     tasks: str = "full"
     """full (the hub's datasets), local or recall"""
-    dtype: Annotated[str, short("-d")] = "auto"
-    """auto, bf16 or fp32"""
     temperature: Annotated[float, short("-t")] = 0.0
     """of generated answers"""
     max_new_tokens: Annotated[int, short("-m")] = 512
     """of one answer"""
     num_samples: Annotated[int, short("-n")] = 1
-    """answers a problem; one right answer is enough"""
+    """answers per problem; one right answer is enough"""
     top_k: Annotated[int, short("-k")] = 50
     """sample among this many; 0 for all"""
     batch_size: Annotated[int, short("-b")] = 8
     """multiple choice questions at once"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to load; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
-    """checkpoint to load; -1 for the newest"""
-    max_problems: Annotated[int, short("-x")] = -1
+    max_problems: Annotated[OptionalInt, short("-x")] = None
     """of each task; -1 for all"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
     mc: bool = False
     """generate by MegaContext; multiple choice stays as it is: it scores prompts at full detail"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
@@ -100,8 +93,7 @@ def main(config: Config):
             print0(f"HumanEval is left out: {error}")
             names.remove("HumanEval")
     tasks = {name: available[name]() for name in names}  # now, so that missing data is known at once
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step, config.mc)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
     print0(f"model: {config.source} {meta['model_tag']}, step {meta['step']}")
 
     mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
@@ -115,7 +107,7 @@ def main(config: Config):
                 task,
                 model,
                 tokenizer,
-                None if config.max_problems == -1 else config.max_problems,
+                config.max_problems,
                 config.num_samples,
                 config.max_new_tokens,
                 config.temperature,

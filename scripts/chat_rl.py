@@ -21,7 +21,6 @@ from nanochat.common import (
     autocast,
     compute_cleanup,
     compute_init,
-    print0,
     print_banner,
     resolve_dtype,
     sum_dtype,
@@ -29,7 +28,8 @@ from nanochat.common import (
 from nanochat.configurator import run
 from nanochat.conversations import pad_rows
 from nanochat.engine import Engine
-from nanochat.loop import muon_momentum
+from nanochat.loop import muon_momentum, passes, print_facts
+from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.training import Training, decisive, parent_model
 from tasks.mixtures import rl_tasks
@@ -37,33 +37,23 @@ from tasks.scoring import pass_at_k
 
 
 @dataclass
-class Config:
-    run: str = "dummy"
-    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
+class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
     """full (GSM8K) or local (sums)"""
     source: str = "sft"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
-    model_tag: str = ""
-    """model to start from, and folder of the new checkpoints; empty for the largest"""
-    step: int = -1
-    """checkpoint to start from; -1 for the newest"""
-    # Runtime
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32: precision of the matrix products"""
     compile: str = "off"
     """off, or on: torch.compile (answers differ in length, so that it compiles often)"""
-    # Horizon
     num_epochs: int = 1
     """passes over the problems"""
     num_iterations: int = -1
     """optimization steps; -1 for num_epochs passes"""
+    save_every: int = 60
+    """steps between checkpoints; -1 for only the last"""
     # Sampling
     examples_per_step: int = 16
-    """problems a step, over all processes"""
+    """problems per step, over all processes"""
     num_samples: int = 16
     """answers to each problem"""
     device_batch_size: int = 8
@@ -75,28 +65,13 @@ class Config:
     top_k: int = 50
     """sample among this many; 0 for all"""
     # Optimization
-    embedding_lr: float = 0.2
-    """AdamW, token embedding"""
-    unembedding_lr: float = 0.004
-    """AdamW, head"""
-    matrix_lr: float = 0.02
-    """Muon, block matrices"""
-    weight_decay: float = 0.0
-    """AdamW"""
     init_lr_frac: float = 0.05
-    """part of these rates to begin with; they fall to 0 in a straight line"""
+    """part of the learning rates to begin with; they fall to 0 in a straight line"""
     # Evaluation
     eval_every: int = 60
     """steps between evaluations of pass@k, k up to device_batch_size; -1 for never"""
     eval_examples: int = 400
     """problems of one evaluation"""
-    # Output
-    save_every: int = 60
-    """steps between checkpoints; -1 for only the last"""
-    keep_last: int = -1
-    """newest checkpoints to keep; -1 for all"""
-    resume: bool = True
-    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
 
 
 def main(config: Config):
@@ -113,14 +88,10 @@ def main(config: Config):
         raise UserError(f"answers must differ to learn from them: expected temperature > 0, got {config.temperature}")
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     train_set, val_set = rl_tasks(config.tasks)
-    num_iterations = config.num_iterations
-    if num_iterations <= 0:
-        num_iterations = len(train_set) * config.num_epochs // examples
-    if num_iterations < 1:
-        raise UserError(f"{len(train_set)} problems are less than one step of {examples}")
+    num_iterations = passes(len(train_set), config.num_iterations, config.num_epochs, examples)
 
     settings = decisive(config, parent=parent)
-    training = Training("rl", parent["model_tag"], config, settings, lambda: model, device, num_iterations)
+    training = Training("rl", parent["model_tag"], config, settings, model, device, num_iterations)
     if training.finished:
         compute_cleanup()
         return
@@ -136,8 +107,7 @@ def main(config: Config):
         "Processes": world_size,
         "Precision": str(dtype).removeprefix("torch."),
     }
-    for name, value in facts.items():
-        print0(f"{name}: {value}")
+    print_facts(facts)
 
     @torch.no_grad()
     def answers_to(task, conversation, count, seed):
@@ -177,7 +147,7 @@ def main(config: Config):
         return {k: summed(sum(pass_at_k(B, c, k) for c in right)) / total for k in range(1, B + 1)}
 
     passed = {int(k): value for k, value in training.meta.get("pass_at_k", {}).items()}
-    say, log = training.progress.say, training.log.log
+    say = training.progress.say
     while True:
         step = training.step
         last = step == num_iterations
@@ -185,7 +155,7 @@ def main(config: Config):
             passed = evaluate()
             shown = [f"pass@{k} {value:.4f}" for k, value in passed.items() if k.bit_count() == 1]  # 1, 2, 4, 8, …
             say(f"step {step:,} | {', '.join(shown)}")
-            log(**training.totals(), **{f"pass@{k}": value for k, value in passed.items()})
+            training.record({f"pass@{k}": value for k, value in passed.items()})
         if last or (step > 0 and training.due(config.save_every, last)):
             training.save(last, pass_at_k=passed, parent=parent)
         if last:
@@ -222,7 +192,7 @@ def main(config: Config):
         reward, length = summed(sum(rewards)) / (examples * samples), tokens / (examples * samples)
         training.show(f"reward {reward:.4f}", f"{length:.1f} tokens an answer")
         metrics = {"train/reward": reward, "train/answer_tokens": length, "train/lrm": lrm, **training.speed()}
-        log(**training.totals(), **metrics)
+        training.record(metrics)
 
     results = {**{f"pass@{k}": value for k, value in passed.items()}, **training.close()}
     get_report().log(section="Chat RL", data=[asdict(config), facts, results])

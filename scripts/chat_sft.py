@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import run
 from nanochat.conversations import padded_batches
-from nanochat.loop import muon_momentum
+from nanochat.loop import muon_momentum, passes, print_facts
+from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.training import Training, decisive, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
@@ -27,26 +28,14 @@ METRICS = {"full": ["MMLU", "ARC-Easy"], "local": ["Arithmetic"], "recall": ["Re
 
 
 @dataclass
-class Config:
-    run: str = "dummy"
-    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
+class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
     """full (the hub's datasets), local (made here, for a CPU) or recall (too; of up to 6,000 characters)"""
     source: str = "mid"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
-    model_tag: str = ""
-    """model to start from, and folder of the new checkpoints; empty for the largest"""
-    step: int = -1
-    """checkpoint to start from; -1 for the newest"""
-    # Runtime
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32: precision of the matrix products"""
     compile: str = "off"
     """off, or on: torch.compile (rows differ in length, so that it compiles often)"""
-    # Horizon
     num_epochs: int = 1
     """passes over the conversations"""
     num_iterations: int = -1
@@ -55,17 +44,9 @@ class Config:
     device_batch_size: int = 4
     """conversations a process handles at once"""
     target_examples_per_step: int = 32
-    """conversations a step, over all processes; reached by accumulation"""
-    embedding_lr: float = 0.2
-    """AdamW, token embedding"""
-    unembedding_lr: float = 0.004
-    """AdamW, head"""
-    matrix_lr: float = 0.02
-    """Muon, block matrices"""
-    weight_decay: float = 0.0
-    """AdamW"""
+    """conversations per step, over all processes; reached by accumulation"""
     init_lr_frac: float = 0.02
-    """part of these rates to begin with; they fall to 0 in a straight line"""
+    """part of the learning rates to begin with; they fall to 0 in a straight line"""
     # Evaluation
     eval_every: int = 100
     """steps between validations; -1 for never"""
@@ -75,13 +56,6 @@ class Config:
     """steps between evaluations on tasks; -1 for never"""
     eval_metrics_max_problems: int = 1024
     """problems of each task"""
-    # Output
-    save_every: int = -1
-    """steps between checkpoints; -1 for only the last"""
-    keep_last: int = -1
-    """newest checkpoints to keep; -1 for all"""
-    resume: bool = True
-    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
 
 
 def main(config: Config):
@@ -101,14 +75,10 @@ def main(config: Config):
     metric_tasks = {}
     if config.eval_metrics_every > 0:
         metric_tasks = {name: eval_tasks(config.tasks)[name]() for name in METRICS[config.tasks]}
-    num_iterations = config.num_iterations
-    if num_iterations <= 0:
-        num_iterations = len(train_set) * config.num_epochs // examples
-    if num_iterations < 1:
-        raise UserError(f"{len(train_set)} conversations are less than one step of {examples}")
+    num_iterations = passes(len(train_set), config.num_iterations, config.num_epochs, examples)
 
     settings = decisive(config, parent=parent)
-    training = Training("sft", parent["model_tag"], config, settings, lambda: model, device, num_iterations)
+    training = Training("sft", parent["model_tag"], config, settings, model, device, num_iterations)
     if training.finished:
         compute_cleanup()
         return
@@ -122,8 +92,7 @@ def main(config: Config):
         "Processes": world_size,
         "Precision": str(dtype).removeprefix("torch."),
     }
-    for name, value in facts.items():
-        print0(f"{name}: {value}")
+    print_facts(facts)
 
     def batches_of(conversations, indices):
         """The rows of this rank among these conversations."""
@@ -153,14 +122,14 @@ def main(config: Config):
         return (summed(nats) / summed(count).clamp(min=1)).item()
 
     val_loss, metrics = training.meta.get("val_loss"), training.meta.get("metrics", {})
-    say, log = training.progress.say, training.log.log
+    say = training.progress.say
     while True:
         step = training.step
         last = step == num_iterations
         if training.due(config.eval_every, last):
             val_loss = validate()
             say(f"step {step:,} | validation loss {val_loss:.4f}")
-            log(**training.totals(), **{"val/loss": val_loss})
+            training.record({"val/loss": val_loss})
         if step > 0 and training.due(config.eval_metrics_every, last):
             model.eval()
             with autocast(device, dtype):
@@ -169,7 +138,7 @@ def main(config: Config):
                     metrics[name] = score.accuracy
             model.train()
             say(f"step {step:,} | " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            log(**training.totals(), **{f"metrics/{name}": value for name, value in metrics.items()})
+            training.record({f"metrics/{name}": value for name, value in metrics.items()})
         if last or (step > 0 and training.due(config.save_every, last)):
             training.save(last, val_loss=val_loss, metrics=metrics, parent=parent)
         if last:
@@ -189,7 +158,7 @@ def main(config: Config):
         read = summed(torch.tensor(float(sum(x.numel() for x, _ in batches)), device=device))  # padding too
         loss = training.end_step(loss, count.item(), read.item() / count.item())
         training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")
-        log(**training.totals(), **{"train/loss": loss, "train/lrm": lrm, **training.speed()})
+        training.record({"train/loss": loss, "train/lrm": lrm, **training.speed()})
 
     results = {"Validation loss": val_loss, **metrics, **training.close()}
     get_report().log(section="Chat SFT", data=[asdict(config), facts, results])

@@ -40,6 +40,7 @@ from nanochat.checkpoint_manager import checkpoint_root, load_model
 from nanochat.common import UserError, compute_init, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
+from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.serving import schema
 from nanochat.serving.app import create_app
 from nanochat.serving.schema import Defaults, Limits
@@ -51,7 +52,7 @@ CAPTURE_TEXT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"  # OpenTelem
 
 
 @dataclass
-class Config:
+class Config(ModelOptions, DeviceOptions):
     num_gpus: Annotated[int, short("-n")] = 1
     """workers, each on a GPU of its own; without GPUs, threads that share the cores"""
     source: Annotated[str, short("-i")] = "sft"
@@ -62,18 +63,10 @@ class Config:
     """where a request names none"""
     max_tokens: Annotated[int, short("-m")] = 512
     """of one answer, where a request names none"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to load; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
-    """checkpoint to load; -1 for the newest"""
     port: Annotated[int, short("-p")] = 8000
     """to listen on; 0 for any free one"""
     host: str = "0.0.0.0"
     """address to listen on; 127.0.0.1 for this machine only"""
-    dtype: Annotated[str, short("-d")] = "auto"
-    """auto, bf16 or fp32"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
     queue_size: int = 64
     """requests that may wait for a worker; more get 503"""
     max_messages: int = -1
@@ -140,8 +133,7 @@ def limits_of(config):
 
 def load(config, device, on_event):
     """(Engine, ServedModel, ChatSessions or None) of one worker. on_event: told of what sessions do."""
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step, config.mc)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type), fixed=True)
     sessions = None
     if config.mc:

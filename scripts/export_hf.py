@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import resolve_dtype
-from nanochat.configurator import run, short
+from nanochat.configurator import OptionalInt, run, short
 from nanochat.hf_export import export_hf
 
 
@@ -25,7 +25,7 @@ class Config:
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
     """model to load; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
+    step: Annotated[OptionalInt, short("-s")] = None
     """checkpoint to load; -1 for the newest"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """precision of the weights; fp32 is what was trained, bf16 is half as large"""
@@ -34,8 +34,7 @@ class Config:
 
 
 def main(config: Config):
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, "cpu", "eval", config.model_tag or None, step)
+    model, tokenizer, meta = load_model(config.source, "cpu", "eval", config.model_tag, config.step)
     companion = "megacontext" in meta
     dtype = resolve_dtype(config.dtype, "cpu")
     export_hf(config.output, model, tokenizer, config.source, meta, dtype, companion, config.force)

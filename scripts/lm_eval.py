@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import run, short
+from nanochat.configurator import OptionalInt, run, short
 from nanochat.report import get_report
 
 
@@ -28,7 +28,7 @@ class Config:
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
     """model to load; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
+    step: Annotated[OptionalInt, short("-s")] = None
     """checkpoint to load; -1 for the newest"""
     include_path: Path | None = None
     """take tasks from this folder of YAML files instead of the harness's own"""
@@ -68,8 +68,7 @@ def main(config: Config):
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown or not wanted:
         raise UserError(f"there is no task {', '.join(unknown) or 'without a name'}: see `lm-eval ls tasks`")
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag or None, step)
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step)
     name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}"
     with autocast(device, resolve_dtype(config.dtype, device.type)):
         results = simple_evaluate(

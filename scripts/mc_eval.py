@@ -42,6 +42,7 @@ from nanochat.common import (
 from nanochat.configurator import run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_data_dir
+from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.report import format_value, get_report
 from nanochat.tokenizer import get_token_bytes
 
@@ -88,13 +89,9 @@ COLUMNS = {  # of the tables: key → head
 
 
 @dataclass
-class Config:
+class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to load; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
-    """checkpoint to load; -1 for the newest"""
     max_seq_len: int = -1
     """tokens of a sequence; -1 for the model's own"""
     sequences: int = 256
@@ -113,10 +110,6 @@ class Config:
     """grow a session to so many tokens and measure what it costs on the way; 0 for none"""
     probe_steps: int = 300
     """training of the decoder that reads blocks back from gists; 0 for none"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32"""
 
 
 def numbers(option, text) -> list[int]:
@@ -154,9 +147,7 @@ def main(config: Config):
             f"expected 1 or more sequences and a device_batch_size of 2 or more (the gists of two are exchanged), "
             f"got {config.sequences} and {config.device_batch_size}"
         )
-    model, tokenizer, meta = load_model(
-        config.source, device, "eval", config.model_tag or None, None if config.step == -1 else config.step, True
-    )
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, True)
     networks, mc = load_networks(config.source, meta, device)
     if networks is None:
         raise UserError(

@@ -13,39 +13,24 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
-import torch
-
 from megacontext.attach import attach, batch_shape, meta_of, observe
 from megacontext.config import MCConfig
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
-from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum
+from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
+from nanochat.options import ModelOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, decisive, parent_model
 
 
 @dataclass
-class Config:
-    run: str = "dummy"
-    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
-    # Which model
+class Config(TrainingOptions, ModelOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to attach to; empty for the largest"""
-    step: Annotated[int, short("-s")] = -1
-    """its checkpoint; -1 for the newest"""
     output_tag: str = ""
     """folder of the result; empty for <model_tag>-mc"""
-    # Runtime
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32: precision of the model's matrix products"""
-    compile: str = "auto"
-    """auto (on for CUDA), on or off: torch.compile"""
     # Training
     num_iterations: int = 1000
     """optimization steps"""
@@ -54,7 +39,7 @@ class Config:
     device_batch_size: int = 32
     """sequences a process handles at once; lower it when memory runs out"""
     total_batch_size: int = 524288
-    """tokens a step, over all processes; reached by accumulation"""
+    """tokens per step, over all processes; reached by accumulation"""
     streams: int = 1
     """streams of text that a micro-batch is put together from"""
     grad_clip: float = 1.0
@@ -66,20 +51,13 @@ class Config:
     """steps between validations; -1 for never"""
     eval_tokens: int = 20 * 524288
     """tokens of one validation"""
-    # Output
-    save_every: int = -1
-    """steps between checkpoints; -1 for only the last"""
-    keep_last: int = -1
-    """newest checkpoints to keep; -1 for all"""
-    resume: bool = True
-    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
     # MegaContext
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
     """its settings"""
 
 
 def main(config: Config):
-    _, rank, _, world_size, device = compute_init(config.device_type)
+    *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
     if config.num_iterations < 1:
@@ -100,7 +78,7 @@ def main(config: Config):
         raise UserError(f"output_tag must differ from the model's own, {tag!r}, whose checkpoints stay as they are")
     companion, make_objective = attach(config, model.config, device)
     settings, total = decisive(config, parent=parent), config.num_iterations
-    training = Training(config.source, tag, config, settings, lambda: model, device, total, companion, frozen=True)
+    training = Training(config.source, tag, config, settings, model, device, total, companion, frozen=True)
     if training.finished:
         compute_cleanup()
         return
@@ -112,15 +90,14 @@ def main(config: Config):
         "Parameters of the model, frozen": model.num_params(),
         "Parameters of GistNet": sum(p.numel() for p in companion.gistnet.parameters()),
         "Parameters of LensNet": sum(p.numel() for p in companion.lensnet.parameters()),
-        "Micro-batches a step": accumulation,
+        "Micro-batches per step": accumulation,
     }
-    for name, value in facts.items():
-        print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    print_facts(facts)
     batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     figures = {}
-    say, log = training.progress.say, training.log.log
+    say = training.progress.say
     while True:
         step = training.step
         last = step == config.num_iterations
@@ -128,7 +105,7 @@ def main(config: Config):
             with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
                 figures = objective.validate(loader, eval_steps, token_bytes)
             say(f"step {step:,}{described(figures)}")
-            log(**training.totals(), **figures)
+            training.record(figures)
         if last or (step > 0 and training.due(config.save_every, last)):
             training.save(last, batches.state_dict(), parent=parent, **figures, **meta_of(config, T))
         if last:
@@ -136,20 +113,13 @@ def main(config: Config):
 
         training.begin_step()
         progress = step / config.num_iterations
-        loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            x, y = next(batches)
-            with autocast(device, dtype):
-                part, stats = objective(x, y, progress, seed=(step * accumulation + i) * world_size + rank)
-            (part / accumulation).backward()
-            loss += part.detach() / accumulation
+        loss, stats = training.accumulate(objective, batches, accumulation, progress, dtype)
         lrm = lr_multiplier(step, config.num_iterations, warmdown_ratio=config.warmdown_ratio)
         training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
         gain = figures.get("val/mc_context_gain")
         training.show("gain -" if gain is None or math.isnan(gain) else f"gain {100 * gain:.1f}%")
-        metrics = {"train/loss": loss, "train/lrm": lrm, **training.speed()}
-        log(**training.totals(), **metrics, **{name: float(value) for name, value in stats.items()})
+        training.record({"train/loss": loss, "train/lrm": lrm, **training.speed(), **stats})
 
     batches.close()
     get_report().log(section="MegaContext training", data=[asdict(config), facts, {**figures, **training.close()}])

@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from megacontext.attach import attach, batch_shape, meta_of, observe
 from megacontext.config import MCConfig
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
-from nanochat.loop import accumulation_steps, described, muon_momentum
+from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, decisive, parent_model
@@ -30,26 +31,12 @@ from tasks.mixtures import mid_mixture, mid_val
 
 
 @dataclass
-class Config:
-    run: str = "dummy"
-    """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
+class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
     """full (the hub's datasets), local (made here, for a CPU) or recall (too; of up to 6,000 characters)"""
     source: str = "base"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
-    model_tag: str = ""
-    """model to start from, and folder of the new checkpoints; empty for the largest"""
-    step: int = -1
-    """checkpoint to start from; -1 for the newest"""
-    # Runtime
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32: precision of the matrix products"""
-    compile: str = "auto"
-    """auto (on for CUDA), on or off: torch.compile"""
-    # Horizon
     num_iterations: int = -1
     """optimization steps; -1 for one pass over the mixture"""
     # Optimization
@@ -58,17 +45,9 @@ class Config:
     device_batch_size: int = 32
     """rows a process handles at once; lower it when memory runs out"""
     total_batch_size: int = 524288
-    """tokens a step, over all processes; reached by accumulation"""
-    embedding_lr: float = 0.2
-    """AdamW, token embedding"""
-    unembedding_lr: float = 0.004
-    """AdamW, head"""
-    matrix_lr: float = 0.02
-    """Muon, block matrices"""
-    weight_decay: float = 0.0
-    """AdamW"""
+    """tokens per step, over all processes; reached by accumulation"""
     init_lr_frac: float = 1.0
-    """part of these rates to use"""
+    """part of the learning rates to use"""
     warmdown_ratio: float = 0.2
     """part of the run at its end in which the rates fall to 0"""
     # Evaluation
@@ -76,13 +55,6 @@ class Config:
     """steps between validations; -1 for never"""
     eval_tokens: int = 20 * 524288
     """tokens of one validation"""
-    # Output
-    save_every: int = -1
-    """steps between checkpoints; -1 for only the last"""
-    keep_last: int = -1
-    """newest checkpoints to keep; -1 for all"""
-    resume: bool = True
-    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
     # MegaContext
     mc: bool = False
     """train the model to read gists too, and GistNet and LensNet with it"""
@@ -91,7 +63,7 @@ class Config:
 
 
 def main(config: Config):
-    _, rank, _, world_size, device = compute_init(config.device_type)
+    *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
@@ -109,7 +81,7 @@ def main(config: Config):
     settings = decisive(config, parent=parent)
     companion, make_objective = attach(config, model.config, device, networks)
     frozen = config.mc and config.megacontext.mc_freeze_base
-    training = Training("mid", parent["model_tag"], config, settings, lambda: model, device, total, companion, frozen)
+    training = Training("mid", parent["model_tag"], config, settings, model, device, total, companion, frozen)
     if training.finished:
         compute_cleanup()
         return
@@ -123,11 +95,10 @@ def main(config: Config):
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
         "Conversations": len(train_set),
         "Processes": world_size,
-        "Micro-batches a step": accumulation,
+        "Micro-batches per step": accumulation,
         "Precision": str(dtype).removeprefix("torch."),
     }
-    for name, value in facts.items():
-        print0(f"{name}: {value}")
+    print_facts(facts)
     batches = PackedConversations(train_set, tokenizer, B, T, device, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
@@ -151,7 +122,7 @@ def main(config: Config):
 
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
     others = {}
-    say, log = training.progress.say, training.log.log
+    say = training.progress.say
     while True:
         done = part_done()
         last = done >= 1
@@ -159,29 +130,20 @@ def main(config: Config):
             val_bpb, others = validate()
             min_val_bpb = min(min_val_bpb, val_bpb)
             say(f"step {training.step:,} | validation bpb {val_bpb:.4f}{described(others)}")
-            log(**training.totals(), **{"val/bpb": val_bpb}, **others)
+            training.record({"val/bpb": val_bpb, **others})
         if last or (training.step > 0 and training.due(config.save_every, last)):
-            facts_of_mc = meta_of(config, T)
-            training.save(
-                last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, parent=parent, **facts_of_mc
-            )
+            meta = {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "parent": parent, **meta_of(config, T)}
+            training.save(last, batches.state_dict(), **meta)
         if last:
             break
 
         training.begin_step()
-        loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            x, y = next(batches)
-            with autocast(device, dtype):
-                part, stats = objective(x, y, done, seed=(training.step * accumulation + i) * world_size + rank)
-            (part / accumulation).backward()
-            loss += part.detach() / accumulation
+        loss, stats = training.accumulate(objective, batches, accumulation, done, dtype)
         lrm = config.init_lr_frac * min(1.0, (1 - done) / max(config.warmdown_ratio, 1e-9))
         training.optimize(lrm, muon_momentum(training.step))
         loss = training.end_step(loss, config.total_batch_size, objective.work(done, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", done=part_done())
-        metrics = {"train/loss": loss, "train/lrm": lrm, **training.speed()}
-        log(**training.totals(), **metrics, **{name: float(value) for name, value in stats.items()})
+        training.record({"train/loss": loss, "train/lrm": lrm, **training.speed(), **stats})
 
     results = {
         "Iterations": training.step,

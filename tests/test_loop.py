@@ -9,7 +9,7 @@ import torch
 
 from nanochat import loop
 from nanochat.common import UserError, get_base_dir, peak_flops
-from nanochat.configurator import parse, short
+from nanochat.configurator import OptionalInt, parse, short
 from nanochat.dataset import make_local
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
@@ -47,14 +47,14 @@ def test_clock():
 
 def test_run_log(base_dir):
     log = loop.RunLog("base_d1", "dummy", {}, resumed=False)
-    log.log(step=1, **{"train/loss": 2.5, "val/bpb": float("nan")})
+    log.log({"step": 1, "train/loss": 2.5, "val/bpb": float("nan")})
     log.finish()
     path = get_base_dir() / "logs" / "base_d1.jsonl"
     assert json.loads(path.read_text()) == {"step": 1, "train/loss": 2.5, "val/bpb": None}
     with open(path, "a") as file:
         file.write('{"step": 2, "tra')  # killed in the middle of a line
     resumed = loop.RunLog("base_d1", "dummy", {}, resumed=True)
-    resumed.log(step=2)
+    resumed.log({"step": 2})
     resumed.finish()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     loop.RunLog("base_d1", "dummy", {}, resumed=False).finish()
@@ -120,6 +120,8 @@ class Options:
     """a switch"""
     auto: bool = True
     """another"""
+    step: Annotated[OptionalInt, short("-s")] = None
+    """which one; -1 for the newest"""
 
 
 @pytest.mark.parametrize(
@@ -137,13 +139,19 @@ class Options:
         (["--use_mc=1", "--auto=0"], {"use_mc": True, "auto": False}),
         (["--use_mc", "1", "--auto", "false"], {"use_mc": True, "auto": False}),
         (["--use_mc=True", "--auto", "no"], {"use_mc": True, "auto": False}),
+        (["--step=-1"], {}),
+        (["-s", "-1"], {}),
+        (["-s", "0"], {"step": 0}),
+        (["--step", "12"], {"step": 12}),
     ],
 )
 def test_command_line_forms(argv, expected):
     assert asdict(parse(Options, argv)) == {**asdict(Options()), **expected}
 
 
-@pytest.mark.parametrize("argv", [["--max_tokens=many"], ["--nonsense=1"], ["stray"], ["--use_mc=maybe"]])
+@pytest.mark.parametrize(
+    "argv", [["--max_tokens=many"], ["--nonsense=1"], ["stray"], ["--use_mc=maybe"], ["--step=new"]]
+)
 def test_bad_command_lines_end_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Options, argv)
