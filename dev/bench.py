@@ -37,8 +37,9 @@ from nanochat.configurator import run
 from nanochat.dataloader import TokenLoader
 from nanochat.decode import Decoder, KVCache
 from nanochat.engine import CacheSession
-from nanochat.gpt import GPT, GPTConfig, sample
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loop import accumulation_steps, maybe_compile
+from nanochat.sampling import Sampler, Sampling
 from nanochat.sharding import clip_gradients
 from nanochat.sources import stdlib_documents, stdlib_files
 from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
@@ -262,8 +263,9 @@ def generate(make_session, prompt, steps) -> tuple[float, float]:
     times = [time.perf_counter()]
     session = make_session()
     logits = session.prefill(prompt)
+    sampler = Sampler(logits.size(-1), logits.device, [Sampling(top_k=50, seed=row) for row in range(len(logits))])
     for _ in range(steps + 2):
-        ids = sample(logits, temperature=1.0, top_k=50)[:, 0]
+        ids = sampler(logits)
         ids.tolist()  # waits for the device
         times.append(time.perf_counter())
         logits = session.step(ids)

@@ -9,7 +9,8 @@ from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from nanochat.common import UserError, compute_init, resolve_dtype
 from nanochat.decode import Decoder, KVCache
-from nanochat.gpt import GPT, GPTConfig, sample
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import Sampler, Sampling
 
 
 class RestlessLens(torch.nn.Module):
@@ -28,9 +29,10 @@ class RestlessLens(torch.nn.Module):
 def timed(step, logits, n):
     """Seconds of each of n steps, with sampling and the ids brought to the host, and the last logits."""
     seconds = []
+    sampler = Sampler(logits.size(-1), logits.device, [Sampling(top_k=50, seed=row) for row in range(len(logits))])
     for _ in range(n):
         started = time.perf_counter()
-        ids = sample(logits, temperature=1.0, top_k=50)[:, 0]
+        ids = sampler(logits)
         logits = step(ids)
         ids.tolist()  # waits for the device
         if logits.is_cuda:

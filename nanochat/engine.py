@@ -13,7 +13,7 @@ import torch
 from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.decode import Decoder, KVCache
-from nanochat.gpt import sample
+from nanochat.sampling import Sampler, Sampling, row_seed
 
 
 class CacheSession:
@@ -76,11 +76,23 @@ class Engine:
         self.decoder = Decoder(model, dtype, graph) if fixed else None
 
     @torch.inference_mode()
-    def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, session=None):
+    def generate(
+        self,
+        tokens,
+        num_samples=1,
+        max_tokens=None,
+        temperature=1.0,
+        top_k=None,
+        seed=42,
+        session=None,
+        on_logits=None,
+        **settings,
+    ):
         """
         Yield (ids, mask) a step: one id a row, and 1 where it was sampled, 0 where a tool's answer forced it.
 
         tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
+        settings: others of Sampling. on_logits(logits [B, V], ids [B]): called with what each step came from.
         Ends after max_tokens steps, or when every row has produced <|assistant_end|> or <|bos|> (a row that is done
         goes on in its column, to be ignored), or when the session has no room for more: by default, after
         model.max_seq_len tokens and the one that these predict.
@@ -97,7 +109,9 @@ class Engine:
             # A copy each time is cheap beside an answer, and never stale
             decoder = self.decoder or Decoder(self.model, self.dtype, self.graph)
             session = CacheSession(self.model, num_samples, max_tokens, decoder)
-        generator = torch.Generator(device=self.model.get_device()).manual_seed(seed)
+        sampler = Sampler(self.model.config.vocab_size, self.model.get_device())
+        for row in range(num_samples):
+            sampler.add(Sampling(temperature, top_k, seed=row_seed(seed, row), **settings), tokens)
         special = self.tokenizer.encode_special
         ends = {special("<|assistant_end|>"), self.tokenizer.get_bos_token_id()}
         call_start, call_end = special("<|python_start|>"), special("<|python_end|>")
@@ -107,7 +121,7 @@ class Engine:
             raise ValueError(f"the session has {len(logits)} rows, num_samples is {num_samples}")
         produced = 0
         while logits is not None:
-            ids = sample(logits, temperature, top_k, generator)[:, 0]
+            ids = sampler(logits)
             sampled = ids.tolist()  # the one time a step that the host waits for the device
             column, mask = [], []
             for row, token in zip(rows, sampled, strict=True):
@@ -123,11 +137,16 @@ class Engine:
                     row.call = None
                 elif row.call is not None:
                     row.call.append(token)
+            if column != sampled:
+                ids = torch.tensor(column, device=ids.device)
+            if on_logits:
+                on_logits(logits, ids)
             yield column, mask
             produced += 1
             if all(row.done for row in rows) or produced == max_tokens:
                 return
-            logits = session.step(ids if column == sampled else torch.tensor(column, device=ids.device))
+            sampler.observe(ids)
+            logits = session.step(ids)
 
     def _tool_answer(self, call):
         """The ids that the calculator puts after a tool call; none when the call is not for it."""

@@ -17,6 +17,7 @@ from nanochat.adamw import DistAdamW
 from nanochat.common import get_dist_info
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.muon import DistMuon, Muon
+from nanochat.sampling import Sampler, Sampling
 
 LOGIT_SOFTCAP = 15.0
 VOCAB_MULTIPLE = 64  # embedding and head get this many rows or a multiple, for fast matrix products
@@ -267,25 +268,10 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
         """Yield token ids after the list `tokens`, recomputing everything each time: the slow, obvious way."""
-        generator = torch.Generator(device=self.get_device()).manual_seed(seed)
+        sampler = Sampler(self.config.vocab_size, self.get_device(), [Sampling(temperature, top_k, seed=seed)])
         ids = torch.tensor([tokens], device=self.get_device())
         for _ in range(max_tokens):
-            logits = self.forward(ids)[:, -1]
-            next_id = sample(logits, temperature, top_k, generator)
-            ids = torch.cat((ids, next_id), dim=1)
+            next_id = sampler(self.forward(ids)[:, -1])
+            sampler.observe(next_id)
+            ids = torch.cat((ids, next_id[:, None]), dim=1)
             yield next_id.item()
-
-
-def sample(logits, temperature=1.0, top_k=None, generator=None):
-    """One token id a row, [B, 1], from logits [B, V]. Temperature 0 takes the best; top_k None or 0 keeps all."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or more, got {top_k}")
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k:
-        values, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
-        choice = torch.multinomial(F.softmax(values / temperature, dim=-1), 1, generator=generator)
-        return ids.gather(-1, choice)
-    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.common import autocast, has_fast_bf16
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.engine import KVCache
-from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin, sample
+from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin
 from tests.helpers import make_model
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
@@ -336,25 +336,3 @@ def test_bad_reduction():
         make_model(CONFIG)(
             torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), loss_reduction="median"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def test_sampling():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, -1)
-    generator = torch.Generator().manual_seed(0)
-    assert (sample(logits, temperature=0) == 3).all()
-    assert set(sample(logits, 1.0, 2, generator).unique().tolist()) == {2, 3}
-    for top_k in (None, 0, 100):
-        counts = torch.bincount(sample(logits, 1.0, top_k, generator)[:, 0], minlength=4) / 4000
-        torch.testing.assert_close(counts, F.softmax(logits[0], -1), atol=0.03, rtol=0)
-    sharp = torch.bincount(sample(logits, 0.5, None, generator)[:, 0], minlength=4) / 4000
-    torch.testing.assert_close(sharp, F.softmax(logits[0] / 0.5, -1), atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), [(-1.0, None), (float("nan"), None), (1.0, -1)])
-def test_bad_sampling_options(temperature, top_k):
-    with pytest.raises(ValueError, match="must be 0"):
-        sample(torch.zeros(1, 4), temperature, top_k)

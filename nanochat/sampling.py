@@ -1,0 +1,264 @@
+"""
+From logits to the next tokens, for rows whose settings may differ.
+
+The order is that of vLLM and transformers: penalties and biases change the logits, temperature divides them, then
+top_k, top_p of what that leaves, and min_p choose which tokens remain. One of those is drawn by the Gumbel-max trick:
+the largest of logit / temperature + noise, for which nothing has to be sorted or summed. The noise is a hash of (seed,
+tokens before, token): what a row gets depends on its own logits and settings, never on the rows beside it.
+
+Shapes: B rows, V = vocab_size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+GREEDY = 1e-5  # temperatures below take the best token, as vLLM's do: dividing by them overflows
+NARROW = 256  # a top_k up to this is cheap: those tokens are found without sorting all V
+NUCLEUS = 1024  # tokens among which top_p's are looked for before all are sorted
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive integers over 64 bits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How one row's tokens are chosen. ValueError for what has no meaning.
+
+    temperature: 0 takes the best token. top_k: draw from so many of the likeliest, 0 or None from all. top_p: from the
+    fewest likeliest that have this probability together. min_p: from those with this share of the best one's. For
+    tokens of prompt or answer repetition_penalty divides positive logits and multiplies negative ones; for tokens of
+    the answer presence_penalty is subtracted once and frequency_penalty each time that they occur. logit_bias: id →
+    what is added. seed: any integer.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 42
+
+    def __post_init__(self):
+        finite = "a finite number", lambda value: abs(value) < float("inf")
+        rules = {
+            "temperature": ("0 or more", lambda value: 0 <= value < float("inf")),
+            "top_k": ("0 (off) or more", lambda value: value is None or value >= 0),
+            "top_p": ("more than 0 and at most 1", lambda value: 0 < value <= 1),
+            "min_p": ("0 to 1", lambda value: 0 <= value <= 1),
+            "repetition_penalty": ("more than 0", lambda value: 0 < value < float("inf")),
+            "presence_penalty": finite,
+            "frequency_penalty": finite,
+        }
+        for name, (rule, holds) in rules.items():
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def penalizes(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def way(self):
+        """What must be known of a row's logits: "greedy", "narrow", "ordered", "nucleus" or "wide"."""
+        if self.temperature < GREEDY:
+            return "greedy"
+        if self.top_k:
+            return "narrow" if self.top_k <= NARROW else "ordered"
+        return "nucleus" if self.top_p < 1 else "wide"
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of one of several rows that were asked for with one seed; the first row has the seed itself."""
+    return (seed + row * GOLDEN) % 2**63
+
+
+def _signed(value):
+    """An integer modulo 2^64, as an int64 holds it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _mix(x):
+    """splitmix64's hash of int64, which wrap around (Steele, Lea and Flood, 2014, as Vigna writes it)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(x).mul_(_signed(factor))
+    return (x >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(x)
+
+
+def _gumbel(hashes):
+    """Gumbel(0, 1) noise in float32 from int64 hashes, fine where it is large: -log(-log(1 - uniform))."""
+    uniform = hashes.bitwise_and_(2**63 - 1).float().add_(0.5).mul_(2.0**-63).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+class _Group:
+    """Rows that are sampled in one way: their numbers [b], and their settings in columns [b, 1]."""
+
+    def __init__(self, way, members, settings, vocab_size, device):
+        def column(values):
+            return torch.tensor(values, device=device)[:, None]
+
+        chosen = [settings[row] for row in members]
+        self.way, self.rows = way, column(members)[:, 0]
+        self.width = min(max(s.top_k or vocab_size for s in chosen), vocab_size)
+        self.top_k = column([s.top_k or vocab_size for s in chosen])
+        self.temperature = column([float(s.temperature) for s in chosen])
+        # A sum of all probabilities may round to less than 1
+        self.top_p = column([s.top_p if s.top_p < 1 else 2.0 for s in chosen])
+        self.min_p = column([float(s.min_p) for s in chosen]).log()
+        self.key = _mix(column([_signed(s.seed) for s in chosen]))
+        self.limits_k, self.limits_p, self.limits_min = (
+            any(s.top_k not in (None, 0, self.width) for s in chosen),
+            any(s.top_p < 1 for s in chosen),
+            any(s.min_p > 0 for s in chosen),
+        )
+
+    def draw(self, logits, steps):
+        """Ids [b] from logits [b, V]; steps [b]: tokens before."""
+        if self.way == "greedy":
+            return logits.argmax(dim=-1)
+        scores, ids = self.remaining(logits)
+        key = _mix(self.key + steps[:, None] * _signed(GOLDEN))
+        best = (scores + _gumbel(_mix(key + ids * _signed(GOLDEN)))).argmax(dim=-1, keepdim=True)
+        return ids.expand_as(scores).gather(-1, best)[:, 0]
+
+    def remaining(self, logits):
+        """(logits / temperature, -inf for tokens that do not remain; their ids), each [b, n]."""
+        if self.way == "wide":
+            scores, ids = logits / self.temperature, torch.arange(logits.size(-1), device=logits.device)[None]
+        elif self.way == "nucleus":
+            scores, ids = self._nucleus(logits / self.temperature)
+        else:
+            scores, ids = logits.topk(self.width, dim=-1)
+            scores = scores / self.temperature
+            if self.limits_k:
+                ranks = torch.arange(self.width, device=logits.device)
+                scores = scores.masked_fill(ranks >= self.top_k, -torch.inf)
+            if self.limits_p:
+                scores = scores.masked_fill(self._before(scores.softmax(dim=-1)) >= self.top_p, -torch.inf)
+        if self.limits_min:
+            scores = scores.masked_fill(scores < scores.amax(dim=-1, keepdim=True) + self.min_p, -torch.inf)
+        return scores, ids
+
+    @staticmethod
+    def _before(probabilities):
+        """The probability of all that come before, [b, n]."""
+        return probabilities.cumsum(dim=-1) - probabilities
+
+    def _nucleus(self, logits):
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        for width in (NUCLEUS, self.width):
+            scores, ids = logits.topk(min(width, self.width), dim=-1)
+            outside = self._before((scores - total).exp()) >= self.top_p
+            if outside[:, -1].all():  # the nucleus ends here; if not, it needs all of them
+                break
+        return scores.masked_fill(outside, -torch.inf), ids
+
+
+class Sampler:
+    """
+    Chooses the next token of each of B rows, and remembers of them what their settings ask for.
+
+    Rows are numbered in the order in which they were added. A step: `ids = sampler(logits)`, then
+    `sampler.observe(ids)` with what the rows really went on with, which a tool may have decided.
+
+    rows: Sampling of rows to begin with.
+    """
+
+    def __init__(self, vocab_size, device="cpu", rows=()):
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.rows = []  # their Sampling
+        self.steps = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens observed, [B]
+        self.counts = torch.zeros(0, vocab_size, device=self.device)  # in the answer, [rows that penalize, V]
+        self.seen = self.counts.bool()  # in prompt or answer
+        self.groups = None  # and other tensors of the settings; None: to be made anew
+        for settings in rows:
+            self.add(settings)
+
+    def add(self, settings: Sampling, prompt=()):
+        """One more row; prompt: the ids before it, for the repetition penalty."""
+        self.rows.append(settings)
+        self.steps = torch.cat((self.steps, self.steps.new_zeros(1)))
+        if settings.penalizes:
+            seen = self.seen.new_zeros(1, self.vocab_size)
+            seen[0, torch.tensor(list(prompt), dtype=torch.long, device=self.device)] = True
+            self.seen = torch.cat((self.seen, seen))
+            self.counts = torch.cat((self.counts, self.counts.new_zeros(1, self.vocab_size)))
+        self.groups = None
+
+    def keep(self, rows: list[int]):
+        """Only these rows stay, in this order."""
+        places = {row: place for place, row in enumerate(self._penalizing())}
+        penalizing = [places[row] for row in rows if row in places]
+        self.counts, self.seen = self.counts[penalizing], self.seen[penalizing]
+        self.rows, self.steps = [self.rows[row] for row in rows], self.steps[rows]
+        self.groups = None
+
+    def _penalizing(self):
+        return [row for row, settings in enumerate(self.rows) if settings.penalizes]
+
+    def _prepare(self):
+        """Make tensors of the settings, unless they are there."""
+        if self.groups is not None:
+            return
+
+        def tensor(values, dtype=torch.float32):
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        penalizing = self._penalizing()
+        self.penalizing = tensor(penalizing, torch.long)
+        self.repetition, self.presence, self.frequency = (
+            tensor([getattr(self.rows[row], name) for row in penalizing])[:, None]
+            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        )
+        biases = [(row, *bias) for row, settings in enumerate(self.rows) for bias in settings.logit_bias.items()]
+        rows, ids, values = zip(*biases, strict=True) if biases else ((), (), ())
+        self.bias = (tensor(rows, torch.long), tensor(ids, torch.long)), tensor(values)
+        members = {}
+        for row, settings in enumerate(self.rows):
+            members.setdefault(settings.way(), []).append(row)
+        self.groups = [_Group(*group, self.rows, self.vocab_size, self.device) for group in members.items()]
+
+    def adjusted(self, logits):
+        """Logits [B, V] after penalties and biases; the given ones stay as they are."""
+        self._prepare()
+        (rows, ids), values = self.bias
+        if len(self.penalizing):
+            old = logits[self.penalizing]
+            repeated = torch.where(old > 0, old / self.repetition, old * self.repetition)
+            new = torch.where(self.seen, repeated, old) - self.frequency * self.counts
+            logits = logits.index_copy(0, self.penalizing, new - self.presence * (self.counts > 0))
+        return logits.index_put((rows, ids), values, accumulate=True) if len(values) else logits
+
+    @torch.inference_mode()
+    def __call__(self, logits):
+        """The next ids [B] of logits [B, V] in float32."""
+        if len(logits) != len(self.rows):
+            raise ValueError(f"expected logits of {len(self.rows)} rows, got {len(logits)}")
+        logits = self.adjusted(logits)
+        if len(self.groups) == 1:
+            return self.groups[0].draw(logits, self.steps)
+        ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        for group in self.groups:
+            ids[group.rows] = group.draw(logits[group.rows], self.steps[group.rows])
+        return ids
+
+    @torch.inference_mode()
+    def observe(self, ids):
+        """One more token of each row, ids [B]."""
+        self._prepare()
+        self.steps = self.steps + 1
+        if len(self.penalizing):
+            at = torch.arange(len(self.penalizing), device=self.device), ids[self.penalizing]
+            self.counts[at] += 1
+            self.seen[at] = True
+
+
+def logprobs(logits, ids, top=0):
+    """
+    Log probabilities (nats) as the model gives them, before any setting: (of ids [B], (values, ids) of the likeliest,
+    each [B, top]).
+    """
+    values = logits.float().log_softmax(dim=-1)
+    return values.gather(-1, ids[:, None])[:, 0], values.topk(min(top, values.size(-1)), dim=-1)
