@@ -12,14 +12,15 @@ import inspect
 import re
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from dev.docs_links import VAULT
 from megacontext.config import MCConfig
 from megacontext.inference import MCInference
 from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS, metric_of
 from nanochat.common import atomic_write
 
+VAULT = Path(__file__).resolve().parent.parent / "obsidian"
 BLOCK = re.compile(r"(<!-- dev\.docs: (\w+) -->\n).*?(<!-- /dev\.docs -->)", re.DOTALL)
 
 

@@ -1,8 +1,10 @@
-"""Grafana's files and the W&B view: up to date, in form, and about what the program emits."""
+"""Grafana's dashboards and the W&B view: in form, started by one command, and about what the program emits."""
 
 import ast
 import json
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from dev.telemetry.dashboards import FOLDER, TRAINING, Panel, dashboards, prometheus_name
 from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS
 from nanochat.common import UserError
+from tests.helpers import ROOT
 
 with warnings.catch_warnings(action="ignore"):  # W&B's package is written for an older pydantic
     from dev.telemetry import wandb_workspace
@@ -29,7 +32,7 @@ NAMES = sorted(dashboards())
 
 
 def load(name):
-    return json.loads((FOLDER / name).read_text("utf-8"))
+    return json.loads(json.dumps(dashboards()[name]))  # as Grafana reads it
 
 
 def compose(name):
@@ -59,9 +62,27 @@ def through_the_schema(dashboard):
     return json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_files_are_up_to_date(name):
-    assert load(name) == dashboards()[name], "run python -m dev.telemetry.dashboards"
+def test_one_command_writes_the_dashboards_and_starts_grafana(tmp_path):
+    def start():
+        command = [sys.executable, "-m", "dev.telemetry.dashboards"]
+        return subprocess.run(command, env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True)
+
+    result = start()
+    assert result.returncode == 1
+    assert "error: docker is not installed" in result.stderr
+    assert "Traceback" not in result.stderr
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\n')
+    docker.chmod(0o755)
+    for name in NAMES:
+        (FOLDER / name).unlink()
+    assert "http://localhost:3000" in start().stdout
+    assert (tmp_path / "asked").read_text() == f"compose -f {FOLDER.parent / 'compose.yaml'} up --detach\n"
+    for name in NAMES:
+        assert json.loads((FOLDER / name).read_text("utf-8")) == load(name)
+        assert subprocess.run(["git", "check-ignore", "-q", FOLDER / name], cwd=ROOT).returncode == 0
+    docker.write_text("#!/bin/sh\nexit 3\n")
+    assert "failed with status 3" in start().stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,50 +3,55 @@
 import ast
 import re
 from dataclasses import fields
+from urllib.parse import unquote
 
 import pytest
 import yaml
 
-from dev.docs import BLOCK, TABLES, option_helps, render
-from dev.docs_links import (
-    CODE,
-    LINK,
-    ROOT,
-    VAULT,
-    WIKILINK,
-    for_site,
-    headings,
-    link_target,
-    pages,
-    prose,
-    slug,
-    wikilink_target,
-)
+from dev.docs import BLOCK, TABLES, VAULT, option_helps, render
 from dev.telemetry.dashboards import prometheus_name
 from megacontext.config import MCConfig
 from megacontext.inference import MCInference
 from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS
+from tests.helpers import ROOT
 
-TEXTS = {path: path.read_text("utf-8") for path in pages().values()}
-OPERATIONS = TEXTS[pages()["Training & Operations"]]
-TELEMETRY = TEXTS[pages()["Telemetry"]]
+TEXTS = {path: path.read_text("utf-8") for path in sorted(VAULT.rglob("*.md"))}
+OPERATIONS = TEXTS[VAULT / "ops" / "Training & Operations.md"]
+TELEMETRY = TEXTS[VAULT / "ops" / "Telemetry.md"]
 FOLDERS = ("nanochat", "megacontext", "scripts", "tasks", "tests", "dev", "rustbpe", "obsidian")
+REPOSITORY = re.compile("https://github.com/brandf/MegaContext/(?:blob|tree)/main/")
+CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 all_pages = pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)
 
 
-def problems(text, page) -> list[str]:
-    """Links of a page that lead nowhere."""
+def anchors(text):
+    """Of the headings of a page, as Python-Markdown makes them."""
+    lines = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE).splitlines()
+    heads = [line.lstrip("#").replace("`", "").strip().lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", head)) for head in heads}
+
+
+def targets(text, page):
+    """[(link, path, anchor)] of the links into the vault and the repository, which are plain Markdown."""
     found = []
-    text = prose(text)
-    targets = [(match[0], wikilink_target(match, page)) for match in WIKILINK.finditer(text)]
-    targets += [(match[0], link_target(match["target"], page)) for match in LINK.finditer(WIKILINK.sub("", text))]
-    for link, target in targets:
-        if target is None:
-            continue
-        if not target.path.exists():
-            found.append(f"{link}: there is no {target.path}")
-        elif target.heading and slug(target.heading) not in headings(target.path.read_text("utf-8")):
-            found.append(f"{link}: {target.path.name} has no heading {target.heading!r}")
+    for match in LINK.finditer("".join(CODE.split(text)[::2])):
+        address, _, anchor = unquote(match[1]).partition("#")
+        if REPOSITORY.match(address):
+            found.append((match[0], ROOT / REPOSITORY.sub("", address), anchor))
+        elif not re.match(r"[a-z]+:", address):
+            found.append((match[0], (page.parent / address).resolve() if address else page, anchor))
+    return found
+
+
+def problems(text, page):
+    """Links of a page that lead nowhere, or that only one of Obsidian and the site could follow."""
+    found = ["a wikilink" for _ in re.finditer(r"\[\[", "".join(CODE.split(text)[::2]))]
+    for link, path, anchor in targets(text, page):
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text("utf-8"))):
+            found.append(f"{link}: there is no {path} {anchor}")
+        elif not path.is_relative_to(VAULT) and not REPOSITORY.search(link):
+            found.append(f"{link}: not in the vault, and so not on the site")
     return found
 
 
@@ -56,33 +61,13 @@ def test_links_lead_somewhere(page):
 
 
 def test_a_dead_link_is_found():
-    page = pages()["Tree"]
-    dead = (
-        "[[Nowhere]] [[Tree#No such heading]] [x](../nowhere.md) [x](../../megacontext/nowhere.py) [y](../TODO.md#none)"
+    page, address = VAULT / "components" / "Tree.md", "https://github.com/brandf/MegaContext/blob/main"
+    dead = f"[[Tree]] [x](../nowhere.md) [x]({address}/nowhere.py) [x](../TODO.md#none) [x](../../README.md) [x](#none)"
+    assert len(problems(dead, page)) == 6
+    good = (
+        f"`[[Tree]]`\n```\n[x](no.md)\n```\n[x](../ops/Telemetry.md#spans) [x]({address}/dev) [y](https://example.org)"
     )
-    assert len(problems(dead, page)) == 5
-    assert problems("`[[Nowhere]]`\n```\n[[Nowhere]]\n```\n[[Telemetry#Spans|x]] [y](https://example.org)", page) == []
-
-
-@all_pages
-def test_links_of_the_site(page):
-    """What MkDocs gets has no wikilinks, and relative links only to what lies in the vault."""
-    text = prose(for_site(TEXTS[page], page, "https://example.org/r"))
-    assert not WIKILINK.search(text)
-    for match in LINK.finditer(text):
-        target = link_target(match["target"], page)
-        if target is not None:
-            assert target.path.is_relative_to(VAULT), match[0]
-            assert target.path.exists(), match[0]
-
-
-def test_addresses_of_the_site():
-    page = pages()["Tree"]
-    text = "[[Training & Operations#Choose a recipe|go]] [x](../../megacontext/tree.py) `[[Tree]]`"
-    assert for_site(text, page, "https://example.org/r/") == (
-        "[go](../ops/Training%20%26%20Operations.md#choose-a-recipe) "
-        "[x](https://example.org/r/blob/main/megacontext/tree.py) `[[Tree]]`"
-    )
+    assert problems(good, page) == []
 
 
 def test_every_page_is_on_the_site_and_can_be_reached():
@@ -91,8 +76,7 @@ def test_every_page_is_on_the_site_and_can_be_reached():
     reached, new = set(), {VAULT / "index.md"}
     while new:
         reached |= new
-        links = {wikilink_target(m, page).path for page in new for m in WIKILINK.finditer(prose(TEXTS[page]))}
-        new = links - reached
+        new = {path for page in new for _, path, _ in targets(TEXTS[page], page)} & set(TEXTS) - reached
     assert reached == set(TEXTS)
 
 

@@ -150,7 +150,7 @@ def test_questions(clone):
     code, shown = answer(clone, "/data/my runs", "secret-key", "run 1", "", "nonsense", "http://localhost:4318")
     assert code == 0, shown
     assert "must be like" in shown
-    assert "docker compose -f dev/telemetry/compose.yaml up -d" in shown
+    assert "python -m dev.telemetry.dashboards" in shown
     assert "run10.sh --mc" in shown
     expected = ["/data/my runs", "secret-key", "run 1", "", "http://localhost:4318", ""]
     assert read_back(clone, *NAMES) == expected

@@ -1,19 +1,21 @@
 """
-What the dashboards show, once for Grafana and for W&B (wandb_workspace.py).
+What the dashboards show, defined once for Grafana and for W&B (wandb_workspace.py).
 
-    python -m dev.telemetry.dashboards      # writes dev/telemetry/grafana/{training,chat}.json
+    python -m dev.telemetry.dashboards      # write Grafana's dashboards and start compose.yaml: http://localhost:3000
 
-A metric of the log is named as there ("mc/lod_count/{lod}"), one of an event as it is exported ("mc.swap_rate"); both
-are from the tables in megacontext/telemetry.py. tests/test_dashboards.py holds that the files are up to date, that
-Grafana's schema takes them, and that each query names what the program emits.
+A metric of the log has the name it has there ("mc/lod_count/{lod}"), a metric of an event the name under which it is
+exported ("mc.swap_rate"); both come from the tables in megacontext/telemetry.py. tests/test_dashboards.py checks that
+Grafana's schema accepts the dashboards and that each query names what the program emits.
 """
 
 import json
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from megacontext.telemetry import EVENT_GAUGES, metric_of
-from nanochat.common import atomic_write
+from nanochat.common import UserError, atomic_write, fail
 
 FOLDER = Path(__file__).parent / "grafana"
 PROMETHEUS = {"type": "prometheus", "uid": "prometheus"}
@@ -219,8 +221,21 @@ def dashboards() -> dict[str, dict]:
     }
 
 
-if __name__ == "__main__":
+def main():
+    """Write the dashboards where Grafana's container reads them, and start the containers."""
     for file_name, content in dashboards().items():
         with atomic_write(FOLDER / file_name, "w") as file:
             file.write(json.dumps(content, indent=1) + "\n")
-        print(f"wrote {FOLDER / file_name}")
+    if shutil.which("docker") is None:
+        raise UserError(f"docker is not installed; the dashboards are in {FOLDER}, for import into a Grafana of yours")
+    command = ["docker", "compose", "-f", str(FOLDER.parent / "compose.yaml"), "up", "--detach"]
+    if status := subprocess.run(command).returncode:
+        raise UserError(f"{' '.join(command)} failed with status {status}: its message is above")
+    print("Grafana: http://localhost:3000. Runs report to it with MC_OTEL_ENDPOINT=http://localhost:4318")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        fail(error)
