@@ -140,6 +140,13 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def sum_over_ranks(tensor):
+    """The tensor, now holding the sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which matrix products run in `dtype`, bfloat16 or float32, whatever surrounds it."""
     assert dtype in (torch.float32, torch.bfloat16), dtype

@@ -2,7 +2,7 @@
 The DCLM CORE metric: in-context learning on 22 tasks, each centered on its random baseline, averaged.
 
 Source: Li et al. 2024, DataComp-LM (arXiv 2406.11794). Every task is one of three types:
-  multiple_choice     one context, several continuations; the lowest mean loss a token wins
+  multiple_choice     one context, several continuations; the lowest mean loss per token wins
   schema              several contexts, one continuation; the context that makes it likeliest wins
   language_modeling   the continuation must be what the model itself would say, token for token
 
@@ -12,10 +12,9 @@ Shapes: B candidates of one item, T tokens, V vocabulary.
 import random
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.common import get_dist_info
+from nanochat.common import get_dist_info, sum_over_ranks
 from nanochat.core_bundle import TaskMeta, candidates, load_bundle
 
 # ---------------------------------------------------------------------------------------------------------
@@ -29,7 +28,7 @@ def fewshot_examples(data, index, num_fewshot) -> list[dict]:
 
 
 def render_prompts(item, task_type, delimiter, examples) -> list[str]:
-    """The texts to score: one a candidate; for language modeling the prompt without and with its end."""
+    """The texts to score: one per candidate; for language modeling the prompt without and with its end."""
     solved = [candidates(example, task_type)[example.get("gold", 0)] for example in examples]
     shown = "".join(f"{context}{delimiter}{continuation}\n\n" for context, continuation in solved)
     pairs = candidates(item, task_type)
@@ -111,9 +110,7 @@ def evaluate_task(model, tokenizer, data, device, task_meta: TaskMeta, progress=
         correct += is_correct(model, tokenizer, data, index, device, task_meta)
         if progress:
             progress()
-    if dist.is_initialized():
-        dist.all_reduce(correct)
-    return correct.item() / len(data)
+    return sum_over_ranks(correct).item() / len(data)
 
 
 def centered(accuracy: float, baseline: float) -> float:

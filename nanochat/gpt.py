@@ -40,7 +40,7 @@ class GPTConfig:
 
     @classmethod
     def from_depth(cls, depth: int, sequence_len: int, vocab_size: int) -> "GPTConfig":
-        """The one dial: depth fixes width (64 a layer) and the number of heads (of 128, rounded up)."""
+        """The one dial: depth fixes width (64 per layer) and the number of heads (of 128, rounded up)."""
         n_embd = depth * 64
         n_head = max(1, (n_embd + 127) // 128)
         while n_embd % n_head or (n_embd // n_head) % 2:
@@ -174,7 +174,7 @@ class GPT(nn.Module):
 
     @property
     def max_seq_len(self) -> int:
-        """Positions that there are rotary angles for."""
+        """The longest input: how many positions have rotary angles."""
         return self.cos.size(1)
 
     def get_device(self):
@@ -184,7 +184,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Training FLOPs a token: 6 a matrix parameter, 12·H·d·T a layer of attention (PaLM, appendix B)."""
+        """Training FLOPs per token: 6 per matrix parameter, 12·H·d·T per layer of attention (PaLM, appendix B)."""
         c = self.config
         matrix_params = self.num_params() - self.transformer.wte.weight.numel()
         return 6 * matrix_params + 12 * c.n_layer * c.n_embd * c.sequence_len

@@ -16,7 +16,7 @@ from nanochat.dataset import list_row_groups
 
 
 def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_size) -> int:
-    """Micro-batches a process must add up for one step of total_batch_size tokens."""
+    """Micro-batches that each process adds up for one step of total_batch_size tokens."""
     if device_batch_size < 1 or max_seq_len < 1:
         raise UserError(
             f"device_batch_size and max_seq_len must be at least 1, got {device_batch_size} and {max_seq_len}"
@@ -127,7 +127,7 @@ class RunLog:
     """
     Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<name>.jsonl, and to W&B unless run is "dummy".
 
-    others: where they shall go too, objects with metrics(dict) and close().
+    others: further receivers of each record, objects with metrics(dict) and close().
     """
 
     def __init__(self, name, run, config, resumed, wandb_id=None):
@@ -192,7 +192,7 @@ class ProgressLine:
             self.bar.start()
 
     def update(self, step, figures: str, done: float | None = None):
-        """step: how many are done. done: the part of the run that is, for a run whose steps are not known."""
+        """step: steps done. done: the part of the run that is done, where the number of steps is not known."""
         if not self.shown:
             return
         done = step / self.total if done is None else done

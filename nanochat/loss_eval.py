@@ -3,18 +3,17 @@
 import math
 
 import torch
-import torch.distributed as dist
 
-from nanochat.common import sum_dtype
+from nanochat.common import sum_dtype, sum_over_ranks
 
 
 @torch.no_grad()
 def evaluate_bpb(model, batches, steps, token_bytes) -> float:
     """
-    Nats of the targets over `steps` batches, in bits, over the bytes they stand for; over all ranks.
+    Bits per byte of the next `steps` batches: the loss of the targets over the bytes they stand for, over all ranks.
 
     batches: iterator of (x, y), each [B, T]. token_bytes [V]: bytes of each token. Targets of 0 bytes
-    (special tokens) and ignored ones (−1) count in neither sum. Infinity when there was no byte at all.
+    (special tokens) and ignored ones (−1) count in neither sum. Infinity when no target has bytes.
     """
     exact = sum_dtype(token_bytes.device)
     nats = torch.zeros((), dtype=exact, device=token_bytes.device)
@@ -26,9 +25,5 @@ def evaluate_bpb(model, batches, steps, token_bytes) -> float:
         target_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
         nats += (losses * (target_bytes > 0)).sum(dtype=exact)
         total_bytes += target_bytes.sum()
-    if dist.is_initialized():
-        dist.all_reduce(nats)
-        dist.all_reduce(total_bytes)
-    if total_bytes.item() == 0:
-        return math.inf
-    return nats.item() / (math.log(2) * total_bytes.item())
+    nats, total_bytes = sum_over_ranks(nats).item(), sum_over_ranks(total_bytes).item()
+    return nats / (math.log(2) * total_bytes) if total_bytes else math.inf

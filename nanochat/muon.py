@@ -69,7 +69,7 @@ class DistMuon(Muon):
         self._reduced = [MeanShard(self._stacked_grads(group)) for group in self.param_groups]
 
     def shards(self):
-        """The averaged gradients that this rank owns, [⌈n / world⌉, rows, cols] a group."""
+        """The averaged gradients that this rank owns, [⌈n / world⌉, rows, cols] per group."""
         return [reduced.wait() for reduced in self._reduced]
 
     @torch.no_grad()

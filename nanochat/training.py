@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager
-from nanochat.common import UserError, autocast, get_dist_info, peak_flops, print0
+from nanochat.common import UserError, autocast, get_dist_info, peak_flops, print0, sum_over_ranks
 from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
 from nanochat.sharding import clip_gradients
 
@@ -135,11 +135,11 @@ class Training:
         self.carried, self.carried_meta = companion_data, meta
 
     def due(self, every, last) -> bool:
-        """Whether something done every so many steps, and at the last, is due; not what was done before a resume."""
+        """Whether what is done every `every` steps and after the last is due, and was not done before a resume."""
         return every > 0 and self.step != self.resumed_at and (last or self.step % every == 0)
 
     def totals(self) -> dict:
-        """What runs are compared by, at the current step."""
+        """Step, FLOPs, seconds and tokens so far: what runs are compared by."""
         return {
             "step": self.step,
             "total_training_flops": self.total_flops,
@@ -213,15 +213,13 @@ class Training:
 
     def end_step(self, loss, tokens, work=1.0) -> float:
         """
-        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks together; work: times the FLOPs that the
-        model alone needs for them. Returns the loss of all ranks.
+        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks together; work: how many times the FLOPs
+        that the model alone needs for them were spent. Returns the mean loss over ranks.
 
         Raises UserError when the loss is not finite.
         """
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss = loss / dist.get_world_size()
-        loss = loss.item()  # waits for the device
+        world_size = get_dist_info()[3]
+        loss = (sum_over_ranks(loss) / world_size).item()  # waits for the device
         seconds = time.time() - self.started
         if not math.isfinite(loss):
             raise UserError(
@@ -238,7 +236,6 @@ class Training:
         self.loss = self.smooth_loss / (1 - 0.9**self.step)
         self.tokens_per_second = tokens / seconds
         if self.peak_flops:
-            world_size = get_dist_info()[3]
             self.mfu = work * self.flops_per_token * self.tokens_per_second / (self.peak_flops * world_size)
         return loss
 
@@ -247,7 +244,7 @@ class Training:
         return {"train/dt": self.seconds, "train/tok_per_sec": self.tokens_per_second, "train/mfu": self.mfu}
 
     def show(self, *figures, done=None):
-        """Move the progress line on. done: the part of the run that is done, where the steps are not known."""
+        """Update the progress line. done: the part of the run that is done, where the number of steps is not known."""
         figures = [f"loss {self.loss:.4f}", *figures, f"{self.tokens_per_second:,.0f} tok/s"]
         if self.mfu is not None:
             figures.append(f"MFU {100 * self.mfu:.1f}%")

@@ -14,7 +14,6 @@ is used once, by the model that wrote it.
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
 
 from nanochat.common import (
     UserError,
@@ -24,6 +23,7 @@ from nanochat.common import (
     print_banner,
     resolve_dtype,
     sum_dtype,
+    sum_over_ranks,
 )
 from nanochat.configurator import run
 from nanochat.conversations import pad_rows
@@ -75,7 +75,7 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
 
 
 def main(config: Config):
-    is_dist, rank, _, world_size, device = compute_init(config.device_type)
+    _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
@@ -130,10 +130,7 @@ def main(config: Config):
         return answers
 
     def summed(value):
-        value = torch.tensor(value, dtype=sum_dtype(device), device=device)
-        if is_dist:
-            dist.all_reduce(value)
-        return value.item()
+        return sum_over_ranks(torch.tensor(value, dtype=sum_dtype(device), device=device)).item()
 
     def evaluate():
         """pass@k for k = 1 … device_batch_size on problems that are not trained on."""

@@ -1,5 +1,5 @@
 """
-Supervised finetuning: conversations one a row, as they come when people chat; the loss counts what the assistant
+Supervised finetuning: one conversation per row, as they come when people chat; the loss counts what the assistant
 has to produce and nothing else.
 
     python -m scripts.chat_sft
@@ -12,9 +12,16 @@ The same command goes on where an interrupted run's newest checkpoint left off.
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
 
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
+from nanochat.common import (
+    UserError,
+    autocast,
+    compute_cleanup,
+    compute_init,
+    print_banner,
+    resolve_dtype,
+    sum_over_ranks,
+)
 from nanochat.configurator import run
 from nanochat.conversations import padded_batches
 from nanochat.loop import muon_momentum, passes, print_facts
@@ -59,7 +66,7 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
 
 
 def main(config: Config):
-    is_dist, rank, _, world_size, device = compute_init(config.device_type)
+    _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
 
@@ -105,11 +112,6 @@ def main(config: Config):
             losses = [compiled(x, y, loss_reduction="sum") for x, y in batches]
         return torch.stack(losses).sum(), sum((y >= 0).sum() for _, y in batches)
 
-    def summed(tensor):
-        if is_dist:
-            dist.all_reduce(tensor)
-        return tensor
-
     @torch.no_grad()
     def validate():
         indices = range(min(len(val_set), config.eval_steps * B * world_size))
@@ -119,7 +121,7 @@ def main(config: Config):
             if batch:
                 loss, tokens = loss_of(batch)
                 nats, count = nats + loss, count + tokens
-        return (summed(nats) / summed(count).clamp(min=1)).item()
+        return (sum_over_ranks(nats) / sum_over_ranks(count).clamp(min=1)).item()
 
     val_loss, metrics = training.meta.get("val_loss"), training.meta.get("metrics", {})
     say = training.progress.say
@@ -147,7 +149,7 @@ def main(config: Config):
         # The mean is over the tokens of the whole step, so that it is the same however rows are shared out
         training.begin_step()
         batches = batches_of(train_set, range(step * examples, (step + 1) * examples))
-        count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1)
+        count = sum_over_ranks(sum((y >= 0).sum() for _, y in batches)).clamp(min=1)
         loss = torch.zeros((), device=device)
         for batch in batches:
             part = loss_of([batch])[0] / count * world_size  # ranks are averaged
@@ -155,7 +157,7 @@ def main(config: Config):
             loss += part.detach()
         lrm = config.init_lr_frac * (1 - step / num_iterations)
         training.optimize(lrm, muon_momentum(step))
-        read = summed(torch.tensor(float(sum(x.numel() for x, _ in batches)), device=device))  # padding too
+        read = sum_over_ranks(torch.tensor(float(sum(x.numel() for x, _ in batches)), device=device))  # padding too
         loss = training.end_step(loss, count.item(), read.item() / count.item())
         training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed()})
