@@ -9,34 +9,49 @@ PARTS = {  # a token that begins a part → (the part's type, as in a conversati
 }
 
 
-def stream_parts(tokenizer, columns):
+class Parts:
     """
-    Yield (type, text) of the first row of `Engine.generate`, up to the end of the assistant's turn.
+    Turns the ids of an assistant's turn into (type, text) pieces, one id at a time.
 
     type: "text", "python" or "python_output". Bytes that are not yet a whole character wait for the rest of it;
     at the end of a part, what is left of them becomes "\\ufffd". Special tokens that do not fit are left out.
+    kind: the type of what comes now; ended: whether the turn is over.
     """
-    special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    kind, closing = "text", None
-    for column, _ in columns:
-        token = special.get(column[0])
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.kind, self.closing, self.ended = "text", None, False
+
+    def push(self, id) -> list[tuple[str, str]]:
+        """The pieces that are complete with this id."""
+        token = self.special.get(id)
         if token is None:
-            text = decoder.decode(tokenizer.id_to_bytes(column[0]))
-            if text:
-                yield kind, text
-            continue
-        if token in PARTS or token == closing or token in ("<|assistant_end|>", "<|bos|>"):
-            rest = decoder.decode(b"", final=True)
-            if rest:
-                yield kind, rest
-            decoder.reset()
-            kind, closing = PARTS.get(token, ("text", None))
-        if token in ("<|assistant_end|>", "<|bos|>"):
+            text = self.decoder.decode(self.tokenizer.id_to_bytes(id))
+            return [(self.kind, text)] if text else []
+        self.ended = token in ("<|assistant_end|>", "<|bos|>")
+        if not (self.ended or token in PARTS or token == self.closing):
+            return []
+        rest = self.close()
+        self.decoder.reset()
+        self.kind, self.closing = PARTS.get(token, ("text", None))
+        return rest
+
+    def close(self) -> list[tuple[str, str]]:
+        """What waits for more, when there is no more."""
+        rest = self.decoder.decode(b"", final=True)
+        return [(self.kind, rest)] if rest else []
+
+
+def stream_parts(tokenizer, columns):
+    """Yield (type, text) of the first row of `Engine.generate`, as Parts has them, up to the end of the turn."""
+    parts = Parts(tokenizer)
+    for column, _ in columns:
+        yield from parts.push(column[0])
+        if parts.ended:
             return
-    rest = decoder.decode(b"", final=True)
-    if rest:
-        yield kind, rest
+    yield from parts.close()
 
 
 SPEAKERS = {"<|user_start|>": "You: ", "<|assistant_start|>": "Answer: ", "<|output_start|>": " = "}

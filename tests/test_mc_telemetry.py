@@ -23,6 +23,7 @@ import rotel
 from megacontext.telemetry import EVENTS, METRICS, Endpoint, metric_of, open_telemetry, parse_endpoint
 from nanochat.common import UserError
 from nanochat.loop import RunLog
+from nanochat.sampling import Sampling
 from nanochat.serving.job import Done, Job, Piece
 from nanochat.serving.worker_pool import WorkerPool
 from scripts.chat_web import chat_attributes, chat_text
@@ -249,7 +250,7 @@ def test_a_collector_gets_spans_and_metrics(protocol, collector, opened, caplog)
 
 def test_text_of_a_chat_is_told_if_asked_for(tokenizer):
     async def job():
-        return Job(tokenizer.encode("my secret"), 9, 1.0, 7, 1, ids=tokenizer.encode('Tell "nobody".'))
+        return Job(tokenizer.encode("my secret"), 9, ids=tokenizer.encode('Tell "nobody".'))
 
     told = chat_text(asyncio.run(job()), tokenizer)
     assert told.keys() <= EVENTS["chat"].keys()
@@ -272,9 +273,9 @@ def test_a_chat_request_becomes_a_span(tokenizer, collector, opened):
     pool.start([engine], MODEL)
 
     async def ask(prompt, **settings):
-        job = Job(tokenizer.encode(prompt), temperature=0.5, top_k=7, seed=1, **{"max_tokens": 99, **settings})
+        job = Job(tokenizer.encode(prompt), sampling=Sampling(0.5, 7), **{"max_tokens": 99, **settings})
         pool.submit(job)
-        while isinstance(event := await job.events.get(), Piece):
+        while isinstance(event := (await job.events.get())[1], Piece):
             pass
         return event
 

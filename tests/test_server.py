@@ -28,8 +28,9 @@ from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import Sampling
+from nanochat.serving.answer import Cut
 from nanochat.serving.app import content_security_policy, create_app
-from nanochat.serving.job import cut_at
 from nanochat.serving.schema import Limits
 from nanochat.serving.transport import PatientProtocol, open_socket
 from nanochat.serving.worker_pool import WorkerPool
@@ -159,7 +160,7 @@ def test_defaults_are_used(serve, tokenizer):
     assert script.settings[0]["temperature"] == 0.8
     assert script.settings[0]["top_k"] == 50
     ask(server, temperature=0, top_k=1, seed=3, max_tokens=None)
-    assert script.settings[1] == {"temperature": 0, "top_k": 1, "seed": 3}
+    assert script.settings[1] == vars(Sampling(temperature=0, top_k=1, seed=3))
     assert script.settings[0]["seed"] != 3
 
 
@@ -812,21 +813,19 @@ def test_openai_stop(client, tokenizer):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(["text", "text", "python"]), st.text("ab", min_size=1, max_size=3))),
-    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-)
-def test_cut_at(pieces, stop):
-    """Equal to cutting the whole text, however it comes in pieces; without stop strings nothing changes."""
-    text = "".join(piece for kind, piece in pieces if kind == "text")
-    ends = [text[:end] for end in range(len(text) + 1) if any(text[:end].endswith(word) for word in stop)]
-    expected = min((ends[0].removesuffix(word) for word in stop if ends[0].endswith(word)), key=len) if ends else text
-    cuts = []
-    got = list(cut_at(iter(pieces), stop, lambda: cuts.append(1)))
-    assert "".join(piece for kind, piece in got if kind == "text") == expected
-    assert len(cuts) == bool(ends)
-    if not stop:
-        assert got == pieces
+@given(st.lists(st.text("ab", min_size=1, max_size=3)), st.lists(st.text("ab", max_size=4), max_size=6))
+def test_cut(pieces, stop):
+    """Equal to cutting the whole text, however it comes in pieces; without stop strings nothing is held back."""
+    text, words = "".join(pieces), [word for word in stop if word]
+    ends = [text[:end] for end in range(len(text) + 1) if any(text[:end].endswith(word) for word in words)]
+    expected = min((ends[0].removesuffix(word) for word in words if ends[0].endswith(word)), key=len) if ends else text
+    cut, got = Cut(stop), []
+    while pieces and not cut.done:
+        got.append(cut.push(pieces.pop(0)))
+    assert "".join([*got, cut.close()]) == expected
+    assert cut.done == bool(ends)
+    if not words:
+        assert "".join(got) == text
 
 
 def test_openai_errors(client, tokenizer):

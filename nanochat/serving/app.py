@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from nanochat.common import UserError
 from nanochat.markdown import render_markdown
+from nanochat.sampling import Sampling
 from nanochat.serving import openai_api, schema
 from nanochat.serving.job import Done, Failed, Focus, Job, Piece
 from nanochat.serving.schema import ApiError, Defaults, Limits
@@ -66,9 +67,11 @@ class Service:
             job = Job(
                 prompt=ids,
                 max_tokens=schema.room(len(ids), max_tokens, None if sessions else self.pool.context_length, fits),
-                temperature=choice(temperature, self.defaults.temperature),
-                top_k=choice(top_k, self.defaults.top_k),
-                seed=secrets.randbelow(schema.SEED[1]) if seed is None else seed,
+                sampling=Sampling(
+                    temperature=choice(temperature, self.defaults.temperature),
+                    top_k=choice(top_k, self.defaults.top_k),
+                    seed=secrets.randbelow(schema.SEED[1]) if seed is None else seed,
+                ),
                 stop=list(stop),
                 conversation=conversation,
                 focus=bool(focus),
@@ -80,7 +83,8 @@ class Service:
 
     async def next_event(self, job):
         """What becomes of a job: a Piece, Done or Failed, or None when nothing has happened for a while."""
-        return await next_or_none(job.events, self.ping_seconds)
+        pair = await next_or_none(job.events, self.ping_seconds)
+        return pair and pair[1]
 
     def sessions_of(self, conversation):
         """The Sessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
@@ -259,7 +263,7 @@ async def _native_stream(service, job):
         match await service.next_event(job):
             case None:
                 yield PING
-            case Piece(kind, text, worker):
+            case Piece(kind=kind, text=text, worker=worker):
                 yield sse({"token": text, "gpu": worker} | ({} if kind == "text" else {"kind": kind}))
             case Focus(state):
                 yield sse({"focus": state}, event="focus")

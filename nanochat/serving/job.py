@@ -4,14 +4,43 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from nanochat.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Token:
+    """
+    A token and how likely it was: natural logarithms of probabilities, before any setting of sampling.
+
+    offset: characters of text before it. top: (id, log probability) of the likeliest in its place, best first.
+    logprob: None for the first token of a prompt.
+    """
+
+    id: int
+    offset: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A bit of the answer. kind: "text", "python" or "python_output"."""
+    """
+    A bit of the answer. kind: "text", "python" or "python_output".
+
+    tokens: of a job that asks for logprobs, those whose text begins in this bit.
+    """
 
     kind: str
     text: str
     worker: int
+    tokens: list[Token] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How likely the prompt was, for a job with `score`; comes before all Pieces."""
+
+    tokens: list[Token]
 
 
 @dataclass(frozen=True)
@@ -38,20 +67,24 @@ class Focus:
 @dataclass(eq=False)
 class Job:
     """
-    One answer to be made. Created on the event loop that reads `events`: Pieces, then one Done or Failed.
+    One answer to be made. Created on the event loop that reads `events`, a queue that several jobs may share, of (job,
+    event) pairs: of each job Pieces, then one Done or Failed.
 
-    conversation: a name that only those who take part in it know, None if they gave none. focus: whether `events` is
-    to get a Focus now and then, too. created, first: when it was asked for and its first Piece came, by
-    time.monotonic(). compacted: the session that answers let summaries stand in for older tokens. home: the Worker
-    that has the conversation at hand, if one does.
+    logprobs: how many likely tokens to tell of in each place, None for none, nor of those that were chosen. score:
+    whether to tell it of the prompt, too. index: of this answer among those of its request. conversation: a name that
+    only those who take part in it know, None if they gave none. focus: whether `events` is to get a Focus now and then,
+    too. created, first: when it was asked for and its first Piece came, by time.monotonic(). compacted: the session
+    that answers let summaries stand in for older tokens. home: the Worker that has the conversation at hand, if one
+    does.
     """
 
     prompt: list[int]
     max_tokens: int
-    temperature: float
-    top_k: int
-    seed: int
+    sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
+    logprobs: int | None = None
+    score: bool = False
+    index: int = 0
     conversation: str | None = None
     focus: bool = False
     ids: list[int] = field(default_factory=list)  # generated so far
@@ -60,9 +93,9 @@ class Job:
     compacted: bool = False
     first: float | None = None
     home: object = None
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
 
     def __post_init__(self):
-        self.events = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.created = time.monotonic()
 
@@ -70,25 +103,4 @@ class Job:
         """From any thread."""
         if self.first is None and isinstance(event, Piece):
             self.first = time.monotonic()
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-def cut_at(pieces, stop, on_cut):
-    """The pieces up to the stop string that is complete first, held back while one may be beginning."""
-    held = ""
-    for kind, text in pieces:
-        if kind != "text":
-            yield kind, text
-            continue
-        held += text
-        found = [(held.find(s) + len(s), held.find(s)) for s in stop if s in held]
-        if found:
-            held = held[: min(found)[1]]
-            on_cut()
-            break
-        begun = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > begun:
-            yield "text", held[: len(held) - begun]
-            held = held[len(held) - begun :]
-    if held:
-        yield "text", held
+        self.loop.call_soon_threadsafe(self.events.put_nowait, (self, event))

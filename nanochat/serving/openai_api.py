@@ -159,7 +159,7 @@ async def _collect(service, job, head):
     text = ""
     while True:
         match await service.next_event(job):
-            case Piece("text", more, _):
+            case Piece(kind="text", text=more):
                 text += more
             case Done(reason):
                 message = {"role": "assistant", "content": text, "refusal": None}
@@ -180,7 +180,7 @@ async def _stream(service, job, head, with_usage):
     yield chunk({"role": "assistant", "content": ""})
     while True:
         match await service.next_event(job):
-            case Piece("text", text, _):
+            case Piece(kind="text", text=text):
                 yield chunk({"content": text})
             case Piece() | None:
                 yield PING

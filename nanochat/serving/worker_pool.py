@@ -18,8 +18,8 @@ from typing import Protocol
 
 import torch
 
-from nanochat.serving.job import Done, Failed, Job, Piece, cut_at
-from nanochat.streaming import stream_parts
+from nanochat.serving.answer import Answer, ranked, score
+from nanochat.serving.job import Done, Failed, Job, Scored
 
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER = 60  # seconds
@@ -88,32 +88,25 @@ class Worker:
             return self._answer(job, session=session)
 
     def _answer(self, job, **options):
-        tokenizer, reason = self.engine.tokenizer, "length"
-        ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+        if job.score:
+            job.emit(Scored(score(self.engine, job.prompt, job.logprobs or 0)))
+        answer, rank = Answer(job, self.engine.tokenizer, self.number), ()
 
-        def stopped():
-            nonlocal reason
-            reason = "stop"
+        def on_logits(logits, ids):
+            nonlocal rank
+            [rank] = ranked(logits, ids, job.logprobs)
 
-        def watched(columns):
-            for column, mask in columns:
-                if job.cancelled:
-                    return
-                job.tokens += 1
-                job.ids.append(column[0])
-                if column[0] in ends:
-                    stopped()
-                yield column, mask
-
-        options |= {"temperature": job.temperature, "top_k": job.top_k, "seed": job.seed}
-        columns = self.engine.generate(job.prompt, max_tokens=job.max_tokens, **options)
+        if job.logprobs is not None:
+            options["on_logits"] = on_logits
+        columns = self.engine.generate(job.prompt, max_tokens=job.max_tokens, **vars(job.sampling), **options)
         # Closed here and now: a generator that is merely dropped keeps its cache until it is collected
         with contextlib.closing(columns):
-            for kind, text in cut_at(stream_parts(tokenizer, watched(columns)), job.stop, stopped):
+            for column, _ in columns:
                 if job.cancelled:
-                    break
-                job.emit(Piece(kind, text, self.number))
-        return None if job.cancelled else reason
+                    return None
+                if reason := answer.take(column[0], *rank):
+                    return reason
+        return answer.end()
 
 
 class WorkerPool:

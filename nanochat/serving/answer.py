@@ -1,0 +1,120 @@
+"""From the tokens of a job to what its client gets of them, and to the end of the answer."""
+
+import codecs
+from itertools import accumulate
+
+import torch
+
+from nanochat.common import autocast
+from nanochat.decode import KVCache, compute_dtype
+from nanochat.sampling import logprobs
+from nanochat.serving.job import Piece, Token
+from nanochat.streaming import Parts
+
+
+class Cut:
+    """Cuts text, which comes in pieces, at the stop string that is complete first."""
+
+    def __init__(self, stop):
+        self.stop = [text for text in stop if text]
+        self.held = ""  # may be the beginning of a stop string
+        self.done = False
+
+    def push(self, text) -> str:
+        """What of the text so far may be shown now."""
+        self.held += text
+        found = [(self.held.find(s) + len(s), self.held.find(s)) for s in self.stop if s in self.held]
+        self.done = bool(found)
+        end = min(found)[1] if found else len(self.held) - self._begun()
+        shown, self.held = self.held[:end], "" if found else self.held[end:]
+        return shown
+
+    def _begun(self):
+        """Characters at the end that a stop string begins with."""
+        return max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+
+    def close(self) -> str:
+        """What is held back, when there is no more."""
+        held, self.held = self.held, ""
+        return held
+
+
+class Answer:
+    """A job's answer while it is made: `take` each token, and `end` when there are no more."""
+
+    def __init__(self, job, tokenizer, worker):
+        self.job, self.worker = job, worker
+        self.parts, self.cut = Parts(tokenizer), Cut(job.stop)
+        self.chars = 0  # of text so far
+        self.shown = 0  # of these, what the client has
+        self.tokens = []  # of text that the client has not
+
+    def take(self, id, logprob=None, top=()) -> str | None:
+        """One more token, with its log probability if the job asks for it. "stop" if the answer is complete with it."""
+        self.job.tokens += 1
+        self.job.ids.append(id)
+        if logprob is not None and self.parts.kind == "text" and id not in self.parts.special:
+            self.tokens.append(Token(id, self.chars, logprob, list(top)))
+        self._emit(self.parts.push(id))
+        if self.parts.ended and not self.cut.done:
+            self._show("text", self.cut.close())
+        return "stop" if self.parts.ended or self.cut.done else None
+
+    def end(self) -> str:
+        """No more tokens come: "length", unless what was left completes a stop string."""
+        self._emit(self.parts.close())
+        if self.cut.done:
+            return "stop"
+        self._show("text", self.cut.close())
+        return "length"
+
+    def _emit(self, pieces):
+        for kind, text in pieces:
+            if self.cut.done:
+                break
+            if kind == "text":
+                self.chars += len(text)
+                text = self.cut.push(text)
+            self._show(kind, text)
+
+    def _show(self, kind, text):
+        if not text:
+            return
+        tokens = []
+        if kind == "text":
+            self.shown += len(text)
+            tokens = [token for token in self.tokens if token.offset < self.shown]
+            self.tokens = self.tokens[len(tokens) :]
+        self.job.emit(Piece(kind, text, self.worker, tokens))
+
+
+def ranked(logits, ids, top):
+    """(log probability, [(id, log probability)] of the `top` likeliest) of each id [B], given logits [B, V]."""
+    chosen, (values, best) = logprobs(logits, ids, top)
+    pairs = (list(zip(*row, strict=True)) for row in zip(best.tolist(), values.tolist(), strict=True))
+    return list(zip(chosen.tolist(), pairs, strict=True))
+
+
+SCORED_AT_ONCE = 128  # positions: their logits are [128, V]
+
+
+@torch.inference_mode()
+def score(engine, prompt, top) -> list[Token]:
+    """How likely each token of a prompt was, given those before it; as generation would say it."""
+    model, tokenizer = engine.model, engine.tokenizer
+    ids = torch.tensor(prompt, device=model.get_device())
+    dtype = engine.dtype or compute_dtype(model)
+    cache, ranks = KVCache(model.config.n_layer, len(prompt)), [(None, [])]
+    with autocast(ids.device, dtype):
+        for start in range(0, len(prompt) - 1, SCORED_AT_ONCE):
+            end = min(start + SCORED_AT_ONCE, len(prompt) - 1)
+            logits = model(ids[None, start:end], kv_cache=cache)[0]
+            ranks += ranked(logits, ids[start + 1 : end + 1], top)
+    offsets = list(accumulate(map(len, texts(tokenizer, prompt)), initial=0))
+    return [Token(id, offset, *rank) for id, offset, rank in zip(prompt, offsets, ranks, strict=False)]
+
+
+def texts(tokenizer, ids) -> list[str]:
+    """The text that each id completes; together, what `decode` says of all."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return [decoder.decode(tokenizer.id_to_bytes(id), final=i == len(ids) - 1) for i, id in enumerate(ids)]
