@@ -10,8 +10,9 @@ import binascii
 import copy
 import json
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
+
+# Unicode's white space but for line ends. With patterns of GPT-4's kind, a run of it that no line end follows is a word
+# of its own, except for its last character.
+BLANKS = re.compile(r"[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+LONG_RUN = 100_000  # characters; tiktoken's regular expressions cannot match several times as many
 
 BPE_FILE = "bpe.json"  # our own form: plain data, nothing to execute
 PICKLE_FILE = "tokenizer.pkl"  # what nanochat reads and writes
@@ -244,15 +250,41 @@ class RustBPETokenizer(ChatTokenizer):
         return self.encode_special(self.bos_token)
 
     def _encode(self, text):
-        return self.enc.encode_ordinary(text)
+        return self._ids(text).tolist()
 
     def _encode_batch(self, texts, num_threads):
-        return self.enc.encode_ordinary_batch(texts, num_threads=num_threads)
+        return [ids.tolist() for ids in self.encode_to_numpy(texts, num_threads)]
 
     def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
         """Ids (uint32) of each text. No Python integers are made: several times faster than `encode`."""
         with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(lambda text: self.enc.encode_to_numpy(text, disallowed_special=()), texts))
+            return list(pool.map(self._ids, texts))
+
+    def _ids(self, text):
+        try:
+            return self.enc.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half of a surrogate pair
+            return self._ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:  # a run of blanks beyond the stack of tiktoken's regular expressions
+            return self._ids_around_runs(text)
+
+    def _ids_around_runs(self, text):
+        """The same ids, with long runs of blanks encoded apart. Raises UserError if the text is still too much."""
+        ids, start, encode = [], 0, partial(self.enc.encode, disallowed_special=())
+        try:
+            for run in BLANKS.finditer(text):
+                if run.end() - run.start() >= LONG_RUN and text[run.end() : run.end() + 1] not in ("\r", "\n"):
+                    end = run.end() - (run.end() < len(text))  # the last one belongs to the word after it
+                    ids += encode(text[start : run.start()])
+                    ids += self.enc._encode_single_piece(text[run.start() : end])
+                    start = end
+            ids += encode(text[start:])
+        except ValueError as error:
+            raise UserError(
+                f"expected a text that can be cut into words, got one of {len(text):,} characters that begins "
+                f"{text[:60]!r} ({error}): break up its longest run of blanks, or leave it out"
+            ) from error
+        return np.array(ids, dtype=np.uint32)
 
     def decode(self, ids) -> str:
         return self.enc.decode(ids)

@@ -72,6 +72,37 @@ def test_prepend_and_append(tokenizer):
         tokenizer.encode(b"hi")
 
 
+@pytest.mark.parametrize("text", ["{}", "a{}b", "\n{}!\n{}"])
+def test_a_million_blanks_are_text_too(tokenizer, text):
+    text = text.replace("{}", " " * 1_000_000)
+    with pytest.raises(ValueError, match="stack"):  # what tiktoken does with it
+        tokenizer.enc.encode(text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode([text]) == [ids]
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=" \t\n\r\xa0\u2003\x1c\x85a1'!é"), st.integers(2, 4))
+def test_long_runs_apart_give_the_same_tokens(tokenizer, text, length):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.tokenizer.LONG_RUN", length)
+        assert tokenizer._ids_around_runs(text).tolist() == tokenizer.enc.encode_ordinary(text)
+
+
+def test_a_text_that_cannot_be_cut_is_named(tokenizer):
+    enc = tiktoken.Encoding(
+        "x", pat_str=r"(\w|\s)+(?!\S)|\S", mergeable_ranks=tokenizer.enc._mergeable_ranks, special_tokens={}
+    )
+    with pytest.raises(UserError, match=r"2,000,000 characters that begins 'ababab.*leave it out"):
+        RustBPETokenizer(enc).encode("ab" * 1_000_000)
+
+
+def test_half_a_surrogate_pair_is_encoded(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.encode_to_numpy(["\ud83d\ude00"])[0].tolist() == tokenizer.encode("😀")
+
+
 def test_vocab_size_too_small():
     with pytest.raises(UserError, match="at least 265 .* got 264"):
         RustBPETokenizer.train_from_iterator(["x"], 264)
