@@ -20,6 +20,7 @@ import yaml
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.download import download
+from nanochat.sources import read_text
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 
@@ -119,16 +120,9 @@ def load_bundle(bundle_dir=None, max_per_task=-1) -> list[tuple[TaskMeta, list[d
     return tasks
 
 
-def _read_text(path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): is the evaluation bundle complete?") from error
-
-
 def _read_config(path) -> list[dict]:
     try:
-        config = yaml.safe_load(_read_text(path))
+        config = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     tasks = config.get("icl_tasks") if isinstance(config, dict) else None
@@ -139,7 +133,7 @@ def _read_config(path) -> list[dict]:
 
 def _read_baselines(path) -> dict[str, tuple[int, str]]:
     """Task label → (line number, random baseline as it is written)."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     for column in ("Eval Task", "Random baseline"):
         if column not in (reader.fieldnames or []):
             raise UserError(f"{path}, line 1: expected a column {column!r}, got {reader.fieldnames}")
@@ -172,7 +166,7 @@ def _read_meta(entry, baselines, path) -> TaskMeta:
 
 def _read_items(path, task_type) -> list[dict]:
     items = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):  # splitlines would cut inside strings
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would cut inside strings
         if not line.strip():
             continue
         try:

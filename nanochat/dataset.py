@@ -6,8 +6,9 @@ Pretraining text: parquet shards in $NANOCHAT_BASE_DIR/base_data, and the comman
     python -m nanochat.dataset --source ~/notes  # a folder of text, Markdown, code, .jsonl or .parquet files
     python -m nanochat.dataset --source recall   # generated: long documents with questions about earlier facts
 
-A shard is a file `shard_00000.parquet` with a string column `text`, one document a row. The last shard by
-name is the validation split. The command always makes it VAL_SHARD, so that it is the same for every -n.
+A shard is a parquet file with a string column `text` (or `content`), one document per row. The last shard by name is
+the validation split. The command names them `shard_00000.parquet`, …, and always makes VAL_SHARD the last, so that it
+is the same for every -n. Files of other names, put there by hand, are read too.
 """
 
 import contextlib
@@ -52,14 +53,14 @@ def get_data_dir() -> Path:
 
 
 def list_shards(data_dir: Path) -> list[Path]:
-    """The shards in a folder by name; none when there is no folder."""
+    """The shards in a folder that have the names we give, in order; none when there is no folder."""
     return sorted(path for path in data_dir.glob("shard_*.parquet") if SHARD_NAME.fullmatch(path.name))
 
 
 def list_parquet_files(data_dir=None) -> list[Path]:
-    """The shards by name: the last is for validation. UserError if there are fewer than two."""
+    """All parquet files by name, ours or not: the last is for validation. UserError if there are fewer than two."""
     data_dir = Path(data_dir or get_data_dir())
-    paths = list_shards(data_dir)
+    paths = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))
     if len(paths) < 2:
         have = f"only {paths[0].name}" if paths else "none"
         raise UserError(
@@ -82,7 +83,7 @@ def list_row_groups(split: str, data_dir=None, processes=1) -> list[tuple[Path, 
     paths = paths[:-1] if split == "train" else paths[-1:]
     found = []
     for path in paths:
-        with _open_shard(path) as file:
+        with _open_shard(path) as (file, _):
             groups = range(file.metadata.num_row_groups)
             found += [(path, group) for group in groups if file.metadata.row_group(group).num_rows]
     if not found:
@@ -103,18 +104,17 @@ def check_data(processes=1):
 
 def read_row_group(path: Path, group: int) -> list[str]:
     """The texts of one row group, without nulls and empty strings. Raises UserError if it cannot be read."""
-    with _open_shard(path) as file:
-        column = file.read_row_group(group, columns=["text"], use_threads=False).column(0)
-        return [text for text in column.to_pylist() if text]
+    with _open_shard(path) as (file, column):
+        texts = file.read_row_group(group, columns=[column], use_threads=False).column(0)
+        return [text for text in texts.to_pylist() if text]
 
 
 @contextlib.contextmanager
 def _open_shard(path):
-    """An open pq.ParquetFile; whatever is wrong with its bytes, also later in the block, is a UserError."""
+    """(open pq.ParquetFile, its column of texts). Wrong bytes, met now or later in the block, are a UserError."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            sources.check_text_column(path, file.schema_arrow)
-            yield file
+            yield file, sources.text_column(path, file.schema_arrow)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a whole parquet file, cannot read {path} ({error}): {REMAKE}") from error
 
@@ -149,7 +149,7 @@ def check_source(data_dir: Path, source: str) -> dict:
 
     Raises UserError if they come from another source than `source`: two kinds of text must not be mixed.
     """
-    count, path = len(list_shards(data_dir)), data_dir / "source.json"
+    count, path = len(list(data_dir.glob("*.parquet"))), data_dir / "source.json"
     if not count:
         return {}
     try:
@@ -213,9 +213,12 @@ def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]
         skipped = {}
         files = sources.folder_files(folder, get_base_dir(), skipped) if folder else sources.stdlib_files()
         read = sources.folder_documents if folder else sources.stdlib_documents
-        made = sources.make_shards(
-            lambda label: read(progress.track(files, label) if label else files, skipped), train_paths, val_path
-        )
+        try:
+            made = sources.make_shards(
+                lambda label: read(progress.track(files, label) if label else files, skipped), train_paths, val_path
+            )
+        except UserError as error:
+            raise UserError(f"{error}{_left_out(Counter(skipped.values()))}") from error
         return made | {"skipped": dict(Counter(skipped.values()))}
 
     with _locked_folder(data_dir):
@@ -224,6 +227,10 @@ def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]
             return have, True
         record = {"source": str(folder or source), "python": platform.python_version()}
         return _build(record, make_shards, num_files, data_dir), False
+
+
+def _left_out(skipped: dict) -> str:
+    return "; skipped: " + ", ".join(f"{count:,} {why}" for why, count in skipped.items()) if skipped else ""
 
 
 def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, data_dir: Path) -> tuple[dict, bool]:
@@ -333,10 +340,8 @@ def main(config: Config):
     print(
         f"{'reusing' if reused else 'wrote'} {data_dir}: {train['shards']} training shard(s) with "
         f"{train['documents']:,} documents, {train['characters'] / 1e6:,.1f}M characters; validation with "
-        f"{val['documents']:,} documents, {val['characters'] / 1e6:,.1f}M characters"
+        f"{val['documents']:,} documents, {val['characters'] / 1e6:,.1f}M characters{_left_out(record.get('skipped'))}"
     )
-    if record.get("skipped") and not reused:
-        print("skipped files: " + ", ".join(f"{count:,} {why}" for why, count in record["skipped"].items()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ the same when files are renamed or more training shards are wanted, and all copi
 """
 
 import codecs
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -43,16 +45,23 @@ def stdlib_files() -> list[Path]:
 
 def folder_files(folder: Path, exclude: Path, skipped: dict) -> list[Path]:
     """
-    Regular files under `folder`, shuffled by a fixed seed, but nothing under `exclude`.
+    Files under `folder`, also in linked folders, shuffled by a fixed seed, but nothing under `exclude`.
 
-    Hidden files and folders are left out and noted in `skipped` (path -> reason).
+    What is left out is noted in `skipped` (path -> reason).
     """
-    files = []
-    for parent, folders, names in os.walk(folder):
+    files, seen = [], {os.path.realpath(exclude)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
         skipped.update((Path(parent, name), "hidden") for name in folders + names if name.startswith("."))
-        folders[:] = [n for n in folders if not n.startswith(".") and Path(parent, n) != exclude]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        files += [path for path in paths if path.is_file()]  # not a pipe, a socket, a dangling link
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(parent) in seen:  # a link to what was read, or to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                files.append(path)
+            else:
+                skipped[path] = "no files (pipes, dangling links)"
     return _shuffled(files, folder)
 
 
@@ -66,57 +75,110 @@ def _shuffled(files, root):
 # Documents
 
 
+COMPRESSED = (".gz", ".bz2", ".lz4", ".zst")
+BYTE_ORDER_MARKS = {  # UTF-32's first: it begins as UTF-16's does
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+TO_UTF8 = "iconv -f WINDOWS-1252 -t UTF-8"
+
+
+class NotText(ValueError):
+    """The message says why a file cannot be read as text, in words that fit behind a count."""
+
+
+def _encoding(head: bytes) -> str:
+    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+
+
+@contextlib.contextmanager
+def open_text(path):
+    """
+    A text file open for reading: UTF-8, or what its byte order mark says; unpacked if it ends in .gz or the like.
+
+    Raises NotText after a look at all of it, so that nobody begins to read what cannot be read to its end.
+    """
+    try:
+        with pa.input_stream(str(path)) as file:
+            block = file.read(1 << 20)
+            encoding = _encoding(block)
+            decoder = codecs.getincrementaldecoder(encoding)()
+            while block:
+                if "\0" in decoder.decode(block):
+                    raise NotText("binary")
+                block = file.read(1 << 20)
+            decoder.decode(b"", final=True)
+    except PermissionError:
+        raise NotText("unreadable") from None
+    except UnicodeDecodeError:
+        raise NotText("binary" if b"\0" in block else f"not in UTF-8 (convert them: {TO_UTF8})") from None
+    except OSError as error:
+        if path.suffix not in COMPRESSED:
+            raise
+        raise NotText(f"damaged {path.suffix}") from error
+    with pa.input_stream(str(path)) as file, io.TextIOWrapper(file, encoding) as text:
+        yield text
+
+
+def read_text(path: Path) -> str:
+    """All of a small text file. Raises UserError naming the line where it is no text."""
+    try:
+        content = path.read_bytes()
+        return content.decode(_encoding(content))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: expected UTF-8, got the byte 0x{content[error.start]:02x}: save the file as UTF-8 "
+            f"({TO_UTF8})"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+
+
 def stdlib_documents(files, skipped: dict):
     """Yield one document a file."""
     for path in files:
-        if _is_text(path, skipped):
-            yield path.read_text(encoding="utf-8")
+        try:
+            with open_text(path) as file:
+                yield file.read()
+        except NotText as error:
+            skipped[path] = str(error)
 
 
 def folder_documents(files, skipped: dict):
     """
-    Yield the documents of files of any kind: rows of .parquet, lines of .jsonl, all else that is UTF-8 text.
+    Yield the documents of files of any kind: rows of .parquet, lines of .jsonl, all else that is text.
 
     Other files are noted in `skipped`. Raises UserError for a .jsonl line or a .parquet file without text.
     """
     for path in files:
         if path.suffix == ".parquet":
             yield from _parquet_documents(path)
-        elif _is_text(path, skipped):
-            yield from _jsonl_documents(path) if path.suffix == ".jsonl" else _text_documents(path)
+            continue
+        name = path.stem if path.suffix in COMPRESSED else path.name
+        try:
+            with open_text(path) as file:
+                yield from (
+                    _jsonl_documents(path, file) if name.endswith((".jsonl", ".ndjson")) else _text_documents(file)
+                )
+        except NotText as error:
+            skipped[path] = str(error)
 
 
-def _is_text(path, skipped):
-    """Whether all of the file is UTF-8 without NUL bytes; reads it in blocks, since files can be large."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-                if b"\0" in block:
-                    skipped[path] = "binary"
-                    return False
-        decoder.decode(b"", final=True)
-    except PermissionError:
-        skipped[path] = "unreadable"
-        return False
-    except UnicodeDecodeError:
-        skipped[path] = "binary"
-        return False
-    return True
+def _text_documents(file):
+    while piece := file.read(PIECE_CHARS):
+        yield piece + (file.readline(PIECE_CHARS) if len(piece) == PIECE_CHARS else "")
 
 
-def _text_documents(path):
-    with open(path, encoding="utf-8-sig") as file:
-        while piece := file.read(PIECE_CHARS):
-            yield piece + (file.readline(PIECE_CHARS) if len(piece) == PIECE_CHARS else "")
-
-
-def _jsonl_documents(path):
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                yield _json_text(line, f"{path}:{number}")
+def _jsonl_documents(path, file):
+    for number, line in enumerate(file, start=1):
+        if not line.isspace():
+            yield _json_text(line, f"{path}:{number}")
 
 
 def _json_text(line, place):
@@ -134,20 +196,22 @@ def _json_text(line, place):
 def _parquet_documents(path):
     try:
         with pq.ParquetFile(path) as file:
-            check_text_column(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=GROUP_DOCS, columns=["text"]):
+            column = text_column(path, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=GROUP_DOCS, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as parquet ({error}): mend or remove it") from error
 
 
-def check_text_column(path, schema: pa.Schema):
-    """Raise UserError unless there is a string column named `text`."""
-    kind = schema.field("text").type if schema.names.count("text") == 1 else None
-    kind = kind.value_type if kind and pa.types.is_dictionary(kind) else kind
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        raise UserError(f"{path}: expected one string column 'text', got [{columns}]: replace the file")
+def text_column(path, schema: pa.Schema) -> str:
+    """The string column named `text`, or else `content`. Raises UserError when there is none."""
+    for name in ("text", "content"):
+        kind = schema.field(name).type if schema.names.count(name) == 1 else None
+        kind = kind.value_type if kind and pa.types.is_dictionary(kind) else kind
+        if kind in (pa.string(), pa.large_string(), pa.string_view()):
+            return name
+    columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    raise UserError(f"{path}: expected one string column 'text' or 'content', got [{columns}]: replace the file")
 
 
 # ---------------------------------------------------------------------------------------------------------

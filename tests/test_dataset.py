@@ -1,6 +1,8 @@
 """Shards: read, made from local text, downloaded; and what happens when any of it is broken."""
 
+import bz2
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -59,9 +61,11 @@ def test_row_groups_in_order_last_file_is_validation(data_dir):
     write_groups(data_dir / shard_name(1), [["d"], ["e"]])
     write_groups(data_dir / shard_name(7), [["v"]])
     (data_dir / "shard_00009.parquet.part").write_bytes(b"half")
-    (data_dir / "shard_9.parquet").write_bytes(b"stray")
-    assert [path.name for path in list_parquet_files()] == [shard_name(0), shard_name(1), shard_name(7)]
-    assert list(iter_documents("train")) == [["a", "b"], ["c"], ["d"], ["e"]]
+    (data_dir / "._shard_00000.parquet").write_bytes(b"macOS leaves these")
+    write_groups(data_dir / "mine.parquet", [["own"]], name="content")  # as in nanochat, any name will do
+    assert [path.name for path in list_parquet_files()] == ["mine.parquet", shard_name(0), shard_name(1), shard_name(7)]
+    assert list(iter_documents("train")) == [["own"], ["a", "b"], ["c"], ["d"], ["e"]]
+    (data_dir / "mine.parquet").unlink()
     assert list(iter_documents("train", start=1, step=2)) == [["c"], ["e"]]
     assert list(dataset.parquets_iter_batched("val")) == [["v"]]
     with pytest.raises(UserError, match="'train' or 'val'"):
@@ -107,8 +111,8 @@ def wrong_type(path):
         (truncate, "cannot read"),
         (lambda path: path.write_bytes(b""), "cannot read"),
         (lambda path: path.write_bytes(b"<html>sign in</html>"), "cannot read"),
-        (lambda path: write_groups(path, [["a"]], name="content"), "column 'text', got .content: string"),
-        (wrong_type, "column 'text', got .text: int64"),
+        (lambda path: write_groups(path, [["a"]], name="body"), "column 'text' or 'content', got .body: string"),
+        (wrong_type, "column 'text' or 'content', got .text: int64"),
     ],
     ids=["truncated", "zero bytes", "not parquet", "no text column", "not strings"],
 )
@@ -154,6 +158,7 @@ def notes(tmp_path):
     write_groups(folder / "rows.parquet", [[f"row {n}" for n in range(20)], [None, ""]])
     (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
     (folder / "latin1.txt").write_bytes("é".encode("latin-1"))
+    (folder / "half.gz").write_bytes(gzip.compress(os.urandom(1000))[:-10])
     (folder / "empty.txt").write_text("")
     (folder / "blank.txt").write_text(" \n\n")
     (folder / "dangling").symlink_to(folder / "nowhere")
@@ -168,8 +173,8 @@ def make(source, num_files=-1, base=None):
 def test_folder(notes, data_dir, capsys):
     main(Config(source=str(notes)))
     out = capsys.readouterr().out
-    assert "2 hidden" in out
-    assert "2 binary" in out
+    for reason in ("2 hidden", "2 no files", "1 binary", "1 not in UTF-8 (convert them: iconv", "1 damaged .gz"):
+        assert reason in out
     train, val = texts("train"), texts("val")
     expected = [f"# note {n}\n" * 20 for n in range(60)]
     expected += [f"record {n}" for n in range(40)] + [f"row {n}" for n in range(20)]
@@ -179,6 +184,34 @@ def test_folder(notes, data_dir, capsys):
     assert all(sources.content_hash(a) < sources.content_hash(b) for a in val for b in train)
     assert len(list_row_groups("train")) >= 8
     assert not (data_dir / ".building").exists()
+
+
+def test_text_as_people_have_it(tmp_path):
+    """Byte order marks, compression, linked folders, a column named content: read, each document once."""
+    folder, other = tmp_path / "in", tmp_path / "elsewhere"
+    folder.mkdir()
+    other.mkdir()
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        (folder / f"{encoding}.txt").write_bytes(f"näh {encoding}".encode(encoding))
+    (folder / "a.txt.gz").write_bytes(gzip.compress("packed näh".encode()))
+    (folder / "b.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "row 1"}\n{"content": "row 2"}\n'))
+    with pa.output_stream(folder / "c.ndjson.zst") as file:
+        file.write(json.dumps({"text": "row 3"}).encode("utf-8-sig"))
+    write_groups(folder / "d.parquet", [["column content"]], name="content")
+    (other / "linked.txt").write_text("linked")
+    (other / "back").symlink_to(folder)
+    for name in ("link", "link again"):
+        (folder / name).symlink_to(other)
+    make(folder)
+    expected = ["näh utf-8-sig", "näh utf-16", "näh utf-32", "packed näh", "row 1", "row 2", "row 3"]
+    assert sorted(texts("train") + texts("val")) == sorted([*expected, "column content", "linked"])
+
+
+def test_a_folder_that_comes_out_empty_says_why(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_bytes(f"déjà vu {number}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"found none.*skipped: 3 not in UTF-8 \(convert them: iconv"):
+        make(tmp_path)
 
 
 def test_small_splits_have_enough_row_groups():

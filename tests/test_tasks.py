@@ -435,6 +435,49 @@ class TestCustomJSON:
         task = CustomJSON(path)
         assert [task[i]["messages"] for i in range(len(task))] == [turn, system + turn + turn]
 
+    def test_files_as_people_have_them(self, tmp_path):
+        """Byte order marks, arrays over many lines, OpenAI's and ShareGPT's form: the same conversations."""
+        talks = [
+            [{"role": "user", "content": "née?"}, {"role": "assistant", "content": 'yes\n"]'}],
+            [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "1"},
+                {"role": "assistant", "content": "2"},
+            ],
+        ]
+        openai = [{"messages": [{**message, "name": "x"} for message in talk], "id": 7} for talk in talks]
+        names = {"user": "human", "assistant": "gpt", "system": "system"}
+        sharegpt = [
+            {"id": "a", "conversations": [{"from": names[m["role"]], "value": m["content"]} for m in talk]}
+            for talk in talks
+        ]
+        path = tmp_path / "c.json"
+        for form in (talks, openai, sharegpt):
+            lines = [json.dumps(talk, ensure_ascii=False) for talk in form]
+            pretty = json.dumps(form, ensure_ascii=False, indent=2)
+            one_after_the_other = "\n".join(json.dumps(talk, indent=2) for talk in form)
+            for text in ("\n".join(lines), "\r\n".join(lines), ",\n".join(lines), f"[{','.join(lines)}]", pretty):
+                for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+                    path.write_bytes(text.encode(encoding))
+                    assert [example["messages"] for example in CustomJSON(path)] == talks
+            path.write_text(one_after_the_other)
+            assert [example["messages"] for example in CustomJSON(path)] == talks
+
+    def test_what_is_not_clear_is_named(self, tmp_path):
+        path = tmp_path / "c.jsonl"
+        talk = json.dumps(
+            [{"role": "user", "content": "née"}, {"role": "assistant", "content": "x"}], ensure_ascii=False
+        )
+        path.write_bytes(f"{talk.replace('née', 'a')}\n{talk}".encode("cp1252"))
+        with pytest.raises(UserError, match=r"c\.jsonl:2: expected UTF-8, got the byte 0xe9.*iconv"):
+            CustomJSON(path)
+        wrong = [{"role": "user", "content": "a"}, {"role": "tool", "content": "x"}]
+        path.write_text(
+            json.dumps([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], wrong], indent=1)
+        )
+        with pytest.raises(UserError, match=r"c\.jsonl:12: expected roles.*'tool'"):
+            CustomJSON(path)
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [

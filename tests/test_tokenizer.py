@@ -72,7 +72,7 @@ def test_prepend_and_append(tokenizer):
         tokenizer.encode(b"hi")
 
 
-@pytest.mark.parametrize("text", ["{}", "a{}b", "\n{}!\n{}"])
+@pytest.mark.parametrize("text", ["a{}b", "\n{}!\n{}"])
 def test_a_million_blanks_are_text_too(tokenizer, text):
     text = text.replace("{}", " " * 1_000_000)
     with pytest.raises(ValueError, match="stack"):  # what tiktoken does with it
