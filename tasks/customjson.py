@@ -2,8 +2,8 @@
 Conversations from a file of one's own: one per line, or all in one JSON array, which may be spread over lines.
 
 A conversation is an array of {"role": …, "content": …}; or, as OpenAI and ShareGPT have it, an object with such an
-array under "messages" or "conversations". "from" and "value" may stand for "role" and "content", "human" for "user", and
-"gpt" for "assistant".
+array under "messages" or "conversations". "from" and "value" may stand for "role" and "content", "human" for "user",
+and "gpt" for "assistant".
 """
 
 import json

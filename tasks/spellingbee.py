@@ -7,7 +7,6 @@ most often.
 """
 
 import random
-import string
 
 from tasks.common import NumberTask, Task, last_text
 from tasks.words import split_words, word_list
@@ -61,6 +60,7 @@ class _WordTask(Task):
             raise ValueError(f"expected split 'train' or 'test', got {split!r}")
         self.size, self.split = size, split
         self.words = split_words(word_list(words), split)
+        self.letters = sorted(set("".join(self.words)))
 
     def num_examples(self):
         return self.size
@@ -80,7 +80,7 @@ class SpellingBee(_WordTask, NumberTask):
     def get_example(self, index):
         rng = self._random(index)
         word = rng.choice(self.words)
-        letter = rng.choice(word if rng.random() < 0.9 else string.ascii_lowercase)
+        letter = rng.choice(word if rng.random() < 0.9 else self.letters)
         count, running, steps = word.count(letter), 0, []
         for char in word:
             running += char == letter

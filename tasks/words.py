@@ -1,9 +1,9 @@
-"""Lists of English words for the spelling tasks."""
+"""Lists of words for the spelling tasks."""
 
-import re
 from collections import Counter
 from zlib import crc32
 
+import regex
 from huggingface_hub import constants
 
 from nanochat.common import UserError, atomic_write, get_base_dir, print0
@@ -11,16 +11,23 @@ from nanochat.dataset import iter_documents
 from nanochat.download import download
 
 LARGE_LIST = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
-WORD = re.compile(r"(?<![A-Za-z0-9_])[a-z]{3,12}(?![A-Za-z0-9_])")
+# Lower-case letters, or letters of a script without cases; without marks, so that a letter is a character
+WORD = regex.compile(r"(?<![\p{L}\p{M}\p{N}_])[\p{Ll}\p{Lo}]{3,12}(?![\p{L}\p{M}\p{N}_])")
 MAX_CHARS = 30_000_000  # of training text that are read for words
 MAX_WORDS = 20_000
 TEST_SHARE = 10  # one word in ten
 
 
+class NoWords(UserError):
+    """The training text has no words to spell, or too few of them."""
+
+
 def word_list(source: str) -> list[str]:
     """
-    source "large": 370,000 words (dwyl/english-words), fetched once; when that fails, the words of the training
+    source "large": 370,000 English words (dwyl/english-words), fetched once; when that fails, the words of the training
     text, and a line that says so. source "text": the words of the training text, the most frequent first.
+
+    Raises NoWords.
     """
     if source not in ("large", "text"):
         raise ValueError(f"expected words 'large' or 'text', got {source!r}")
@@ -30,7 +37,7 @@ def word_list(source: str) -> list[str]:
         if not path.exists():
             reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else download({path: LARGE_LIST}).get(path)
         if reason is None:
-            return [word for word in path.read_text(encoding="utf-8").split() if re.fullmatch("[a-z]+", word)]
+            return [word for word in path.read_text(encoding="utf-8").split() if regex.fullmatch("[a-z]+", word)]
         print0(f"spelling tasks use words of the training text: the large word list is not here ({reason})")
     path = get_base_dir() / "words_from_text.txt"
     if not path.exists():
@@ -41,7 +48,7 @@ def word_list(source: str) -> list[str]:
 
 
 def words_of_text(batches) -> list[str]:
-    """The words of lower-case letters in batches of texts, the most frequent first."""
+    """The words in batches of texts that are written in small letters, the most frequent first."""
     counts, chars = Counter(), 0
     for texts in batches:
         for text in texts:
@@ -50,7 +57,7 @@ def words_of_text(batches) -> list[str]:
         if chars > MAX_CHARS:
             break
     if not counts:
-        raise UserError("expected words of 3 to 12 lower-case letters in the training text, found none")
+        raise NoWords("expected words of 3 to 12 letters in the training text, found none")
     return sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
 
 
@@ -58,5 +65,5 @@ def split_words(words, split: str) -> list[str]:
     """The words of one split: their hash decides, so that no word of "test" is in "train"."""
     chosen = [word for word in words if (crc32(word.encode()) % TEST_SHARE == 0) == (split == "test")]
     if not chosen:
-        raise UserError(f"expected enough words for a {split} split, got {len(words)}: use more training text")
+        raise NoWords(f"expected enough words for a {split} split, got {len(words)}: use more training text")
     return chosen

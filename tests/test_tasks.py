@@ -586,10 +586,36 @@ class TestSpelling:
             words.word_list("text")
 
     def test_text_without_words(self):
-        with pytest.raises(UserError, match="expected words"):
+        with pytest.raises(words.NoWords, match="expected words"):
             words.words_of_text([["X_Y 123"]])
-        with pytest.raises(UserError, match="expected enough words"):
+        with pytest.raises(words.NoWords, match="expected enough words"):
             words.split_words([], "test")
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("Он пошёл домой, ёлка — это x1 зелёная. Дом_ дом2", {"пошёл", "домой", "ёлка", "это", "зелёная"}),
+            ("我们今天去公园。天气很好，我们很高兴！", {"我们今天去公园", "天气很好", "我们很高兴"}),
+            ("नमक और कमल हैं", {"नमक", "कमल"}),  # without the words that need vowel signs
+            ("Der Igel läuft über die Straße", {"läuft", "über", "die"}),
+        ],
+    )
+    def test_words_of_other_scripts(self, text, expected):
+        assert set(words.words_of_text([[text]])) == expected
+
+    @pytest.mark.parametrize("text", ["слово", "词汇表"], ids=["Russian", "Chinese"])
+    def test_spelling_in_other_scripts(self, base_dir, text):
+        (base_dir / "words_from_text.txt").parent.mkdir(parents=True)
+        chars = sorted(set(text))
+        vocabulary = ["".join(random.Random(i).choices(chars, k=3 + i % 5)) for i in range(90)]
+        (base_dir / "words_from_text.txt").write_text("\n".join(vocabulary), "utf-8")
+        for kind in (SpellingBee, SimpleSpelling):
+            task = kind(200, "train", words="text")
+            for i in range(len(task)):
+                check_conversation(task[i])
+                assert task.evaluate(task[i], answer_text(task[i]))
+        counts = [SpellingBee(200, "train", words="text")[i]["messages"][1]["content"][1]["text"] for i in range(200)]
+        assert all(re.fullmatch(rf"'[{text}]+'\.count\('[{text}]'\)", call) for call in counts)
 
 
 class TestArithmetic:
@@ -712,6 +738,17 @@ class TestMixtures:
         own = {str(identity[i]) for i in range(len(identity))}
         seen = [{str(task[i]) for i in range(len(task))} - own for task in (mid, sft)]
         assert len(seen[0] & seen[1]) < 0.5 * len(seen[1]), "the procedural examples of the stages differ"
+
+    @pytest.mark.usefixtures("local_hub")
+    def test_text_without_words_leaves_spelling_out(self, shards, base_dir, capsys):
+        for shard in (base_dir / "base_data").glob("*.parquet"):
+            pq.write_table(pa.table({"text": ["12 34", "X"]}), shard)
+        mid = mixtures.mid_mixture("local")
+        assert len(mid) == mixtures.LOCAL_MID["arithmetic"] + 300 * mixtures.LOCAL_MID["identity"]
+        assert len(mixtures.sft_val("local")) == mixtures.LOCAL_VAL["arithmetic"]
+        assert list(mixtures.eval_tasks("local")) == ["Arithmetic"]
+        assert len(mixtures.sft_mixture("full")) == 4 * 30 + 300
+        assert "spelling is left out: expected words of 3 to 12 letters" in capsys.readouterr().out
 
     @pytest.mark.usefixtures("shards", "local_hub")
     def test_full(self):
