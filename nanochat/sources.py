@@ -128,16 +128,20 @@ def open_text(path):
 def read_text(path: Path) -> str:
     """All of a small text file. Raises UserError naming the line where it is no text."""
     try:
-        content = path.read_bytes()
+        return decode_text(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+
+
+def decode_text(content: bytes, place) -> str:
+    """Text in UTF-8, or in what its byte order mark says. Raises UserError naming the line where it is neither."""
+    try:
         return content.decode(_encoding(content))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line}: expected UTF-8, got the byte 0x{content[error.start]:02x}: save the file as UTF-8 "
-            f"({TO_UTF8})"
+            f"{place}:{line}: expected UTF-8, got the byte 0x{content[error.start]:02x}: convert it ({TO_UTF8})"
         ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
 
 
 def stdlib_documents(files, skipped: dict):

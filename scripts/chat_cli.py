@@ -4,6 +4,7 @@ Chat with a model in the terminal.
     python -m scripts.chat_cli                        # the SFT model
     python -m scripts.chat_cli -i mid -t 0.2 -k 20
     python -m scripts.chat_cli -p "Who are you?"      # one answer, then the end
+    python -m scripts.chat_cli <letter.txt            # the same for a text of any number of lines
     python -m scripts.chat_cli --mc --mc_show_focus   # as long as you like, with a view of where the model looks
 
 Arrow keys edit the line and go through earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the
@@ -25,6 +26,7 @@ from nanochat.common import UserError, autocast, compute_init, get_base_dir, res
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.sources import decode_text
 from nanochat.streaming import join_parts, stream_parts
 
 STYLES = {"text": "", "python": "cyan", "python_output": "green"}
@@ -96,9 +98,7 @@ def read_line():
 
 
 def remember_lines():
-    """Line editing and a history across sessions, where there is a terminal and a readline."""
-    if not sys.stdin.isatty():
-        return
+    """Line editing and a history across sessions, where there is a readline."""
     try:
         import readline
     except ImportError:  # Python builds without it: lines can still be typed
@@ -117,6 +117,11 @@ def main(config: Config):
         raise UserError(f"temperature must be from 0 to 2, got {config.temperature}")
     if config.top_k < 0 or config.max_tokens < 1:
         raise UserError(f"expected top_k >= 0 and max_tokens >= 1, got {config.top_k} and {config.max_tokens}")
+    text = config.prompt
+    if not text and not (sys.stdin and sys.stdin.isatty()):  # what comes through a pipe is one message
+        text = decode_text(sys.stdin.buffer.read() if sys.stdin else b"", "standard input").strip()
+        if not text:
+            raise UserError("expected a message on the standard input, got none: type one in a terminal, or use -p")
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
@@ -161,8 +166,8 @@ def main(config: Config):
         if session and config.mc_show_focus:
             console.print(focus_strip(session.focus_state(), console.width))
 
-    if config.prompt:
-        answer(config.prompt)
+    if text:
+        answer(text)
         return
     size = f"working context of {session.budget:,} entries" if session else f"context of {context:,} tokens"
     console.print(f"{config.source} {meta['model_tag']}, step {meta['step']}; {size}")

@@ -43,6 +43,7 @@ def trained(base):
 
 def chat(monkeypatch, lines, *options):
     lines = iter(lines)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     arguments = ["-g", "mc", "--mc", "-t", "1", "-m", "20", "--seed=3", *CPU, *options]
     chat_cli.main(parse(chat_cli.Config, arguments))
@@ -85,8 +86,7 @@ def test_no_room_is_said_and_the_chat_goes_on(trained, monkeypatch, capsys):
 def test_without_networks_it_says_what_to_do(trained):
     for module, source in ((chat_cli, "-isft"), (chat_eval, "-isft"), (base_loss, None)):
         options = [*([source] if source else []), "--model_tag=plain", "--mc", *CPU]
-        if module is chat_eval:
-            options.append("--tasks=local")
+        options += {chat_eval: ["--tasks=local"], chat_cli: ["--prompt=Hi"]}.get(module, [])
         with pytest.raises(UserError, match=r"plain, step 3 .*has no GistNet.*scripts\.mc_train"):
             module.main(parse(module.Config, options))
 

@@ -1,5 +1,6 @@
 """The chat stages on a tiny model: midtraining, SFT, RL, evaluation, the terminal chat."""
 
+import io
 import json
 import os
 import signal
@@ -197,19 +198,39 @@ def test_one_answer(trained, capsys):
     assert capsys.readouterr().out == first
 
 
-def test_a_conversation(trained, monkeypatch, capsys):
-    lines = iter(["Hello", "", "x " * 200, "clear", "Hello", "quit"])
-    seen = []
+def prompts_of(monkeypatch):
+    """The conversations that are answered from now on, as lists of messages."""
+    seen, real = [], RustBPETokenizer.render_for_completion
 
     def prompt(self, conversation):
-        seen.append([message["role"] for message in conversation["messages"]])
+        seen.append(list(conversation["messages"]))
         return real(self, conversation)
 
-    real = RustBPETokenizer.render_for_completion
     monkeypatch.setattr(RustBPETokenizer, "render_for_completion", prompt)
+    return seen
+
+
+def test_a_pipe_is_one_message(trained, monkeypatch, capsys):
+    seen = prompts_of(monkeypatch)
+    for piped in (b"Who are you?\r\n\nTell me.\n", "Wer\nbist du, Jörg?".encode("utf-16")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        chat_cli.main(parse(chat_cli.Config, ["-m", "3"]))
+    expected = ["Who are you?\r\n\nTell me.", "Wer\nbist du, Jörg?"]
+    assert seen == [[{"role": "user", "content": text}] for text in expected]
+    for piped, message in ((b" \n", "expected a message"), (b"a\n\xe9", "standard input:2: expected UTF-8")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        with pytest.raises(UserError, match=message):
+            chat_cli.main(parse(chat_cli.Config, []))
+
+
+def test_a_conversation(trained, monkeypatch, capsys):
+    lines = iter(["Hello", "", "x " * 200, "clear", "Hello", "quit"])
+    seen = prompts_of(monkeypatch)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     chat_cli.main(parse(chat_cli.Config, ["-t", "0", "-m", "3"]))
-    assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
+    roles = [[message["role"] for message in messages] for messages in seen]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user"]]
     out = capsys.readouterr().out
     assert "the conversation has" in out  # the long one is refused, and the chat goes on
     assert "A new conversation." in out
@@ -218,6 +239,7 @@ def test_a_conversation(trained, monkeypatch, capsys):
 
 def test_interrupt_stops_the_answer_only(trained, monkeypatch, capsys):
     lines = iter(["Hello", "quit"])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     real = chat_cli.stream_parts
 
