@@ -17,13 +17,13 @@ class UserError(ValueError):
 
 def get_base_dir() -> Path:
     """$NANOCHAT_BASE_DIR (default ~/.cache/nanochat): the folder of all data, checkpoints and reports."""
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
     try:
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create {path} ({error.strerror}): set NANOCHAT_BASE_DIR to a writable folder"
-        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: neither HOME nor an entry of this user in passwd
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot create {path} ({reason}): set NANOCHAT_BASE_DIR to a writable folder") from error
     return path
 
 
@@ -49,8 +49,12 @@ def atomic_write(path, mode="wb"):
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written holds nothing to remove
+            temporary.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -59,9 +63,17 @@ def atomic_write(path, mode="wb"):
 
 def get_dist_info():
     """(is_distributed, rank, local_rank, world_size); torchrun sets the environment variables read here."""
-    if "RANK" in os.environ:
-        return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    return False, 0, 0, 1
+    values = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not any(values.values()):
+        return False, 0, 0, 1
+    try:
+        return True, *map(int, values.values())
+    except (TypeError, ValueError):
+        got = ", ".join(f"{name}={'unset' if value is None else value}" for name, value in values.items())
+        raise UserError(
+            f"expected RANK, LOCAL_RANK and WORLD_SIZE all set, as torchrun does, or none of them, got {got}: "
+            "launch with torchrun, or unset them for a single process"
+        ) from None
 
 
 def print0(*args, **kwargs):
@@ -92,6 +104,14 @@ def compute_init(device_type: str = "", seed: int = 42):
         have = ", ".join(name for name, there in available.items() if there)
         raise UserError(f"device_type {device_type!r} is not available here; available: {have}")
     is_dist, rank, local_rank, world_size = get_dist_info()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if is_dist and not os.environ.get(name)]
+    if missing:
+        raise UserError(f"RANK is set but {' and '.join(missing)} not: launch with torchrun, or unset RANK")
+    if device_type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine needs a GPU of its own, and there are "
+            f"{torch.cuda.device_count()}: lower --nproc_per_node"
+        )
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
     random.seed(seed)
     np.random.seed(seed)
@@ -126,13 +146,14 @@ def has_fast_bf16(device_type: str) -> bool:
 
 
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:
-    """--dtype auto|bf16|fp32 as a torch dtype; auto is bf16 where that is faster."""
+    """--dtype auto|bf16|fp32 (or nanochat's bfloat16|float32) as a torch dtype; auto is bf16 where that is faster."""
     if name == "auto":
         name = "bf16" if has_fast_bf16(device_type) else "fp32"
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if name not in dtypes:
-        raise UserError(f"--dtype must be auto, bf16 or fp32, got {name!r}")
-    return dtypes[name]
+    if name in ("bf16", "bfloat16"):
+        return torch.bfloat16
+    if name in ("fp32", "float32"):
+        return torch.float32
+    raise UserError(f"--dtype must be auto, bf16 or fp32, got {name!r}")
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -203,7 +224,7 @@ def print_banner():
 
 def fail(error: UserError):
     """End the program with the message of a UserError, shown once, and a non-zero exit code."""
-    rank = get_dist_info()[1]
-    who = f"rank {rank}: " if rank else ""  # an error may be one rank's own, such as a damaged file
+    rank = os.environ.get("RANK", "0")  # as it is: what is wrong may be this very variable
+    who = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's own, such as a damaged file
     print(f"\n{who}error: {error}", file=sys.stderr, flush=True)
     sys.exit(1)

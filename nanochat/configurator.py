@@ -5,11 +5,17 @@ A script declares its options as a dataclass (name, type, default, help in the s
 starts with `run(main, Config)`. Options are taken as --a_b=1, --a_b 1, --a-b=1 and --a-b 1; a boolean as
 --flag, --flag=1 or --flag false; `-i` style short forms where the dataclass names one; --help explains.
 A lone `--`, as in `torchrun … -m scripts.base_train -- --depth=20`, is passed over.
+
+The first argument may be a settings file, as nanochat has them: `python -m scripts.base_train small.py --run=mine` with
+lines such as `depth = 4` in small.py. It is read, never run; options after it win.
 """
 
+import ast
 import dataclasses
+import errno
 import sys
 import typing
+from pathlib import Path
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -70,10 +76,35 @@ def _booleans(config_class) -> set[str]:
     return names
 
 
+def _settings(path) -> list[str]:
+    """The options in a settings file: `depth = 4` is --depth=4. UserError for anything but literal values."""
+    try:
+        lines = ast.parse(Path(path).read_text("utf-8")).body
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as a file of settings: {error}") from error
+    options = []
+    for line in lines:
+        try:
+            if not (isinstance(line, ast.Expr) and isinstance(ast.literal_eval(line.value), str)):  # a docstring
+                (name,) = line.targets
+                options.append(f"--{name.id}={ast.literal_eval(line.value)}")
+        except (AttributeError, ValueError) as error:
+            raise UserError(
+                f"{path}, line {line.lineno}: expected a name and a literal value, such as depth = 4, got "
+                f"{ast.unparse(line)!r}; the file is not run"
+            ) from error
+    return options
+
+
 def parse(config_class, argv=None):
-    """An instance of config_class from the command line. Exits with a message on options that do not fit."""
-    argv = sys.argv[1:] if argv is None else argv
-    argv = _spell_out_booleans([arg for arg in argv if arg != "--"], _booleans(config_class))
+    """
+    An instance of config_class from the command line. Exits with a message on options that do not fit; UserError for a
+    settings file that is none.
+    """
+    argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
+    if argv and argv[0].endswith(".py") and not argv[0].startswith("-"):
+        argv = _settings(argv[0]) + argv[1:]
+    argv = _spell_out_booleans(argv, _booleans(config_class))
     return tyro.cli(
         config_class,
         args=argv,
@@ -83,9 +114,24 @@ def parse(config_class, argv=None):
     )
 
 
+REMEDIES = {  # for what a machine may refuse a program
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EROFS: "choose a folder that can be written, such as by NANOCHAT_BASE_DIR",
+    errno.EACCES: "have its permissions changed, or choose another folder, such as by NANOCHAT_BASE_DIR",
+    errno.EPERM: "have its permissions changed, or choose another folder, such as by NANOCHAT_BASE_DIR",
+}
+
+
 def run(main, config_class):
-    """Entry point of a script: parse the command line, call main(config), show a UserError as one message."""
+    """Entry point of a script: parse the command line, call main(config), show what users can mend as one message."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal of few characters shows ? for the others
     try:
         main(parse(config_class))
     except UserError as error:
         fail(error)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        fail(UserError(f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run it again"))

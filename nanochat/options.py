@@ -22,7 +22,7 @@ class ModelOptions:
 
     model_tag: Annotated[str, short("-g")] = ""
     """model to load, by the name of its folder; empty for the largest"""
-    step: Annotated[OptionalInt, short("-s")] = None
+    step: Annotated[OptionalInt, short("-s", "--model_step")] = None
     """checkpoint to load; -1 for the newest"""
 
 

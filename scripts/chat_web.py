@@ -104,8 +104,7 @@ def check(config):
             continue
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name} must be {low} to {high}, got {getattr(config, name)}")
-    if config.dtype not in ("auto", "bf16", "fp32"):
-        raise UserError(f"--dtype must be auto, bf16 or fp32, got {config.dtype!r}")
+    resolve_dtype(config.dtype, "cpu")
     checkpoint_root(config.source)
 
 

@@ -9,7 +9,7 @@ The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 5 a
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import resolve_dtype
@@ -25,10 +25,10 @@ class Config:
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
     """model to load; empty for the largest"""
-    step: Annotated[OptionalInt, short("-s")] = None
+    step: Annotated[OptionalInt, short("-s", "--model_step")] = None
     """checkpoint to load; -1 for the newest"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """precision of the weights; fp32 is what was trained, bf16 is half as large"""
+    dtype: str = "fp32"
+    """bf16 or fp32, precision of the weights; fp32 is what was trained, bf16 is half as large"""
     force: bool = False
     """replace an earlier export in that folder"""
 

@@ -12,7 +12,7 @@ any other. Like everything in such a file, Python functions that it names are ru
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
@@ -28,7 +28,7 @@ class Config:
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
     """model to load; empty for the largest"""
-    step: Annotated[OptionalInt, short("-s")] = None
+    step: Annotated[OptionalInt, short("-s", "--model_step")] = None
     """checkpoint to load; -1 for the newest"""
     include_path: Path | None = None
     """take tasks from this folder of YAML files instead of the harness's own"""
@@ -44,8 +44,8 @@ class Config:
     """rows scored at once"""
     device_type: str = ""
     """cuda, cpu or mps; empty for the best there is"""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """precision of matrix products; auto = bf16 where that is faster"""
+    dtype: str = "auto"
+    """auto, bf16 or fp32: precision of the matrix products"""
 
 
 def main(config: Config):

@@ -159,6 +159,41 @@ def test_bad_command_lines_end_with_a_message(argv, capsys):
     assert argv[0].split("=")[0].strip("-") in capsys.readouterr().err
 
 
+def test_a_settings_file_is_read_and_never_run(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text('"""Small."""\nmax_tokens = -7\nsource = "a b"  # a comment\nuse_mc = True\nauto = False\n')
+    expected = {"source": "a b", "max_tokens": -7, "use_mc": True, "auto": False, "step": None}
+    assert asdict(parse(Options, [str(path)])) == expected
+    assert asdict(parse(Options, ["--", str(path), "--max_tokens=2", "-s", "3"])) == {
+        **expected,
+        "max_tokens": 2,
+        "step": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import os", "max_tokens = open('ran', 'w').close()", "max_tokens = 2 ** 9", "print(open('ran', 'w'))", "a.b = 3"],
+)
+def test_a_settings_file_with_more_than_literals(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.py").write_text(f"source = 'x'\n{line}\n")
+    with pytest.raises(UserError, match=r"small.py, line 2: expected a name and a literal value, .* is not run"):
+        parse(Options, ["small.py"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_settings_file_that_is_none(tmp_path, capsys):
+    (tmp_path / "small.py").write_text("depth == = 3")
+    for name in ("small.py", "absent.py"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a file of settings"):
+            parse(Options, [str(tmp_path / name)])
+    (tmp_path / "small.py").write_text("tokens = 3")  # no option of this script
+    with pytest.raises(SystemExit):
+        parse(Options, [str(tmp_path / "small.py")])
+    assert "--tokens" in capsys.readouterr().err
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Options, ["--help"])
