@@ -3,7 +3,7 @@ Checkpoints: written so that a kill, a full disk or a flipped bit never costs mo
 
 A step's files are model_%06d.pt, mc_%06d.pt if networks go with the model, optim_%06d.pt and state_%06d.pt (one of
 the latter two for each rank, the first rank's without a suffix), meta_%06d.json, and last manifest_%06d.json with
-the size and SHA-256 of each.
+the size and SHA-256 of all but the meta data, which learns of evaluations later.
 Without its manifest a step does not exist. Steps saved by nanochat, which knew no manifest, are read too.
 """
 
@@ -13,13 +13,14 @@ import random
 import re
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info
+from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -36,6 +37,13 @@ def checkpoint_root(source: str) -> Path:
     if source not in SOURCES:
         raise UserError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     return get_base_dir() / SOURCES[source]
+
+
+def model_folder(source: str, model_tag: str) -> Path:
+    """The folder of a model's checkpoints. UserError unless the tag can be a folder's name."""
+    if not re.fullmatch(r"\w[\w.+=@-]*", model_tag):
+        raise UserError(f"a model_tag is a name of letters, digits and _ . + = @ -, such as d20, got {model_tag!r}")
+    return checkpoint_root(source) / model_tag
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -101,9 +109,9 @@ def save_checkpoint(
     """
     Write one step. Every rank must call this: each writes its optimizer and loader state, the first the rest.
 
-    optimizer_data: the state dicts of the optimizers. meta_data: what JSON can hold. companion_data: state dict
-    of networks that go with the model, as MegaContext's do. Raises UserError when
-    the disk refuses; steps written before are untouched.
+    optimizer_data: the state dicts of the optimizers. meta_data: what JSON can hold. companion_data: state dict of
+    networks that go with the model, as MegaContext's do. Raises UserError when the disk refuses; steps written before
+    are untouched.
     """
     is_dist, rank, _, world_size = get_dist_info()
     folder = Path(folder)
@@ -120,18 +128,16 @@ def save_checkpoint(
             _write_tensors(written[-1], optimizer_data)
             written.append(_file(folder, "state", step, rank))
             _write_tensors(written[-1], {"loader": loader_state, "rng": rng_state()})
-        if rank == 0:
-            written.append(_file(folder, "meta", step))
-            with atomic_write(written[-1], "w") as file:
-                json.dump({**(meta_data or {}), "world_size": world_size, "manifest": True}, file, indent=2)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
         if is_dist:
             of_all_ranks = [None] * world_size
             dist.all_gather_object(of_all_ranks, entries)
             entries = {name: entry for part in of_all_ranks for name, entry in part.items()}
         if rank == 0:
-            with atomic_write(_file(folder, "manifest", step), "w") as file:
-                json.dump(entries, file, indent=2)
+            meta_data = {**(meta_data or {}), "world_size": world_size, "manifest": True}
+            for kind, data in (("meta", meta_data), ("manifest", entries)):
+                with atomic_write(_file(folder, kind, step), "w") as file:
+                    json.dump(data, file, indent=2)
         if is_dist:
             dist.barrier()
     except OSError as error:
@@ -141,18 +147,38 @@ def save_checkpoint(
         ) from error
 
 
-def is_complete(folder, step) -> bool:
-    """Whether every file of this step is there with its full size (contents are checked when loaded)."""
+def amend_meta(folder, step, **facts):
+    """Add what was found out after a step was saved to its meta data; the first rank does."""
+    if get_dist_info()[1] == 0:
+        path = _file(folder, "meta", step)
+        meta = json.loads(path.read_text("utf-8"))
+        with atomic_write(path, "w") as file:
+            json.dump({**meta, **facts}, file, indent=2)
+
+
+def why_incomplete(folder, step) -> str | None:
+    """What keeps a step from being used: a file that is missing or cut (contents are checked when loaded), or None."""
+    folder, path = Path(folder), _file(folder, "meta", step)
     try:
-        meta = json.loads(_file(folder, "meta", step).read_text("utf-8"))
-        if not isinstance(meta, dict):
-            return False
-        if not meta.get("manifest"):  # written by nanochat, whose last file is the meta data
-            return _file(folder, "model", step).stat().st_size > 0
-        manifest = json.loads(_file(folder, "manifest", step).read_text("utf-8"))
-        return all((Path(folder) / name).stat().st_size == entry["bytes"] for name, entry in manifest.items())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return False
+        meta = json.loads(path.read_text("utf-8"))
+        sizes = {_file(folder, "model", step).name: None}  # of nanochat's checkpoints, whose last file is the meta data
+        if meta.get("manifest"):
+            path = _file(folder, "manifest", step)
+            sizes = {name: entry["bytes"] for name, entry in json.loads(path.read_text("utf-8")).items()}
+        for name, size in sizes.items():
+            path = folder / name
+            there = path.stat().st_size
+            if there != size and not (size is None and there) and not name.startswith("meta"):
+                return f"{name} has {there:,} bytes" + (f" of {size:,}" if size else "")
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"{path.name} is damaged ({error})"
+    return None
+
+
+def is_complete(folder, step) -> bool:
+    return why_incomplete(folder, step) is None
 
 
 def _verify(folder, step, names):
@@ -171,8 +197,9 @@ def _verify(folder, step, names):
 
 def load_meta(folder, step) -> dict:
     """The meta data of a complete step."""
-    if not is_complete(folder, step):
-        raise UserError(f"there is no complete checkpoint of step {step} in {folder}: choose another --step")
+    reason = why_incomplete(folder, step)
+    if reason:
+        raise UserError(f"there is no complete checkpoint of step {step} in {folder} ({reason}): choose another --step")
     return json.loads(_file(folder, "meta", step).read_text("utf-8"))
 
 
@@ -223,23 +250,40 @@ def load_companion(folder, step, device="cpu"):
 # Finding
 
 
-def find_last_step(folder) -> int | None:
-    """The newest complete step in a folder, or None. Stray and unfinished files are passed over."""
-    names = [path.name for path in Path(folder).glob("model_*.pt")]
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"model_(\d{6,})\.pt", name))]
-    return next((step for step in sorted(steps, reverse=True) if is_complete(folder, step)), None)
+def _steps(folder, pattern) -> list[int]:
+    """Steps that have a file like model_*.pt, the newest first."""
+    expression = re.escape(pattern).replace(r"\*", r"(\d{6,})")
+    return sorted(int(m[1]) for path in Path(folder).glob(pattern) if (m := re.fullmatch(expression, path.name)))[::-1]
+
+
+def find_last_step(folder, report=None) -> int | None:
+    """The newest complete step in a folder, or None. report(line) is told of newer ones that are not complete."""
+    for step in _steps(folder, "model_*.pt"):
+        reason = why_incomplete(folder, step)
+        if reason is None:
+            return step
+        if report:
+            report(f"step {step} in {folder} is passed over: {reason}")
+    return None
 
 
 def prune(folder, keep: int):
     """Delete all complete steps but the newest `keep`; the manifest goes first, so that none is ever there in part."""
     folder = Path(folder)
-    names = [path.name for path in folder.glob("manifest_*.json")]
-    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"manifest_(\d{6,})\.json", name)))
-    for step in [step for step in steps if is_complete(folder, step)][:-keep]:
+    for step in [step for step in _steps(folder, "manifest_*.json") if is_complete(folder, step)][keep:]:
         files = json.loads(_file(folder, "manifest", step).read_text("utf-8"))
         _file(folder, "manifest", step).unlink()
-        for name in files:
+        for name in [*files, _file(folder, "meta", step).name]:
             (folder / name).unlink(missing_ok=True)
+
+
+def no_checkpoint(where, folders) -> UserError:
+    """What to raise where none of these folders has a complete checkpoint; it names those that are damaged."""
+    damaged = []
+    for folder in folders:
+        find_last_step(folder, damaged.append)
+    hint = f"; {'; '.join(damaged)}" if damaged else ""
+    return UserError(f"no complete checkpoint in {where}{hint}: train one first, or name another --model_tag")
 
 
 def find_largest_model(root, companion=False) -> str:
@@ -250,7 +294,7 @@ def find_largest_model(root, companion=False) -> str:
     steps = {path: find_last_step(path) for path in Path(root).glob("*") if path.is_dir() and ".old-" not in path.name}
     folders = [path for path, step in steps.items() if step is not None]
     if not folders:
-        raise UserError(f"no complete checkpoint in {root}: train one first")
+        raise no_checkpoint(root, list(steps))
     if companion:
         folders = [path for path in folders if _file(path, "mc", steps[path]).is_file()] or folders
     deep = [path for path in folders if re.fullmatch(r"d\d+", path.name)]
@@ -271,12 +315,23 @@ def set_aside(folder):
 # Models
 
 
+def refuse_newer(model_config: dict):
+    """UserError for settings of a model that only later versions of nanochat have."""
+    newer = sorted(model_config.keys() - {field.name for field in fields(GPTConfig)})
+    if newer:
+        raise UserError(
+            f"the checkpoint's model_config has {', '.join(f'{key}={model_config[key]!r}' for key in newer)}, which "
+            "this architecture has not: a newer nanochat wrote it, for weights that would compute something else here"
+        )
+
+
 def build_model(model_data, model_config: dict, device) -> GPT:
     """A GPT on `device` holding the weights of a state dict, also of one saved by nanochat."""
+    refuse_newer(model_config)
     try:
         config = GPTConfig(**model_config)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's model_config is not ours: {error}") from error
+        raise UserError(f"the checkpoint's model_config makes no model: {error}") from error
     model_data = {key.removeprefix("_orig_mod."): tensor for key, tensor in model_data.items()}
     if torch.device(device).type != "cuda":  # bf16 embeddings are for GPUs
         model_data = {key: t.float() if t.dtype == torch.bfloat16 else t for key, t in model_data.items()}
@@ -295,6 +350,16 @@ def build_model(model_data, model_config: dict, device) -> GPT:
     return model
 
 
+def check_tokenizer(folder, meta_data, tokenizer):
+    """UserError when the model in the folder was trained with another tokenizer, if it is known with which."""
+    trained_with = meta_data.get("tokenizer")
+    if trained_with not in (None, tokenizer.checksum()):
+        raise UserError(
+            f"{folder} was trained with another tokenizer than the one in {get_base_dir() / 'tokenizer'}: put its own "
+            "back, or choose another NANOCHAT_BASE_DIR"
+        )
+
+
 def load_model(source, device, phase="eval", model_tag=None, step=None, companion=False):
     """
     (model, tokenizer, meta_data) of a stage: by default its deepest model at its newest complete step.
@@ -303,18 +368,18 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, companio
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, got {phase!r}")
-    root = checkpoint_root(source)
-    folder = root / (model_tag or find_largest_model(root, companion))
-    step = find_last_step(folder) if step is None else step
+    folder = model_folder(source, model_tag or find_largest_model(checkpoint_root(source), companion))
+    step = find_last_step(folder, print0) if step is None else step
     if step is None:
-        raise UserError(f"no complete checkpoint in {folder}: train one first, or name another --model_tag")
+        raise no_checkpoint(folder, [folder])
     model_data, _, meta_data, _ = load_checkpoint(folder, step, device)
-    model = build_model(model_data, meta_data["model_config"], device)
+    model = build_model(model_data, meta_data.get("model_config", {}), device)
     tokenizer = get_tokenizer()
     if tokenizer.get_vocab_size() != model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.get_vocab_size():,} tokens but {folder} was trained with "
             f"{model.config.vocab_size:,}: put its tokenizer back into {get_base_dir() / 'tokenizer'}"
         )
+    check_tokenizer(folder, meta_data, tokenizer)
     model.train(phase == "train")
     return model, tokenizer, {**meta_data, "model_tag": folder.name, "step": step}

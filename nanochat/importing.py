@@ -80,6 +80,8 @@ def read_checkpoint(found: Found, vocab_size) -> tuple[dict, dict]:
     where = f"{found.folder}, step {found.step}"
     if not isinstance(data, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in data.values()):
         raise UserError(f"the model of {where} is not a state dict of tensors")
+    if isinstance(config, dict):
+        cm.refuse_newer(config)
     if not isinstance(config, dict) or not all(type(n) is int and n > 0 for n in config.values()):
         raise UserError(f"the model_config of {where} is not what nanochat writes, positive numbers: {config!r}")
     if config.get("n_layer", 0) > len(data) or config.get("sequence_len", 0) > MAX_SEQUENCE_LEN:
@@ -116,7 +118,7 @@ def import_cache(source_dir, base_dir, report=print):
 
     target = base_dir / "tokenizer"
     have_tokenizer = (target / BPE_FILE).exists() or (target / PICKLE_FILE).exists()
-    if have_tokenizer and not _same(RustBPETokenizer.from_directory(target), tokenizer):
+    if have_tokenizer and RustBPETokenizer.from_directory(target).checksum() != tokenizer.checksum():
         raise UserError(f"{target} holds another tokenizer: choose another NANOCHAT_BASE_DIR")
     for item in found:
         folder = base_dir / cm.SOURCES[item.source] / item.tag
@@ -138,11 +140,6 @@ def import_cache(source_dir, base_dir, report=print):
     for item in found:
         state, meta = read_checkpoint(item, tokenizer.get_vocab_size())
         folder = base_dir / cm.SOURCES[item.source] / item.tag
-        cm.save_checkpoint(folder, item.step, state, None, {**meta, "imported_from": "nanochat"})
+        meta = {**meta, "imported_from": "nanochat", "tokenizer": tokenizer.checksum()}
+        cm.save_checkpoint(folder, item.step, state, None, meta)
         report(f"written {item} to {folder}")
-
-
-def _same(one: RustBPETokenizer, other: RustBPETokenizer) -> bool:
-    a, b = one.enc, other.enc
-    parts = ((e._pat_str, e._mergeable_ranks, e._special_tokens) for e in (a, b))
-    return next(parts) == next(parts)

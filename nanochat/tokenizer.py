@@ -8,6 +8,7 @@ HuggingFaceTokenizer (`tokenizers` for both). The chat format is made here and n
 import base64
 import binascii
 import copy
+import hashlib
 import json
 import pickle
 import re
@@ -228,6 +229,12 @@ class RustBPETokenizer(ChatTokenizer):
             pickle.dump(enc, file)
         with atomic_write(folder / BPE_FILE, "w") as file:
             json.dump(data, file, ensure_ascii=False)
+
+    def checksum(self) -> str:
+        """SHA-256 of the split pattern, the merges and the special tokens: equal for what encodes alike."""
+        ranks, specials = self.enc._mergeable_ranks, self.enc._special_tokens
+        parts = [self.enc._pat_str, sorted(ranks.items(), key=lambda item: item[1]), sorted(specials.items())]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def get_vocab_size(self) -> int:
         return self.enc.n_vocab

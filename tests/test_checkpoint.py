@@ -16,6 +16,7 @@ import torch
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError, atomic_write
 from nanochat.gpt import GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import make_model, write_tokenizer
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
@@ -80,8 +81,50 @@ def test_a_damaged_step_is_passed_over(kind, damage, tmp_path):
     else:
         path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-10])
     assert cm.find_last_step(tmp_path) == 1
-    with pytest.raises(UserError, match="no complete checkpoint of step 2"):
+    with pytest.raises(UserError, match=rf"no complete checkpoint of step 2 in .* \({path.name} (is|has) "):
         cm.load_checkpoint(tmp_path, 2)
+    passed_over = []
+    cm.find_last_step(tmp_path, passed_over.append)
+    assert len(passed_over) == (damage != "gone" or kind != "model")  # a step without a model is none
+    assert all(path.name in line for line in passed_over)
+
+
+def test_a_truncated_model_is_not_called_untrained(base_dir):
+    save(cm.checkpoint_root("base") / "d1", 7)
+    path = cm.checkpoint_root("base") / "d1" / "model_000007.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    for tag in (None, "d1"):
+        with pytest.raises(UserError, match=r"no complete checkpoint in .*model_000007.pt has 1,000 bytes of \d"):
+            cm.load_model("base", "cpu", model_tag=tag)
+
+
+def test_meta_data_can_be_amended(tmp_path):
+    save(tmp_path, 1, val_bpb=None)
+    cm.amend_meta(tmp_path, 1, val_bpb=1.25, evaluated=True)
+    assert cm.is_complete(tmp_path, 1)
+    assert cm.load_meta(tmp_path, 1)["val_bpb"] == 1.25
+    assert cm.load_meta(tmp_path, 1)["step"] == 1
+
+
+def test_a_manifest_that_lists_the_meta_data(tmp_path):
+    """As it was once: the meta data may have been amended since."""
+    save(tmp_path, 1)
+    path = cm._file(tmp_path, "manifest", 1)
+    entries = json.loads(path.read_text()) | {"meta_000001.json": {"bytes": 1, "sha256": "0"}}
+    path.write_text(json.dumps(entries))
+    assert cm.is_complete(tmp_path, 1)
+    save(tmp_path, 2)
+    cm.prune(tmp_path, 1)
+    assert not list(tmp_path.glob("*_000001*"))
+
+
+@pytest.mark.parametrize("tag", ["a/b", "..", "../d1", ".d1", "", "a b", "/tmp/x", "-d", "d\n1"])
+def test_model_tags_are_names(tag, base_dir):
+    with pytest.raises(UserError, match="a model_tag is a name of letters, digits"):
+        cm.model_folder("base", tag)
+    if tag:
+        with pytest.raises(UserError, match="a model_tag is a name of letters, digits"):
+            cm.load_model("base", "cpu", model_tag=tag)
 
 
 @pytest.mark.parametrize("kind", ["model", "optim", "state"])
@@ -181,17 +224,9 @@ def test_atomic_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_another_number_of_processes(tmp_path, monkeypatch):
+def test_another_number_of_processes(tmp_path):
     save(tmp_path, 1)
-    meta_path = cm._file(tmp_path, "meta", 1)
-    meta = json.loads(meta_path.read_text())
-    text = json.dumps({**meta, "world_size": 8, "manifest": True}, indent=2)
-    size = len(meta_path.read_text())
-    meta_path.write_text(text.ljust(size)[:size] if len(text) <= size else text)
-    manifest_path = cm._file(tmp_path, "manifest", 1)
-    manifest = json.loads(manifest_path.read_text())
-    manifest[meta_path.name]["bytes"] = meta_path.stat().st_size
-    manifest_path.write_text(json.dumps(manifest))
+    cm.amend_meta(tmp_path, 1, world_size=8)
     with pytest.raises(UserError, match="written by 8 processes .* got 1. Launch with --nproc_per_node=8"):
         cm.load_checkpoint(tmp_path, 1, load_optimizer=True)
     cm.load_checkpoint(tmp_path, 1)  # the weights alone are for anyone
@@ -226,8 +261,10 @@ def test_weights_that_do_not_fit(tmp_path):
     data = make_model(CONFIG).state_dict()
     with pytest.raises(UserError, match="do not fit its model_config"):
         cm.build_model(data, asdict(GPTConfig(8, 300, 2, 2, 2, 16)), "cpu")
-    with pytest.raises(UserError, match="model_config is not ours.*window"):
-        cm.build_model(data, {**asdict(CONFIG), "window": 3}, "cpu")
+    with pytest.raises(UserError, match="model_config makes no model"):
+        cm.build_model(data, {**asdict(CONFIG), "n_embd": 15}, "cpu")
+    with pytest.raises(UserError, match="has window_pattern='SSSL', which this .* a newer nanochat wrote it"):
+        cm.build_model(data, {**asdict(CONFIG), "window_pattern": "SSSL"}, "cpu")
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
@@ -269,6 +306,22 @@ def test_load_model_with_another_tokenizer(base_dir, tokenizer):
     save(cm.checkpoint_root("base") / "d1", 1, make_model(GPTConfig(8, 299, 1, 2, 2, 16)))
     with pytest.raises(UserError, match="the tokenizer has 300 tokens but .* was trained with 299"):
         cm.load_model("base", "cpu")
+
+
+def test_another_tokenizer_of_the_same_size(base_dir, tokenizer):
+    write_tokenizer(tokenizer, base_dir)
+    other = RustBPETokenizer.train_from_iterator(
+        ["what else is there to be said, and in which other words it could be put by anyone"] * 9, 300
+    )
+    assert other.get_vocab_size() == tokenizer.get_vocab_size()
+    folder = cm.checkpoint_root("base") / "d1"
+    save(folder, 1, tokenizer=other.checksum())
+    with pytest.raises(UserError, match="d1 was trained with another tokenizer than the one in"):
+        cm.load_model("base", "cpu")
+    write_tokenizer(other, base_dir)
+    cm.load_model("base", "cpu")
+    read_again = RustBPETokenizer.from_directory(base_dir / "tokenizer")
+    assert read_again.checksum() == other.checksum()
 
 
 def test_without_a_name_the_newest_folder(tmp_path):

@@ -82,9 +82,10 @@ def test_all_stages_come_over(cache, base_dir, tokenizer, capsys):
     for source, step, tag in (("base", 20, "d2"), ("mid", 5, "d2"), ("sft", 3, "mine"), ("rl", 4, "d2")):
         folder = base_dir / FOLDERS[source] / tag
         manifest = json.loads((folder / f"manifest_{step:06d}.json").read_text())
-        assert set(manifest) == {f"model_{step:06d}.pt", f"meta_{step:06d}.json"}
+        assert set(manifest) == {f"model_{step:06d}.pt"}
         model, loaded, meta = cm.load_model(source, "cpu", model_tag=tag)
         assert (meta["step"], meta["val_bpb"], meta["imported_from"]) == (step, 1.5, "nanochat")
+        assert meta["tokenizer"] == tokenizer.checksum()
         assert torch.equal(model(ids), expected(ids))
         stored = cm.load_checkpoint(folder, step)[0]
         assert stored["transformer.wte.weight"].dtype == torch.bfloat16  # as it was
@@ -260,12 +261,12 @@ def test_encodings_that_are_none(changes, message, cache, base_dir, tokenizer, m
         ({"n_layer": 3}, "weights do not fit"),
         ({"n_embd": 64}, "weights do not fit"),
         ({"n_kv_head": 2}, "weights do not fit"),
-        ({"n_head": 3}, "model_config is not ours"),
+        ({"n_head": 3}, "model_config makes no model"),
         ({"n_layer": 10**9}, "beyond what there can be"),
         ({"sequence_len": 10**12}, "beyond what there can be"),
         ({"n_embd": "32"}, "positive numbers"),
         ({"n_embd": 0}, "positive numbers"),
-        ({"window": 3}, "model_config is not ours"),
+        ({"window_pattern": "SSSL"}, "a newer nanochat wrote it"),
     ],
 )
 def test_wrong_shapes_and_vocabularies(config, message, cache, base_dir):

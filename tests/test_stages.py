@@ -97,19 +97,11 @@ def test_killed_and_resumed_equals_unbroken(stage, trained, capsys):
 def test_another_parent_is_noticed(trained):
     """A stage that was trained from other weights is not taken for one trained from these."""
     folder = trained / "mid_checkpoints" / "d1"
-    path = folder / "meta_000012.json"
-    before = path.read_text()
-    meta = json.loads(before)
-    meta["decisive"]["parent"]["weights"] = "0" * 64
-    path.write_text(json.dumps(meta))
-    manifest = json.loads((folder / "manifest_000012.json").read_text())
-    kept = json.dumps(manifest)
-    manifest[path.name]["bytes"] = path.stat().st_size
-    (folder / "manifest_000012.json").write_text(json.dumps(manifest))
+    decisive = cm.load_meta(folder, 12)["decisive"]
+    cm.amend_meta(folder, 12, decisive={**decisive, "parent": {**decisive["parent"], "weights": "0" * 64}})
     with pytest.raises(UserError, match="made with parent="):
         run("mid")
-    path.write_text(before)
-    (folder / "manifest_000012.json").write_text(kept)
+    cm.amend_meta(folder, 12, decisive=decisive)
 
 
 def test_two_processes_share_the_conversations(trained):
