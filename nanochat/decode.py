@@ -7,16 +7,13 @@ equal up to rounding: what one of them has read, the other can continue.
 Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, L layers, V = vocab_size.
 """
 
-import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, norm, rotary_cos_sin
-
-_threads = set()  # those that have put something into a cache
 
 
 class KVCache:
@@ -33,7 +30,6 @@ class KVCache:
 
     def insert(self, layer, k, v):
         """Put k, v [B, K, T, d] after what is there; returns all keys and all values so far."""
-        _threads.add(threading.get_ident())
         B, K, T, d = k.shape
         end = self.pos + T
         if self.data is None:
@@ -129,22 +125,33 @@ def compute_dtype(model):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
 
 
-@contextmanager
-def without_onednn():
+class Matrix:
     """
-    For bf16 products of one row on a CPU: oneDNN prepares each anew, which makes a step 20 to 30% longer.
+    A weight [out, in] laid out for products: called with x [N, in] it gives [N, out].
 
-    With many rows it is needed, and the switch is the whole process's: if other threads generate too, it stays on.
+    On x86 oneDNN packs it into blocks, which suits one row as well as a whole prompt: see dev/LOG.md.
     """
-    onednn = torch.backends.mkldnn  # by its old name
-    if len(_threads) > 1 or not onednn.enabled:
-        yield
-        return
-    onednn.enabled = False
-    try:
-        yield
-    finally:
-        onednn.enabled = True
+
+    def __init__(self, weight, dtype):
+        weight = weight.to(dtype)
+        self.packed = packs(weight.device, dtype)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        else:
+            self.weight = weight.T.contiguous() if weight.device.type == "cpu" else weight.T
+
+    def __call__(self, x):
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return torch.mm(x, self.weight)
+
+
+def packs(device, dtype):
+    """Whether oneDNN multiplies packed weights fast here."""
+    if device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    supported = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    return torch.backends.mkldnn.is_available() and supported.get(dtype, False)
 
 
 class Decoder:
@@ -166,16 +173,9 @@ class Decoder:
         for attn, mlp in ((block.attn, block.mlp) for block in model.transformer.h):
             qkv = torch.cat((attn.c_q.weight, attn.c_k.weight, attn.c_v.weight))
             weights = (qkv, attn.c_proj.weight, mlp.c_fc.weight, mlp.c_proj.weight)
-            self.layers.append([self._laid_out(weight) for weight in weights])
-        self.head = self._laid_out(model.lm_head.weight)
+            self.layers.append([Matrix(weight, self.dtype) for weight in weights])
+        self.head = Matrix(model.lm_head.weight, self.dtype)
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
-
-    def _laid_out(self, weight):
-        """A weight [out, in] as [in, out]."""
-        matrix = weight.to(self.dtype).T
-        if self.device.type == "cpu" and self.dtype == torch.float32:
-            return matrix.contiguous()  # else a product with one row is done by one core
-        return matrix
 
     @torch.inference_mode()
     def extend(self, inputs, cache, positions=None):
@@ -257,14 +257,9 @@ class Decoder:
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
     def _run(self, inputs, cos_sin, attend):
-        """The network under the settings that suit it."""
+        """The network in its own precision."""
         device = self.device.type
-        lone = inputs.shape[:2].numel() == 1 and device == "cpu" and self.dtype == torch.bfloat16
-        autocast = torch.is_autocast_enabled(device)
-        with (
-            torch.autocast(device, enabled=False) if autocast else nullcontext(),
-            without_onednn() if lone else nullcontext(),
-        ):
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return self._network(inputs, cos_sin, attend)
 
     def _network(self, inputs, cos_sin, attend):
@@ -275,13 +270,13 @@ class Decoder:
         if not x.is_floating_point():
             x = norm(F.embedding(x, self.embedding))
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
-            heads = torch.mm(norm(x).to(self.dtype), qkv).view(B, T, H + 2 * K, -1)
+            heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = norm(apply_rotary(qk, *cos_sin)).transpose(1, 2).split((H, K), dim=1)
-            x = x + torch.mm(attend(layer, q, k, v.transpose(1, 2)), attn_proj)
-            x = x + torch.mm(F.relu(torch.mm(norm(x).to(self.dtype), fc)).square_(), mlp_proj)
+            x = x + attn_proj(attend(layer, q, k, v.transpose(1, 2)))
+            x = x + mlp_proj(F.relu(fc(norm(x).to(self.dtype))).square_())
         last = norm(x.view(B, T, -1)[:, -1]).to(self.dtype)
-        logits = torch.mm(last, self.head)[:, : self.config.vocab_size].float()
+        logits = self.head(last)[:, : self.config.vocab_size].float()
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
 
 

@@ -93,9 +93,9 @@ class Engine:
 
         tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
         settings: others of Sampling. on_logits(logits [B, V], ids [B]): called with what each step came from.
-        Ends after max_tokens steps, or when every row has produced <|assistant_end|> or <|bos|> (a row that is done
-        goes on in its column, to be ignored), or when the session has no room for more: by default, after
-        model.max_seq_len tokens and the one that these predict.
+        Ends after max_tokens steps, or when every row has ended its turn (a row that is done goes on in its column, to
+        be ignored), or when the session has no room for more: by default, after model.max_seq_len tokens and the one
+        that these predict.
         """
         if not tokens:
             raise ValueError("expected at least one token as the prompt, got none")
@@ -113,7 +113,7 @@ class Engine:
         for row in range(num_samples):
             sampler.add(Sampling(temperature, top_k, seed=row_seed(seed, row), **settings), tokens)
         special = self.tokenizer.encode_special
-        ends = {special("<|assistant_end|>"), self.tokenizer.get_bos_token_id()}
+        ends = self.tokenizer.turn_ends
         call_start, call_end = special("<|python_start|>"), special("<|python_end|>")
         rows = [_Row() for _ in range(num_samples)]
         logits = session.prefill(tokens)
@@ -159,9 +159,9 @@ class Engine:
         """
         All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).
 
-        keep_end: with the token that ended a row, <|assistant_end|> or <|bos|>, if one did.
+        keep_end: with the token that ended a row's turn, if one did.
         """
-        ends = {self.tokenizer.encode_special("<|assistant_end|>"), self.tokenizer.get_bos_token_id()}
+        ends = self.tokenizer.turn_ends
         results = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         done = [False] * num_samples

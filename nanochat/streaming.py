@@ -19,18 +19,17 @@ class Parts:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.ends = tokenizer, tokenizer.turn_ends
         self.special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.kind, self.closing, self.ended = "text", None, False
 
     def push(self, id) -> list[tuple[str, str]]:
         """The pieces that are complete with this id."""
-        token = self.special.get(id)
-        if token is None:
+        token, self.ended = self.special.get(id), id in self.ends
+        if token is None and not self.ended:
             text = self.decoder.decode(self.tokenizer.id_to_bytes(id))
             return [(self.kind, text)] if text else []
-        self.ended = token in ("<|assistant_end|>", "<|bos|>")
         if not (self.ended or token in PARTS or token == self.closing):
             return []
         rest = self.close()

@@ -62,6 +62,11 @@ class ChatTokenizer:
     def get_bos_token_id(self) -> int:
         return self.encode_special("<|bos|>")
 
+    @property
+    def turn_ends(self) -> frozenset[int]:
+        """Ids that end the assistant's turn: its own end, and the beginning of another document."""
+        return frozenset((self.encode_special("<|assistant_end|>"), self.get_bos_token_id()))
+
     def _as_id(self, token) -> int:
         return token if isinstance(token, int) else self.encode_special(token)
 

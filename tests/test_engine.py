@@ -2,7 +2,6 @@
 
 import gc
 import math
-import threading
 import weakref
 from collections import Counter
 
@@ -13,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError, autocast
-from nanochat.decode import Decoder, KVCache, StaticStep, compute_dtype, without_onednn
+from nanochat.decode import Decoder, KVCache, Matrix, StaticStep, compute_dtype
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig, rotary_cos_sin
+from nanochat.streaming import stream_parts
 from tests.helpers import make_model
 
 V = 300  # of the tokenizer; the models' matrices have 320 rows
@@ -147,36 +147,34 @@ def test_precision_is_the_surroundings_or_what_was_asked_for(model, tokenizer):
         assert columns(fp32, [7, 8], 64, 20) == exact  # autocast has no say inside
 
 
-def test_onednn_is_off_only_for_a_lone_row_in_bf16_and_a_lone_thread(model, monkeypatch):
-    monkeypatch.setattr("nanochat.decode._threads", set())
-    seen, relu = [], F.relu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_matrix_laid_out_multiplies_as_the_weight_does(dtype):
+    """Also a weight that is a view, of sizes that fill no block, and while another thread generates."""
+    weight = torch.randn(35, 70, dtype=torch.float64).T  # [out, in] = [70, 35]
+    matrix = Matrix(weight, dtype)
+    for rows in (1, 2, 7, 65):
+        x = torch.randn(rows, 35, dtype=torch.float64).to(dtype)
+        exact = x.double() @ weight.to(dtype).double().T
+        bound = torch.finfo(dtype).eps * 35 * (x.double().abs() @ weight.abs().T)  # of sums in any order
+        y = matrix(x)
+        assert y.dtype == dtype
+        assert ((y.double() - exact).abs() <= bound).all()
+
+
+def test_generating_flips_no_switch_of_the_process(model):
+    switches, relu = [], F.relu
 
     def watched(x):
-        seen.append(torch.backends.mkldnn.enabled)
+        switches.append(torch.backends.mkldnn.enabled)
         return relu(x)
 
-    monkeypatch.setattr(F, "relu", watched)
-
-    def off(dtype, rows):
+    for dtype in (torch.float32, torch.bfloat16):
         decoder, cache = Decoder(model, dtype), KVCache(2, 9)
-        decoder.extend(torch.ones(rows, 3, dtype=torch.long), cache)
-        seen.clear()
-        decoder.step(torch.ones(rows, dtype=torch.long), cache)
-        assert torch.backends.mkldnn.enabled
-        assert len(set(seen)) == 1
-        return not seen[0]
-
-    assert torch.backends.mkldnn.enabled
-    assert off(torch.bfloat16, 1)
-    assert not off(torch.bfloat16, 2)
-    assert not off(torch.float32, 1)
-    with pytest.raises(ValueError, match="on purpose"), without_onednn():
-        raise ValueError("on purpose")
-    assert off(torch.bfloat16, 1)
-    other = threading.Thread(target=lambda: Decoder(model).extend(torch.ones(1, 3, dtype=torch.long), KVCache(2, 9)))
-    other.start()
-    other.join()
-    assert not off(torch.bfloat16, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "relu", watched)
+            decoder.extend(torch.ones(1, 3, dtype=torch.long), cache)
+            decoder.step(torch.ones(1, dtype=torch.long), cache)
+    assert switches == [True] * 8
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -453,6 +451,18 @@ def test_generation_ends_with_the_last_row(engine, tokenizer):
     assert ids == [[9, 1], [9, 3, 3, 3], [9]]
     assert masks == [[0, 1], [0, 1, 1, 1], [0]]
     assert len(columns(engine, [9], 3, max_tokens=2, session=Script(rows))) == 2
+
+
+def test_what_ends_a_turn_is_said_in_one_place(model, tokenizer, monkeypatch):
+    """Generation, what is shown of it and the columns of all rows follow the tokenizer."""
+    [x, y] = tokenizer.encode("xy")
+    assert tokenizer.turn_ends == {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+    monkeypatch.setattr(type(tokenizer), "turn_ends", frozenset([y]))
+    engine, rows = Engine(model, tokenizer), [[x, x, y, x], [x, y, x, x]]
+    assert columns(engine, [9], 2, session=Script(rows)) == [[x, x], [x, y], [y, x]]
+    assert engine.generate_batch([9], 2, session=Script(rows))[0] == [[9, x, x], [9, x]]
+    shown = stream_parts(tokenizer, engine.generate([9], session=Script(rows[:1])))
+    assert list(shown) == [("text", "x")] * 2
 
 
 def test_a_session_without_room_ends_generation(engine):
