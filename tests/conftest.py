@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
-from nanochat.configurator import parse
 from nanochat.dataset import Config as DatasetConfig
 from nanochat.dataset import main as dataset_main
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import base_train
-from tests.helpers import QUICK_BASE, ROOT, TEXT, WITH_MC, write_tokenizer
+from tests.helpers import QUICK_BASE, ROOT, TEXT, WITH_MC, call_script, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +61,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mc_trained(base):
     """The base folder with a base model "mc" beside d1, of six steps with --mc and a checkpoint after three."""
-    options = [*QUICK_BASE, *WITH_MC, "--num_iterations=6", "--save_every=3", "--model_tag=mc"]
-    base_train.main(parse(base_train.Config, options))
+    call_script("base_train", [*QUICK_BASE, *WITH_MC, "--num_iterations=6", "--save_every=3", "--model_tag=mc"])
     return base
 
 

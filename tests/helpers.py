@@ -1,6 +1,8 @@
 """What several test modules share: models, tokens, comparisons, files, processes. Fixtures are in conftest.py."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from megacontext.controller import MCController
 from megacontext.networks import MCNetworks
 from nanochat import checkpoint_manager as cm
 from nanochat.common import atomic_write
+from nanochat.configurator import parse
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import BYTES_FILE, count_token_bytes
 
@@ -111,8 +114,46 @@ QUICK_BASE = [*QUICK, "--depth=1", "--max_seq_len=64", "--core_metric_every=-1",
 WITH_MC = ["--mc", "--block_size=4", "--mc_num_random_variants=2", "--allocator_recent_tokens=8"]
 
 
+def call_script(script, options):
+    """What python -m scripts.<script> does, within this process."""
+    module = importlib.import_module(f"scripts.{script}")
+    module.main(parse(module.Config, options))
+
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tests.helpers", "scripts.base_train", "scripts.chat_rl"])  # imported once, not by each
+
+
+def start(function, *args, **environment):
+    """A process that calls a function of a module; forked, so that it need not import PyTorch first."""
+    process = FORK.Process(target=_call, args=({**os.environ, **environment}, function, args))
+    process.start()
+    return process
+
+
+def _call(environment, function, args):
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*args)
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process when they are taken down; not what is tested
+
+
+def in_ranks(world, function, *args):
+    """Call a function in `world` processes, with the environment that torchrun gives them; 1: a process without it."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    environments = [{**group, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)] if world > 1 else [{}]
+    ranks = [start(function, *args, **environment) for environment in environments]
+    for rank in ranks:
+        rank.join(120)
+    for rank in ranks:
+        rank.kill()  # one that waits for another that failed
+    assert [rank.exitcode for rank in ranks] == [0] * world
+
+
 def run(base_dir, *command, check=True, **env):
-    """python -m command, in a process of its own."""
+    """python -m command, as a user would, in a process of its own."""
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, "-m", *map(str, command)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

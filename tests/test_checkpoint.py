@@ -5,8 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
-import textwrap
 from dataclasses import asdict
 
 import numpy as np
@@ -17,7 +15,7 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError, atomic_write
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from tests.helpers import make_model, write_tokenizer
+from tests.helpers import make_model, start, write_tokenizer
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
 
@@ -173,18 +171,13 @@ def test_a_really_full_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-KILLED = textwrap.dedent(
-    """
-    import os, signal, sys
-    from nanochat import checkpoint_manager as cm
-    from tests.test_checkpoint import save
-
-    folder, boundary = sys.argv[1], int(sys.argv[2])
+def save_twice(folder, boundary):
+    """Save steps 1 and 2, and die before the file of step 2 with this number is renamed into place."""
     save(folder, 1)
     replaced, replace = 0, os.replace
 
     def dying_replace(*args):
-        global replaced
+        nonlocal replaced
         if replaced == boundary:
             os.kill(os.getpid(), signal.SIGKILL)
         replaced += 1
@@ -192,16 +185,14 @@ KILLED = textwrap.dedent(
 
     os.replace = dying_replace
     save(folder, 2)
-    """
-)
 
 
 @pytest.mark.parametrize("boundary", [0, 2, 4, 5])
 def test_killed_at_every_file(boundary, tmp_path):
     """A step has five files: a kill before any of the five renames leaves the step before."""
-    env = {**os.environ, "PYTHONPATH": os.getcwd()}
-    result = subprocess.run([sys.executable, "-c", KILLED, tmp_path, str(boundary)], env=env, timeout=60)
-    assert result.returncode == (0 if boundary == 5 else -signal.SIGKILL)
+    process = start(save_twice, tmp_path, boundary)
+    process.join(60)
+    assert process.exitcode == (0 if boundary == 5 else -signal.SIGKILL)
     last = cm.find_last_step(tmp_path)
     assert last == (2 if boundary == 5 else 1)
     cm.load_checkpoint(tmp_path, last, load_optimizer=True)

@@ -4,12 +4,10 @@ import csv
 import functools
 import http.server
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import socket
 import threading
 import zipfile
 import zlib
@@ -27,6 +25,7 @@ from nanochat.core_bundle import TaskMeta, download_bundle, load_bundle
 from nanochat.core_eval import centered, evaluate_core, evaluate_task, is_correct, render_prompts, scored_rows
 from scripts import base_eval
 from tests.helpers import CORE_BUNDLE as BUNDLE
+from tests.helpers import in_ranks
 
 V = 7  # so few tokens that a random model is right now and then
 
@@ -219,30 +218,19 @@ def test_scored_rows_properties(context, endings, limit):
 # Several processes
 
 
-def _share(rank, port, queue):
-    """Evaluate as process `rank` of two."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def evaluate_a_share(folder):
+    """Evaluate as one process of two."""
+    dist.init_process_group("gloo")
     model = HashModel(3)
     core = evaluate_core(model, WordTokenizer(), torch.device("cpu"), 5, bundle_dir=BUNDLE)
-    dist.destroy_process_group()
-    queue.put((core, len(model.calls)))
+    (folder / os.environ["RANK"]).write_text(json.dumps([core, len(model.calls)]))
+    dist.barrier()
 
 
-def test_two_processes_share_the_work(monkeypatch):
+def test_two_processes_share_the_work(tmp_path):
     alone = evaluate_core(HashModel(3), WordTokenizer(), "cpu", 5, bundle_dir=BUNDLE)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "")  # so that it is restored
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    other = context.Process(target=_share, args=(1, port, queue))
-    other.start()
-    _share(0, port, queue)
-    answers = [queue.get(timeout=60) for _ in range(2)]
-    other.join(60)
+    in_ranks(2, evaluate_a_share, tmp_path)
+    answers = [json.loads((tmp_path / rank).read_text()) for rank in ("0", "1")]
     assert [core for core, _ in answers] == [alone, alone]
     assert sorted(calls for _, calls in answers) == [6, 9]  # 3 tasks of 5 items: 3 and 2 each
 

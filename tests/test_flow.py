@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ import torch
 
 from nanochat import checkpoint_manager as cm
 from nanochat import configurator
+from nanochat.common import UserError
 from scripts import base_train
-from tests.helpers import TRAIN, assert_equal, run, weights
+from tests.helpers import TRAIN, assert_equal, call_script, run, start, until, weights
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,18 @@ def prepared(tmp_path_factory):
     run(root / "base", "nanochat.report", "reset")
     run(root / "base", "nanochat.dataset", "--source", text)
     run(root / "base", "scripts.tok_train", "--vocab_size=515", "--max_chars", "1000000")
-    return root / "base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))
+        yield root / "base"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that are started: sums then have the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +84,11 @@ def test_flag_off_is_what_it_was_before_megacontext(trained, tmp_path):
     assert_equal(result(tmp_path / "base"), result(trained))
 
 
-def test_pipeline_and_report(trained, tmp_path):
-    run(trained, "scripts.tok_eval", "--download_timeout=0.01")
-    run(trained, "scripts.base_loss", "--device_batch_size=2", "--split_tokens=1024", "--device_type=cpu")
-    result = run(trained, "scripts.base_eval", "--device_type=cpu")
-    assert "eval_bundle" in result.stdout  # no bundle here: it says how to get one
+def test_pipeline_and_report(trained, tmp_path, capsys):
+    call_script("tok_eval", ["--download_timeout=0.01"])
+    call_script("base_loss", ["--device_batch_size=2", "--split_tokens=1024", "--device_type=cpu"])
+    call_script("base_eval", ["--device_type=cpu"])
+    assert "eval_bundle" in capsys.readouterr().out  # no bundle here: it says how to get one
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(trained), "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "nanochat.report", "generate"]
     subprocess.run(command, env=env, check=True, cwd=tmp_path, capture_output=True)
@@ -99,28 +110,24 @@ def test_pipeline_and_report(trained, tmp_path):
     assert [m["step"] for m in metrics if "val/bpb" in m] == [0, 6, 12]
 
 
-def test_again_reuses_what_is_there(trained):
-    result = run(trained, "scripts.base_train", *TRAIN)
-    assert "already trained to step 12: nothing to do" in result.stdout
+def test_again_reuses_what_is_there(trained, capsys):
+    call_script("base_train", TRAIN)
+    assert "already trained to step 12: nothing to do" in capsys.readouterr().out
 
 
-def test_resumed_equals_unbroken(trained):
+def test_resumed_equals_unbroken(trained, capsys):
     """SIGKILL in the middle, the same command again: the same weights and optimizer state, bit for bit."""
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(trained), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "scripts.base_train", *TRAIN, "--model_tag=killed"]
     log = trained / "logs" / "base_killed.jsonl"
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 200
-    while time.time() < deadline and not (log.exists() and '"step": 6, "total' in log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(call_script, "base_train", [*TRAIN, "--model_tag=killed"])
+    until(lambda: not process.is_alive() or (log.exists() and '"step": 6, "total' in log.read_text()), 200)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     resumed_from = cm.find_last_step(trained / "base_checkpoints" / "killed")
     assert resumed_from is not None
     assert resumed_from < 12
-    result = run(trained, "scripts.base_train", *TRAIN, "--model_tag=killed")
-    assert f"resuming from step {resumed_from}" in result.stdout
+    call_script("base_train", [*TRAIN, "--model_tag=killed"])
+    assert f"resuming from step {resumed_from}" in capsys.readouterr().out
     for kind in ("model", "optim", "state"):
         files = [trained / "base_checkpoints" / tag / f"{kind}_000012.pt" for tag in ("d2", "killed")]
         one, other = (torch.load(path, weights_only=True) for path in files)
@@ -156,9 +163,8 @@ def test_two_processes_equal_one(trained):
     # A rank's file is missing: the step does not count; another number of processes is told so
     (folder / "optim_000012_rank1.pt").unlink()
     assert cm.find_last_step(folder) == 8
-    result = run(trained, "scripts.base_train", *TRAIN, "--model_tag=two", check=False)
-    assert result.returncode == 1
-    assert "written by 2 processes" in result.stderr
+    with pytest.raises(UserError, match="written by 2 processes"):
+        call_script("base_train", [*TRAIN, "--model_tag=two"])
 
 
 @pytest.mark.parametrize(
@@ -180,18 +186,16 @@ def test_wrong_options_are_one_message(options, message, trained, monkeypatch, c
     assert message in capsys.readouterr().err
 
 
-def test_nothing_prepared(tmp_path):
-    result = run(tmp_path, "scripts.base_train", *TRAIN, check=False)
-    assert result.returncode == 1
-    assert "run python -m scripts.tok_train" in result.stderr
-    result = run(tmp_path, "scripts.tok_train", check=False)
-    assert result.returncode == 1
-    assert "nanochat.dataset" in result.stderr
+def test_nothing_prepared(base_dir):
+    with pytest.raises(UserError, match="run python -m scripts.tok_train"):
+        call_script("base_train", TRAIN)
+    with pytest.raises(UserError, match="nanochat.dataset"):
+        call_script("tok_train", [])
 
 
 def test_starting_anew_keeps_the_old(prepared):
-    short = [*TRAIN, "--num_iterations=1", "--eval_every=-1", "--model_tag=anew"]
-    run(prepared, "scripts.base_train", *short)
-    run(prepared, "scripts.base_train", *short, "--resume=0")
+    short = [*TRAIN, "--num_iterations=1", "--eval_every=-1", "--sample_every=-1", "--model_tag=anew"]
+    call_script("base_train", short)
+    call_script("base_train", [*short, "--resume=0"])
     folders = sorted(p.name.split("-")[0] for p in (prepared / "base_checkpoints").glob("anew*"))
     assert folders == ["anew", "anew.old"]

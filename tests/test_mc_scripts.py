@@ -1,9 +1,6 @@
 """--mc in the scripts: trained, saved, resumed, carried along; and nothing of it with the flag off."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from scripts import base_train, chat_sft, mc_train, mid_train
-from tests.helpers import QUICK, QUICK_BASE, WITH_MC, assert_equal, log_of
+from tests.helpers import QUICK, QUICK_BASE, WITH_MC, assert_equal, call_script, in_ranks, log_of
 
 
 def train(module, *options):
@@ -71,12 +68,8 @@ def test_two_processes_equal_one(mc_trained):
         "--mc_auto_batch=0",
         "--eval_every=-1",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for tag, command in (("lone", [sys.executable, "-m"]), ("pair", launch)):
-        command = [*command, "scripts.base_train", "--", *options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr[-3000:]
+    for world, tag in ((1, "lone"), (2, "pair")):
+        in_ranks(world, call_script, "base_train", [*options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"])
     lone, pair = (cm.load_companion(mc_trained / "base_checkpoints" / tag, 4) for tag in ("lone", "pair"))
     start = cm.load_companion(mc_trained / "base_checkpoints" / "mc", 3)
     assert lone.keys() == pair.keys()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from tests.helpers import ROOT, TRAIN, dry_run, free_port, run, weights
+from tests.helpers import ROOT, TRAIN, call_script, dry_run, free_port, weights
 
 SHORT = [*TRAIN, "--num_iterations=4", "--eval_every=4", "--sample_every=-1", "--save_every=-1"]
 
@@ -38,7 +38,7 @@ def agents(base_dir, rendezvous, *command):
 
 def test_two_machines_equal_one(base):
     """By c10d rendezvous, as by hand, and by the recipes' static one: the same model as one process trains."""
-    run(base, "scripts.base_train", *SHORT, "--model_tag=one")
+    call_script("base_train", [*SHORT, "--model_tag=one"])
     port = free_port()
     c10d = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
     outputs = agents(base, lambda _rank: c10d, "scripts.base_train", "--", *SHORT, "--model_tag=c10d")

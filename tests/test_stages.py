@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,7 +16,7 @@ from nanochat.configurator import parse
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, mid_train, prepare
 from tasks.customjson import CustomJSON
-from tests.helpers import assert_equal, log_of
+from tests.helpers import assert_equal, in_ranks, log_of, start, until
 
 COMMON = ["--tasks=local", "--device_type=cpu", "--dtype=fp32"]
 MID = [*COMMON, "--device_batch_size=2", "--total_batch_size=256", "--num_iterations=12", "--eval_tokens=256"]
@@ -64,17 +63,12 @@ def test_killed_and_resumed_equals_unbroken(stage, trained, capsys):
     folder = trained / cm.SOURCES[source]
     if not (folder / "killed").exists():
         (folder / "killed").symlink_to(folder / "d1")
-    module, defaults = STAGES[stage]
-    command = [sys.executable, "-m", module.__name__, *defaults, "--model_tag=killed"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    log, deadline = trained / "logs" / f"{stage}_killed.jsonl", time.time() + 120
-    while time.time() < deadline and not (log.exists() and '"step": 5, "total' in log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    log = trained / "logs" / f"{stage}_killed.jsonl"
+    process = start(run, stage, "--model_tag=killed")
+    until(lambda: not process.is_alive() or (log.exists() and '"step": 5, "total' in log.read_text()), 120)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     target = trained / cm.SOURCES[stage]
     if (target / "killed").is_symlink():
         pytest.fail("the stage wrote into another model's folder")
@@ -107,11 +101,7 @@ def test_another_parent_is_noticed(trained):
 def test_two_processes_share_the_conversations(trained):
     """The same step over two processes gives the same model, up to rounding."""
     (trained / "mid_checkpoints" / "two").symlink_to(trained / "mid_checkpoints" / "d1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["scripts.chat_sft", "--", *SFT, "--model_tag=two"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
+    in_ranks(2, run, "sft", "--model_tag=two")
     logs = [log_of(trained, "sft", tag) for tag in ("d1", "two")]
     one, two = ([record["train/loss"] for record in log if "train/loss" in record] for log in logs)
     assert one == pytest.approx(two, rel=2e-3)
