@@ -59,11 +59,10 @@ recipe_options() {
         --dry-run | --dry_run) DRY_RUN=1; shift; continue ;;
         --rl) RL=1; shift; continue ;;
         --mc)
-            if [ $given = 0 ] && [[ "${2:-}" =~ ^(0|1|true|false|yes|no|on|off)$ ]]; then
-                value="$2"
-                shift
-            fi
             shift
+            if [ $given = 0 ]; then
+                case "${1:-}" in 0 | 1 | true | false | yes | no | on | off) value="$1"; shift ;; esac
+            fi
             case "$value" in
             "" | 1 | true | yes | on) MC=1 ;;
             0 | false | no | off) MC=0 ;;
@@ -103,7 +102,7 @@ recipe_options() {
         --*) EXTRA+=("$1"); shift ;;
         *)
             # The value of an option given as two words
-            [ ${#EXTRA[@]} -gt 0 ] && [[ "${EXTRA[-1]}" != *=* ]] || die "unexpected argument '$1'; see --help"
+            [ ${#EXTRA[@]} -gt 0 ] && [[ "${EXTRA[${#EXTRA[@]} - 1]}" != *=* ]] || die "unexpected argument '$1'; see --help"
             EXTRA+=("$1")
             shift
             ;;
@@ -114,7 +113,7 @@ recipe_options() {
     elif [ ${#MC_OPTIONS[@]} -gt 0 ]; then
         die "${MC_OPTIONS[0]%%=*} means nothing without --mc: add it, or leave the option out"
     fi
-    [[ "$SHARDS" =~ ^([1-9][0-9]*)?$ ]] || die "--shards takes a number of shards, got '$SHARDS'"
+    [ -z "$SHARDS" ] || [[ "$SHARDS" =~ ^[1-9][0-9]*$ ]] || die "--shards takes a number of shards, got '$SHARDS'"
     [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "--nproc takes a number of processes, got '$NPROC'"
     [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "--nnodes takes a number of machines, got '$NNODES'"
     [[ "$NODE_RANK" =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "$NNODES" ] ||

@@ -16,7 +16,7 @@ STEPS=$((SLOW ? 450 : 900))
 if [ $MC = 1 ]; then # a step costs three times as much, and a longer context has more to compress
     DEPTH=3 BATCH=8 T=512 EVAL=32768 STEPS=$((SLOW ? 200 : 600))
     [ $SLOW = 0 ] || MID=(--num_iterations=60)
-    MC_OPTIONS=(--mc_num_random_variants=2 --mc_auto_batch=0 "${MC_OPTIONS[@]}") # memory is not what is short
+    MC_OPTIONS=(--mc_num_random_variants=2 --mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is not what is short
 fi
 report_reset
 stage python -m nanochat.dataset --source stdlib
