@@ -40,7 +40,7 @@ SPECIAL_TOKENS = [
 ]
 
 # GPT-4's pattern, but with numbers cut after two digits instead of three: at small vocabularies three-digit
-# tokens are a waste. Must equal the default of `rustbpe`.
+# tokens are a waste. `rustbpe` has a fast scanner for it.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""

@@ -28,7 +28,7 @@ def _pattern() -> re.Pattern:
     return re.compile(
         r"'(?i:[sdmt]|ll|ve|re)"
         rf"|[^\r\n{letter}{number}]?+[{letter}]+"
-        rf"|[{number}]{{1,2}}"
+        rf"|[{number}]{{1,3}}"
         rf"| ?[^{space}{letter}{number}]++[\r\n]*"
         rf"|[{space}]*[\r\n]"
         rf"|[{space}]+(?![^{space}])"

@@ -40,12 +40,6 @@ def test_round_trip_of_the_twin(twin, text):
     assert twin.decode(twin.encode(text)) == text
 
 
-def test_the_pattern_is_the_trainers_default():
-    import rustbpe
-
-    assert rustbpe.Tokenizer().get_pattern() == SPLIT_PATTERN
-
-
 def test_sizes_and_special_tokens(tokenizer, twin):
     assert tokenizer.get_vocab_size() == 300
     assert [tokenizer.encode_special(t) for t in SPECIAL_TOKENS] == list(range(291, 300))

@@ -63,7 +63,7 @@ impl Tokenizer {
     fn new() -> Self {
         Self {
             pattern: DEFAULT_PATTERN.to_owned(),
-            splitter: Splitter::Default,
+            splitter: Splitter::new(DEFAULT_PATTERN).expect("a valid pattern"),
             merges: Vec::new(),
             ids: HashMap::new(),
         }

@@ -1,7 +1,7 @@
 //! Cutting text into the words within which merges happen.
 //!
-//! Two engines: `fancy_regex` for any pattern, and for the default pattern a hand-written scanner
-//! that gives the same words about an order of magnitude faster (the lookahead and the possessive
+//! Two engines: `fancy_regex` for any pattern, and for GPT-4's and ours a hand-written scanner that
+//! gives the same words about an order of magnitude faster (the lookahead and the possessive
 //! quantifiers push a regex engine off its fast path, and splitting is most of the work of
 //! training). `tests/split.rs` holds the scanner to the regex on arbitrary text.
 
@@ -10,31 +10,44 @@ use std::sync::LazyLock;
 use fancy_regex::Regex;
 use regex_syntax::hir::{Class as HirClass, HirKind};
 
-/// GPT-4's pattern, except that a number is cut after two digits instead of three, which spends
-/// fewer of a small vocabulary's tokens on numbers.
-pub const DEFAULT_PATTERN: &str = concat!(
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
-    r"|\p{N}{1,2}",
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*",
-    r"|\s*[\r\n]",
-    r"|\s+(?!\S)",
-    r"|\s+",
-);
+macro_rules! gpt4_pattern {
+    ($digits:literal) => {
+        concat!(
+            r"'(?i:[sdmt]|ll|ve|re)",
+            r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
+            r"|\p{N}{1,",
+            $digits,
+            r"}| ?[^\s\p{L}\p{N}]++[\r\n]*",
+            r"|\s*[\r\n]",
+            r"|\s+(?!\S)",
+            r"|\s+",
+        )
+    };
+}
+
+/// GPT-4's pattern.
+pub const DEFAULT_PATTERN: &str = gpt4_pattern!("3");
+
+/// The same, but a number is cut after two digits instead of three, which spends fewer of a small
+/// vocabulary's tokens on numbers.
+pub const SHORT_NUMBERS_PATTERN: &str = gpt4_pattern!("2");
 
 #[derive(Clone)]
 pub enum Splitter {
-    /// The scanner for `DEFAULT_PATTERN`.
-    Default,
+    /// The scanner, for the two patterns above.
+    Scanner {
+        max_digits: usize,
+    },
     Regex(Regex),
 }
 
 impl Splitter {
     pub fn new(pattern: &str) -> Result<Self, fancy_regex::Error> {
-        if pattern == DEFAULT_PATTERN {
-            return Ok(Self::Default);
-        }
-        Regex::new(pattern).map(Self::Regex)
+        Ok(match pattern {
+            DEFAULT_PATTERN => Self::Scanner { max_digits: 3 },
+            SHORT_NUMBERS_PATTERN => Self::Scanner { max_digits: 2 },
+            other => Self::Regex(Regex::new(other)?),
+        })
     }
 
     /// Calls `emit` with every word of `text` in order. What a custom pattern does not match is
@@ -45,8 +58,8 @@ impl Splitter {
         mut emit: impl FnMut(&'t str),
     ) -> Result<(), fancy_regex::Error> {
         match self {
-            Self::Default => {
-                let scanner = Scanner::new(text);
+            &Self::Scanner { max_digits } => {
+                let scanner = Scanner::new(text, max_digits);
                 let mut start = 0;
                 while start < text.len() {
                     let end = scanner.word_end(start);
@@ -67,7 +80,7 @@ impl Splitter {
     }
 }
 
-/// The five kinds of character that the default pattern tells apart.
+/// The five kinds of character that GPT-4's pattern tells apart.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Class {
@@ -104,13 +117,15 @@ static CLASSES: LazyLock<Box<[Class]>> = LazyLock::new(|| {
 struct Scanner<'t> {
     text: &'t str,
     classes: &'static [Class],
+    max_digits: usize,
 }
 
 impl<'t> Scanner<'t> {
-    fn new(text: &'t str) -> Self {
+    fn new(text: &'t str, max_digits: usize) -> Self {
         Self {
             text,
             classes: &CLASSES,
+            max_digits,
         }
     }
 
@@ -145,10 +160,16 @@ impl<'t> Scanner<'t> {
         let next_class = || self.peek(second).map(|(class, _)| class);
         match class {
             Class::Letter => self.skip(second, Class::Letter),
-            Class::Number => match self.peek(second) {
-                Some((Class::Number, third)) => third,
-                _ => second,
-            },
+            Class::Number => {
+                let mut end = second;
+                for _ in 1..self.max_digits {
+                    match self.peek(end) {
+                        Some((Class::Number, next)) => end = next,
+                        _ => break,
+                    }
+                }
+                end
+            }
             Class::Other => {
                 if let Some(end) = self.contraction_end(start) {
                     end

@@ -4,7 +4,7 @@
 mod split;
 
 use proptest::prelude::*;
-use split::{DEFAULT_PATTERN, Splitter};
+use split::{DEFAULT_PATTERN, SHORT_NUMBERS_PATTERN, Splitter};
 
 fn words<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
     let mut words = Vec::new();
@@ -12,29 +12,38 @@ fn words<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
     words
 }
 
+const SCANNED: [&str; 2] = [DEFAULT_PATTERN, SHORT_NUMBERS_PATTERN];
+
 /// The same pattern under another spelling, so that the regex engine runs it.
-fn oracle() -> Splitter {
-    let splitter = Splitter::new(&format!("(?:{DEFAULT_PATTERN})")).unwrap();
+fn oracle(pattern: &str) -> Splitter {
+    let splitter = Splitter::new(&format!("(?:{pattern})")).unwrap();
     assert!(matches!(splitter, Splitter::Regex(_)));
     splitter
 }
 
 fn check(text: &str) {
-    thread_local!(static ORACLE: Splitter = oracle());
-    ORACLE.with(|oracle| assert_eq!(words(&Splitter::Default, text), words(oracle, text)));
+    thread_local!(static SPLITTERS: [(Splitter, Splitter); 2] =
+        SCANNED.map(|pattern| (Splitter::new(pattern).unwrap(), oracle(pattern))));
+    SPLITTERS.with(|splitters| {
+        for (scanner, oracle) in splitters {
+            assert_eq!(words(scanner, text), words(oracle, text));
+        }
+    });
 }
 
 #[test]
-fn the_default_pattern_runs_on_the_scanner() {
-    let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
-    assert!(matches!(splitter, Splitter::Default));
+fn known_patterns_run_on_the_scanner() {
+    for pattern in SCANNED {
+        let splitter = Splitter::new(pattern).unwrap();
+        assert!(matches!(splitter, Splitter::Scanner { .. }));
+    }
 }
 
 #[test]
 fn every_character_has_the_class_that_the_regex_gives_it() {
     // In places where the class shows: after a letter, a digit, a quote, a space, and before them.
     for c in '\0'..=char::MAX {
-        check(&format!("a{c}a1{c}1'{c}!{c} {c}  {c}\n{c}"));
+        check(&format!("a{c}a1{c}1'{c}!{c} {c}  {c}\n{c}12{c}34"));
     }
 }
 
@@ -48,7 +57,7 @@ proptest! {
 
     #[test]
     fn text_of_characters_that_matter(
-        text in "[ \t\r\n'sSdlLvVeErR\u{17F}\u{212A}a1２½é漢\u{301}\u{85}\u{A0}\u{2028}\u{3000}\u{200B}!.🎉]{0,24}"
+        text in "[ \t\r\n'sSdlLvVeErR\u{17F}\u{212A}a127２½é漢\u{301}\u{85}\u{A0}\u{2028}\u{3000}\u{200B}!.🎉]{0,24}"
     ) {
         check(&text);
     }
