@@ -294,7 +294,7 @@ def bench_decode(config):
             ways = {
                 "model": partial(ForwardSession, model, B, steps + 2, dtype),
                 "Decoder": lambda B=B, dtype=dtype: CacheSession(
-                    model, B, steps + 2, Decoder(model, dtype, graphs[config.compile])
+                    Decoder(model, dtype, graphs[config.compile]), B, steps + 2
                 ),
             }
             for way, make_session in ways.items():

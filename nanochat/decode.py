@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, norm, rotary_cos_sin
 
@@ -125,6 +127,30 @@ def compute_dtype(model):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
 
 
+_optimizer_steps = 0  # of all optimizers of the process
+
+
+def _after_optimizer_step(*_):
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def weights_version(model):
+    """
+    Equal to what it was as long as the model's weights are, which it does not read.
+
+    Notices changes in place, other tensors in their place, and steps of optimizers (AdamW's fused one raises no version
+    of its parameters). What goes past all that, as `weight.data.mul_(2)` does, it does not notice.
+    """
+    return _optimizer_steps, [
+        (StorageWeakRef(p.untyped_storage()), p.data_ptr(), object() if p.is_inference() else p._version)
+        for p in model.parameters()
+    ]
+
+
 class Matrix:
     """
     A weight [out, in] laid out for products: called with x [N, in] it gives [N, out].
@@ -158,8 +184,8 @@ class Decoder:
     """
     What GPT.forward computes, for the last token only, with weights converted once to `dtype` (see compute_dtype).
 
-    Making one costs about a step (in float32 on a CPU, some five). It does not follow the model: make another when
-    weights have changed. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where
+    Making one costs some steps. It does not follow the model: make another when weights have changed, as
+    `weights_version` tells. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where
     there is CUDA); elsewhere True runs the same static shapes without a graph.
     """
 
@@ -176,6 +202,11 @@ class Decoder:
             self.layers.append([Matrix(weight, self.dtype) for weight in weights])
         self.head = Matrix(model.lm_head.weight, self.dtype)
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions with rotary angles, beyond which they must be given."""
+        return self.cos.size(1)
 
     @torch.inference_mode()
     def extend(self, inputs, cache, positions=None):
@@ -241,8 +272,8 @@ class Decoder:
 
     def checked(self, positions, cache, T):
         """The positions of T more tokens: those given, or those that come next, if there are so many."""
-        if positions is None and cache.pos + T > self.cos.size(1):
-            raise ValueError(f"{cache.pos + T} tokens are more than the {self.cos.size(1)} positions of this model")
+        if positions is None and cache.pos + T > self.max_seq_len:
+            raise ValueError(f"{cache.pos + T} tokens are more than the {self.max_seq_len} positions of this model")
         return cache.pos if positions is None else positions
 
     def _rotary(self, positions, T):
@@ -250,7 +281,7 @@ class Decoder:
         if isinstance(positions, tuple):
             return [t.to(self.dtype) for t in positions]
         if isinstance(positions, int):
-            if 0 <= positions <= self.cos.size(1) - T:
+            if 0 <= positions <= self.max_seq_len - T:
                 return self.cos[:, positions : positions + T], self.sin[:, positions : positions + T]
             positions = torch.arange(positions, positions + T, device=self.device)[None]
         cos_sin = rotary_cos_sin(positions.flatten(), 2 * self.cos.size(-1))

@@ -12,19 +12,15 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.decode import Decoder, KVCache
+from nanochat.decode import Decoder, KVCache, compute_dtype, weights_version
 from nanochat.sampling import Sampler, Sampling, row_seed
 
 
 class CacheSession:
-    """
-    The plain context: every token, at full detail, as far as the model's positions go.
+    """The plain context: every token, at full detail, as far as the model's positions go."""
 
-    decoder: None makes one at each prefill, from the weights as they are then.
-    """
-
-    def __init__(self, model, rows=1, max_tokens=None, decoder=None):
-        self.model, self.rows, self.max_tokens, self.decoder = model, rows, max_tokens or 0, decoder
+    def __init__(self, decoder, rows=1, max_tokens=None):
+        self.decoder, self.rows, self.max_tokens = decoder, rows, max_tokens or 0
         self.cache = self._step = None
 
     def prefill(self, tokens):
@@ -33,15 +29,14 @@ class CacheSession:
 
         Raises UserError when the prompt has more tokens than the model has positions.
         """
-        limit = self.model.max_seq_len
+        decoder, limit = self.decoder, self.decoder.max_seq_len
         if len(tokens) > limit:
             raise UserError(
                 f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model "
-                f"(10 × sequence_len {self.model.config.sequence_len:,}): shorten it"
+                f"(10 × sequence_len {decoder.config.sequence_len:,}): shorten it"
             )
         self._step = None  # it holds the cache of an earlier prompt
-        self.cache = KVCache(self.model.config.n_layer, min(len(tokens) + self.max_tokens, limit))
-        decoder = self.decoder or Decoder(self.model)
+        self.cache = KVCache(decoder.config.n_layer, min(len(tokens) + self.max_tokens, limit))
         logits = decoder.extend(torch.tensor([tokens], device=decoder.device), self.cache)
         if self.rows > 1:
             self.cache.repeat(self.rows)
@@ -50,7 +45,7 @@ class CacheSession:
 
     def step(self, ids):
         """Logits [rows, V] after one more token a row, ids [rows]; None when the model's positions are used up."""
-        return self._step(ids) if self.cache.pos < self.model.max_seq_len else None
+        return self._step(ids) if self.cache.pos < self.decoder.max_seq_len else None
 
 
 class _Row:
@@ -68,12 +63,21 @@ class Engine:
 
     dtype: precision of generation; None for that of a surrounding autocast, or else of the weights. graph: CUDA
     graphs; None for "where there is CUDA". Each `generate` uses the weights as they are when it starts, and they must
-    not change until it ends; with `fixed`, never again, so that they are laid out once for all.
+    not change until it ends. Changes that `decode.weights_version` does not notice need another Engine.
     """
 
-    def __init__(self, model, tokenizer, dtype=None, graph=None, fixed=False):
+    def __init__(self, model, tokenizer, dtype=None, graph=None):
         self.model, self.tokenizer, self.dtype, self.graph = model, tokenizer, dtype, graph
-        self.decoder = Decoder(model, dtype, graph) if fixed else None
+        self._decoder = self._version = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model as it is now, laid out for generation; kept until its weights change."""
+        dtype, version = self.dtype or compute_dtype(self.model), weights_version(self.model)
+        if self._decoder is None or (self._decoder.dtype, self._version) != (dtype, version):
+            self._decoder = None  # frees its memory first
+            self._decoder, self._version = Decoder(self.model, dtype, self.graph), version
+        return self._decoder
 
     @torch.inference_mode()
     def generate(
@@ -105,10 +109,7 @@ class Engine:
             raise ValueError(f"max_tokens must be 0 or more, or None for no limit, got {max_tokens}")
         if max_tokens == 0:
             return
-        if session is None:
-            # A copy each time is cheap beside an answer, and never stale
-            decoder = self.decoder or Decoder(self.model, self.dtype, self.graph)
-            session = CacheSession(self.model, num_samples, max_tokens, decoder)
+        session = session or CacheSession(self.decoder, num_samples, max_tokens)
         sampler = Sampler(self.model.config.vocab_size, self.model.get_device())
         for row in range(num_samples):
             sampler.add(Sampling(temperature, top_k, seed=row_seed(seed, row), **settings), tokens)

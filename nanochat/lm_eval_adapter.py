@@ -30,7 +30,7 @@ class HarnessLM(TemplateLM):
         self.model, self.bpe, self.batch_size = model, tokenizer, batch_size
         self.name = name
         self.max_length = model.config.sequence_len
-        self.engine = Engine(model, tokenizer, fixed=True)
+        self.engine = Engine(model, tokenizer)
         self.special_ids = {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
 
     @property

@@ -133,7 +133,7 @@ def limits_of(config):
 def load(config, device, on_event):
     """(Engine, ServedModel, ChatSessions or None) of one worker. on_event: told of what sessions do."""
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
-    engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type), fixed=True)
+    engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type))
     sessions = None
     if config.mc:
         networks, settings = load_for_inference(config.source, meta, device, config.megacontext)

@@ -144,7 +144,7 @@ def tiny(tokenizer):
     with torch.no_grad():
         for p in networks.lensnet.parameters():
             p.add_(torch.randn_like(p))
-    return Engine(model, tokenizer, fixed=True), networks, SETTINGS.resolve(CONTEXT)
+    return Engine(model, tokenizer), networks, SETTINGS.resolve(CONTEXT)
 
 
 class Watched(MCSession):

@@ -286,7 +286,7 @@ def test_positions_run_out(model, tokenizer, static):
     assert engine.generate_batch([5] * 77, max_tokens=10**12, temperature=0)[0] == [[5] * 77 + expected]
     with pytest.raises(UserError, match=r"81 tokens, more than the 80 positions .* sequence_len 8\): shorten it"):
         columns(engine, [5] * 81)
-    session = CacheSession(model, 1, decoder=Decoder(model, graph=static))
+    session = CacheSession(Decoder(model, graph=static))
     session.prefill([5] * 80)
     assert session.step(torch.tensor([1])) is None
     with pytest.raises(ValueError, match="81 tokens are more than the 80 positions"):
@@ -474,7 +474,7 @@ def test_a_session_of_another_size_is_refused(engine):
 
 
 def test_a_session_is_handed_in(model, engine):
-    session = CacheSession(model, rows=3)
+    session = CacheSession(Decoder(model), rows=3)
     assert columns(engine, [1, 2, 3], 3, 9, session=session) == columns(engine, [1, 2, 3], 3, 9)
     assert session.cache.pos == 3 + 8  # the last token was not read
     assert columns(engine, [4], 3, 2, session=session) == columns(engine, [4], 3, 2)  # a new prompt starts afresh
@@ -534,6 +534,13 @@ def flip(model):
     model.transformer.h[0].mlp.c_fc.weight.mul_(-1)
 
 
+def use(data):
+    def change(model):
+        model.lm_head.weight.data = data(model.lm_head.weight.data)
+
+    return change
+
+
 CHANGES = {
     "AdamW": optimize(slice(0, 1)),
     "Muon": optimize(slice(1, 2)),
@@ -541,31 +548,68 @@ CHANGES = {
     "load_state_dict, assign": lambda model: load(model, assign=True),
     "in place": torch.no_grad()(flip),
     "in inference mode": torch.inference_mode()(flip),
-    "through .data": lambda model: model.lm_head.weight.data.mul_(-1),
+    "other data": use(lambda data: -data),
+    "other data of the same storage": use(lambda data: data.as_strided(data.shape, data.stride(), data.numel())),
     "other precision": lambda model: model.bfloat16(),
+    "to another precision and back": lambda model: model.bfloat16().float(),
 }
 
 
+@pytest.fixture
+def laid_out(monkeypatch):
+    """A list that grows with each Decoder that is made."""
+    made, real = [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *args: (made.append(weakref.ref(self)), real(self, *args))[1])
+    return made
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_weights_are_used(tokenizer, change):
+def test_changed_weights_are_used(tokenizer, laid_out, change):
+    """Weights are laid out once, and again as soon as they have changed; those before are gone by then."""
     model = make("plain")
-    engine, session = Engine(model, tokenizer), CacheSession(model, 8)
-    before, logits = columns(engine, [1, 2], 8, 10), CacheSession(model).prefill([1, 2])
-    assert columns(engine, [1, 2], 8, 10, session=session) == before
+    use(lambda data: torch.stack((data, 2 * data))[0])(model)
+    engine = Engine(model, tokenizer)
+    before, logits = columns(engine, [1, 2], 8, 10), CacheSession(engine.decoder).prefill([1, 2])
+    assert columns(engine, [1, 2], 8, 10) == before
+    assert len(laid_out) == 1
     change(model)
     after = columns(engine, [1, 2], 8, 10)
-    assert not torch.equal(CacheSession(model).prefill([1, 2]), logits)  # rounding alone may change no sample
-    assert columns(engine, [1, 2], 8, 10, session=session) == after
-    assert columns(Engine(model, tokenizer), [1, 2], 8, 10) == after
+    assert [decoder() is not None for decoder in laid_out] == [False, True]
+    assert not torch.equal(CacheSession(engine.decoder).prefill([1, 2]), logits)  # rounding alone may change no sample
+    assert after == columns(Engine(model, tokenizer), [1, 2], 8, 10)
     if model.lm_head.weight.dtype == torch.float32:
         best = columns(engine, [1, 2], 1, 10, temperature=0)
         assert best == [[token] for token in model.generate([1, 2], len(best), temperature=0)]
 
 
+def test_tensors_of_inference_mode_have_no_versions_and_are_laid_out_each_time(tokenizer):
+    with torch.inference_mode():
+        model = make("plain")
+    engine = Engine(model, tokenizer)
+    before = CacheSession(engine.decoder).prefill([1, 2])
+    CHANGES["in inference mode"](model)
+    assert not torch.equal(CacheSession(engine.decoder).prefill([1, 2]), before)
+
+
+def test_the_version_of_weights_is_one_while_nothing_changes(model, tokenizer, laid_out):
+    """Reading, generating, training something else in part: nothing is laid out anew; a step of an optimizer may be."""
+    engine = Engine(model, tokenizer)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        with autocast(CPU, dtype):
+            columns(engine, [1, 2], 2, 3)
+            columns(engine, [1, 2], 2, 3)
+    assert len(laid_out) == 3  # once for each precision
+    model(torch.ones(1, 3, dtype=torch.long)).sum().backward()
+    model.zero_grad()
+    model.state_dict()
+    columns(engine, [1, 2], 2, 3)
+    assert len(laid_out) == 3
+
+
 def test_a_decoder_can_be_shared_by_sessions(model, engine):
     decoder = Decoder(model)
     for prompt in ([1, 2, 3], [4]):
-        session = CacheSession(model, 2, 9, decoder)
+        session = CacheSession(decoder, 2, 9)
         assert columns(engine, prompt, 2, 9, session=session) == columns(engine, prompt, 2, 9)
 
 
@@ -574,16 +618,6 @@ def test_two_engines_in_one_process(tokenizer):
     alone = [columns(engine, [1], 2, 12) for engine in (one, two)]
     together = list(zip(one.generate([1], 2, 12), two.generate([1], 2, 12), strict=True))
     assert [[a for (a, _), _ in together], [b for _, (b, _) in together]] == alone
-
-
-def test_fixed_weights_are_laid_out_once(tokenizer, monkeypatch):
-    model, made = make("plain"), []
-    before = columns(Engine(model, tokenizer), [1, 2], 2, 9)
-    real = Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", lambda self, *args: (made.append(self), real(self, *args))[1])
-    engine = Engine(model, tokenizer, fixed=True)
-    assert columns(engine, [1, 2], 2, 9) == columns(engine, [1, 2], 2, 9) == before
-    assert len(made) == 1
 
 
 def test_the_end_can_be_kept(tokenizer):

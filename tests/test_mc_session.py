@@ -16,6 +16,7 @@ from megacontext.telemetry import Telemetry
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
+from nanochat.decode import Decoder
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig
 from tests.helpers import make_model
@@ -124,7 +125,7 @@ def assert_in_budget(session):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_equal_plain_ones_until_the_budget_is_reached(model, rows, graph):
     session = session_of(model, no_wishes, rows, allocator_soft_max=200)
-    plain = CacheSession(model, rows, 64)
+    plain = CacheSession(Decoder(model), rows, 64)
     session.decoder.graph = graph
     same = torch.equal if rows == 1 and not graph else lambda a, b: torch.allclose(a, b, **CLOSE)
     assert same(session.prefill(ids(30)), plain.prefill(ids(30)))
@@ -182,7 +183,7 @@ def test_forced_tool_answers_equal_plain_ones(model, tokenizer, rows):
     call = [special("<|python_start|>"), *tokenizer.encode("12*3"), special("<|python_end|>")]
     at = dict(enumerate(call, start=2))
     mc = Forcing(session_of(model, no_wishes, rows, allocator_soft_max=200), None, at)
-    plain = Forcing(CacheSession(model, rows, 64), None, at)
+    plain = Forcing(CacheSession(Decoder(model), rows, 64), None, at)
     runs = [list(engine.generate(ids(9), rows, 40, 1.0, session=session)) for session in (mc, plain)]
     assert runs[0] == runs[1]
     assert any(not all(mask) for _, mask in runs[0])
@@ -341,7 +342,7 @@ def test_a_prompt_that_goes_on_equals_one_from_the_start(model):
     for turn in range(12):
         text = text[: rng.randint(0, len(text))] + ids(rng.randint(1, 30), turn)
         logits = session.prefill(text)
-        torch.testing.assert_close(logits, CacheSession(model).prefill(text), **CLOSE)
+        torch.testing.assert_close(logits, CacheSession(Decoder(model)).prefill(text), **CLOSE)
         for i in range(rng.randint(0, 9)):
             session.step(torch.tensor([i]))
             text.append(i)
