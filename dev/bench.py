@@ -1,19 +1,17 @@
 """
-Benchmarks; each prints a table and one JSON line. Compare figures of one run only: machines are noisy.
+Benchmarks. Each prints a table and one JSON line. Compare figures of the same run only: machines are noisy.
 
-    python dev/bench.py tokenizer [--vocab_size 8192]    # ours, Hugging Face's, the PyPI package rustbpe
+    python dev/bench.py tokenizer [--vocab_size 8192]    # training our tokenizer and Hugging Face's
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
     python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
-    python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and what it adds to them
+    python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and the whole step
 
-The text is the standard library's, so that no data is needed. PyPI's `rustbpe` has the name of our own trainer:
-it is measured when --other_python names an interpreter of an environment in which it is installed.
+The text is the source code of the standard library, so no data is needed.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,35 +46,33 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, decode, mc or mc-infer; also as the first word"""
+    """tokenizer, loader, train, decode, mc or mc-infer; can also be given as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
-    """times to measure; the best counts"""
-    other_python: str = ""
-    """tokenizer: interpreter that has PyPI's rustbpe"""
+    """repetitions, of which the fastest counts"""
     device_batch_size: int = 8
     """loader, train: B"""
     max_seq_len: int = 512
     """loader, train: T; mc-infer: entries of the working context"""
     total_batch_size: int = -1
-    """train: tokens a step; -1 for B × T"""
+    """train: tokens per step; -1 for B × T"""
     depth: int = 4
     """train, decode: layers"""
     steps: int = 10
-    """train: steps to measure, after 3 that warm up"""
+    """train: steps to measure, after 3 for warm-up"""
     prompt_tokens: int = 64
     """decode: length of the prompt"""
     new_tokens: int = 100
-    """decode, mc-infer: tokens a row to measure, after some that warm up"""
+    """decode, mc-infer: tokens per row to measure, after some for warm-up"""
     stream_tokens: int = 65536
     """mc-infer: tokens in the tree of the longer of two streams"""
     device_type: str = ""
     """train, decode: cuda, cpu or mps"""
     dtype: str = "auto"
-    """train, decode: auto, bf16, fp32, or both (for a comparison)"""
+    """train, decode: auto, bf16, fp32, or both for a comparison"""
     compile: str = "auto"
-    """train: auto, on or off; decode: the same of CUDA graphs"""
+    """train: compile the model, auto, on or off; decode: the same for CUDA graphs"""
 
 
 def texts() -> list[str]:
@@ -101,18 +97,6 @@ def show(title, rows: list[dict]):
     print(json.dumps({"benchmark": title, "rows": rows}))
 
 
-OTHER = """
-import sys, time, rustbpe
-documents = open(sys.argv[1], encoding="utf-8").read().split("\\0")
-best = 1e9
-for _ in range(int(sys.argv[3])):
-    started = time.perf_counter()
-    rustbpe.Tokenizer().train_from_iterator(iter(documents), int(sys.argv[2]))
-    best = min(best, time.perf_counter() - started)
-print(best)
-"""
-
-
 def bench_tokenizer(config):
     documents = texts()
     characters = sum(map(len, documents))
@@ -121,12 +105,6 @@ def bench_tokenizer(config):
         ("ours", best(config.repeat, lambda: RustBPETokenizer.train_from_iterator(iter(documents), v))),
         ("Hugging Face", best(1, lambda: HuggingFaceTokenizer.train_from_iterator(iter(documents), v))),
     ]
-    if config.other_python:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
-            file.write("\0".join(documents))
-            file.flush()
-            command = [config.other_python, "-c", OTHER, file.name, str(v), str(config.repeat)]
-            rows.append(("PyPI rustbpe", float(subprocess.run(command, check=True, capture_output=True).stdout)))
     ours = rows[0][1]
     show(
         f"tokenizer: {characters:,} characters to a vocabulary of {v:,}",
@@ -216,7 +194,7 @@ def bench_train(config):
     show(f"train: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", rows)
 
 
-# Bytes/s that the memory can deliver, by a part of the device name, first match wins. Sources: vendors' data sheets.
+# Peak memory bandwidth in bytes/s by a part of the device name, first match wins. Sources: vendors' data sheets.
 PEAK_BANDWIDTH = [
     ("GH200", 4.0e12),
     ("H200", 4.8e12),
@@ -238,7 +216,7 @@ PEAK_BANDWIDTH = [
 
 
 class ForwardSession:
-    """The model's own forward pass under autocast, with a KV cache: the plain way, to compare the Decoder with."""
+    """The model's own forward pass under autocast with a KV cache: the baseline for the Decoder."""
 
     def __init__(self, model, rows, max_tokens, dtype):
         self.model, self.rows, self.max_tokens, self.dtype = model, rows, max_tokens, dtype
@@ -259,7 +237,7 @@ class ForwardSession:
 
 @torch.inference_mode()
 def generate(make_session, prompt, steps) -> tuple[float, float]:
-    """Seconds to the first token and for each of `steps` later ones, with sampling and the ids brought to the host."""
+    """Seconds to the first token and per later one, over `steps` tokens, with sampling and the copy to the host."""
     times = [time.perf_counter()]
     session = make_session()
     logits = session.prefill(prompt)
@@ -269,7 +247,7 @@ def generate(make_session, prompt, steps) -> tuple[float, float]:
         ids.tolist()  # waits for the device
         times.append(time.perf_counter())
         logits = session.step(ids)
-    return times[1] - times[0], (times[-1] - times[2]) / steps  # for the second token, a CUDA graph is recorded
+    return times[1] - times[0], (times[-1] - times[2]) / steps  # the second token records a CUDA graph
 
 
 def bench_decode(config):
@@ -288,7 +266,7 @@ def bench_decode(config):
     rows = []
     for precision in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
         dtype = resolve_dtype(precision, device.type)
-        cached = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # numbers a token in the KV cache
+        cached = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # numbers per token in the KV cache
         for B in (1, 8, 32):
             read = model.num_params() - model.transformer.wte.weight.numel() + B * cached * (len(prompt) + steps / 2)
             ways = {

@@ -1,10 +1,10 @@
 """
-Tables of the vault that are made from the code, so that the two cannot drift apart:
+Generate the tables of the vault that describe the code, so that the two cannot differ:
 
     python -m dev.docs      # writes them into the pages of obsidian/
 
-A page says where: everything between <!-- dev.docs: NAME --> and <!-- /dev.docs --> is replaced. NAME is a key of
-TABLES. tests/test_docs.py holds that the pages are up to date.
+Everything between <!-- dev.docs: NAME --> and <!-- /dev.docs --> in a page is replaced; NAME is a key of TABLES.
+tests/test_docs.py checks that the pages are up to date.
 """
 
 import ast
@@ -25,7 +25,7 @@ BLOCK = re.compile(r"(<!-- dev\.docs: (\w+) -->\n).*?(<!-- /dev\.docs -->)", re.
 
 
 def option_helps(cls) -> dict[str, tuple[str, str]]:
-    """Field → (the comment that heads its group, its help string), as they stand in the source of a dataclass."""
+    """Field → (comment above its group, help string), read from the source of a dataclass."""
     source = inspect.getsource(cls)
     body = ast.parse(source).body[0].body
     helps = {}
@@ -43,7 +43,7 @@ def table(heads, rows) -> str:
 
 
 def flags() -> str:
-    """A table for each group of MCConfig's fields."""
+    """Tables of MCConfig's fields, one per group."""
     again = {field.name for field in fields(MCInference)}
     helps, groups = option_helps(MCConfig), {}
     for field in fields(MCConfig):
@@ -58,7 +58,7 @@ def flags() -> str:
 
 
 def spans() -> str:
-    """A table for each event."""
+    """Tables of the attributes of each event."""
     parts, known = [], {}
     for event, attributes in EVENTS.items():
         known |= {name: text for name, text in attributes.items() if text != "as above"}
@@ -68,7 +68,7 @@ def spans() -> str:
 
 
 def metrics() -> str:
-    """What is logged, with its name as a metric."""
+    """Table of the logged values with their names as metrics."""
     rows = []
     for key, text in METRICS.items():
         name, labels = metric_of(key.replace("{lod}", "0"))
@@ -77,7 +77,7 @@ def metrics() -> str:
 
 
 def event_metrics() -> str:
-    """What is made of spans."""
+    """Table of the metrics that are derived from events."""
     rows = []
     for name, (event, attribute, text) in EVENT_GAUGES.items():
         by = " by `lod`" if "{lod}" in attribute else ""
@@ -93,7 +93,7 @@ TABLES = {"flags": flags, "spans": spans, "metrics": metrics, "event_metrics": e
 
 
 def render(text) -> str:
-    """A page with its tables as they should be now."""
+    """The text of a page with its tables generated anew."""
     return BLOCK.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
 
 

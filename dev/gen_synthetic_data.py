@@ -1,10 +1,10 @@
 """
-Conversations that tell a model who it is, made from templates: $NANOCHAT_BASE_DIR/identity_conversations.jsonl.
+Write conversations that teach a model its identity, from templates: $NANOCHAT_BASE_DIR/identity_conversations.jsonl.
 
     python -m dev.gen_synthetic_data --num=1000 --name=nanochat
 
-One JSON array of {role, content} a line, the same for the same options. To give a model a character of its own,
-write any file of this form, by hand or with another model's help; midtraining and SFT take it as it is.
+One JSON array of {role, content} per line; equal options give equal conversations. To give a model a character of your
+own, write any file of this form by hand or with another model's help: midtraining and SFT read it as it is.
 """
 
 import json
@@ -84,11 +84,11 @@ OPENERS = ["", "", "", "Hi, ", "Hello, ", "Hey, ", "Hi {name}, ", "So, ", "Pleas
 @dataclass
 class Config:
     num: int = 1000
-    """conversations to write"""
+    """number of conversations"""
     seed: int = 42
-    """other seeds give other conversations"""
+    """random seed"""
     name: str = "nanochat"
-    """what the model calls itself"""
+    """name of the model"""
 
 
 def conversation(rng: random.Random, name: str) -> list[dict]:

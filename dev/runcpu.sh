@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # The CPU profile of run10.sh (also on its own: bash dev/runcpu.sh): a model of 5M parameters on the sources of
-# Python's standard library, small enough for two cores. It shows every step; do not expect wit.
+# Python's standard library, small enough for two cores. It shows every stage; the model itself knows little.
 if [ -z "${DESCRIPTION:-}" ]; then # started by itself, not through run10.sh
-    DESCRIPTION="Train a small chat model from text to report card on a CPU in about 20 minutes."
+    DESCRIPTION="Train a small chat model, from text to report, on a CPU in about 20 minutes."
     . "$(dirname "$0")/recipe.sh"
     recipe_options "$@"
 fi
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-cpu}" # apart from models of other sizes
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-cpu}" # separate from models of other sizes
 recipe_setup cpu
 DEPTH=4 BATCH=16 T=256 EVAL=131072 MID=()
-# Without bf16 instructions a CPU is half as fast: it trains less, in the same time
+# CPUs without bf16 instructions are half as fast, so they train fewer steps in the same time
 SLOW=0
 grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || SLOW=1
 STEPS=$((SLOW ? 450 : 900))
-if [ $MC = 1 ]; then # a step costs three times as much, and a longer context has more to compress
+if [ $MC = 1 ]; then # a step costs three times as much; a longer context gives more to compress
     DEPTH=3 BATCH=8 T=512 EVAL=32768 STEPS=$((SLOW ? 200 : 600))
     [ $SLOW = 0 ] || MID=(--num_iterations=60)
-    MC_OPTIONS=(--mc_num_random_variants=2 --mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is not what is short
+    MC_OPTIONS=(--mc_num_random_variants=2 --mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is plentiful
 fi
 report_reset
 stage python -m nanochat.dataset --source stdlib

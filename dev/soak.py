@@ -1,10 +1,11 @@
 """
-Many long chats with a MegaContext server at once: does any fail, does any see another's words, does memory grow?
+Load test of a chat server with MegaContext: many long chats at once. Does a request fail, does a chat see the text of
+another, does memory grow?
 
-    python dev/soak.py --url http://127.0.0.1:8000 --pid 4711        # of `python -m scripts.chat_web --mc`
+    python dev/soak.py --url http://127.0.0.1:8000 --pid 4711        # a running `python -m scripts.chat_web --mc`
 
-Each chat tells the server numbers of its own, turn after turn, begins anew after some turns, and asks the server at
-the end of each turn for the text that its session holds: it must be the chat's own. It talks to this machine only.
+Each chat sends numbers of its own, starts a new conversation after some turns, and after each turn asks the server for
+the text that its session holds, which must be its own. It connects to this machine only.
 """
 
 import json
@@ -32,17 +33,17 @@ HOSTS = ("127.0.0.1", "localhost", "::1")
 @dataclass
 class Config:
     url: str = "http://127.0.0.1:8000"
-    """of the server, on this machine"""
+    """address of the server, on this machine"""
     pid: int = 0
-    """process whose memory is watched; 0 for none"""
+    """process id of the server, to report its memory; 0 for no report"""
     chats: int = 20
-    """at once"""
+    """number of simultaneous chats"""
     minutes: float = 10.0
-    """until it stops by itself"""
+    """duration"""
     turns: int = 12
-    """of a conversation, before it begins anew"""
+    """turns of a conversation before the chat starts a new one"""
     max_tokens: int = 32
-    """of an answer"""
+    """tokens per answer, at most"""
 
 
 def words_of(chat, turn):
@@ -50,7 +51,7 @@ def words_of(chat, turn):
 
 
 def one_turn(client, config, key, messages):
-    """The answer to the messages, and the last focus event; what went wrong raises."""
+    """(answer to the messages, last focus event). Raises RuntimeError or httpx.HTTPError when the request fails."""
     body = {"messages": messages, "max_tokens": config.max_tokens, "conversation": key, "focus": True}
     answer, state = [], None
     with client.stream("POST", "/chat/completions", json=body) as response:
@@ -67,7 +68,7 @@ def one_turn(client, config, key, messages):
 
 
 def chat_until(end, number, config, counts, lock):
-    """Conversations of one chat, one after the other; counts what happened."""
+    """Hold conversations as one chat until the time `end`, and add what happened to counts."""
     pick = random.Random(number)
     with httpx.Client(base_url=config.url, timeout=300) as client:
         while time.monotonic() < end:
@@ -81,7 +82,7 @@ def chat_until(end, number, config, counts, lock):
                     seen["turns"] += 1
                     seen["over budget"] += state is not None and state["entries"] > state["budget"]
                     held = client.post("/focus/text", json={"conversation": key, "start": 0, "end": 60}).json()["text"]
-                    seen["looked at"] += held is not None  # None: its session had to make room for another
+                    seen["looked at"] += held is not None  # None: its session was evicted
                     seen["mixed up"] += held is not None and held[: len(first)] != first[: len(held)]
                 except (RuntimeError, httpx.HTTPError) as error:
                     seen["failed"] += 1
@@ -111,8 +112,10 @@ def main(config):
     for chat in done:
         chat.result()
     if counts["failed"] or counts["mixed up"] or counts["over budget"] or not counts["looked at"]:
-        raise UserError(f"not as it should be: {dict(counts)}")
-    print(f"{counts['turns']:,} turns, {counts['looked at']:,} of them looked at: none failed, none mixed up")
+        raise UserError(f"the test failed: {dict(counts)}")
+    print(
+        f"{counts['turns']:,} turns, {counts['looked at']:,} checked for text of other chats: none failed, none mixed up"
+    )
 
 
 if __name__ == "__main__":

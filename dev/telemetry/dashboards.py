@@ -20,12 +20,12 @@ from nanochat.common import UserError, atomic_write, fail
 FOLDER = Path(__file__).parent / "grafana"
 PROMETHEUS = {"type": "prometheus", "uid": "prometheus"}
 TEMPO = {"type": "tempo", "uid": "tempo"}
-COLUMNS, WIDE, HEIGHT = 24, 8, 8  # of Grafana's grid
+COLUMNS, WIDE, HEIGHT = 24, 8, 8  # in units of Grafana's grid
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves of some metrics over time. unit: Grafana's name of it. stacked: as shares of their sum."""
+    """Curves of metrics over time. unit: its name in Grafana. stacked: show shares of their sum."""
 
     title: str
     metrics: tuple
@@ -58,12 +58,12 @@ TRAINING = {
         Panel("MFU", ("train/mfu",), "percentunit"),
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Learning rate", ("train/lrm",), "percentunit"),
-        Panel("Seconds a step", ("train/dt",), "s"),
+        Panel("Seconds per step", ("train/dt",), "s"),
         Panel("Tokens trained on", ("total_training_tokens",)),
         Panel("FLOPs of training", ("total_training_flops",)),
     ],
     "MegaContext: losses": [
-        Panel("With working contexts, and with all tokens", ("mc/token_loss", "mc/base_loss")),
+        Panel("Loss with working contexts and with all tokens", ("mc/token_loss", "mc/base_loss")),
         Panel("By level of what stands before", ("mc/lod_loss/{lod}",)),
         Panel("Context gain", ("val/mc_context_gain",), "percentunit"),
         Panel("Bits per byte by context", ("val/mc_bpb", "val/mc_full_bpb", "val/mc_truncated_bpb")),
@@ -73,7 +73,7 @@ TRAINING = {
     ],
     "MegaContext: contexts and cost": [
         Panel("LOD mix", ("mc/lod_count/{lod}",), stacked=True),
-        Panel("Working contexts a batch", ("mc/variants_total",)),
+        Panel("Working contexts per batch", ("mc/variants_total",)),
         Panel("Controller", ("mc/time_controller_ms",), "ms"),
         Panel(
             "Where its time goes", ("mc.build_ms", "mc.positional_ms", "mc.lens_forward_ms", "mc.lens_loss_ms"), "ms"
@@ -140,7 +140,7 @@ CHAT = {
 
 
 def prometheus_name(metric: str) -> tuple[str, bool]:
-    """("mc_lod_count", True) for "mc/lod_count/{lod}": the name in Prometheus, and whether there is one a level."""
+    """("mc_lod_count", True) for "mc/lod_count/{lod}": (name in Prometheus, whether there is one per level)."""
     name, labels = metric_of(metric.replace("{lod}", "0"))
     by_level = "{lod}" in EVENT_GAUGES.get(metric, ("", "", ""))[1]
     return name.replace(".", "_"), bool(labels) or by_level
@@ -187,7 +187,7 @@ def _panel(panel, number, x, y):
 
 
 def dashboard(uid, title, sections, runs_of) -> dict:
-    """A Grafana dashboard. runs_of: the metric whose instances can be chosen from."""
+    """A Grafana dashboard. runs_of: the metric whose instances are offered as runs."""
     panels, y, number = [], 0, 1
     for section, parts in sections.items():
         place = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
@@ -222,15 +222,17 @@ def dashboards() -> dict[str, dict]:
 
 
 def main():
-    """Write the dashboards where Grafana's container reads them, and start the containers."""
+    """Write the dashboards to the folder that Grafana's container mounts, and start the containers."""
     for file_name, content in dashboards().items():
         with atomic_write(FOLDER / file_name, "w") as file:
             file.write(json.dumps(content, indent=1) + "\n")
     if shutil.which("docker") is None:
-        raise UserError(f"docker is not installed; the dashboards are in {FOLDER}, for import into a Grafana of yours")
+        raise UserError(
+            f"docker is not installed; the dashboards are in {FOLDER}: import them into a Grafana of your own"
+        )
     command = ["docker", "compose", "-f", str(FOLDER.parent / "compose.yaml"), "up", "--detach"]
     if status := subprocess.run(command).returncode:
-        raise UserError(f"{' '.join(command)} failed with status {status}: its message is above")
+        raise UserError(f"{' '.join(command)} failed with status {status}, see its message above")
     print("Grafana: http://localhost:3000. Runs report to it with MC_OTEL_ENDPOINT=http://localhost:4318")
 
 

@@ -1,10 +1,10 @@
 """
-A saved view of the W&B project with the panels of the training dashboard, over tokens instead of steps.
+Create a saved view of the W&B project with the panels of the training dashboard, over tokens instead of steps.
 
-    python -m dev.telemetry.wandb_workspace --entity=my-team          # writes it to W&B; prints its address
-    python -m dev.telemetry.wandb_workspace --dry_run                 # prints what it would write
+    python -m dev.telemetry.wandb_workspace --entity=my-team          # saves it in W&B and prints its address
+    python -m dev.telemetry.wandb_workspace --dry_run                 # prints the view
 
-Needs WANDB_API_KEY (or `wandb login`) and a project that has runs: python -m scripts.base_train --run=<name>.
+Needs WANDB_API_KEY (or `wandb login`) and a project with runs: python -m scripts.base_train --run=<name>.
 """
 
 import json
@@ -18,7 +18,7 @@ from megacontext.telemetry import METRICS
 from nanochat.common import UserError
 from nanochat.configurator import run
 
-LEVELS = 4  # of detail that there are curves for
+LEVELS = 4  # of detail to show curves for
 
 
 @dataclass
@@ -26,17 +26,17 @@ class Config:
     entity: str = ""
     """user or team that the project belongs to"""
     project: str = "nanochat"
-    """the training scripts log to this one"""
+    """W&B project; the training scripts log to nanochat"""
     name: str = "MegaContext"
-    """of the view"""
+    """name of the view"""
     x: str = "total_training_tokens"
-    """what runs are compared by: total_training_tokens, total_training_flops, total_training_time or step"""
+    """x axis: total_training_tokens, total_training_flops, total_training_time or step"""
     dry_run: bool = False
-    """print it instead"""
+    """print the view instead of saving it"""
 
 
 def workspace(config: Config) -> ws.Workspace:
-    """Raises UserError when the x axis is none of the totals."""
+    """The view. Raises UserError for an x axis that is not logged."""
     if config.x != "step" and not config.x.startswith("total_"):
         raise UserError(f"--x must be step, total_training_tokens, …_flops or …_time, got {config.x!r}")
     sections = []
