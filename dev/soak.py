@@ -113,9 +113,7 @@ def main(config):
         chat.result()
     if counts["failed"] or counts["mixed up"] or counts["over budget"] or not counts["looked at"]:
         raise UserError(f"the test failed: {dict(counts)}")
-    print(
-        f"{counts['turns']:,} turns, {counts['looked at']:,} checked for text of other chats: none failed, none mixed up"
-    )
+    print(f"{counts['turns']:,} turns, {counts['looked at']:,} checked for text of others: none failed, none mixed up")
 
 
 if __name__ == "__main__":
