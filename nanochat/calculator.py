@@ -1,15 +1,15 @@
 """
-The calculator that the model may call between <|python_start|> and <|python_end|>.
+The calculator that the model can call between <|python_start|> and <|python_end|>.
 
-Text written by a model is parsed, never evaluated: two shapes are known, all else gives None.
+Text written by a model is parsed, never evaluated. Two forms are accepted; everything else gives None.
 """
 
 import ast
 import operator
 import re
 
-MAX_CHARS = 256  # longer than any sum or word of the tasks; bounds the parser's work
-MAX_MAGNITUDE = 10**18  # of every number on the way; bounds the arithmetic's work
+MAX_CHARS = 256  # longer than any expression of the tasks; bounds the parser's work
+MAX_MAGNITUDE = 10**18  # of each intermediate result; bounds the work of the arithmetic
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -48,9 +48,9 @@ def _value(node):
 
 def calculate(expression: str) -> str | None:
     """
-    The result of `expression` as Python would print it, or None for anything that is not understood.
+    The result of `expression` as Python would print it, or None if it is not accepted.
 
-    Understood are + - * / // % with parentheses, signs, decimals and thousands commas ("1,200 * 3" → "3600"),
+    Accepted are + - * / // % with parentheses, signs, decimals and thousands commas ("1,200 * 3" → "3600"),
     and the count of a string in a string ("'berry'.count('r')" → "2"). Never raises.
     """
     if len(expression) > MAX_CHARS:
@@ -65,4 +65,4 @@ def calculate(expression: str) -> str | None:
     try:
         return repr(_value(ast.parse(expression, mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None  # not a sum, a division by zero, or too deep for the parser
+        return None  # no expression, a division by zero, or nested too deeply for the parser

@@ -1,16 +1,14 @@
 """
-Run Python that a model wrote, in a sandbox.
+Run Python code written by a model in a sandbox.
 
-Every program gets a fresh bubblewrap sandbox: namespaces of its own for users, processes, network, mounts and
-IPC, no capabilities, no /proc, a read-only view of the interpreter and the system's libraries, one writable
-folder of bounded size (/tmp, in memory, gone afterwards), an empty environment, a filter of system calls, and
-limits on memory, CPU, processes, open files, file size and output. Where bubblewrap cannot be had, nothing
-runs: SandboxUnavailable.
+Each program gets a new bubblewrap sandbox: its own namespaces for users, processes, network, mounts and IPC, no
+capabilities, no /proc, a read-only view of the interpreter and the system's libraries, one writable folder of
+bounded size (/tmp, in memory), an empty environment, a system-call filter, and limits on memory, CPU, processes,
+open files, file size and output. Without bubblewrap nothing runs: SandboxUnavailable.
 
-A process cannot vouch for itself: code that sets out to forge its own success can patch whatever judges it
-in the same interpreter. So tests are best given as `check`; they run in a second sandbox that the code cannot
-reach and talk to the function under test in plain data. Neither leaving early, nor an object that equals
-everything, nor a patched `assert` passes there.
+Code can manipulate anything in its own interpreter, including tests that judge it. Therefore give tests as `check`:
+they run in a second sandbox that the code cannot reach, and exchange only plain data with the function under test.
+Exiting early, an object that equals everything, or a patched `assert` do not pass there.
 
     execute_code("print(1 + 1)").stdout                                        # "2\\n"
     execute_code("def f(x): return x + 1", check="def check(f): assert f(1) == 2", entry_point="f").success
@@ -36,7 +34,7 @@ from pathlib import Path
 from nanochat.common import UserError
 from nanochat.seccomp import filter_program
 
-MAX_OUTPUT = 1 << 20  # bytes kept of each stream; the rest is read and dropped
+MAX_OUTPUT = 1 << 20  # bytes kept of each stream; the rest is discarded
 MAX_FILES = 8 << 20  # bytes in the private /tmp
 MAX_OPEN_FILES = 32
 MAX_PROCESSES = 8  # processes and threads together, the sandbox's own two included
@@ -50,7 +48,7 @@ class SandboxUnavailable(UserError):
 
 @dataclass
 class ExecutionResult:
-    """What became of a program. `success`: it ran to its end, and passed its check if one was given."""
+    """Result of a program. `success`: it ran to its end and passed its check, if there was one."""
 
     success: bool
     stdout: str
@@ -65,12 +63,12 @@ class ExecutionResult:
 
 
 def _python() -> str:
-    """The interpreter outside of any virtual environment."""
+    """The interpreter outside of a virtual environment."""
     return f"{os.path.realpath(sys.base_prefix)}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _bind(*paths: str) -> list[str]:
-    """Mounts of `paths`, read-only, where they exist. The folders above are made so that all may pass."""
+    """Mounts of `paths`, read-only, where they exist. Parent folders are made so that all may enter."""
     mounts = []
     for path in dict.fromkeys(path for path in paths if os.path.exists(path)):
         for folder in reversed(Path(path).parents[:-1]):
@@ -80,7 +78,7 @@ def _bind(*paths: str) -> list[str]:
 
 
 def _view() -> list[str]:
-    """Mounts that show the interpreter and the shared libraries, read-only, and nothing else."""
+    """Read-only mounts of the interpreter and the shared libraries."""
     prefix = os.path.realpath(sys.base_prefix)
     mounts = _bind("/usr/lib", "/usr/lib32", "/usr/lib64", f"{prefix}/lib", f"{prefix}/lib64", _python())
     for path in ["/lib", "/lib64"]:
@@ -96,19 +94,19 @@ def _command(bwrap: str) -> list[str]:
     inner += ["--size", str(MAX_FILES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     if os.geteuid() != 0:
         return inner
-    # The kernel does not bound the number of root's processes, so root becomes nobody first. An outer view
+    # The kernel does not limit the number of root's processes, so root becomes nobody first. An outer sandbox
     # keeps the interpreter in reach, which often lives in root's home.
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
     outer = [bwrap, "--die-with-parent", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     outer += [*_view(), *_bind(bwrap, setpriv)]
-    # Its end could not kill the processes of another user one by one, but ends their process namespace.
+    # Ending it ends the process namespace, and so the processes of the other user.
     outer += ["--unshare-pid", "--proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", "/tmp"]
     return [*outer, "--", setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", *inner]
 
 
 @functools.cache
 def find_sandbox() -> list[str]:
-    """The command that starts a program in the sandbox, tried once. Raises SandboxUnavailable."""
+    """The command that starts a program in the sandbox, after one trial. Raises SandboxUnavailable."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxUnavailable(
@@ -132,7 +130,7 @@ def find_sandbox() -> list[str]:
 
 
 class _Program:
-    """A started sandbox and what it has said so far. Leaving the `with` block kills what is left of it."""
+    """A running sandbox and its output so far. Leaving the `with` block kills it."""
 
     def __init__(self, command, role, code, timeout, memory_bytes, peer=None, entry_point=None):
         self.token = secrets.token_hex(16)
@@ -162,7 +160,7 @@ class _Program:
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={},  # bubblewrap's own environment would be readable inside, so it has none either
+                env={},  # bubblewrap's own environment would be readable inside, so it is empty too
                 pass_fds=inherited,
                 start_new_session=True,
             )
@@ -184,14 +182,14 @@ class _Program:
             file.close()
 
     def kill(self):
-        if self.process.poll() is None:  # not yet reaped, so the group is surely still ours
-            os.killpg(self.process.pid, signal.SIGKILL)  # its process namespace dies with it
+        if self.process.poll() is None:  # not reaped yet, so the group id is still ours
+            os.killpg(self.process.pid, signal.SIGKILL)  # this ends its process namespace
 
     def text(self, name) -> str:
         return bytes(self.said[name]).decode("utf-8", errors="replace")
 
     def outcome(self) -> dict | None:
-        """What the child reported at its end; None when it never got there."""
+        """What the child reported at its end; None if it did not reach it."""
         try:
             outcome = json.loads(self.said["status"])
         except ValueError:
@@ -202,7 +200,7 @@ class _Program:
 
 
 def _sealed_file(data: bytes) -> int:
-    """A descriptor of an unnamed file in memory that nobody can change any more."""
+    """A descriptor of an unnamed, sealed file in memory."""
     fd = os.memfd_create("job", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "wb", closefd=False) as file:
         file.write(data)
@@ -212,7 +210,7 @@ def _sealed_file(data: bytes) -> int:
 
 
 def _collect(programs, decisive, deadline) -> bool:
-    """Read all streams until `decisive` closes its own, then kill and drain the rest. True on a timeout."""
+    """Read all streams until `decisive` closes its own, then kill and drain the rest. Returns whether time ran out."""
     with selectors.DefaultSelector() as selector:
         waiting = set()
         for program in programs:
@@ -248,11 +246,11 @@ def execute_code(
     entry_point: str | None = None,
 ) -> ExecutionResult:
     """
-    Run `code` in a fresh sandbox for at most `timeout` seconds, with `memory_bytes` of memory a process.
+    Run `code` in a fresh sandbox for at most `timeout` seconds, with `memory_bytes` of memory per process.
 
-    Success means that it ran to its very end: sys.exit(0) and os._exit(0) on the way are failures. With
+    Success means that it ran to its end: sys.exit(0) and os._exit(0) before it are failures. With
     `check` (source that defines check(candidate)) and `entry_point` (the function of `code` to test), the
-    check runs in a sandbox of its own, on data only, and decides; see the head of this file.
+    check runs in its own sandbox and decides; see the head of this file.
 
     Raises SandboxUnavailable where programs cannot be isolated.
     """
@@ -266,7 +264,7 @@ def execute_code(
     else:
         ours, theirs = socket.socketpair()
         with ours, theirs, start("candidate", code, peer=theirs, entry_point=entry_point) as program:
-            theirs.close()  # each end lives in one sandbox only, so that the other hears of its death
+            theirs.close()  # each end is open in one sandbox only, so that the other notices its end
             with start("check", check, peer=ours) as judge:
                 ours.close()
                 late = _collect([program, judge], judge, deadline)

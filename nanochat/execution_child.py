@@ -1,11 +1,11 @@
 """
-What runs inside the sandbox of execution.py, as `python -I -S -c <this text>`: standard library only.
+The program inside the sandbox of execution.py, run as `python -I -S -c <this text>`: standard library only.
 
-One JSON job comes on standard input. Its role is one of
+It reads one JSON job from standard input. The job's role is one of
     program    run the code; report whether it reached its end
-    candidate  run the code, then answer calls of its function until the other side hangs up
+    candidate  run the code, then answer calls of its function until the other side closes the connection
     check      run the code, whose check(candidate) calls the function of a candidate in another sandbox
-Calls and replies are lines of plain Python literals over a socket, so that nothing but data crosses.
+Calls and replies are lines of Python literals over a socket, so that only data is exchanged.
 """
 
 import ast
@@ -50,16 +50,16 @@ def serve(function, peer):
     for line in peer:
         try:
             reply = "ok " + to_literal(function(*ast.literal_eval(line)))
-        except BaseException as error:  # also SystemExit: whatever the code did, the caller hears of it
+        except BaseException as error:  # also SystemExit: the caller is told of whatever happened
             reply = "error " + describe(error).replace("\n", " ")
         with contextlib.suppress(OSError, ValueError):  # closed ones
-            sys.__stdout__.flush()  # before the reply: once the check has its answers, this process is ended
+            sys.__stdout__.flush()  # before the reply, because this process is ended once the check has its answers
         peer.write(reply + "\n")
         peer.flush()
 
 
 def remote_function(peer):
-    """A function that sends its arguments to serve() at the other end and returns the result."""
+    """A function that sends its arguments to serve() in the other sandbox and returns the result."""
 
     def candidate(*args):
         peer.write(to_literal(args) + "\n")
@@ -110,9 +110,9 @@ def main():
         if job["role"] == "program":
             with contextlib.suppress(OSError, ValueError):  # it may have closed its stderr
                 traceback.print_exc(limit=-3)
-    if os.getpid() == own_pid:  # not a child that the code forked and that came to the end as well
+    if os.getpid() == own_pid:  # not in a child that the code forked and that also reached the end
         os.write(job["status"], json.dumps(outcome).encode())
-    os._exit(0)  # no exit handler of the code runs after the report
+    os._exit(0)  # so that no exit handler of the code runs after the report
 
 
 main()

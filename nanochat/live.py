@@ -1,10 +1,10 @@
 """
-A dashboard of the training logs as one web page, for when there is neither W&B nor Grafana:
+A web page with the curves of all training logs, without W&B or Grafana:
 
-    python -m nanochat.report live                       # and open the address that it prints; Ctrl-C ends it
-    python -m nanochat.report live --output=runs.html    # the page as it is now, to keep or send
+    python -m nanochat.report live                       # then open the address that it prints; Ctrl-C ends it
+    python -m nanochat.report live --output=runs.html    # write the page with its data to a file
 
-Every number of $NANOCHAT_BASE_DIR/logs/*.jsonl is drawn. The page asks again every few seconds while training goes on.
+It draws every number in $NANOCHAT_BASE_DIR/logs/*.jsonl and updates itself every few seconds.
 """
 
 import json
@@ -19,14 +19,14 @@ from nanochat.plots import STAGE_TITLES, read_log
 
 PAGE = Path(__file__).with_name("live.html")
 PLACE = '<script type="application/json" id="data"></script>'
-POINTS = 500  # of a curve: what a screen can show
+POINTS = 500  # per curve, as many as a screen can show
 
 
 def thinned(records, points=POINTS) -> dict[str, list]:
     """
-    Records as columns of equal length, at most `points`: key → values, None where there are none.
+    Records as columns of at most `points` values: key → values, None where there is none.
 
-    Neighbours are put together: the position (step, total_…) of the last one, the mean of everything else.
+    Neighbouring records are merged: the last position (step, total_…), the mean of everything else.
     """
     size = math.ceil(len(records) / points) or 1
     parts = [records[i : i + size] for i in range(0, len(records), size)]
@@ -44,7 +44,7 @@ def thinned(records, points=POINTS) -> dict[str, list]:
 
 
 class Logs:
-    """The logs of a folder; what has not changed is not read again."""
+    """The logs in a folder. Files that have not changed are not read again."""
 
     def __init__(self, folder):
         self.folder, self.known = Path(folder), {}
@@ -66,13 +66,13 @@ class Logs:
         run = {"name": path.stem, "stage": STAGE_TITLES.get(stage, stage), "changed": changed}
         try:
             return {**run, "columns": thinned(read_log(path))}
-        except UserError as error:  # of one run, which must not hide the others
+        except UserError as error:  # in the log of one run, which must not hide the others
             return {**run, "error": str(error)}
 
 
 def static_page(logs: Logs) -> str:
-    """The page with its data inside: a file that needs nothing else."""
-    data = re.sub("<", r"\\u003c", json.dumps(logs.runs()))  # else a run's name could end the element
+    """The page with its data inside, as one self-contained file."""
+    data = re.sub("<", r"\\u003c", json.dumps(logs.runs()))  # otherwise the name of a run could end the element
     page = PAGE.read_text("utf-8")
     assert page.count(PLACE) == 1
     return page.replace(PLACE, PLACE.replace("></", f">{data}</"))
@@ -112,7 +112,7 @@ class LiveServer(ThreadingHTTPServer):
 
 
 def show(host, port, output):
-    """What `python -m nanochat.report live` does: serve until interrupted, or write a file and return."""
+    """Run `python -m nanochat.report live`: serve until interrupted, or write a file and return."""
     logs = Logs(get_base_dir() / "logs")
     if output:
         with atomic_write(output, "w") as file:
@@ -120,7 +120,7 @@ def show(host, port, output):
         print(f"{len(logs.runs())} runs written to {output}")
         return
     with LiveServer(host, port, logs) as server:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started without it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it otherwise
         print(f"{logs.folder} is shown at http://{host}:{server.server_port}/ (Ctrl-C ends)", flush=True)
         try:
             server.serve_forever()

@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that does not depend on the vocabulary, so that tokenizers can be compared."""
+"""Bits per byte: a loss that is comparable between tokenizers, because it does not depend on the vocabulary."""
 
 import math
 
@@ -10,10 +10,10 @@ from nanochat.common import sum_dtype, sum_over_ranks
 @torch.no_grad()
 def evaluate_bpb(model, batches, steps, token_bytes) -> float:
     """
-    Bits per byte of the next `steps` batches: the loss of the targets over the bytes they stand for, over all ranks.
+    Bits per byte of the next `steps` batches on all ranks: the loss of the targets divided by their length in bytes.
 
     batches: iterator of (x, y), each [B, T]. token_bytes [V]: bytes of each token. Targets of 0 bytes
-    (special tokens) and ignored ones (−1) count in neither sum. Infinity when no target has bytes.
+    (special tokens) and ignored ones (−1) are not counted. Infinity if no target has bytes.
     """
     exact = sum_dtype(token_bytes.device)
     nats = torch.zeros((), dtype=exact, device=token_bytes.device)

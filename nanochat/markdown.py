@@ -1,8 +1,8 @@
 """
-Markdown, as models write it, to HTML that is safe to put into a page.
+Convert Markdown written by models to HTML that is safe to insert into a page.
 
-Three locks, each enough alone: raw HTML is text to the parser, only http, https and mailto become links, and the
-result passes a sanitizer with a short list of tags. Nothing is loaded from elsewhere: images become links.
+Three independent protections: the parser treats raw HTML as text, only http, https and mailto URLs become links, and
+the result passes a sanitizer with a short list of tags. Nothing is loaded from other sites: images become links.
 """
 
 import re
@@ -14,18 +14,18 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
-# A text with more of these than people write is shown as it is: the parser's time grows with their square.
+# A text with more of these is shown as plain text: the parser's time grows with the square of their number.
 MAX_CHARS = 40_000
 MAX_BRACKETS = 3000
 MAX_LINES = 4000
-MAX_NESTING = 20  # of quotes and lists
+MAX_NESTING = 20  # nesting depth of quotes and lists
 
-# Those that are coloured. Each is one more set of regular expressions to run on a stranger's text.
+# Languages that are highlighted: few, because each one runs its regular expressions on untrusted text.
 LANGUAGES = """
     bash c c++ console cpp css diff go haskell html ini java javascript js json julia kotlin latex lua makefile
     php pycon py python r ruby rust sh shell sql swift toml ts typescript xml yaml
 """
-MAX_CODE = 10_000  # characters of one block that are coloured
+MAX_CODE = 10_000  # longest block that is highlighted, in characters
 
 ATTRIBUTES = {
     "a": {"href", "title", "target"},
@@ -60,7 +60,7 @@ def _image(self, tokens, index, options, env):
 
 
 def _cell(self, tokens, index, options, env):
-    """Alignment as an attribute: the page's policy forbids style attributes."""
+    """Alignment as an attribute, because the page's policy forbids style attributes."""
     token = tokens[index]
     style = token.attrs.pop("style", "")
     if style:
@@ -84,13 +84,13 @@ def _only_our_classes(tag, attribute, value):
 
 
 def render_markdown(text: str) -> str:
-    """Sanitized HTML of a Markdown text. The time is bounded by its length, whatever it contains."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can hold halves of characters
+    """Sanitized HTML of a Markdown text, in time bounded by the length of the text."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can contain lone surrogates
     plain = f"<pre>{escapeHtml(text)}</pre>\n"
     if len(text) > MAX_CHARS or text.count("[") > MAX_BRACKETS or text.count("\n") > MAX_LINES:
         return plain
     tokens = PARSER.parse(text)
-    if any(token.level >= MAX_NESTING - 1 for token in tokens):  # what is deeper was left out by the parser
+    if any(token.level >= MAX_NESTING - 1 for token in tokens):  # deeper nesting was left out by the parser
         return plain
     return nh3.clean(
         PARSER.renderer.render(tokens, PARSER.options, {}),

@@ -1,4 +1,4 @@
-"""Plots of training logs for the report: loss, validation, throughput. Drawn without a display."""
+"""Plots of training logs for the report: loss, validation, throughput. Needs no display."""
 
 import io
 import json
@@ -23,9 +23,9 @@ STAGE_TITLES = {
 
 def read_log(path) -> list[dict]:
     """
-    The records of a JSONL training log by step, each step's lines merged; of two values the later one counts.
+    The records of a JSONL training log, one per step; where lines of a step have the same key, the last one counts.
 
-    A last line cut short by a kill is passed over. Raises UserError naming any other line that is no record.
+    A last line cut short by a kill is ignored. Raises UserError for any other line that is not a record.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
@@ -53,7 +53,7 @@ def series(records, key):
 
 
 def smoothed(values, span):
-    """Exponential moving average over about `span` values, without the usual pull toward the start value."""
+    """Exponential moving average over about `span` values, corrected for its bias toward the first value."""
     decay = 1 - 1 / max(1.0, span)
     out, total, weight = np.empty(len(values)), 0.0, 0.0
     for i, value in enumerate(values):
@@ -63,7 +63,7 @@ def smoothed(values, span):
 
 
 def _focus(axes, values):
-    """Limit the y axis to where the curve spends its time: the first steps would dwarf all that follows."""
+    """Limit the y axis to the values after the first steps, which are much larger than the rest."""
     low, high = values.min(), values[len(values) // 50 :].max()
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
@@ -71,7 +71,7 @@ def _focus(axes, values):
 
 def _loss(axes, steps, values):
     trend = smoothed(values, span=len(values) / 100)
-    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8, label="as logged")
+    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8, label="logged")
     axes.plot(steps, trend, color=BLUE, linewidth=2, label=f"moving average, last {trend[-1]:.3f}")
     _focus(axes, values)
     axes.set(title="Training loss", ylabel="nats per token")
@@ -83,7 +83,7 @@ def _bpb(axes, steps, values, yardsticks):
     axes.plot(steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=label)
     for (name, value), style in zip(yardsticks.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=GREY, linewidth=1.4, linestyle=style, label=f"{name}: {value:.3f}")
-    _focus(axes, np.array([*values, *yardsticks.values()]))  # the yardsticks are always in sight
+    _focus(axes, np.array([*values, *yardsticks.values()]))  # the compressors' lines are always visible
     axes.set(title="Validation", ylabel="bits per byte")
     axes.legend(loc="upper right")
 
@@ -121,9 +121,9 @@ def _throughput(axes, steps, values):
 
 def plot_log(records, title, yardsticks=None) -> bytes | None:
     """
-    One PNG of a training log: loss or reward, validation, tokens per second, as far as they were logged.
+    A PNG of a training log: loss or reward, validation, tokens per second, whichever were logged.
 
-    yardsticks: name → bits per byte, drawn as lines across the validation panel. None if there is no curve.
+    yardsticks: name → bits per byte, drawn as lines in the validation panel. Returns None if there is no curve.
     """
     panels = [
         ("train/loss", _loss),
@@ -168,7 +168,7 @@ def png(figure) -> bytes:
 
 def plot_logs(folder, yardsticks=None) -> list[tuple[str, str, str, bytes]]:
     """
-    (stage, title, file name, PNG) for every log <stage>_<tag>.jsonl in a folder that has a curve to show.
+    (stage, title, file name, PNG) for each log <stage>_<tag>.jsonl in a folder that has a curve.
 
     yardsticks: stage → (name → bits per byte). Raises UserError on a damaged log.
     """

@@ -1,12 +1,12 @@
 """
-The report card of a run: every stage logs a section; at the end they become one document with plots.
+The report of a run: each stage writes a section; at the end they are joined into one document with plots.
 
-    python -m nanochat.report reset       forget the last run's sections, describe this machine
-    python -m nanochat.report generate    write report.md, there and in the working directory
-    python -m nanochat.report live        show the training logs in the browser, also while training goes on
+    python -m nanochat.report reset       delete the sections of the last run and describe this machine
+    python -m nanochat.report generate    write report.md to the report folder and to the working directory
+    python -m nanochat.report live        show the training logs in the browser, also during training
 
-$NANOCHAT_BASE_DIR/report holds <section>.md for people and <section>.json with the same figures for the
-final table. Plots come from the training logs, $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl.
+$NANOCHAT_BASE_DIR/report has <section>.md, and <section>.json with the same figures for the final table. Plots are
+drawn from the training logs, $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info
 from nanochat.configurator import run
 from nanochat.report_header import header_info
 
-STAGES = [  # sections in the order of the pipeline; any others follow in alphabetical order
+STAGES = [  # sections in the order of the pipeline; all others follow in alphabetical order
     "tokenizer-training",
     "tokenizer-evaluation",
     "base-model-training",
@@ -44,7 +44,7 @@ STAGES = [  # sections in the order of the pipeline; any others follow in alphab
     "megacontext-evaluation-rl",
 ]
 PLOTTED_IN = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft", "rl": "chat-rl"}
-COLUMNS = {  # of the final table: title → the section that has the figures
+COLUMNS = {  # of the final table: title → section with the figures
     "BASE": "base-model-evaluation",
     "MID": "chat-evaluation-mid",
     "SFT": "chat-evaluation-sft",
@@ -61,8 +61,8 @@ ROWS = {  # of the final table: title → key among the figures
     "SpellingBee": "SpellingBee",
     "ChatCORE": "ChatCORE",
 }
-IF_THERE = {"Arithmetic", "SpellingBee"}  # rows for models that were evaluated on them
-# report.md lies in two places, so the plots lie in a folder of this name beside each of them
+IF_THERE = {"Arithmetic", "SpellingBee"}  # rows that are left out if no model was evaluated on them
+# report.md is written to two folders; each has its plots in a subfolder of this name
 PLOT_FOLDER = "report"
 
 
@@ -71,7 +71,7 @@ def slugify(text: str) -> str:
 
 
 def format_value(value) -> str:
-    """A figure as people like to read it: 1,234 and 0.1235, but 0.004, 3.917e+19 and 1e-10."""
+    """A figure in readable form: 1,234 and 0.1235, but 0.004, 3.917e+19 and 1e-10."""
     if hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     if value is None:
@@ -84,7 +84,7 @@ def format_value(value) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """3h51m; below an hour 12m05s."""
+    """Like 3h51m, or 12m05s below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
@@ -96,7 +96,7 @@ def format_facts(facts: dict) -> str:
 
 def compression_yardstick(text: bytes) -> dict[str, float]:
     """
-    Bits per byte of general-purpose compressors on `text` as one stream: what a language model should beat.
+    Bits per byte of general-purpose compressors on `text` as one stream: a baseline for language models.
 
     Raises ValueError on empty text.
     """
@@ -113,16 +113,16 @@ def _json_default(value):
 
 
 class Report:
-    """The sections of one run, as files in a folder."""
+    """The sections of one run, stored as files in a folder."""
 
     def __init__(self, folder=None):
         self.folder = Path(folder or get_base_dir() / "report")
 
     def log(self, section: str, data: list, plots: dict | None = None) -> Path:
         """
-        Write a section, in place of an older one of that name; returns the path of its Markdown.
+        Write a section, replacing an older one of that name; returns the path of its Markdown file.
 
-        data: dicts become lists of figures, also in the JSON file; strings are Markdown; None is skipped.
+        data: dicts become lists of figures and are saved in the JSON file too; strings are Markdown; None is skipped.
         plots: title → PNG, shown at the end of the section.
         """
         figures, parts = {}, []
@@ -142,7 +142,7 @@ class Report:
         return self._write(slugify(section), section, text, figures)
 
     def reset(self) -> Path:
-        """Remove all sections and plots, and write the header; the wall clock starts here."""
+        """Delete all sections and plots and write the header; the total wall clock time counts from here."""
         for pattern in ("*.md", "*.json", f"{PLOT_FOLDER}/*.png"):
             for path in self.folder.glob(pattern):
                 path.unlink()
@@ -162,7 +162,7 @@ class Report:
         return path
 
     def figures(self, slug: str) -> dict | None:
-        """{"section", "time" (seconds since the epoch), "data"} of a section; None if there is none."""
+        """{"section", "time" (seconds since the epoch), "data"} of a section; None if it does not exist."""
         path = self.folder / f"{slug}.json"
         if not path.is_file():
             return None
@@ -172,13 +172,13 @@ class Report:
             raise UserError(f"{path} is not valid JSON ({error}): run that stage's script again") from error
 
     def slugs(self) -> list[str]:
-        """The sections there are, in the order of the report."""
+        """Names of the existing sections, in the order of the report."""
         found = {path.stem for path in self.folder.glob("*.md")} - {"header", "report"}
         return [slug for slug in STAGES if slug in found] + sorted(found - set(STAGES))
 
     def generate(self, copy_to=None) -> Path:
         """
-        Put the sections, plots, final table and wall clock together as report.md; returns its path.
+        Write report.md from the sections, plots, final table and wall clock time; returns its path.
 
         A copy with its plots goes to the folder copy_to (default: the working directory).
         Raises UserError when no stage has logged anything, or a training log is damaged.
@@ -211,8 +211,8 @@ class Report:
         return (self.folder / f"{slug}.md").read_text(encoding="utf-8")
 
     def _plots(self):
-        """(stage, title, file name, PNG bytes) of every training log that has something to show."""
-        from nanochat.plots import plot_logs  # here, so that training scripts do not load matplotlib
+        """(stage, title, file name, PNG bytes) of each training log that has a curve."""
+        from nanochat.plots import plot_logs  # imported here, so that training scripts do not load matplotlib
 
         loss = self.figures("base-model-loss") or {"data": {}}
         yardsticks = {
@@ -251,7 +251,7 @@ def _image(title, name, png):
 
 
 class NoReport:
-    """What processes other than the first hold: the same methods, doing nothing."""
+    """Stands in for Report on all processes but the first: its methods do nothing."""
 
     def log(self, section, data, plots=None):
         pass
@@ -264,28 +264,28 @@ class NoReport:
 
 
 def get_report():
-    """The report of the current run: on the first process a Report, on others one that writes nothing."""
+    """The report of the current run: a Report on the first process, a NoReport on the others."""
     return Report() if get_dist_info()[1] == 0 else NoReport()
 
 
 @dataclass
 class Config:
     command: tyro.conf.Positional[Literal["reset", "generate", "live"]] = "generate"
-    """reset: begin a new report; generate: write report.md; live: show the training logs in the browser"""
+    """reset: start a new report; generate: write report.md; live: show the training logs in the browser"""
     port: int = 8080
-    """live: to listen on; 0 for any free one"""
+    """live: port to listen on; 0 for any free one"""
     host: str = "127.0.0.1"
-    """live: address to listen on; 0.0.0.0 for all who reach this machine"""
+    """live: address to listen on; 0.0.0.0 accepts connections from other machines"""
     output: str = ""
     """live: write the page to this file instead"""
 
 
 def main(config):
-    from nanochat import live  # here, so that training scripts do not load matplotlib
+    from nanochat import live  # imported here, so that training scripts do not load matplotlib
 
     report = Report()
     if config.command == "reset":
-        print(f"began a new report: {report.reset()}")
+        print(f"started a new report: {report.reset()}")
     elif config.command == "live":
         live.show(config.host, config.port, config.output)
     else:

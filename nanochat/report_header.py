@@ -1,4 +1,4 @@
-"""What a report says before any stage has run: the code, the machine, its price, the project's size."""
+"""The head of a report: code version, machine, estimated price, size of the project."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCE_SUFFIXES = {".py", ".rs", ".html", ".toml", ".sh", ".md"}
 
-# US dollars an hour for one GPU by a part of its name, first match wins. Typical on-demand prices, late 2025.
+# US dollars per hour for one GPU by a part of its name, first match wins. Typical on-demand prices, late 2025.
 GPU_PRICES = [
     ("B200", 5.00),
     ("H200", 3.50),
@@ -30,7 +30,7 @@ GPU_PRICES = [
 
 
 def _git(*arguments, folder=PROJECT) -> str | None:
-    """Output of a git command in the project; None when there is no git, repository or commit to ask."""
+    """Output of a git command in the project; None without git, repository or commit."""
     try:
         result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -41,7 +41,7 @@ def _git(*arguments, folder=PROJECT) -> str | None:
 def git_info() -> dict:
     commit = _git("rev-parse", "--short", "HEAD")
     if commit is None:
-        return {"Git": "no commit to name"}
+        return {"Git": "no commit"}
     return {
         "Branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
         "Commit": f"{commit} ({'with' if _git('status', '--porcelain') else 'no'} uncommitted changes)",
@@ -65,7 +65,7 @@ def gpus() -> list[tuple[str, float]]:
 
 
 def price_per_hour(names) -> float | None:
-    """Estimate in US dollars for these GPUs together; None when there are none or one is not in the table."""
+    """Estimate in US dollars for these GPUs together; None if there are none or one is not in the table."""
     prices = [next((price for part, price in GPU_PRICES if part in name), None) for name in names]
     return None if not prices or None in prices else sum(prices)
 
@@ -80,7 +80,7 @@ def hardware_info() -> dict:
         "CPU": f"{_cpu_model()} ({cores or 'unknown number of'} cores, {threads} threads)",
         "Memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "GPUs": ", ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "none",
-        "Cost estimate": f"${price:.2f} an hour" if price else "no price known for this machine",
+        "Cost estimate": f"${price:.2f} per hour" if price else "unknown for this machine",
     }
 
 
@@ -93,7 +93,7 @@ def software_info() -> dict:
 
 
 def size_info(folder=PROJECT) -> dict:
-    """Characters, lines and files of the sources under version control, and the packages they stand on."""
+    """Characters, lines and files of the sources under version control, and the number of packages they depend on."""
     listed = (_git("ls-files", "-z", folder=folder) or "").split("\0")
     paths = [folder / name for name in listed if Path(name).suffix in SOURCE_SUFFIXES]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]

@@ -1,4 +1,4 @@
-"""Text that a base model writes, for people to look at."""
+"""Sample texts of a base model, to be read by people."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ PROMPTS = [
 
 
 def prompts() -> list[str]:
-    """General knowledge for web text; for text of another kind, how some of its validation documents begin."""
+    """Prompts about general knowledge for web text; for other sources the beginnings of validation documents."""
     record = get_data_dir() / "source.json"
     if not record.exists() or json.loads(record.read_text("utf-8"))["source"] == "hub":
         return PROMPTS
@@ -27,9 +27,9 @@ def prompts() -> list[str]:
 
 def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2, make_session=None) -> list[str]:
     """
-    Continuations of the prompts at temperature 0.7, then a few texts sampled from nothing at temperature 1.
+    Continuations of the prompts at temperature 0.7, then a few texts without a prompt at temperature 1.
 
-    make_session(rows): what each text attends to; None for the plain context.
+    make_session(rows): the session for generating `rows` texts; None for the plain context.
     """
     make_session = make_session or (lambda rows: None)
     bos = tokenizer.get_bos_token_id()

@@ -1,8 +1,8 @@
 """
-A system-call filter for the sandbox of execution.py: what no program under test needs is refused (EPERM).
+A system-call filter for the sandbox of execution.py: it refuses (EPERM) calls that programs under test do not need.
 
-The calls are those that hold memory outside the limits of the process (System V IPC, memfd) or have often been
-the way out of a sandbox (new namespaces, io_uring, bpf, keyrings, tracing).
+These are calls that hold memory outside the limits of the process (System V IPC, memfd) and calls that have often been
+used to escape from sandboxes (new namespaces, io_uring, bpf, keyrings, tracing).
 """
 
 import platform
@@ -41,8 +41,8 @@ def filter_program() -> bytes | None:
         return None
     arch, numbers = REFUSED[platform.machine()]
     refused = sorted(numbers.values())
-    to_refuse = len(refused) + 1  # instructions between the check of the first number and the last line
-    program = [(LOAD, 0, 0, 4), (IF_EQUAL, 0, to_refuse + 2, arch)]  # another ABI's numbers mean other calls
+    to_refuse = len(refused) + 1  # instructions between the first comparison and the last line
+    program = [(LOAD, 0, 0, 4), (IF_EQUAL, 0, to_refuse + 2, arch)]  # the same numbers mean other calls in another ABI
     program += [(LOAD, 0, 0, 0), (IF_AT_LEAST, to_refuse, 0, OTHER_ABI)]
     program += [(IF_EQUAL, to_refuse - 1 - i, 0, number) for i, number in enumerate(refused)]
     program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]

@@ -1,9 +1,9 @@
-"""From generated ids to text as it can be shown: whole characters, tool calls and their answers told apart."""
+"""Convert generated token ids to displayable text: whole characters, with tool calls and their results separated."""
 
 import codecs
 from itertools import groupby
 
-PARTS = {  # a token that begins a part → (the part's type, as in a conversation; the token that ends it)
+PARTS = {  # token that begins a part → (type of the part, token that ends it)
     "<|python_start|>": ("python", "<|python_end|>"),
     "<|output_start|>": ("python_output", "<|output_end|>"),
 }
@@ -11,11 +11,11 @@ PARTS = {  # a token that begins a part → (the part's type, as in a conversati
 
 class Parts:
     """
-    Turns the ids of an assistant's turn into (type, text) pieces, one id at a time.
+    Converts the ids of an assistant's turn to (type, text) pieces, one id at a time.
 
-    type: "text", "python" or "python_output". Bytes that are not yet a whole character wait for the rest of it;
-    at the end of a part, what is left of them becomes "\\ufffd". Special tokens that do not fit are left out.
-    kind: the type of what comes now; ended: whether the turn is over.
+    type: "text", "python" or "python_output". Bytes of an incomplete character wait until it is complete; at the end of
+    a part they become "\\ufffd". Unexpected special tokens are left out.
+    kind: the type of the current part; ended: whether the turn is over.
     """
 
     def __init__(self, tokenizer):
@@ -25,7 +25,7 @@ class Parts:
         self.kind, self.closing, self.ended = "text", None, False
 
     def push(self, id) -> list[tuple[str, str]]:
-        """The pieces that are complete with this id."""
+        """The pieces that this id completes."""
         token, self.ended = self.special.get(id), id in self.ends
         if token is None and not self.ended:
             text = self.decoder.decode(self.tokenizer.id_to_bytes(id))
@@ -38,13 +38,13 @@ class Parts:
         return rest
 
     def close(self) -> list[tuple[str, str]]:
-        """What waits for more, when there is no more."""
+        """The rest, at the end of the ids."""
         rest = self.decoder.decode(b"", final=True)
         return [(self.kind, rest)] if rest else []
 
 
 def stream_parts(tokenizer, columns):
-    """Yield (type, text) of the first row of `Engine.generate`, as Parts has them, up to the end of the turn."""
+    """Yield the (type, text) pieces of the first row of `Engine.generate`, up to the end of the turn."""
     parts = Parts(tokenizer)
     for column, _ in columns:
         yield from parts.push(column[0])
@@ -57,13 +57,13 @@ SPEAKERS = {"<|user_start|>": "You: ", "<|assistant_start|>": "Answer: ", "<|out
 
 
 def readable(tokenizer, ids):
-    """Any stretch of a conversation as text: who speaks in words, other special tokens as spaces."""
+    """Part of a conversation as text: speakers are named in words, other special tokens become spaces."""
     special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
     pieces = []
     for is_special, group in groupby(ids, special.__contains__):
         if is_special:
             pieces += [SPEAKERS.get(special[id], " ") for id in group]
-        else:  # characters that lie across the edges are left out
+        else:  # characters that are cut at the edges are left out
             pieces.append(b"".join(map(tokenizer.id_to_bytes, group)).decode("utf-8", errors="ignore"))
     return "".join(pieces).strip()
 

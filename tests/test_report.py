@@ -197,7 +197,7 @@ def test_reset_forgets_the_last_run(base):
 
 def test_header_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report_header.git_info() == {"Git": "no commit to name"}
+    assert report_header.git_info() == {"Git": "no commit"}
     assert report_header.size_info()["Files"] == 0
 
 
