@@ -7,8 +7,8 @@ from nanochat.sharding import Gathered, MeanShard, own_share
 
 class DistAdamW(torch.optim.Optimizer):
     """
-    Every parameter is seen as one flat vector, of which each rank owns an equal part: any shape and any
-    number of ranks work. `step` expects each rank's local gradients and averages them.
+    Each parameter is a flat vector of which each rank owns an equal part, for any shape and number of ranks. `step`
+    expects the local gradients of each rank and averages them.
     """
 
     def __init__(self, param_groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -22,7 +22,7 @@ class DistAdamW(torch.optim.Optimizer):
         self._reduced = {p: MeanShard(p.grad.flatten()) for p in self._params() if p.grad is not None}
 
     def shards(self):
-        """The averaged gradients that this rank owns."""
+        """The averaged gradients of this rank's share."""
         return [reduced.wait() for reduced in self._reduced.values()]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Small things that everything else needs: places, processes, devices, atomic files, errors for people."""
+"""Basics for all modules: folders, atomic files, processes, devices, errors for users."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 class UserError(ValueError):
-    """Something a person can put right. The message says what was expected, what came, and what to do."""
+    """An error that the user can fix. The message says what was expected, what was found, and what to do."""
 
 
 def get_base_dir() -> Path:
@@ -32,7 +32,7 @@ def atomic_write(path, mode="wb"):
     """
     Open a temporary file beside `path` and, if the block ends well, flush it to disk and rename it to `path`.
 
-    Readers see the old file or the whole new one, never a part, also when the process is killed.
+    Readers see the old file or the complete new one, even if the process is killed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ def atomic_write(path, mode="wb"):
         finally:
             os.close(folder)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        error.filename = error.filename or str(path)  # the error of a full disk does not name the file
         raise
     finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written holds nothing to remove
+        with contextlib.suppress(OSError):  # in a folder without write permission there is nothing to remove
             temporary.unlink()
 
 
@@ -90,7 +90,7 @@ def autodetect_device_type() -> str:
 
 def compute_init(device_type: str = "", seed: int = 42):
     """
-    Choose the device ("" = the best there is), seed every generator, join the process group under torchrun.
+    Choose the device ("" for the best available), seed all random generators, join the process group under torchrun.
 
     Returns (is_distributed, rank, local_rank, world_size, device).
     """
@@ -118,7 +118,7 @@ def compute_init(device_type: str = "", seed: int = 42):
     torch.manual_seed(seed)
     if device_type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # tf32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # tf32 for the products that autocast leaves in float32
     if is_dist and not dist.is_initialized():
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
@@ -130,7 +130,7 @@ def compute_init(device_type: str = "", seed: int = 42):
 
 def compute_cleanup():
     if dist.is_initialized():
-        dist.barrier()  # the group goes down when nobody uses it any more
+        dist.barrier()  # end the process group at exit
         dist.destroy_process_group()
 
 
@@ -169,7 +169,7 @@ def sum_over_ranks(tensor):
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Context in which matrix products run in `dtype`, bfloat16 or float32, whatever surrounds it."""
+    """Context in which matrix products run in `dtype`, bfloat16 or float32, regardless of an outer autocast."""
     assert dtype in (torch.float32, torch.bfloat16), dtype
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -203,7 +203,7 @@ PEAK_FLOPS = [
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of this GPU in FLOP/s; None for a device that is not in the table (then no MFU)."""
+    """Dense bf16 peak of this GPU in FLOP/s; None for a device that is not in the table, for which there is no MFU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -224,7 +224,7 @@ def print_banner():
 
 def fail(error: UserError):
     """End the program with the message of a UserError, shown once, and a non-zero exit code."""
-    rank = os.environ.get("RANK", "0")  # as it is: what is wrong may be this very variable
-    who = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's own, such as a damaged file
+    rank = os.environ.get("RANK", "0")  # read directly, since this variable may be the error
+    who = f"rank {rank}: " if rank != "0" else ""  # an error may concern one rank only, such as a damaged file
     print(f"\n{who}error: {error}", file=sys.stderr, flush=True)
     sys.exit(1)

@@ -3,11 +3,11 @@ Command lines from typed dataclasses.
 
 A script declares its options as a dataclass (name, type, default, help in the string under the field) and
 starts with `run(main, Config)`. Options are taken as --a_b=1, --a_b 1, --a-b=1 and --a-b 1; a boolean as
---flag, --flag=1 or --flag false; `-i` style short forms where the dataclass names one; --help explains.
-A lone `--`, as in `torchrun … -m scripts.base_train -- --depth=20`, is passed over.
+--flag, --flag=1 or --flag false; in a short form such as `-i` where the dataclass names one; --help lists them.
+A lone `--`, as in `torchrun … -m scripts.base_train -- --depth=20`, is ignored.
 
-The first argument may be a settings file, as nanochat has them: `python -m scripts.base_train small.py --run=mine` with
-lines such as `depth = 4` in small.py. It is read, never run; options after it win.
+As in nanochat, the first argument may be a settings file: `python -m scripts.base_train small.py --run=mine` with
+lines such as `depth = 4` in small.py. The file is parsed, never run; options after it override it.
 """
 
 import ast
@@ -26,7 +26,7 @@ TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
 group = tyro.conf.arg(name="")
-"""Annotation for options that are a dataclass of their own: `megacontext: Annotated[MCConfig, group]`."""
+"""Annotation for a group of options in its own dataclass: `megacontext: Annotated[MCConfig, group]`."""
 
 
 def short(*names):
@@ -59,14 +59,14 @@ def _spell_out_booleans(argv, names):
         if not equals:
             follows = rest and rest[0].lower() in TRUE | FALSE
             value = rest.pop(0) if follows else "true"
-        if value.lower() in TRUE | FALSE:  # anything else is left for the parser to complain about
+        if value.lower() in TRUE | FALSE:  # the parser reports any other value
             value = str(value.lower() in TRUE)
         out += [key, value]
     return out
 
 
 def _booleans(config_class) -> set[str]:
-    """Names of the boolean options, those of groups among them."""
+    """Names of the boolean options, including those of groups."""
     names = set()
     for name, hint in typing.get_type_hints(config_class).items():
         if dataclasses.is_dataclass(hint):
@@ -98,8 +98,8 @@ def _settings(path) -> list[str]:
 
 def parse(config_class, argv=None):
     """
-    An instance of config_class from the command line. Exits with a message on options that do not fit; UserError for a
-    settings file that is none.
+    An instance of config_class from the command line. Exits with a message for invalid options; raises UserError for an
+    invalid settings file.
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
     if argv and argv[0].endswith(".py") and not argv[0].startswith("-"):
@@ -124,7 +124,7 @@ REMEDIES = {  # for what a machine may refuse a program
 
 
 def run(main, config_class):
-    """Entry point of a script: parse the command line, call main(config), show what users can mend as one message."""
+    """Entry point of a script: parse the command line, call main(config), show a user's errors as one message."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of few characters shows ? for the others
     try:

@@ -1,10 +1,10 @@
 """
-Cross-entropy of softcapped logits without ever holding all of them.
+Cross-entropy of softcapped logits, computed without storing all logits at once.
 
 The logits [N, V] in float32 are the memory peak of training (17 GB at B 32, T 2048, V 65,536), and on a CPU
-streaming them through memory costs more than the matrix products. So they are made a block of rows at a
-time, and the gradient is taken at once, while the block is at hand: loss, ∂loss/∂x and ∂loss/∂W need three
-matrix products, as the plain way does, and nothing is computed twice.
+moving them through memory costs more than the matrix products. Therefore they are computed one block of rows at a
+time, together with the block's gradient: loss, ∂loss/∂x and ∂loss/∂W need three matrix products, as in the plain
+computation, and nothing is computed twice.
 
 Shapes: N = B·T rows, D width, V vocabulary (the weight may have more rows than V; the rest is padding).
 """
@@ -12,12 +12,12 @@ Shapes: N = B·T rows, D width, V vocabulary (the weight may have more rows than
 import torch
 import torch.nn.functional as F
 
-BLOCK_ELEMENTS = {"cpu": 2**21}  # logits in one block: few enough for the caches of a CPU
+BLOCK_ELEMENTS = {"cpu": 2**21}  # logits per block: they fit into the caches of a CPU
 BLOCK_ELEMENTS_GPU = 2**29  # 2 GiB in float32
 
 
 def softcap(logits, cap):
-    """cap·tanh(logits / cap), in float32 whatever comes in: in bf16 the tanh loses what training needs."""
+    """cap·tanh(logits / cap), always in float32: tanh in bf16 is too imprecise for training."""
     return cap * torch.tanh(logits.float() / cap)
 
 
@@ -25,7 +25,7 @@ class _SummedLoss(torch.autograd.Function):
     """
     (sum of the rows' losses, weighted by row_weights [N] if given; the losses [N], for the log alone).
 
-    The gradients of x [N, D] and weight are made during the forward pass, each only if it will be asked for.
+    The gradients of x [N, D] and weight are computed during the forward pass, each only if it is required.
     """
 
     @staticmethod
@@ -80,8 +80,8 @@ def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean",
     """
     Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap) against targets.
 
-    x [B, T, D], weight [≥ vocab_size, D], targets [B, T] with −1 where nothing is to be predicted.
-    reduction: "mean" over the targets that count (0 if there are none), "sum", or "none" ([B·T]). With row_weights
+    x [B, T, D], weight [≥ vocab_size, D], targets [B, T] with −1 for positions without a target.
+    reduction: "mean" over the targets (0 if there are none), "sum", or "none" ([B·T]). With row_weights
     [B, T], whatever the reduction: (the sum of the losses times their weights, the losses [B·T] without a gradient).
     """
     if reduction not in ("mean", "sum", "none"):

@@ -4,7 +4,7 @@ parameter-free RMSNorm, an untied head and softcapped logits. No biases anywhere
 
 Shapes: B batch, T time, D = n_embd, H = n_head, H_kv = n_kv_head, d = D / H, V = vocab_size.
 
-The model knows nothing of devices, precision, compilation or processes; callers apply those from outside.
+The model does not deal with devices, precision, compilation or processes; callers apply them from outside.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from nanochat.muon import DistMuon, Muon
 from nanochat.sampling import Sampler, Sampling
 
 LOGIT_SOFTCAP = 15.0
-VOCAB_MULTIPLE = 64  # embedding and head get this many rows or a multiple, for fast matrix products
+VOCAB_MULTIPLE = 64  # the rows of embedding and head are padded to a multiple of this, for fast matrix products
 
 
 @dataclass
@@ -40,11 +40,11 @@ class GPTConfig:
 
     @classmethod
     def from_depth(cls, depth: int, sequence_len: int, vocab_size: int) -> "GPTConfig":
-        """The one dial: depth fixes width (64 per layer) and the number of heads (of 128, rounded up)."""
+        """The configuration of a depth: width 64 per layer, heads of 128 channels, their number rounded up."""
         n_embd = depth * 64
         n_head = max(1, (n_embd + 127) // 128)
         while n_embd % n_head or (n_embd // n_head) % 2:
-            n_head += 1  # odd depths: the next number of heads that splits the width evenly
+            n_head += 1  # odd depths: the next larger number of heads that divides the width
         return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd)
 
     @property
@@ -95,7 +95,7 @@ class Attention(nn.Module):
             k, v = kv_cache.insert(self.layer, k, v)  # now [B, H_kv, past + T, d]
             past = k.size(2) - T
             causal = past == 0
-            if past > 0 and T > 1:  # a chunk sees all of the past and, causally, itself
+            if past > 0 and T > 1:  # a chunk attends to all of the past and causally to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
@@ -140,7 +140,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        # Not part of the checkpoint. Ten times sequence_len costs little and lets generation run on.
+        # Not part of the checkpoint. Ten times sequence_len costs little and allows longer generation.
         cos, sin = self._rotary_cache(device=None)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -152,7 +152,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill parameters and buffers in place (the model may have been made on the meta device)."""
+        """Initialize parameters and buffers in place (the model may have been created on the meta device)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
@@ -169,12 +169,12 @@ class GPT(nn.Module):
             self.transformer.wte.to(dtype=torch.bfloat16)  # halves the memory of the largest lookup table
 
     def init_rotary(self):
-        """Fill the buffers, which no checkpoint holds."""
+        """Compute the buffers, which are not in checkpoints."""
         self.cos, self.sin = self._rotary_cache(self.get_device())
 
     @property
     def max_seq_len(self) -> int:
-        """The longest input: how many positions have rotary angles."""
+        """The longest input: the number of positions with rotary angles."""
         return self.cos.size(1)
 
     def get_device(self):
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0
     ) -> list[torch.optim.Optimizer]:
         """[AdamW for embedding and head, Muon for the block matrices]; every group keeps its `initial_lr`."""
-        scale = (self.config.n_embd / 768) ** -0.5  # rates were tuned at width 768
+        scale = (self.config.n_embd / 768) ** -0.5  # the rates were tuned for width 768
         adam_groups = [
             {"params": list(self.lm_head.parameters()), "lr": unembedding_lr * scale},
             {"params": list(self.transformer.wte.parameters()), "lr": embedding_lr * scale},
@@ -213,9 +213,9 @@ class GPT(nn.Module):
         return optimizers
 
     def embed(self, idx):
-        """Normalized token embeddings [B, T, D] of idx [B, T]: the space in which `inputs_embeds` lives."""
+        """Normalized token embeddings [B, T, D] of idx [B, T]: the space of `inputs_embeds`."""
         x = norm(self.transformer.wte(idx))
-        # The table is bf16 on GPUs. Autocast fits the matrices to that; without it, they are what all else must fit to
+        # The table is bf16 on GPUs. Autocast converts the matrices; without it, activations must have their precision
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lm_head.weight.dtype)
 
     def forward(
@@ -233,9 +233,9 @@ class GPT(nn.Module):
         Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.
 
         idx [B, T] token ids, or inputs_embeds [B, T, D] as `embed` makes them (exactly one of the two).
-        targets [B, T] with −1 where nothing is to be predicted. loss_reduction "mean" (over the targets
-        that count; 0 if there are none), "sum", or "none" ([B·T], 0 where nothing is predicted).
-        row_weights [B, T]: instead, (sum of the losses times these, the losses [B·T] without a gradient).
+        targets [B, T] with −1 for positions without a target. loss_reduction "mean" (over the targets; 0 if there
+        are none), "sum", or "none" ([B·T], 0 without a target).
+        row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.
         cos_sin: a (cos, sin) pair, each [B or 1, T, 1, d/2], instead of positions past, past + 1, ….
         """
         if (idx is None) == (inputs_embeds is None):
@@ -250,7 +250,7 @@ class GPT(nn.Module):
                     f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
                 )
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
-        # In the activations' own precision, once for all layers
+        # In the activations' precision, once for all layers
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         cos, sin = (t.to(dtype) for t in cos_sin)
         for block in self.transformer.h:
@@ -267,7 +267,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
-        """Yield token ids after the list `tokens`, recomputing everything each time: the slow, obvious way."""
+        """Yield token ids after the list `tokens`, without a cache: a slow and simple reference."""
         sampler = Sampler(self.config.vocab_size, self.get_device(), [Sampling(temperature, top_k, seed=seed)])
         ids = torch.tensor([tokens], device=self.get_device())
         for _ in range(max_tokens):

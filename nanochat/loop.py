@@ -1,4 +1,4 @@
-"""The parts that every training loop shares: batch arithmetic, schedules, logs, the progress line."""
+"""Parts shared by all training loops: batch arithmetic, schedules, logs, progress line."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from nanochat.dataset import list_row_groups
 
 
 def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_size) -> int:
-    """Micro-batches that each process adds up for one step of total_batch_size tokens."""
+    """Number of micro-batches that each process accumulates for one step of total_batch_size tokens."""
     if device_batch_size < 1 or max_seq_len < 1:
         raise UserError(
             f"device_batch_size and max_seq_len must be at least 1, got {device_batch_size} and {max_seq_len}"
@@ -34,12 +34,12 @@ def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_s
 
 class MicroBatches:
     """
-    The micro-batches of training, so that the same tokens make up a step however many processes share it.
+    The micro-batches of training, such that a step has the same tokens for any number of processes.
 
-    Micro-batch i of rank r is put together from `streams` streams of B / streams rows each, numbered from
+    Micro-batch i of rank r consists of `streams` streams of B / streams rows each, numbered from
     (i·world_size + r)·streams on, of accumulation·world_size·streams in all. A single stream makes a batch of
-    one stretch of text; more of them mix documents, which matters when a batch is short. With too few row
-    groups for that many (a small corpus), micro-batches take turns on the same streams.
+    consecutive text; several mix documents, which matters for small batches. If a small corpus has too few row
+    groups for that many streams, micro-batches take turns on the same streams.
     """
 
     def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None):
@@ -66,7 +66,7 @@ class MicroBatches:
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def state_dict(self):
-        """To be called between steps."""
+        """Call this between steps."""
         return [loader.state_dict() for loaders in self.loaders for loader in loaders]
 
     def close(self):
@@ -76,7 +76,7 @@ class MicroBatches:
 
 
 def lr_multiplier(step, num_iterations, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) -> float:
-    """Linear warmup from 0, flat, then linear down to final_lr_frac over the last part."""
+    """Linear warmup from 0, constant, then a linear decrease to final_lr_frac over the last part."""
     warmup, warmdown = round(warmup_ratio * num_iterations), round(warmdown_ratio * num_iterations)
     if step < warmup:
         return (step + 1) / warmup
@@ -93,7 +93,7 @@ def muon_momentum(step) -> float:
 
 
 def described(figures: dict) -> str:
-    """Figures for a line of text, " | name 0.1234 | …", without those that are None."""
+    """Format figures as " | name 0.1234 | …"; those that are None are left out."""
     return "".join(f" | {name} {value:.4f}" for name, value in figures.items() if value is not None)
 
 
@@ -118,7 +118,7 @@ def passes(examples, num_iterations, num_epochs, per_step) -> int:
 
 
 def print_facts(facts: dict):
-    """What a run begins with, a line each, on the first process."""
+    """Print facts about a run at its start, one per line, on the first process."""
     for name, value in facts.items():
         print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
@@ -127,7 +127,7 @@ class RunLog:
     """
     Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<name>.jsonl, and to W&B unless run is "dummy".
 
-    others: further receivers of each record, objects with metrics(dict) and close().
+    others: objects with metrics(dict) and close() that also receive each record.
     """
 
     def __init__(self, name, run, config, resumed, wandb_id=None):
@@ -138,7 +138,7 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resumed:
             path.rename(path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
-        if path.exists():  # a killed run may have left half a line
+        if path.exists():  # a killed run may have left an incomplete line
             whole = path.read_bytes()
             os.truncate(path, whole.rfind(b"\n") + 1)
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
@@ -177,7 +177,7 @@ def clock(seconds) -> str:
 
 
 class ProgressLine:
-    """A bar with figures and the time left; plain lines, one every `every` seconds, where there is no terminal."""
+    """A progress bar with figures and the time left; without a terminal, a plain line every `every` seconds."""
 
     def __init__(self, stage, total, start=0, every=10.0):
         self.total, self.every = total, every
@@ -192,11 +192,11 @@ class ProgressLine:
             self.bar.start()
 
     def update(self, step, figures: str, done: float | None = None):
-        """step: steps done. done: the part of the run that is done, where the number of steps is not known."""
+        """step: steps done. done: completed fraction of the run, if the number of steps is not known."""
         if not self.shown:
             return
         done = step / self.total if done is None else done
-        if self.began is None:  # the first step also compiles and warms up, so the clock starts after it
+        if self.began is None:  # the clock starts after the first step, which also compiles and warms up
             self.began, self.start = time.time(), done
         first = done <= self.start
         left = "?" if first else clock((time.time() - self.began) / (done - self.start) * (1 - done))
@@ -209,7 +209,7 @@ class ProgressLine:
             self.last_print = time.time()
 
     def say(self, text):
-        """A line that stays."""
+        """Print a line above the progress line."""
         if self.shown:
             self.bar.console.print(text, highlight=False, markup=False) if self.bar else print(text, flush=True)
 

@@ -1,8 +1,8 @@
 """
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, then the nearest semi-orthogonal
-matrix by a quintic Newton–Schulz iteration. For matrices inside the network, not embeddings or heads.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, then the nearest semi-orthogonal matrix,
+by a quintic Newton–Schulz iteration. For the matrices inside the network, not for embeddings and heads.
 
-Matrices of one shape are updated together, as a batch [n, rows, cols].
+Matrices of the same shape are updated together, as a batch [n, rows, cols].
 """
 
 import torch
@@ -28,7 +28,7 @@ def orthogonalize(G, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """params: matrices. Groups are made by shape; the momentum [n, rows, cols] is kept for a whole group."""
+    """params: matrices, grouped by shape; a group has one momentum tensor [n, rows, cols]."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5):
         by_shape = {}
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]])
 
     def _update(self, group, grads):
-        """The direction to go against, [n, rows, cols], scaled so that it suits every shape."""
+        """The update to subtract, [n, rows, cols], scaled for the shape."""
         state = self.state[group["params"][0]]
         if not state:
             state["momentum"] = torch.zeros_like(grads)
@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class DistMuon(Muon):
-    """Muon with the matrices of each shape shared out over ranks; `step` averages the local gradients."""
+    """Muon with the matrices of each shape distributed over ranks; `step` averages the local gradients."""
 
     _reduced = None
 
@@ -69,7 +69,7 @@ class DistMuon(Muon):
         self._reduced = [MeanShard(self._stacked_grads(group)) for group in self.param_groups]
 
     def shards(self):
-        """The averaged gradients that this rank owns, [⌈n / world⌉, rows, cols] per group."""
+        """The averaged gradients of this rank's share, [⌈n / world⌉, rows, cols] per group."""
         return [reduced.wait() for reduced in self._reduced]
 
     @torch.no_grad()

@@ -11,40 +11,40 @@ class DeviceOptions:
     """Where and how precisely to compute."""
 
     device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
+    """cuda, cpu or mps; empty for the best available"""
     dtype: Annotated[str, short("-d")] = "auto"
     """auto, bf16 or fp32: precision of the matrix products"""
 
 
 @dataclass
 class ModelOptions:
-    """Which model of a stage to load, or to start from. A stage keeps its checkpoints in a folder of the same name."""
+    """Which model of a stage to load or to start from. The new checkpoints get a folder of the same name."""
 
     model_tag: Annotated[str, short("-g")] = ""
-    """model to load, by the name of its folder; empty for the largest"""
+    """name of the model's folder; empty for the largest model"""
     step: Annotated[OptionalInt, short("-s", "--model_step")] = None
-    """checkpoint to load; -1 for the newest"""
+    """step of the checkpoint; -1 for the newest"""
 
 
 @dataclass
 class TrainingOptions(DeviceOptions):
-    """What every training stage reads, see nanochat.training."""
+    """Options of all training stages, see nanochat.training."""
 
     run: str = "dummy"
     """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
     compile: str = "auto"
     """auto (on for CUDA), on or off: torch.compile"""
     save_every: int = -1
-    """steps between checkpoints; -1 for only the last"""
+    """steps between checkpoints; -1 for one at the end only"""
     keep_last: int = -1
-    """newest checkpoints to keep; -1 for all"""
+    """number of checkpoints to keep, the newest ones; -1 for all"""
     resume: bool = True
-    """go on from the newest checkpoint in the folder, if any; 0 moves what is there aside and starts anew"""
+    """resume from the newest checkpoint in the folder, if any; 0 moves old checkpoints aside and starts again"""
 
 
 @dataclass
 class OptimizerOptions:
-    """Learning rates for a model of width 768; others are scaled from there."""
+    """Learning rates for a model of width 768; they are scaled for other widths."""
 
     embedding_lr: float = 0.2
     """AdamW, token embedding"""

@@ -1,6 +1,6 @@
 """
-Collectives of the sharded optimizers (ZeRO stage 2, arXiv 1910.02054): each rank averages and keeps one
-equal share of the gradients, updates that share with its own optimizer state, and hands out the result.
+Collectives of the sharded optimizers (ZeRO stage 2, arXiv 1910.02054): each rank averages and keeps one equal share of
+the gradients, updates that share of the parameters with its own optimizer state, and distributes the result.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def padded(flat, multiple):
-    """`flat` with zeros appended along dimension 0 up to a multiple; itself when nothing is missing."""
+    """`flat` padded with zeros along dimension 0 to a multiple; unchanged if it is one."""
     missing = -flat.size(0) % multiple
     return torch.cat((flat, flat.new_zeros(missing, *flat.shape[1:]))) if missing else flat
 
@@ -17,7 +17,7 @@ class MeanShard:
     """
     This rank's share of the mean over ranks of `tensor` [n, …], in flight: [⌈n / world⌉, …].
 
-    The object holds the collective's input until `wait`, since an asynchronous one does not.
+    The object keeps the collective's input alive until `wait`, since an asynchronous collective does not.
     """
 
     def __init__(self, tensor):
@@ -30,12 +30,12 @@ class MeanShard:
         if self.work is not None:
             self.work.wait()
             self.work = self.input = None
-            self.output /= dist.get_world_size()  # gloo knows no mean
+            self.output /= dist.get_world_size()  # gloo has no mean
         return self.output
 
 
 class Gathered:
-    """The shares of all ranks put together again, in flight: [world · m, …] from [m, …]."""
+    """The shares of all ranks joined, in flight: [world · m, …] from [m, …]."""
 
     def __init__(self, shard):
         self.input = shard.contiguous()
@@ -49,7 +49,7 @@ class Gathered:
 
 
 def own_share(tensor):
-    """The part of `tensor` [n, …] that this rank looks after, padded like MeanShard's."""
+    """This rank's share of `tensor` [n, …], padded like MeanShard's."""
     return padded(tensor, dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
 
 

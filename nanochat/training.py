@@ -1,6 +1,6 @@
 """
-What every training stage has besides its own loop: a model with its optimizers that begins at a base or where
-an interrupted run ended, checkpoints, totals by which runs are compared, a log, a progress line.
+The common part of all training stages: model and optimizers, resuming, checkpoints, totals for the comparison of runs,
+log, progress line.
 """
 
 import math
@@ -15,8 +15,8 @@ from nanochat.common import UserError, autocast, get_dist_info, peak_flops, prin
 from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
 from nanochat.sharding import clip_gradients
 
-# Options that say how to watch a run, or which model to start from, which the settings have as "parent"; all others
-# decide what comes out of it
+# Options that say how to watch a run, or which model to start from (recorded as "parent"). All others influence the
+# result
 WATCHING = {
     *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
@@ -25,16 +25,16 @@ WATCHING = {
 
 
 def decisive(config, **others) -> dict:
-    """The settings that decide what is trained; a checkpoint made with others is not gone on with."""
+    """The settings that influence the result; a checkpoint made with others is not resumed."""
     settings = {key: value for key, value in asdict(config).items() if key not in WATCHING}
-    if not settings.pop("mc", True):  # then its options decide nothing
+    if not settings.pop("mc", True):  # then its options have no effect
         settings["megacontext"] = None
     return {**settings, **others}
 
 
 def resume_step(folder, resume: bool, settings: dict) -> int | None:
     """
-    The step to go on from, or None to start at the beginning.
+    The step to resume from, or None to start at the beginning.
 
     A checkpoint made with other settings (see `decisive`) is a UserError, unless resume is False; then it is
     moved aside, not overwritten.
@@ -45,9 +45,9 @@ def resume_step(folder, resume: bool, settings: dict) -> int | None:
         return None
     if not resume:
         if dist.is_initialized():
-            dist.barrier()  # all ranks must have looked before the first one moves it
+            dist.barrier()  # all ranks must have read it before the first one moves it
         if rank == 0:
-            print0(f"starting anew; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
+            print0(f"starting again; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
         return None
     meta = checkpoint_manager.load_meta(folder, step)
     then = meta.get("decisive") or meta.get("user_config", {})
@@ -55,8 +55,8 @@ def resume_step(folder, resume: bool, settings: dict) -> int | None:
     if differ:
         pairs = ", ".join(f"{key}={then.get(key)!r} (now {settings[key]!r})" for key in differ)
         raise UserError(
-            f"{folder} holds a checkpoint made with {pairs}. Run with the same options to go on from it, choose "
-            "another --model_tag, or start anew with --resume=0 (the old one is then moved aside)"
+            f"{folder} holds a checkpoint made with {pairs}. Use the same options to resume it, choose "
+            "another --model_tag, or start again with --resume=0 (the old one is then moved aside)"
         )
     return step
 
@@ -71,8 +71,8 @@ class Training:
     `device` that are trained with the model and kept beside it: a module with setup_optimizers(). frozen: train the
     companion alone.
 
-    step: steps taken. meta, loader_state: of the checkpoint that it goes on from, {} and None at the beginning.
-    finished: nothing is left to do (the model is then not loaded).
+    step: steps taken. meta, loader_state: from the resumed checkpoint, {} and None at the beginning.
+    finished: whether nothing is left to do (the model is then not loaded).
     """
 
     def __init__(self, stage, tag, config, settings, model, device, total=None, companion=None, frozen=False):
@@ -82,13 +82,13 @@ class Training:
         self.step = self.resumed_at or 0
         self.companion = companion
         self.carried_meta = {}
-        self.carried = None  # state dict of networks that are kept as they are, see `carry`
+        self.carried = None  # state dict of networks that are saved unchanged, see `carry`
         self.meta, self.loader_state, optimizer_data = {}, None, None
         if self.resumed_at is not None:
             self.meta = checkpoint_manager.load_meta(self.folder, self.step)
         self.finished = self.meta.get("finished", self.step == total)
         if self.finished:
-            print0(f"{self.folder} is already trained to step {self.step}: nothing to do (--resume=0 trains anew)")
+            print0(f"{self.folder} is already trained to step {self.step}: nothing to do (--resume=0 trains it again)")
             return
         if self.resumed_at is None:
             self.model = model
@@ -121,7 +121,7 @@ class Training:
         self.total_tokens = self.meta.get("total_training_tokens", 0)
         self.total_flops = self.meta.get("total_training_flops", 0)
         self.smooth_loss = self.meta.get("smooth_loss", 0.0)
-        self.loss = self.tokens_per_second = self.mfu = None  # of the last step; loss is smoothed
+        self.loss = self.tokens_per_second = self.mfu = None  # of the last step; the loss is smoothed
         self.started = None
         self.log = RunLog(
             f"{stage}_{tag}", config.run, asdict(config), self.resumed_at is not None, self.meta.get("wandb_id")
@@ -135,11 +135,11 @@ class Training:
         self.carried, self.carried_meta = companion_data, meta
 
     def due(self, every, last) -> bool:
-        """Whether what is done every `every` steps and after the last is due, and was not done before a resume."""
+        """Whether an action for every `every` steps and the last one is due, and was not done before a resume."""
         return every > 0 and self.step != self.resumed_at and (last or self.step % every == 0)
 
     def totals(self) -> dict:
-        """Step, FLOPs, seconds and tokens so far: what runs are compared by."""
+        """Step, FLOPs, seconds and tokens so far: the axes for comparing runs."""
         return {
             "step": self.step,
             "total_training_flops": self.total_flops,
@@ -148,7 +148,7 @@ class Training:
         }
 
     def save(self, finished, loader_state=None, **facts):
-        """Write a checkpoint of the current step. facts: what the meta data should also hold."""
+        """Write a checkpoint of the current step. facts: added to the meta data."""
         checkpoint_manager.save_checkpoint(
             self.folder,
             self.step,
@@ -173,7 +173,7 @@ class Training:
 
     def optimize(self, lr_multiplier, momentum, grad_clip=0.0):
         """Take a step down the gradients. Returns their global norm before clipping; None without clipping."""
-        for parameter in self.parameters:  # on every rank the optimizers need them all
+        for parameter in self.parameters:  # the optimizers of every rank need all of them
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = clip_gradients(self.optimizers, grad_clip) if grad_clip > 0 else None
         for optimizer in self.optimizers:
@@ -213,8 +213,8 @@ class Training:
 
     def end_step(self, loss, tokens, work=1.0) -> float:
         """
-        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks together; work: how many times the FLOPs
-        that the model alone needs for them were spent. Returns the mean loss over ranks.
+        Count a step. loss: this rank's mean, a tensor; tokens: of all ranks; work: FLOPs spent, as a multiple of what
+        the model alone needs for them. Returns the mean loss over ranks.
 
         Raises UserError when the loss is not finite.
         """
@@ -223,8 +223,8 @@ class Training:
         seconds = time.time() - self.started
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} at step {self.step}: start anew (--resume=0, or another "
-                f"--model_tag) with lower learning rates or --dtype=fp32; checkpoints up to there are in {self.folder}"
+                f"the loss became {loss} at step {self.step}: start again (--resume=0, or another "
+                f"--model_tag) with lower learning rates or --dtype=fp32; earlier checkpoints are in {self.folder}"
             )
         self.step += 1
         self.total_tokens += tokens
@@ -240,18 +240,18 @@ class Training:
         return loss
 
     def speed(self) -> dict:
-        """Figures of how fast the last step was, for the log."""
+        """Speed of the last step, for the log."""
         return {"train/dt": self.seconds, "train/tok_per_sec": self.tokens_per_second, "train/mfu": self.mfu}
 
     def show(self, *figures, done=None):
-        """Update the progress line. done: the part of the run that is done, where the number of steps is not known."""
+        """Update the progress line. done: completed fraction of the run, if the number of steps is not known."""
         figures = [f"loss {self.loss:.4f}", *figures, f"{self.tokens_per_second:,.0f} tok/s"]
         if self.mfu is not None:
             figures.append(f"MFU {100 * self.mfu:.1f}%")
         self.progress.update(self.step, " | ".join(figures), done)
 
     def close(self) -> dict:
-        """End log and progress line; returns the figures that every stage reports."""
+        """End log and progress line; returns the figures for the report."""
         self.progress.close()
         self.log.finish()
         print0(f"trained {self.step:,} steps in {clock(self.total_time)}; checkpoint in {self.folder}")
@@ -267,20 +267,20 @@ class Training:
 
 
 class PlainObjective:
-    """The loss of the model itself; --mc puts another object of this form in its place."""
+    """The loss of the model itself; --mc replaces it by another object with these methods."""
 
     def __init__(self, model):
         self.model = model
 
     def __call__(self, x, y, progress, seed):
-        """(loss, metrics for the log) of a micro-batch. progress: part of training that is done; seed: of chance."""
+        """(loss, metrics for the log) of a micro-batch. progress: completed fraction of training; seed: random seed."""
         return self.model(x, y), {}
 
     def work(self, progress, T) -> float:
         return 1.0
 
     def validate(self, batches, steps, token_bytes) -> dict:
-        """Figures beside bits per byte."""
+        """Further figures for the validation."""
         return {}
 
 
@@ -288,8 +288,8 @@ def parent_model(source, device, model_tag, step):
     """
     (model, tokenizer, facts, networks) of the checkpoint that a stage starts from.
 
-    facts name it down to its checksum, so that a stage trained from another model is not taken for this one's.
-    networks: what lies beside the model, as (state dict, meta data "megacontext"); None if nothing does.
+    facts identify it by its checksum, so that a stage trained from another model is not resumed.
+    networks: MegaContext's networks beside the model, as (state dict, meta data "megacontext"); None without them.
     """
     model, tokenizer, meta = checkpoint_manager.load_model(source, device, "train", model_tag, step)
     folder = checkpoint_manager.checkpoint_root(source) / meta["model_tag"]
