@@ -1,15 +1,17 @@
 """
 Gaussian RoPE: rotary positions for spans of tokens.
 
-An entry over n tokens from s on is somewhere in [s, s + n): on average at μ = s + (n − 1)/2, with the variance
-σ² = (n² − 1)/12 of a uniform choice. The expected rotation by a normally distributed position is
+An entry over n tokens from s on stands at the position μ = s + (n − 1)/2, with the variance σ² = (n² − 1)/12 of a
+uniform choice from its span. The expected rotation by a normally distributed position is the rotation by μ times a
+fade that depends on the frequency ω:
 
     E[cos ωp] = cos(ωμ)·exp(−ω²σ²/2)        E[sin ωp] = sin(ωμ)·exp(−ω²σ²/2)        p ~ N(μ, σ²)
 
-(the real and imaginary part of the normal distribution's characteristic function), so that low frequencies
-survive and high ones fade: a gist is vague about where it is. A single token has σ = 0 and is exactly where
-the plain model puts it. No span is vaguer than the slowest frequency can tell, σ ≤ 1 / ω: the model normalizes its
-keys after the rotation, and one of zeros could not be found by anything that it says.
+(real and imaginary part of the normal distribution's characteristic function). Low frequencies survive and high ones
+fade, so a gist is vague about where it is. A single token has σ = 0: it is rotated as in the plain model and not faded.
+
+The model normalizes queries and keys after the rotation, which would undo the fade. So the fade is a factor of its own,
+applied last: rotation keeps norms and commutes with the fade, so that rotate, normalize, fade gives the expectation.
 """
 
 import torch
@@ -19,12 +21,15 @@ from nanochat.gpt import rotary_cos_sin
 MODES = ("gaussian", "simple")
 
 
-def entry_cos_sin(start, span, head_dim, base=10000.0, mode="gaussian"):
+def entry_positions(start, span, head_dim, base=10000.0, mode="gaussian"):
     """
-    cos and sin, each [B, W, 1, d/2] float32, of entries that cover `span` tokens from `start` on (both [B, W]).
+    (cos, sin, fade) of entries that cover `span` tokens from `start` on, both [B, W]; all are float32.
 
-    They are what `GPT.forward(cos_sin=…)` takes, bit for bit the plain model's where span is 1. mode "simple"
-    places a span at its centre without fading. Exact up to positions of 2^52.
+    cos and sin [B, W, 1, d/2] are bit for bit the plain model's where span is 1; fade [B, W, 1, d] is 1 there. Mode
+    "simple" gives (cos, sin): the centre of the span, without a fade. Both are what `GPT.forward(cos_sin=…)` takes.
+
+    A span is taken to be no vaguer than the slowest frequency can tell, σ ≤ 1/ω, so that of every key something is
+    left. Exact up to positions of 2^52. Raises ValueError for an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -32,10 +37,11 @@ def entry_cos_sin(start, span, head_dim, base=10000.0, mode="gaussian"):
     if device.type == "mps":  # which has no float64
         start, span = start.cpu(), span.cpu()
     mean = start.double() + (span.double() - 1) / 2
-    cos, sin = (t.view(*start.shape, 1, -1) for t in rotary_cos_sin(mean.flatten(), head_dim, base))
+    cos, sin = (t.view(*start.shape, 1, -1).to(device) for t in rotary_cos_sin(mean.flatten(), head_dim, base))
     if mode == "simple":
-        return cos.to(device), sin.to(device)
+        return cos, sin
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=span.device) / head_dim)
-    variance = ((span.double() ** 2 - 1) / 12).clamp(max=float(frequency[-1]) ** -2)
-    fade = torch.exp(-(frequency**2) * variance[..., None, None] / 2).float()
-    return (cos * fade).to(device), (sin * fade).to(device)
+    slowest = base ** (-(head_dim - 2) / head_dim)
+    variance = ((span.double() ** 2 - 1) / 12).clamp(max=slowest**-2)
+    fade = torch.exp(-(frequency**2) * variance[..., None, None] / 2).float().to(device)
+    return cos, sin, torch.cat((fade, fade), dim=-1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, norm, rotary_cos_sin
+from nanochat.gpt import LOGIT_SOFTCAP, norm, positioned, rotary_cos_sin
 
 
 class KVCache:
@@ -215,7 +215,8 @@ class Decoder:
 
         inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions, of the rotary angles: None for
         cache.pos, cache.pos + 1, …; an int for that one and those that follow; a tensor [B or 1, T]; or the angles'
-        (cos, sin), each [B or 1, T, 1, d/2]. Given ones may exceed the model's table; without, ValueError.
+        (cos, sin) or (cos, sin, fade), as GPT.forward takes them. Given ones may exceed the model's table; without,
+        ValueError.
         """
         T = inputs.size(1)
         positions = self.checked(positions, cache, T)
@@ -303,7 +304,7 @@ class Decoder:
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
             heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
-            q, k = norm(apply_rotary(qk, *cos_sin)).transpose(1, 2).split((H, K), dim=1)
+            q, k = positioned(qk, *cos_sin).transpose(1, 2).split((H, K), dim=1)
             x = x + attn_proj(attend(layer, q, k, v.transpose(1, 2)))
             x = x + mlp_proj(F.relu(fc(norm(x).to(self.dtype))).square_())
         last = norm(x.view(B, T, -1)[:, -1]).to(self.dtype)

@@ -72,6 +72,12 @@ def rotary_cos_sin(positions, head_dim, base=10000.0):
     return phase.cos().float().to(positions.device), phase.sin().float().to(positions.device)
 
 
+def positioned(x, cos, sin, fade=None):
+    """Queries or keys x [B, T, H, d], rotated, normalized and, if there is a fade [B or 1, T, 1, d], faded."""
+    x = norm(apply_rotary(x, cos, sin))
+    return x if fade is None else x * fade
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -83,13 +89,13 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, kv_cache):
+    def forward(self, x, cos_sin, kv_cache):
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q = norm(apply_rotary(q, cos, sin)).transpose(1, 2)  # [B, H, T, d]
-        k = norm(apply_rotary(k, cos, sin)).transpose(1, 2)  # [B, H_kv, T, d]
+        q = positioned(q, *cos_sin).transpose(1, 2)  # [B, H, T, d]
+        k = positioned(k, *cos_sin).transpose(1, 2)  # [B, H_kv, T, d]
         mask, causal = None, True
         if kv_cache is not None:
             k, v = kv_cache.insert(self.layer, k, v)  # now [B, H_kv, past + T, d]
@@ -119,8 +125,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, kv_cache):
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x, cos_sin, kv_cache):
+        x = x + self.attn(norm(x), cos_sin, kv_cache)
         return x + self.mlp(norm(x))
 
 
@@ -236,7 +242,8 @@ class GPT(nn.Module):
         targets [B, T] with −1 for positions without a target. loss_reduction "mean" (over the targets; 0 if there
         are none), "sum", or "none" ([B·T], 0 without a target).
         row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.
-        cos_sin: a (cos, sin) pair, each [B or 1, T, 1, d/2], instead of positions past, past + 1, ….
+        cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions past, past + 1, …; or (cos, sin, fade), the
+        last [B or 1, T, 1, d], a factor of the normalized queries and keys.
         """
         if (idx is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of idx and inputs_embeds, got both or neither")
@@ -252,9 +259,9 @@ class GPT(nn.Module):
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
         # In the activations' precision, once for all layers
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        cos, sin = (t.to(dtype) for t in cos_sin)
+        cos_sin = tuple(t.to(dtype) for t in cos_sin)
         for block in self.transformer.h:
-            x = block(x, cos, sin, kv_cache)
+            x = block(x, cos_sin, kv_cache)
         x = norm(x)
         if kv_cache is not None:
             kv_cache.advance(T)

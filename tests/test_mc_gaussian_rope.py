@@ -6,16 +6,19 @@ import mpmath
 import pytest
 import torch
 
-from megacontext.gaussian_rope import entry_cos_sin
-from nanochat.gpt import rotary_cos_sin
+from megacontext.gaussian_rope import entry_positions
+from nanochat.gpt import apply_rotary, positioned, rotary_cos_sin
 
 HEAD_DIM = 64
 OMEGA = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
 
 
 def one(start, span, **kwargs):
-    """cos and sin [d/2] of a single entry."""
-    cos, sin = entry_cos_sin(torch.tensor([[start]]), torch.tensor([[span]]), HEAD_DIM, **kwargs)
+    """The expected rotation, cos and sin [d/2], of a single entry."""
+    cos, sin, *fade = entry_positions(torch.tensor([[start]]), torch.tensor([[span]]), HEAD_DIM, **kwargs)
+    if fade:
+        assert torch.equal(*fade[0].chunk(2, dim=-1))  # both halves of a rotated pair fade alike
+        cos, sin = (t * fade[0][..., : HEAD_DIM // 2] for t in (cos, sin))
     return cos.flatten().double(), sin.flatten().double()
 
 
@@ -26,8 +29,9 @@ def test_single_tokens_are_where_the_plain_model_puts_them_bit_for_bit(head_dim,
     plain = rotary_cos_sin(torch.arange(3000), head_dim, base)
     for B, W in ((1, 3000), (1, 1), (3, 777), (2, 13)):
         start = torch.randint(0, 3000, (B, W)) if B > 1 else torch.arange(W)[None]
-        got = entry_cos_sin(start, torch.ones_like(start), head_dim, base, mode)
-        for mine, other in zip(got, plain, strict=True):
+        got = entry_positions(start, torch.ones_like(start), head_dim, base, mode)
+        assert all((fade == 1).all() for fade in got[2:])
+        for mine, other in zip(got[:2], plain, strict=True):
             assert mine.dtype == torch.float32
             assert mine.shape == (B, W, 1, head_dim // 2)
             assert torch.equal(mine[:, :, 0], other[start])
@@ -80,6 +84,18 @@ def test_far_positions_are_exact(start, span):
             cos, sin = one(start, span)
             assert abs(cos[i].item() - mpmath.cos(phase) * fade) < 1.3e-7  # two roundings to float32
             assert abs(sin[i].item() - mpmath.sin(phase) * fade) < 1.3e-7
+
+
+@pytest.mark.parametrize("span", [1, 32, 1024, 32768])
+def test_the_fade_reaches_the_keys(span):
+    """A key is the expectation of its rotation over the span, rotated in the plain model's order: never amplified."""
+    x = torch.randn(1, 1, 3, HEAD_DIM, generator=torch.Generator().manual_seed(span))
+    start = torch.tensor([[5 * span]])
+    key = positioned(x, *entry_positions(start, torch.tensor([[span]]), HEAD_DIM))
+    cos, sin = one(5 * span, span)
+    unit = x / x.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(key.double(), apply_rotary(unit.double(), cos, sin), atol=2e-6, rtol=0)
+    assert (key.norm(dim=-1) <= (1 + 1e-6) * unit.norm(dim=-1)).all()
 
 
 def test_unknown_modes_are_refused():
