@@ -29,7 +29,7 @@ class Change(NamedTuple):
 class Record:
     """What is known of the focus of one row: the last refocus, and sums over all of them. A value."""
 
-    changes: tuple[Change, ...] = ()  # of the last refocus; its blocks rest in the next one
+    changes: tuple[Change, ...] = ()  # of the last refocus, which the next one does not undo
     scores: torch.Tensor | None = None  # [n_blocks], of the last round of scoring
     refocuses: int = 0
     edits: int = 0
@@ -65,7 +65,7 @@ class Record:
 
 
 class Focus:
-    """The focus of so many rows. config: resolved. seed: of the draws of stochastic_greedy."""
+    """The focus of a number of rows. config: resolved. seed: of the draws of stochastic_greedy."""
 
     def __init__(self, config: MCConfig, rows: int, seed=0):
         self.settings = replace(config, allocator_max_replacements=config.mc_infer_allocator_max_replacements)
@@ -76,10 +76,11 @@ class Focus:
         """
         The context after `mc_infer_allocator_iterations` rounds of scoring and editing, no row above the budget.
 
-        lens(context) -> scores [B, W] of a context's entries, on the CPU. What was edited in the refocus before or in
-        an earlier round of this one rests. Gives back the very same object if there was nothing to edit.
+        lens(context) -> scores [B, W] of a context's entries, on the CPU. What was expanded or collapsed in the refocus
+        before, or in an earlier round of this one, may be expanded or collapsed further, but not undone. Gives back the
+        very same object if there was nothing to edit.
         """
-        resting = [record.changes for record in self.records]
+        before = [record.changes for record in self.records]
         changes = [()] * context.num_rows
         exposed = context.old_blocks(self.settings.allocator_recent_tokens)
         for _ in range(self.settings.mc_infer_allocator_iterations):
@@ -88,8 +89,8 @@ class Focus:
             edits = []
             for row, length in enumerate(context.lengths().tolist()):
                 one = context.select([row])
-                rests = _covered(resting[row] + changes[row], context.num_blocks)
-                planned = plan(scores[row, :length], one, budget, self.settings, rests, self.generator)
+                recent = _directions(before[row] + changes[row], context.num_blocks)
+                planned = plan(scores[row, :length], one, budget, self.settings, recent, self.generator)
                 changes[row] += _changes(context.lod_map[row], planned)
                 edits += [edit._replace(row=row) for edit in planned]
             if not edits:
@@ -120,12 +121,13 @@ class Focus:
         self.generator.set_state(state)
 
 
-def _covered(changes, n_blocks):
-    """Bool [n_blocks]: the blocks of some changes, so far as they are still there."""
-    covered = torch.zeros(n_blocks, dtype=torch.bool)
+def _directions(changes, n_blocks):
+    """int8 [n_blocks]: 1 where the last of the changes expanded a block, −1 where it collapsed it, 0 elsewhere."""
+    directions = torch.zeros(n_blocks, dtype=torch.int8)
     for change in changes:
-        covered[change.first_block : change.first_block + change.num_blocks] = True
-    return covered
+        blocks = slice(change.first_block, change.first_block + change.num_blocks)
+        directions[blocks] = 1 if change.new_lod < change.old_lod else -1
+    return directions
 
 
 def _changes(lod_map, edits):
@@ -138,9 +140,8 @@ def _changes(lod_map, edits):
 
 
 def lod_counts(context, row=0) -> dict[int, int]:
-    """Entries of a row at each level of detail that there are entries at."""
-    entries = context.select([row]).entries()
-    lods, counts = entries.lod.unique(return_counts=True)
+    """Entries of a row at each level of detail that occurs."""
+    lods, counts = context.select([row]).entries.lod.unique(return_counts=True)
     return dict(zip(lods.tolist(), counts.tolist(), strict=True))
 
 
@@ -173,19 +174,3 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
         "swap_rate": record.swap_rate,
         "residency": record.residency,
     }
-
-
-def tell(on_event, context, records, budget, memory, read, milliseconds):
-    """
-    The events of one prefill or refocus, as on_event(name, numbers).
-
-    memory: bytes of tree and cache. read: entries that the model has read, in all rows.
-    """
-    on_event("mc_tree_snapshot", {"num_tokens": context.num_tokens, "bytes": memory["tree"]})
-    lengths = context.lengths().tolist()
-    for row, (record, entries) in enumerate(zip(records, lengths, strict=True)):
-        counts = {f"lod_count/{lod}": count for lod, count in lod_counts(context, row).items()}
-        on_event("working_context_snapshot", {"row": row, "entries": entries, "budget": budget, **counts})
-        on_event("focus_allocator", {"row": row, **record.summary()})
-    update = {"entries_read": read, "entries_kept": sum(lengths) - read, "cache_bytes": memory["cache"]}
-    on_event("inference_update", {**update, "milliseconds": milliseconds})

@@ -62,22 +62,23 @@ def expansions(context, scores):
 
 
 def collapses(context, scores, recent):
-    """{edit: mean score} of K neighbours of one level that make up one parent, whole and not recent."""
+    """{edit: worth} of K neighbours of one level that make up one parent, whole and not recent."""
     K, every, out = context.block_size, entries(context), {}
     for i in range(len(every) - K + 1):
         lod, start, span = every[i]
         whole = all(entry[0] == lod for entry in every[i : i + K]) and start % (K * span) == 0
         if whole and start + K * span <= context.num_tokens - recent:
-            out[Edit(0, start // K, span, lod + 1)] = sum(scores[i : i + K]) / K
+            worth = max(scores[i : i + K]) if lod else sum(scores[i : i + K]) / K
+            out[Edit(0, start // K, span, lod + 1)] = worth
     return out
 
 
-def fit(context, scores, budget, recent, resting):
+def fit(context, scores, budget, newest, recent):
     """Collapse the lowest-scored group, again and again, until the context fits."""
     edits = []
     while length(context) > budget:
-        groups = collapses(context, scores, recent)
-        rests = {edit: any(resting[b] for b in blocks(edit)) for edit in groups}
+        groups = collapses(context, scores, newest)
+        rests = {edit: any(recent[b] == 1 for b in blocks(edit)) for edit in groups}
         edit = min(groups, key=lambda e: (rests[e], groups[e], e.new_lod, e.first_block))
         value = {(start, span): s for (_, start, span), s in zip(entries(context), scores, strict=True)}
         value[edit.first_block * context.block_size, context.block_size**edit.new_lod] = groups[edit]
@@ -88,7 +89,7 @@ def fit(context, scores, budget, recent, resting):
 
 
 def total_gain(edits, context, scores, recent=0):
-    gains = expansions(context, scores) | {e: -mean for e, mean in collapses(context, scores, recent).items()}
+    gains = expansions(context, scores) | {e: -worth for e, worth in collapses(context, scores, recent).items()}
     return sum(gains[edit] for edit in edits)
 
 
@@ -128,27 +129,27 @@ def draw_scores(draw, n):
 @st.composite
 def problems(draw, **options):
     context = draw(contexts())
-    recent = draw(st.integers(0, context.num_tokens))
+    newest = draw(st.integers(0, context.num_tokens))
     scores = draw_scores(draw, length(context))
-    smallest = context.smallest_length(recent)
+    smallest = context.smallest_length(newest)
     budget = draw(st.integers(smallest, max(smallest, length(context)) + 6))
-    resting = draw(st.lists(st.booleans(), min_size=context.num_blocks, max_size=context.num_blocks))
+    recent = draw(st.lists(st.integers(-1, 1), min_size=context.num_blocks, max_size=context.num_blocks))
     for name in ("expand", "collapse"):
         options.setdefault(f"allocator_{name}_threshold", draw(st.sampled_from((0.0, 0.125, 0.5))))
     options.setdefault("allocator", draw(st.sampled_from(("greedy", "stochastic_greedy"))))
-    config = configure(recent, draw(st.integers(1, 5)), **options)
-    return context, scores, budget, config, torch.tensor(resting)
+    config = configure(newest, draw(st.integers(1, 5)), **options)
+    return context, scores, budget, config, torch.tensor(recent, dtype=torch.int8)
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
 def test_every_plan_keeps_its_promises(problem):
-    context, scores, budget, config, resting = problem
+    context, scores, budget, config, recent = problem
     before = context.lod_map.clone()
-    edits = plan(torch.tensor(scores), context, budget, config, resting, generator=torch.Generator().manual_seed(0))
+    edits = plan(torch.tensor(scores), context, budget, config, recent, generator=torch.Generator().manual_seed(0))
     assert torch.equal(context.lod_map, before)
 
-    K, recent = context.block_size, config.allocator_recent_tokens
+    K, newest = context.block_size, config.allocator_recent_tokens
     excess = length(context) - budget
     forced = max(0, math.ceil(excess / (K - 1)))
     assert len(edits) <= max(config.allocator_max_replacements, forced)
@@ -159,17 +160,19 @@ def test_every_plan_keeps_its_promises(problem):
         assert abs(length(after) - longer) == K - 1
     after.check()
     assert length(after) <= budget
-    old = context.old_blocks(recent)
+    old = context.old_blocks(newest)
     assert not (after.lod_map[:, old:] > before[:, old:]).any()  # nothing recent or unfinished got coarser
 
     wishes = edits[forced:]
     touched = [b for edit in wishes for b in blocks(edit)]
     assert len(set(touched)) == len(touched)
-    assert not resting[touched].any()
+    for edit in wishes:
+        expands = edit.new_lod < before[0, edit.first_block]
+        assert not (recent[list(blocks(edit))] == (-1 if expands else 1)).any()  # nothing is undone
     assert not {b for edit in edits[:forced] for b in blocks(edit)} & set(touched)
     if not forced:
         expand, collapse = config.allocator_expand_threshold, config.allocator_collapse_threshold
-        gains = [total_gain([edit], context, scores, recent) for edit in edits]
+        gains = [total_gain([edit], context, scores, newest) for edit in edits]
         grown = [edit.new_lod < before[0, edit.first_block] for edit in edits]
         for i, (gain, expands) in enumerate(zip(gains, grown, strict=True)):
             if expands:
@@ -182,9 +185,9 @@ def test_every_plan_keeps_its_promises(problem):
 @settings(max_examples=150, deadline=None)
 @given(problems(allocator="greedy", **NO_WISHES))
 def test_what_must_go_is_what_the_reference_lets_go(problem):
-    context, scores, budget, config, resting = problem
-    expected = fit(context, scores, budget, config.allocator_recent_tokens, resting.tolist())
-    assert plan(torch.tensor(scores), context, budget, config, resting) == expected
+    context, scores, budget, config, recent = problem
+    expected = fit(context, scores, budget, config.allocator_recent_tokens, recent.tolist())
+    assert plan(torch.tensor(scores), context, budget, config, recent) == expected
 
 
 @st.composite
@@ -212,15 +215,15 @@ def test_greedy_gains_as_much_as_the_best_of_all_plans(problem):
 @settings(max_examples=200, deadline=None)
 @given(problems(allocator="greedy"), st.data())
 def test_a_higher_score_never_costs_a_node_its_expansion(problem, data):
-    context, scores, budget, config, resting = problem
-    edits = plan(torch.tensor(scores), context, budget, config, resting)
+    context, scores, budget, config, recent = problem
+    edits = plan(torch.tensor(scores), context, budget, config, recent)
     nodes = list(expansions(context, range(len(scores))).items())
     expanded = [(edit, entry) for edit, entry in nodes if edit in edits]
     if not expanded:
         return
     edit, entry = data.draw(st.sampled_from(expanded))
     scores[entry] = data.draw(st.floats(scores[entry], 1.0, width=16))
-    assert edit in plan(torch.tensor(scores), context, budget, config, resting)
+    assert edit in plan(torch.tensor(scores), context, budget, config, recent)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -271,9 +274,9 @@ def test_a_full_budget_makes_expansions_pay():
 
 def test_no_node_pays_for_one_that_scores_lower():
     context = context_of([1, 1, 0, 0, 1], K=2)  # blocks 0 and 1 are siblings
-    scores = torch.tensor([0.8, -0.9, 0.9, 0.9, 0.9, 0.9, 0.6])
+    scores = torch.tensor([0.6, -0.9, 0.9, 0.9, 0.9, 0.9, 0.5])
     config = configure(recent=6)
-    # 0.8 comes first but nothing can pay for it; 0.6 must not take its siblings
+    # 0.6 comes first but nothing can pay for it; 0.5 must not take its siblings
     assert plan(scores, context, 7, config) == []
     scores[6] = 0.9
     assert plan(scores, context, 7, config) == [Edit(0, 0, 2, 2), Edit(0, 4, 1, 0)]
@@ -283,27 +286,53 @@ def test_siblings_of_a_node_that_asks_for_detail_do_not_wish_to_collapse():
     context = context_of([1, 1], K=2)
     assert plan(torch.tensor([-0.9, -0.8]), context, 9, configure()) == [Edit(0, 0, 2, 2)]
     assert plan(torch.tensor([-0.9, 0.2]), context, 9, configure()) == [Edit(0, 1, 1, 0)]
-    resting = torch.tensor([False, True])
-    assert plan(torch.tensor([-0.9, 0.2]), context, 9, configure(), resting) == []
+    collapsed = torch.tensor([0, -1], dtype=torch.int8)
+    assert plan(torch.tensor([-0.9, 0.2]), context, 9, configure(), collapsed) == []
 
 
-def test_an_edit_that_rests_is_not_undone():
+def test_a_group_of_gists_is_worth_its_best():
+    """Over budget, the four siblings of which one is wanted most are not the first to go."""
+    context = context_of([1] * 8, K=4)
+    scores = torch.tensor([0.9, -0.6, -0.6, -0.6, *[-0.1] * 4])  # means of -0.225 and -0.1
+    assert plan(scores, context, 5, configure(**NO_WISHES)) == [Edit(0, 4, 4, 2)]
+
+
+def test_what_was_expanded_is_not_collapsed_but_expanded_further():
+    context = context_of([2, 2, 2, 2, 1], K=4)
+    wanted = torch.tensor([0.9, 0.0])
+    edits = plan(wanted, context, 99, configure())
+    assert edits == [Edit(0, 0, 4, 1)]
+    expanded = torch.tensor([1, 1, 1, 1, 0], dtype=torch.int8)
+    after = context.apply(edits)
+    assert plan(torch.tensor([-0.9, 0.9, -0.9, -0.9, 0.0]), after, 99, configure(), expanded) == [Edit(0, 1, 1, 0)]
+    assert plan(torch.full((5,), -0.9), after, 99, configure(), expanded) == []
+    assert plan(torch.full((5,), -0.9), after, 99, configure()) == [Edit(0, 0, 4, 2)]
+
+
+def test_a_collapse_is_not_undone():
+    context = context_of([1, 1, 1, 1, 0], K=4)
+    collapsed = torch.tensor([-1] * 4 + [0], dtype=torch.int8)
+    assert plan(torch.tensor([0.9] * 4 + [0.0] * 4), context, 99, configure(), collapsed) == []
+    assert plan(torch.tensor([-0.9] * 4 + [0.0] * 4), context, 99, configure(), collapsed) == [Edit(0, 0, 4, 2)]
+
+
+def test_an_expansion_is_not_undone():
     config, context = configure(), context_of([1, 0, 0], K=4)
     eager = torch.tensor([0.9, *[0.0] * 8])
     edits = plan(eager, context, 99, config)
     assert edits == [Edit(0, 0, 1, 0)]
     bored = torch.tensor([*[-0.9] * 4, *[0.0] * 8])
-    resting = torch.tensor([True, False, False])
-    assert plan(bored, context.apply(edits), 99, config, resting) == []
+    expanded = torch.tensor([1, 0, 0], dtype=torch.int8)
+    assert plan(bored, context.apply(edits), 99, config, expanded) == []
     assert plan(bored, context.apply(edits), 99, config) == [Edit(0, 0, 1, 1)]
 
 
 def test_the_budget_is_above_rest_and_the_number_of_edits():
     context = WorkingContext.finest(1, 64, 4)
-    resting = torch.zeros(16, dtype=torch.bool)
-    resting[:15] = True
-    edits = plan(torch.zeros(64), context, 1, configure(most=1), resting)
-    assert edits[0] == Edit(0, 15, 1, 1)  # what does not rest goes first
+    expanded = torch.ones(16, dtype=torch.int8)
+    expanded[15] = 0
+    edits = plan(torch.zeros(64), context, 1, configure(most=1), expanded)
+    assert edits[0] == Edit(0, 15, 1, 1)  # what was not expanded just now goes first
     after = context.apply(edits)
     assert entries(after) == [(3, 0, 64)]
 
