@@ -4,51 +4,47 @@ import time
 
 import torch
 
-from megacontext.attention import attention_to_blocks
 from megacontext.config import MCConfig
-from megacontext.controller import MCController
-from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.losses import attention_to_blocks
 from megacontext.networks import MCNetworks
-from megacontext.tree import build_table
-from megacontext.variants import random_variants, target_length
+from megacontext.objective import MCObjective
+from megacontext.variants import DENSE_SHARE, random_variants, target_length
 from nanochat.common import autocast, compute_init, resolve_dtype
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loop import maybe_compile
 
 
-def parts(model, controller, x, y, progress):
+def parts(model, objective, x, y, progress):
     """name → function that does one part of the arithmetic of a step, forward and backward, on prepared inputs."""
-    c, (B, T), V = controller.config, x.shape, controller.config.mc_num_random_variants
+    c, reader, (B, T) = objective.config, objective.reader, x.shape
+    dense = int(DENSE_SHARE * B)
     length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
-    context = random_variants(B * V, T, c.block_size, length, c.allocator_recent_tokens, None, x.device)
-    entries, targets = context.entries(), context.targets(y.repeat_interleave(V, 0))
+
+    def variants_of(rows):
+        return random_variants(rows, T, c.block_size, length, c.allocator_recent_tokens)
+
+    read, judged = variants_of(c.mc_num_random_variants * (B - dense)), variants_of(c.mc_max_counterfactuals * dense)
     with torch.no_grad():
-        embeds = model.embed(x)
-        table = build_table(controller.gist, embeds, c.block_size)
-        inputs = table.materialize(context)
-    head_dim = model.config.n_embd // model.config.n_head
-    cos_sin = entry_cos_sin(entries.start, entries.span, head_dim)
+        embeds = reader.embed(x)
+        inputs = reader.tree(embeds[dense:]).materialize(read)
 
-    def baseline():
-        model(inputs_embeds=embeds.clone().requires_grad_(), targets=y).backward()
+    def dense_rows():
+        model(inputs_embeds=embeds[:dense].clone().requires_grad_(), targets=y[:dense]).backward()
 
-    def variants():
-        embeds = inputs.clone().requires_grad_()
-        weights = torch.full(targets.shape, 1 / targets.numel(), device=x.device)
-        model(inputs_embeds=embeds, cos_sin=cos_sin, targets=targets, row_weights=weights)[0].backward()
+    def compressed_rows():
+        reader.read(inputs.clone().requires_grad_(), read, y[dense:]).loss.backward()
 
     def gistnet():
-        build_table(controller.gist, embeds.clone().requires_grad_(), c.block_size).values.mean().backward()
+        reader.tree(embeds[dense:].clone().requires_grad_()).values.mean().backward()
 
     def lensnet():
-        table = build_table(controller.gist, embeds, c.block_size)
-        controller.score(table.materialize(context), entries, T).mean().backward()
+        reader.score(reader.tree(embeds[:dense]).materialize(judged), judged).mean().backward()
 
     def attention():
-        attention_to_blocks(model, embeds, c.block_size, old)
+        old = judged.old_blocks(c.allocator_recent_tokens)
+        attention_to_blocks(model, embeds[:dense], x[:dense] == objective.bos, c.block_size, old)
 
-    old = context.old_blocks(c.allocator_recent_tokens)
-    wanted = {"trunk, baseline": baseline, "trunk, variants": variants, "GistNet": gistnet}
+    wanted = {"dense rows": dense_rows, "compressed rows": compressed_rows, "GistNet": gistnet}
     return {**wanted, "LensNet and its gists": lensnet, "attention": attention}
 
 
@@ -65,7 +61,7 @@ def seconds(function, device, repeat) -> float:
 
 
 def bench_mc(config, show):
-    """One table a number of variants: seconds of each part, of their sum, of a whole step, and the ratio of the two."""
+    """One row per number of variants: seconds of each part, their sum, a whole step, and the ratio of the two."""
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     T, B = config.max_seq_len, config.device_batch_size
@@ -80,13 +76,13 @@ def bench_mc(config, show):
     for V in (1, 2, 4):
         mc = MCConfig(mc_num_random_variants=V).resolve(T)
         networks = MCNetworks(plain.config.n_embd, mc).to(device)
-        controller = MCController(model, networks, mc, resolve_dtype(mc.mc_aux_dtype, device.type))
+        objective = MCObjective(model, networks, mc, bos=0)
 
-        def step(controller=controller):
-            controller.process_batch(x, y, 0.5).loss.backward()
+        def step(objective=objective):
+            objective.process_batch(x, y, 0.5).loss.backward()
 
         with autocast(device, dtype):
-            functions = {"plain": lambda: model(x, y).backward(), **parts(model, controller, x, y, 0.5)}
+            functions = {"plain": lambda: model(x, y).backward(), **parts(model, objective, x, y, 0.5)}
             functions["whole step"] = step
             best = {name: float("inf") for name in functions}
             for _ in range(1 + config.repeat):  # in turn, so that a slow moment hits them alike; the first warms up

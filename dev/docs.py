@@ -17,7 +17,7 @@ from typing import Literal, get_args, get_origin
 
 from megacontext.config import MCConfig
 from megacontext.inference import MCInference
-from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS, metric_of
+from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS, metric_of
 from nanochat.common import atomic_write
 
 VAULT = Path(__file__).resolve().parent.parent / "obsidian"

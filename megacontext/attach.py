@@ -1,15 +1,14 @@
 """The one place where --mc becomes objects. With the flag off, none of MegaContext's networks or losses is made."""
 
-import math
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from megacontext.auto_batch import auto_batch_size
+import torch
+
 from megacontext.inference import session_maker
 from megacontext.networks import MCNetworks
-from megacontext.telemetry import open_telemetry
-from megacontext.training import MCObjective
-from nanochat.common import resolve_dtype
+from megacontext.objective import MCObjective
+from megacontext.telemetry.endpoint import open_telemetry
 from nanochat.training import PlainObjective
 
 
@@ -18,25 +17,13 @@ def is_on(config) -> bool:
     return getattr(config, "mc", True)
 
 
-def batch_shape(config, T) -> tuple[int, int]:
-    """
-    (device_batch_size, streams) of this run: as given, or shrunk by --mc_auto_batch to make room for variants.
-
-    A smaller micro-batch is put together from fewer streams; more micro-batches a step make up for both.
-    """
-    B, streams = config.device_batch_size, getattr(config, "streams", 1)
-    if not is_on(config):
-        return B, streams
-    smaller = auto_batch_size(B, config.megacontext.resolve(T), T)
-    return smaller, streams if smaller == B else math.gcd(streams, smaller)
-
-
-def attach(config, model_config, device, parent=None):
+def attach(config, model_config, device, bos, parent=None):
     """
     (networks, make_objective) for a run with these options on a model of this GPTConfig.
 
-    networks: None with the flag off. parent: (state dict, settings) of networks to go on from, else they are new.
-    make_objective(model) is what the loop calls. Raises UserError when the parent's networks are of another shape.
+    networks: None with the flag off. bos: the tokenizer's. parent: (state dict, settings) of networks to go on from,
+    else they are new. make_objective(model) is what the loop calls. Raises UserError when the parent's networks are of
+    another shape.
     """
     if not is_on(config):
         return None, PlainObjective
@@ -44,8 +31,13 @@ def attach(config, model_config, device, parent=None):
     networks = MCNetworks(model_config.n_embd, mc).to(device)
     if parent is not None:
         networks.load(*parent)
-    dtype = resolve_dtype(mc.mc_aux_dtype, device.type)
-    return networks, lambda model: MCObjective(model, networks, mc, dtype)
+
+    def make_objective(model):
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            torch._dynamo.config.recompile_limit = 64  # each stage of the variants' length is a shape of its own
+        return MCObjective(model, networks, mc, bos)
+
+    return networks, make_objective
 
 
 def meta_of(config, T) -> dict:
@@ -53,19 +45,18 @@ def meta_of(config, T) -> dict:
     return {"megacontext": asdict(config.megacontext.resolve(T))} if is_on(config) else {}
 
 
-def observe(config, script, training, objective):
-    """Send what MegaContext does, and all that is logged, to where MC_OTEL_ENDPOINT says; training.close() ends it."""
+def observe(config, script, training):
+    """Send all that is logged to where MC_OTEL_ENDPOINT says; training.close() ends it."""
     if is_on(config):
-        objective.telemetry = open_telemetry(script, training.tag, {"device": training.device.type})
-        objective.step = lambda: training.step
-        training.log.others.append(objective.telemetry)
+        training.log.others.append(open_telemetry(script, training.tag, {"device": training.device.type}))
 
 
 @contextmanager
 def generating(config, training):
     """
-    While in use, what is trained is in eval mode; as it gives a maker of sessions, make_session(rows) -> MCSession, of
-    the networks as they are now, or None with the flag off.
+    Put a model under training, and its networks, into eval mode for as long as something is generated from them.
+
+    Gives make_session(rows) -> MCSession of the networks as they are now; None with the flag off.
     """
     model, networks = training.model, training.companion
     trained = [model] if networks is None else [model, networks]

@@ -43,12 +43,12 @@ class Held:
 
 class ChatSessions:
     """
-    nanochat.serving.worker_pool.Sessions. make_session(on_event=…) -> MCSession of one row; config: resolved, the
-    same. on_event(name, attributes): for telemetry.
+    nanochat.serving.worker_pool.Sessions. make_session(on_update=…) -> MCSession of one row; config: resolved, the
+    same. on_update(session, entries_read, watch): told of each session's updates, see MCSession.
     """
 
-    def __init__(self, make_session, config, limit, on_event=None):
-        self.make_session, self.config, self.limit, self.on_event = make_session, config, limit, on_event
+    def __init__(self, make_session, config, limit, on_update=None):
+        self.make_session, self.config, self.limit, self.on_update = make_session, config, limit, on_update
         self.held = []  # least recently used first
         self.evicted = 0
         self.lock = threading.Lock()  # guards `held`
@@ -77,7 +77,7 @@ class ChatSessions:
                     self.held.pop(0).session.close()
                     self.evicted += 1
                 held = Held(conversation=job.conversation)
-                held.session = self.make_session(on_event=partial(self._on_event, held))
+                held.session = self.make_session(on_update=partial(self._on_update, held))
             held.job, held.prompt, held.answer, held.used = job, prompt, job.ids, time.monotonic()
             self.held.append(held)
         return held
@@ -94,14 +94,12 @@ class ChatSessions:
             self.held.remove(held)
         held.session.close()
 
-    def _on_event(self, held, name, attributes):
-        """What the session has to say, at each prefill and refocus."""
-        if self.on_event:
-            self.on_event(name, attributes)
-        if name == "working_context_snapshot":
-            held.job.compacted |= any(f"lod_count/{lod}" in attributes for lod in range(1, 64))
-        if name == "inference_update":  # the last one
-            self._tell(held)
+    def _on_update(self, held, session, entries_read, watch):
+        """At each prefill and refocus."""
+        if self.on_update:
+            self.on_update(session, entries_read, watch)
+        held.job.compacted |= session.context.coarsest > 0
+        self._tell(held)
 
     def _tell(self, held):
         held.num_tokens = held.session.num_tokens

@@ -1,4 +1,4 @@
-"""The settings of MegaContext. A field's name is its option's name; -1 stands for a length derived from others."""
+"""The settings of MegaContext. A field's name is its option's name; -1 stands for a value derived from others."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -14,7 +14,7 @@ class MCConfig:
 
     # Tree
     block_size: int = 32
-    """K: nodes that one gist of the next level stands for, tokens at the lowest"""
+    """K: tokens that one gist of level 1 stands for, and gists that one of the next level stands for"""
     mc_tree: Literal["ram"] = "ram"
     """where the tree is kept"""
     mc_positional: Literal["gaussian", "simple"] = "gaussian"
@@ -43,39 +43,39 @@ class MCConfig:
     allocator_sample_temperature: float = 1.0
     """stochastic_greedy: temperature of the draw"""
     allocator_soft_max: int = -1
-    """entries a working context may have; -1 for max_seq_len"""
+    """entries that a working context may have; -1 for max_seq_len"""
     allocator_recent_tokens: int = -1
     """newest tokens that always stay tokens; -1 for 1/16 of max_seq_len in whole blocks"""
     allocator_expand_threshold: float = 0.1
     """least score of an entry that is expanded, 0 to 1"""
     allocator_collapse_threshold: float = 0.1
-    """siblings collapse when their mean score is at most minus this, 0 to 1"""
+    """siblings collapse when the best of their scores is at most minus this, 0 to 1"""
     allocator_max_replacements: int = 4
-    """edits an iteration at most"""
+    """edits per round at most"""
     allocator_iterations: int = 1
-    """rounds of scoring and editing a refocus"""
+    """rounds of scoring and editing per refocus"""
     # Training
     mc_num_random_variants: int = 4
-    """randomly compressed working contexts a sequence, besides the uncompressed one"""
+    """random working contexts that the model reads of each compressed sequence; the others are read in full"""
     mc_train_wc_length: int = -1
     """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len, or two blocks open"""
     mc_max_counterfactuals: int = 4
-    """pairs of working contexts a sequence, at most, of which LensNet should foretell the better one: a measure"""
-    mc_lens_loss_weight: float = 0.1
-    """weight of LensNet's loss, which teaches GistNet too, beside the token loss; 0 for none"""
+    """random working contexts that LensNet learns to judge of each sequence that is read in full"""
+    mc_lens_loss_weight: float = 1.0
+    """weight of LensNet's loss beside the token loss: of how it moves GistNet, and of LensNet's rates; 0: none"""
     mc_auto_batch: bool = True
-    """shrink device_batch_size so that variants fit in the same memory, and keep the tokens seen the same"""
+    """read micro-batches in parts where MegaContext would need more memory for them than the plain model"""
     mc_aux_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """precision of GistNet and LensNet; auto is bf16 where that is faster"""
     mc_freeze_base: bool = False
     """train GistNet and LensNet only"""
     # Evaluation and inference
     mc_eval_soft_max_length: int = -1
-    """entries of a working context in validation; -1 for mc_train_wc_length, but no more than allocator_soft_max"""
+    """entries of a working context in validation; -1 for allocator_soft_max, as at inference"""
     mc_infer_allocator_max_replacements: int = -1
-    """edits an iteration at most; -1 for allocator_max_replacements"""
+    """edits per round at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: int = -1
-    """rounds a refocus; -1 for allocator_iterations"""
+    """rounds per refocus; -1 for allocator_iterations"""
     mc_infer_refocus_interval: int = 32
     """tokens between two refocuses"""
 
@@ -97,7 +97,7 @@ class MCConfig:
 
     def resolve(self, max_seq_len: int) -> "MCConfig":
         """
-        These settings for a model of context length max_seq_len, with every -1 replaced.
+        These settings for a model of context length max_seq_len, with a value in place of every -1.
 
         Raises UserError where max_seq_len tokens cannot be made into a working context as short as is asked.
         """
@@ -114,8 +114,9 @@ class MCConfig:
         smallest = finest.smallest_length(recent)
         # Two blocks stay open, somewhere: the model is to read mixtures, as it will meet them
         two_open = max_seq_len - (K - 1) * max(0, finest.old_blocks(recent) - 2)
-        config = config._derive(mc_train_wc_length=max(max_seq_len // 5, two_open))
-        config = config._derive(mc_eval_soft_max_length=min(config.mc_train_wc_length, config.allocator_soft_max))
+        config = config._derive(
+            mc_train_wc_length=max(max_seq_len // 5, two_open), mc_eval_soft_max_length=config.allocator_soft_max
+        )
         for name in ("allocator_soft_max", "mc_train_wc_length", "mc_eval_soft_max_length"):
             what = (
                 f"at least {smallest}, the fewest entries for {max_seq_len} tokens of which the newest {recent} "

@@ -29,11 +29,11 @@ class MCInference:
     allocator_expand_threshold: float = -1.0
     """least score of an entry that is expanded, 0 to 1"""
     allocator_collapse_threshold: float = -1.0
-    """siblings collapse when their mean score is at most minus this, 0 to 1"""
+    """siblings collapse when the best of their scores is at most minus this, 0 to 1"""
     mc_infer_allocator_max_replacements: int = -1
-    """edits an iteration at most"""
+    """edits per round at most"""
     mc_infer_allocator_iterations: int = -1
-    """rounds of scoring and editing a refocus"""
+    """rounds of scoring and editing per refocus"""
     mc_infer_refocus_interval: int = -1
     """tokens between two refocuses"""
     mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""

@@ -83,8 +83,8 @@ def init_linear(module):
             nn.init.normal_(layer.weight, std=std)
 
 
-def split_parameters(*networks) -> tuple[list, list]:
-    """(matrices, others) of the networks: what Muon is for, and embeddings and single vectors, for AdamW."""
-    matrices = [layer.weight for net in networks for layer in net.modules() if isinstance(layer, nn.Linear)]
+def split_parameters(network) -> tuple[list, list]:
+    """(matrices, others) of a network: what Muon is for, and embeddings and single vectors, for AdamW."""
+    matrices = [layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)]
     chosen = {id(p) for p in matrices}
-    return matrices, [p for net in networks for p in net.parameters() if id(p) not in chosen]
+    return matrices, [p for p in network.parameters() if id(p) not in chosen]

@@ -60,7 +60,7 @@ class LensNet(nn.Module):
         Scores [B, W], float32 in (−1, 1): positive = expand, negative = collapse, 0 where not valid.
 
         x [B, W, D] embeddings; lod, start and span (in tokens) [B, W] int64 and valid [B, W] bool, as
-        WorkingContext.entries() gives them; num_tokens: length of the stream, an int or [B].
+        WorkingContext.entries gives them; num_tokens: length of the stream, an int or [B].
         Levels above max_levels share its embedding.
         """
         length = torch.as_tensor(num_tokens, device=x.device).view(-1, 1)

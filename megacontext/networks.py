@@ -9,7 +9,7 @@ from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
 from nanochat import checkpoint_manager
 from nanochat.adamw import DistAdamW
-from nanochat.common import UserError, autocast, get_dist_info
+from nanochat.common import UserError, get_dist_info
 from nanochat.muon import DistMuon, Muon
 
 MAX_LEVELS = 8  # levels with an embedding of their own
@@ -22,20 +22,11 @@ class MCNetworks(nn.Module):
         super().__init__()
         c = config
         self.settings = {"block_size": c.block_size, "mc_positional": c.mc_positional}
+        self.lens_loss_weight = c.mc_lens_loss_weight
         self.gistnet = GistNet(
             n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
         )
         self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
-
-    def gist(self, children, level, dtype):
-        """GistNet, with matrix products in `dtype` whatever autocast surrounds it."""
-        with autocast(children.device, dtype):
-            return self.gistnet(_at_least(dtype, children), level)
-
-    def score(self, x, entries, num_tokens, dtype):
-        """LensNet on the embeddings x of `entries`, in the same way."""
-        with autocast(x.device, dtype):
-            return self.lensnet(_at_least(dtype, x), *entries, num_tokens)
 
     def load(self, state: dict, settings: dict):
         """Take over a checkpoint's weights. Raises UserError when they were made with settings they do not fit."""
@@ -54,21 +45,28 @@ class MCNetworks(nn.Module):
             ) from error
 
     def setup_optimizers(self, matrix_lr=0.02, other_lr=0.003) -> list[torch.optim.Optimizer]:
-        """[Muon for the matrices, AdamW for the rest]; sharded over ranks under torchrun."""
-        matrices, others = split_parameters(self.gistnet, self.lensnet)
-        adam_args = {"lr": other_lr, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-        if get_dist_info()[0]:
-            optimizers = [DistMuon(matrices, lr=matrix_lr), DistAdamW([{"params": others}], **adam_args)]
-        else:
-            optimizers = [Muon(matrices, lr=matrix_lr), torch.optim.AdamW(others, fused=True, **adam_args)]
+        """
+        [Muon for the matrices, AdamW for the rest] of GistNet, then of LensNet; sharded over ranks under torchrun.
+
+        These optimizers do not see the scale of a gradient. So LensNet's rates carry the weight of its loss.
+        """
+        optimizers = []
+        for network, weight in ((self.gistnet, 1.0), (self.lensnet, self.lens_loss_weight)):
+            matrices, others = split_parameters(network)
+            if not matrices:  # GistNet of type "mean"
+                continue
+            adam_args = {"lr": weight * other_lr, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+            if get_dist_info()[0]:
+                optimizers += [DistMuon(matrices, lr=weight * matrix_lr), DistAdamW([{"params": others}], **adam_args)]
+            else:
+                optimizers += [
+                    Muon(matrices, lr=weight * matrix_lr),
+                    torch.optim.AdamW(others, fused=True, **adam_args),
+                ]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         return optimizers
-
-
-def _at_least(dtype, x):
-    return x.float() if dtype == torch.float32 else x  # embeddings are bf16 on GPUs
 
 
 def load_networks(source, meta, device):

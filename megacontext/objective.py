@@ -1,90 +1,119 @@
 """
-What training minimizes, as functions of tensors.
+The recipe by which a GPT learns to read gists, GistNet to make them and LensNet to find what they stand for.
 
-Shapes: B sequences, V variants of each (rows b·V … b·V + V − 1 of R = B·V), W entries, n_blocks blocks.
+    embed → dense sequences:      next-token loss; where the model looks → LensNet's loss
+          → compressed sequences: tree → variants → read → next-token loss
+
+Shapes: B sequences of T tokens, the first of them dense, the others compressed; V variants of each compressed one and
+C working contexts of each dense one, which only LensNet sees; W entries, n old blocks, D = n_embd.
 """
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 
-from nanochat.common import autocast
-
-
-def tail_nll(nll, lengths, tail):
-    """Mean losses [R] of the last `tail` entries of each row, nll [R, W] with lengths [R]."""
-    index = lengths[:, None] - tail + torch.arange(tail, device=nll.device)
-    return nll.gather(1, index).mean(1)
-
-
-def pairs_of_variants(B, V, limit, generator=None, device=None):
-    """Up to `limit` different pairs a < b of the V variants of each sequence: rows (a, b), each [B, P]."""
-    a, b = torch.triu_indices(V, V, 1, device=device)
-    P = min(limit, a.numel())
-    pick = torch.rand(B, a.numel(), generator=generator, device=device).argsort(1)[:, :P]
-    first = torch.arange(B, device=device)[:, None] * V
-    return first + a[pick], first + b[pick]
+from megacontext.config import MCConfig
+from megacontext.evaluation.validation import validate
+from megacontext.losses import attention_to_blocks, beyond_place, lens_loss
+from megacontext.networks import MCNetworks
+from megacontext.reader import Reader
+from megacontext.variants import DENSE_SHARE, auto_batch_size, random_variants, step_work, target_length
+from nanochat.common import Stopwatch
 
 
-def beyond_place(shares):
+@dataclass
+class MCBatchResult:
     """
-    What of the logarithm of attention shares [B, n] is not explained by the place of a block alone; [B, n].
-
-    Near blocks, and the oldest, are looked at whatever they say. So a quadratic in the logarithm of the distance, with
-    a step for the newest and the oldest block, is fitted to all rows (least squares) and taken away. With few rows it
-    takes some of the content along: more rows tell better what is content.
+    loss: what to minimize. stats: figures for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
+    working contexts of one's own. positional_caches: {session id: (cos, sin, alibi)}, what each sequence was read at:
+    [V, W, 1, d/2] where it was compressed, [1, T, 1, d/2] where not; alibi is None, since positions are rotary only.
     """
-    log = shares.float().clamp(min=1e-6).log()
-    n = log.size(1)
-    distance = torch.arange(n, 0, -1, device=log.device).float()  # in blocks
-    place = (torch.ones_like(distance), distance.log(), distance.log() ** 2, distance == 1, distance == n)
-    place = torch.stack([feature.float() for feature in place], dim=1)  # [n, 5]
-    with autocast(log.device, torch.float32):
-        normal = place.T @ place + 1e-4 * torch.eye(5, device=log.device)  # a ridge, for when there are few blocks
-        return log - place @ torch.linalg.solve(normal, place.T @ log.mean(0))
+
+    loss: torch.Tensor
+    stats: dict
+    cached_embeddings: torch.Tensor
+    positional_caches: dict
 
 
-def lens_targets(beyond, context):
+class MCObjective:
     """
-    What LensNet is to say of each old block, [R, n] in (−1, 1), from `beyond_place` of its attention, [R, n].
+    Called as `objective(x, y, progress, seed)` by the training loops; gives (loss, figures for the log).
 
-    tanh of it: positive where the model looks more than the place explains, so that detail moves there, negative where
-    it looks less. A node of several blocks is worth as much as the best of them.
+    model: the GPT, compiled or not. config: resolved for its context length. bos: the token that attention sinks into.
     """
-    n = beyond.size(1)
-    targets = beyond.tanh()
-    lod_map = context.lod_map[:, :n]
-    level, size = 2, context.block_size
-    while size <= n:
-        whole = n // size * size
-        best = targets[:, :whole].unflatten(1, (-1, size)).amax(2).repeat_interleave(size, 1)
-        targets[:, :whole] = best.where(lod_map[:, :whole] == level, targets[:, :whole])
-        level, size = level + 1, size * context.block_size
-    return targets
+
+    def __init__(self, model, networks: MCNetworks, config: MCConfig, bos: int):
+        self.model, self.config, self.bos = model, config, bos
+        self.reader = Reader(model, networks, config)
+
+    def __call__(self, x, y, progress, seed):
+        watch = Stopwatch(x.device)
+        result = self.process_batch(x, y, progress, torch.Generator().manual_seed(seed))
+        watch.stop()
+        return result.loss, {**result.stats, "mc/time_controller_ms": watch}
+
+    def process_batch(self, x, y, progress, generator=None, session_ids=None) -> MCBatchResult:
+        """
+        Losses of one micro-batch, x and y [B, T] as the loader gives them.
+
+        progress: part of the training that is done, which the length of the variants follows. generator: of chance, on
+        the CPU. session_ids: a name for each sequence, default 0 … B − 1.
+        """
+        c, reader, (B, T) = self.config, self.reader, x.shape
+        V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
+        length = target_length(progress, T, K, c.mc_train_wc_length)
+        dense = int(B * DENSE_SHARE + torch.rand((), generator=generator))  # sequences; rounded by chance
+        names = list(range(B)) if session_ids is None else session_ids
+        caches = {name: (self.model.cos[:, :T], self.model.sin[:, :T], None) for name in names[:dense]}
+        embeds = reader.embed(x)
+        losses, stats = [], {"mc/tree_tokens": T, "mc/wc_entries": length}
+
+        if dense and not c.mc_freeze_base:
+            stats["mc/base_loss"] = self.model(inputs_embeds=embeds[:dense], targets=y[:dense])
+            losses.append(stats["mc/base_loss"])
+
+        if dense < B:
+            context = random_variants(V * (B - dense), T, K, length, recent, generator)
+            table = reader.tree(embeds[dense:])
+            reading = reader.read(table.materialize(context), context, y[dense:])
+            losses.append(reading.loss)
+            stats |= {"mc/token_loss": reading.loss, "mc/variants_total": len(context.lod_map)}
+            stats |= by_level(context, reading)
+            reader.networks.gistnet.mark_trained(context.coarsest)
+            cos, sin, *_ = reading.positions
+            caches |= {name: (cos[i * V :][:V], sin[i * V :][:V], None) for i, name in enumerate(names[dense:])}
+
+        if dense and c.mc_lens_loss_weight > 0:
+            context = random_variants(C * dense, T, K, length, recent, generator)
+            table = reader.tree(embeds[:dense].detach())  # this loss teaches GistNet too, but not the embeddings
+            scores = context.per_block(reader.score(table.materialize(context), context))
+            sinks, old = x[:dense] == self.bos, context.old_blocks(recent)
+            beyond = beyond_place(attention_to_blocks(self.model, embeds[:dense], sinks, K, old))
+            stats["mc/lens_loss"] = lens_loss(scores, beyond.repeat_interleave(C, 0), context)
+            losses.append(c.mc_lens_loss_weight * stats["mc/lens_loss"])
+
+        stats = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in stats.items()}
+        return MCBatchResult(sum(losses), stats, embeds, caches)
+
+    def rows_at_once(self, B) -> int:
+        """Rows of a micro-batch of B that are put through the model together: see auto_batch_size."""
+        return auto_batch_size(B, self.config, self.model.config)
+
+    def work(self, progress, T) -> float:
+        """FLOPs of a step as a multiple of what the model alone needs for the same tokens."""
+        return step_work(self.model, self.reader.networks, self.config, progress, T)
+
+    def validate(self, batches, steps, token_bytes) -> dict:
+        """Figures beside bits per byte: see megacontext.evaluation.validation."""
+        return validate(self.reader, batches, steps, token_bytes)
 
 
-def lens_loss(scores, beyond, context):
-    """
-    Mean squared difference of LensNet's scores [R, n_blocks] of each block, in the light of its row's own context, and
-    the targets above. Measured against a preference between pairs of contexts, and against the divergence of the two
-    distributions: it finds what is asked for in a fraction of the steps (see dev/LOG.md).
-    """
-    targets = lens_targets(beyond, context)
-    return F.mse_loss(scores[:, : targets.size(1)], targets)
-
-
-@torch.no_grad()
-def preference_agreement(scores, lods, nll, pairs):
-    """
-    How well LensNet foretells which of two working contexts reads the newest tokens better: a measure, not a loss.
-
-    scores [R, n_blocks]: of each block in the light of its own context. lods [R, n_blocks]. nll [R]: of the newest
-    tokens, the same in all contexts. pairs: (a, b), each [B, P]. With D = NLL_b − NLL_a > 0, a is the better. Its
-    foretold advantage is the sum, over the blocks in which the two differ, of the scores times how much more detail a
-    has. Returns (D [B, P], agreement: the share of pairs, weighted by |D|, that are foretold rightly).
-    """
-    a, b = pairs
-    difference = nll[b] - nll[a]
-    more_detail = (lods[b] - lods[a]).to(scores.dtype)  # of a over b
-    advantage = ((scores[a] + scores[b]) * more_detail).sum(-1)
-    right = difference.sign() == advantage.sign()
-    return difference, (difference.abs() * right).sum() / difference.abs().sum().clamp(min=1e-9)
+def by_level(context, reading) -> dict:
+    """Entries per row of each level of a context, and the loss of what follows a token (LOD 0) or a gist of it."""
+    stats, (lod, _, _, valid) = {}, context.entries
+    for level in range(context.coarsest + 1):
+        here = (lod == level) & valid
+        stats[f"mc/lod_count/{level}"] = here.sum().item() / context.num_rows
+        scored = here.to(reading.nll.device, non_blocking=True) & (reading.targets >= 0)
+        stats[f"mc/lod_loss/{level}"] = (reading.nll * scored).sum() / scored.sum().clamp(min=1)
+    return stats

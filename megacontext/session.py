@@ -1,5 +1,5 @@
 """
-MCSession: one conversation of any length, at a fixed cost a token.
+MCSession: one conversation of any length, at a fixed cost per token.
 
     prefill: tokens → tree → a first working context → LensNet and allocator → KV cache → logits
     step:    token → tree, working context, cache → logits; every mc_infer_refocus_interval tokens a refocus
@@ -11,24 +11,23 @@ It leaves room for the tokens until the next one, so that no call ends with more
 allocator_soft_max. Between two refocuses a step does what plain decoding does, and nothing grows with N.
 """
 
-import time
 from typing import NamedTuple
 
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.focus import Focus, focus_state, tell
-from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.focus import Focus, focus_state
+from megacontext.reader import Reader
 from megacontext.tree import STORES, MegaContextTree
 from megacontext.working_context import WorkingContext
-from nanochat.common import UserError, autocast, resolve_dtype
+from nanochat.common import Stopwatch, UserError, autocast
 from nanochat.decode import Decoder, KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
 
 
 class Snapshot(NamedTuple):
-    """A moment of one session; nothing in it is as long as the stream but the LOD maps, a byte a block and row."""
+    """A moment of one session; nothing in it is as long as the stream except the LOD maps, a byte per block and row."""
 
     session: "MCSession"
     cuts: int
@@ -43,16 +42,16 @@ class MCSession:
 
     networks: GistNet and LensNet, in eval mode. config: resolved. rows: streams that share their prompts and have a
     focus each. decoder: None makes one from the model's weights as they are now. seed: of stochastic_greedy.
-    on_event(name, attributes): called at each prefill and refocus with numbers for telemetry.
+    on_update(session, entries_read, watch): called after each prefill and refocus; entries_read in all rows, watch: a
+    Stopwatch of what it took.
 
     A session keeps what it has read: a prompt that begins with it goes on where it was, and only what is new is read.
     Raises UserError when the budget is too small for what has to be in it.
     """
 
-    def __init__(self, model, networks, config: MCConfig, rows=1, decoder=None, seed=0, on_event=None):
-        self.model, self.networks, self.config, self.rows, self.on_event = model, networks, config, rows, on_event
-        self.device, self.head_dim = model.get_device(), model.config.n_embd // model.config.n_head
-        self.dtype = resolve_dtype(config.mc_aux_dtype, self.device.type)  # of the two networks
+    def __init__(self, model, networks, config: MCConfig, rows=1, decoder=None, seed=0, on_update=None):
+        self.model, self.config, self.rows, self.on_update = model, config, rows, on_update
+        self.reader, self.device = Reader(model, networks, config), model.get_device()
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
         self.budget = config.allocator_soft_max
         self.room = self.budget - self.interval  # entries that a refocus may leave
@@ -64,7 +63,9 @@ class MCSession:
         self._reset()
 
     def _reset(self):
-        self.tree = MegaContextTree(self._gist, self.config.block_size, STORES[self.config.mc_tree](), self._embed)
+        # Gists in the precision in which the model reads them
+        store = STORES[self.config.mc_tree](self.decoder.dtype)
+        self.tree = MegaContextTree(self.reader.gist, self.config.block_size, store, self._embed)
         self.focus = Focus(self.config, 1, self.seed)
         self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
@@ -86,7 +87,7 @@ class MCSession:
         self._check_open()
         if not tokens:
             raise ValueError("expected at least one token, got none")
-        started = time.perf_counter()
+        watch = Stopwatch(self.device)
         N = len(tokens)
         finest = WorkingContext.finest(1, N, self.config.block_size)
         smallest = finest.smallest_length(self.recent)
@@ -112,7 +113,7 @@ class MCSession:
         context = context.collapse_oldest(self.room, self.recent, first_new)  # what was in focus stays, if it can
         context = context.collapse_oldest(self.room, self.recent)
         self._adopt(self._refocused(context))
-        logits = self._read(started)
+        logits = self._read(watch)
         if self.rows > 1:
             self._become_many()
         return logits.expand(self.rows, -1)
@@ -120,11 +121,11 @@ class MCSession:
     @torch.inference_mode()
     def step(self, ids):
         """
-        Logits [B, V] after one more token a row, ids [B]; None when there is no room for it, and nothing has changed.
+        Logits [B, V] after one more token per row, ids [B]; None if there is no room for it, and nothing has changed.
         """
         self._check_begun()
         due = self._since + 1 >= self.interval
-        started = time.perf_counter() if due else 0.0
+        watch = Stopwatch(self.device) if due else None
         if due and self._context_now(1).smallest_length(self.recent) > self.room:
             return None
         self.tree.append(ids[:, None])
@@ -137,9 +138,9 @@ class MCSession:
         if self._up_to_date:
             logits = self._step(ids)
             if due:
-                self._tell(started, self.rows)
+                self._tell(self.rows, watch)
             return logits
-        return self._read(started if due else None)
+        return self._read(watch)
 
     # -----------------------------------------------------------------------------------------------------
     # Back and forth
@@ -242,13 +243,8 @@ class MCSession:
         with autocast(self.device, torch.float32):  # what goes into the decoder is rounded as the decoder does
             return self.model.embed(ids)
 
-    def _gist(self, children, level):
-        return self.networks.gist(children, level, self.dtype)
-
     def _scores(self, context):
-        context = context.to(self.device)
-        x = self.tree.materialize(context)
-        return self.networks.score(x, context.entries(), context.num_tokens, self.dtype).float().cpu()
+        return self.reader.score(self.tree.materialize(context), context).float().cpu()
 
     def _refocused(self, context):
         self._since = 0
@@ -259,11 +255,10 @@ class MCSession:
             self._stepper = self.decoder.stepper(self.cache)
         return self._stepper(ids, positions=self.num_tokens - 1)
 
-    def _read(self, started=None):
-        """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more a row."""
-        context = self._context_now().to(self.device)
-        entries, x = context.entries(), self.tree.materialize(context)
-        cos_sin = entry_cos_sin(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
+    def _read(self, watch=None):
+        """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more per row."""
+        context = self._context_now()
+        x, cos_sin = self.tree.materialize(context), self.reader.positions(context)
         logits, read = [], 0
         for row, (cache, length) in enumerate(zip(self._caches, context.lengths().tolist(), strict=True)):
             read += length - cache.pos
@@ -272,26 +267,29 @@ class MCSession:
                 after = self.decoder.extend(x[part], cache, tuple(t[part] for t in cos_sin))
             logits.append(after)
         self._up_to_date = True
-        if started is not None:
-            self._tell(started, read)
+        if watch is not None:
+            self._tell(read, watch)
         return torch.cat(logits)
 
     # -----------------------------------------------------------------------------------------------------
     # To be looked at
 
+    @property
+    def context(self) -> WorkingContext:
+        """The working context as it is now."""
+        self._check_begun()
+        return self._context_now()
+
     def focus_state(self, row=0) -> dict:
         """Where a row's focus is now: see focus.focus_state."""
-        self._check_begun()
-        return focus_state(self._context_now(), self.focus.records[row], self.budget, row)
+        return focus_state(self.context, self.focus.records[row], self.budget, row)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the tree and of the KV cache, with what they keep ready."""
         self._check_open()
         return {"tree": self.tree.store.nbytes, "cache": self.cache.nbytes}
 
-    def _tell(self, started, read):
-        """read: entries that the model has read for this call, in all rows."""
-        if self.on_event is not None:
-            milliseconds = 1000 * (time.perf_counter() - started)
-            context, memory = self._context_now(), self.memory()
-            tell(self.on_event, context, self.focus.records, self.budget, memory, read, milliseconds)
+    def _tell(self, entries_read, watch):
+        watch.stop()
+        if self.on_update is not None:
+            self.on_update(self, entries_read, watch)

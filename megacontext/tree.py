@@ -41,8 +41,9 @@ class Table(NamedTuple):
         variants, rest = divmod(context.num_rows, B)
         if rest:
             raise ValueError(f"expected a multiple of {B} rows, got {context.num_rows}")
-        row = torch.arange(context.num_rows, device=self.values.device)[:, None] // variants
-        return F.embedding(row * M + context.table_index(self.offsets), self.values.flatten(0, 1))
+        row = torch.arange(context.num_rows)[:, None] // variants
+        index = row * M + context.table_index(self.offsets)
+        return F.embedding(index.to(self.values.device, non_blocking=True), self.values.flatten(0, 1))
 
 
 def build_table(gist_fn, embeds, block_size) -> Table:
@@ -57,13 +58,15 @@ def build_table(gist_fn, embeds, block_size) -> Table:
 class Store(Protocol):
     """Where the nodes of a tree are kept: for each level, values [B, count, …] that grow at the end."""
 
+    device: torch.device
+
     def append(self, level: int, values: torch.Tensor) -> None: ...
 
     def get(self, level: int, index: torch.Tensor) -> torch.Tensor:
         """Values [B, n, …] at index [B, n]."""
 
     def count(self, level: int) -> int:
-        """Values a row of this level; 0 for a level that was never appended to."""
+        """Values per row of this level; 0 for a level that was never appended to."""
 
     def truncate(self, level: int, count: int) -> None:
         """Forget all values of the level but the first `count`."""
@@ -73,12 +76,16 @@ class Store(Protocol):
 
 
 class RamStore:
-    """A tensor a level, on the device of what is appended; its room doubles when it is full."""
+    """A tensor per level, on the device of what is appended; its room doubles when it is full."""
 
     def __init__(self, dtype: torch.dtype | None = None):
         """dtype: precision in which gists are kept, None for that in which they come; token ids stay integers."""
         self.dtype = dtype
         self._buffers, self._counts = [], []
+
+    @property
+    def device(self):
+        return self._buffers[0].device
 
     def append(self, level, values):
         if level == len(self._buffers):
@@ -158,11 +165,11 @@ class MegaContextTree:
         """Embeddings [B, W, D] of a working context's entries; padding gets the first token's."""
         if context.num_tokens > self.num_tokens:
             raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
-        lod, start, span, _ = context.entries()
+        lod, start, span, _ = context.entries.to(self.store.device)
         index = start // span
         x = self._get(0, index.where(lod == 0, 0))
         level = 1
-        while self.store.count(level):
+        while level <= context.coarsest:
             here = lod == level
             values = self._get(level, index.where(here, 0)).to(x.dtype)
             x = values.where(here[..., None], x)

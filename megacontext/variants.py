@@ -1,15 +1,18 @@
 """
 Random working contexts to train on: aligned spans collapsed at random, the newest tokens left as they are.
 
-Shapes: R rows, N tokens, K = block_size.
+Shapes: R rows, N tokens, K = block_size, T = context length.
 """
 
 import torch
 
+from megacontext.config import MCConfig
+from megacontext.lensnet import MAX_WIDTH
 from megacontext.working_context import WorkingContext
 
 START_SHARE = 0.8  # of the tokens, the entries of the first variants
 STAGES = 8
+DENSE_SHARE = 0.5  # of the sequences of a batch are read in full, the others as variants
 COARSE_SHARE = 0.25  # of what has to be saved is saved by nodes above LOD 1, at most
 
 
@@ -27,32 +30,32 @@ def target_length(progress, num_tokens, block_size, final_length, start_share=ST
     return num_tokens - saved * round(first + (last - first) * stage / (STAGES - 1))
 
 
-def random_variants(rows, num_tokens, block_size, length, recent_tokens, generator=None, device=None):
+def random_variants(rows, num_tokens, block_size, length, recent_tokens, generator=None):
     """
     A WorkingContext of `rows` rows, each of `length` entries (see target_length), or of the fewest that collapsing
-    blocks can reach; the last recent_tokens tokens stay LOD 0.
+    blocks can reach; the last recent_tokens tokens stay LOD 0. generator: a CPU generator.
 
     First nodes of the coarse levels collapse, highest level first, in a random order and as long as they save at
     most COARSE_SHARE of what has to be saved, or one, by that chance, where one saves more; then blocks.
     """
     K = block_size
-    context = WorkingContext.finest(rows, num_tokens, K, device)
+    context = WorkingContext.finest(rows, num_tokens, K)
     blocks = context.old_blocks(recent_tokens)
     lod_map = context.lod_map
-    excess = torch.full((rows,), max(0, num_tokens - length), device=device)
+    excess = torch.full((rows,), max(0, num_tokens - length))
     top = 1
     while blocks >= K**top:  # a node of LOD top + 1 would fit
         top += 1
     for lod in range(top, 0, -1):
-        size = K ** (lod - 1)  # blocks a node
+        size = K ** (lod - 1)  # blocks per node
         nodes = blocks // size
         free = lod_map[:, : nodes * size].unflatten(1, (nodes, size)).amax(2) == 0
-        order = torch.rand(rows, nodes, generator=generator, device=device).masked_fill(~free, 2.0).argsort(1)
+        order = torch.rand(rows, nodes, generator=generator).masked_fill(~free, 2.0).argsort(1)
         saved = K**lod - 1  # by a node
         if lod == 1:
             wanted = -(-excess // saved)
         else:
-            one = torch.rand(rows, generator=generator, device=device) < COARSE_SHARE
+            one = torch.rand(rows, generator=generator) < COARSE_SHARE
             wanted = torch.maximum((COARSE_SHARE * excess).long() // saved, (one & (excess >= saved)).long())
         count = torch.minimum(wanted, free.sum(1))
         rank = order.argsort(1)  # of each node in the random order; the taken ones come last
@@ -60,3 +63,47 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
         lod_map[:, : nodes * size] += lod * chosen.repeat_interleave(size, 1).to(torch.int8)
         excess = excess - count * saved
     return WorkingContext(lod_map, num_tokens, K)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a batch of them costs
+
+
+def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, float]:
+    """Inputs that the model, GistNet and LensNet are trained on, per sequence of T tokens."""
+    c, compressed = config, 1 - DENSE_SHARE
+    length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
+    children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
+    dense = DENSE_SHARE if c.mc_lens_loss_weight > 0 else 0
+    trunk = compressed * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else DENSE_SHARE * T)
+    return trunk, (compressed + dense) * children, dense * c.mc_max_counterfactuals * length
+
+
+def step_work(model, networks, config: MCConfig, progress, T) -> float:
+    """
+    FLOPs of a step as a multiple of what the model alone needs for the same tokens: what the three networks are
+    trained on, 6 FLOPs per parameter and input of the small ones, and a third of a dense pass for where it looks.
+    """
+    trunk, gists, entries = inputs_per_sequence(config, progress, T)
+    small = {networks.gistnet: gists, networks.lensnet: entries}
+    flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
+    looks = DENSE_SHARE / 3 if config.mc_lens_loss_weight > 0 else 0
+    return trunk / T + looks + flops / (T * model.flops_per_token())
+
+
+def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> int:
+    """
+    Sequences per forward pass that need no more memory than device_batch_size of them without MegaContext; at least 1,
+    and a divisor of device_batch_size. With mc_auto_batch off: device_batch_size.
+
+    Memory is that of activations: inputs × layers × width of each network (see tests/test_mc_variants.py).
+    """
+    if not config.mc_auto_batch:
+        return device_batch_size
+    T, D = model_config.sequence_len, model_config.n_embd
+    gist_layers = config.gistnet_layers if config.gistnet_type == "transformer" else 0
+    sizes = (model_config.n_layer * D, gist_layers * D, config.lensnet_layers * min(D, MAX_WIDTH))
+    inputs = inputs_per_sequence(config, 0.0, T)  # variants are longest at the start
+    need = sum(n * size for n, size in zip(inputs, sizes, strict=True)) / (T * sizes[0])
+    divisors = (n for n in range(1, device_batch_size + 1) if device_batch_size % n == 0)
+    return max((n for n in divisors if n * need <= device_batch_size), default=1)

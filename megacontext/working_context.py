@@ -4,9 +4,12 @@ The working context: the tokens so far, tiled in order by nodes of the tree at m
 Shapes: B rows, N tokens so far, K = block_size, n_blocks = ceil(N / K), W entries (of the longest row).
 
 Node i of LOD l covers the tokens [i·K^l, (i+1)·K^l); LOD 0 is the tokens themselves. A row is held as one small
-integer a block of K tokens, its *LOD map*: a block mapped to l >= 1 lies inside a node of LOD l, so K^(l−1)
+integer per block of K tokens, its *LOD map*: a block mapped to l >= 1 lies inside a node of LOD l, so K^(l−1)
 aligned blocks carry the same l. Gaps, overlaps and disorder cannot be written down. What is derived costs
-O(N / K + W): nothing here has an element a token.
+O(N / K + W): nothing here has one element per token.
+
+The map stays on the CPU, where edits are planned, so that no plan waits for a GPU. Methods that take a tensor work on
+its device.
 """
 
 from dataclasses import dataclass
@@ -20,12 +23,15 @@ from nanochat.common import UserError
 
 
 class Entries(NamedTuple):
-    """What the model attends to, in order: each [B, W], int64 but for `valid`. Padding is (0, 0, 1, False)."""
+    """What the model attends to, in order: each [B, W], int64 except `valid`. Padding is (0, 0, 1, False)."""
 
     lod: torch.Tensor
     start: torch.Tensor  # first token
     span: torch.Tensor  # tokens covered: K^lod
     valid: torch.Tensor  # bool; False for the padding at the end of shorter rows
+
+    def to(self, device) -> "Entries":
+        return Entries(*(t.to(device, non_blocking=True) for t in self))
 
 
 class Edit(NamedTuple):
@@ -40,7 +46,7 @@ class Edit(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class WorkingContext:
     """
-    An immutable value: changes give a new one, and lod_map [B, n_blocks] int8 must not be written to.
+    An immutable value: changes give a new one, and lod_map [B, n_blocks] int8, on the CPU, must not be written to.
 
     Raises ValueError for a map of the wrong shape or type; `check` looks at what is in it too.
     """
@@ -65,20 +71,20 @@ class WorkingContext:
     # Making one
 
     @classmethod
-    def finest(cls, rows, num_tokens, block_size, device=None):
+    def finest(cls, rows, num_tokens, block_size):
         """Every token at LOD 0."""
         n_blocks = -(-num_tokens // block_size)
-        return cls(torch.zeros(rows, n_blocks, dtype=torch.int8, device=device), num_tokens, block_size)
+        return cls(torch.zeros(rows, n_blocks, dtype=torch.int8), num_tokens, block_size)
 
     @classmethod
-    def initial(cls, num_tokens, block_size, budget, recent_tokens, rows=1, device=None):
+    def initial(cls, num_tokens, block_size, budget, recent_tokens, rows=1):
         """
-        The start of a session, at most `budget` entries a row: as fine as that allows, oldest tokens coarsest.
+        The start of a session, at most `budget` entries per row: as fine as that allows, oldest tokens coarsest.
 
         The oldest blocks become LOD 1, as few as will do; if all of them are not enough, the oldest of those become
         LOD 2, and so on. The last recent_tokens tokens stay LOD 0. Raises UserError if no such context fits.
         """
-        context = cls.finest(rows, num_tokens, block_size, device)
+        context = cls.finest(rows, num_tokens, block_size)
         smallest = context.smallest_length(recent_tokens)
         if budget < smallest:
             raise UserError(
@@ -89,11 +95,6 @@ class WorkingContext:
 
     # -----------------------------------------------------------------------------------------------------
     # Reading it
-
-    def to(self, device) -> "WorkingContext":
-        if self.lod_map.device == torch.device(device):
-            return self
-        return WorkingContext(self.lod_map.to(device), self.num_tokens, self.block_size)
 
     @property
     def num_rows(self) -> int:
@@ -137,12 +138,14 @@ class WorkingContext:
         """Entries of each row, [B]."""
         return self._before[:, -1]
 
-    def entries(self) -> Entries:
-        """The entries of all rows, padded at the end to the longest. Found once, then kept."""
-        return self._entries
+    @cached_property
+    def coarsest(self) -> int:
+        """The highest level of any block."""
+        return int(self.lod_map.max())
 
     @cached_property
-    def _entries(self):
+    def entries(self) -> Entries:
+        """The entries of all rows, padded at the end to the longest. Found once, then kept."""
         lengths = self.lengths()
         rank = torch.arange(int(lengths.max()), device=lengths.device).repeat(self.num_rows, 1)
         valid = rank < lengths[:, None]
@@ -154,12 +157,12 @@ class WorkingContext:
 
     def block_of_entry(self):
         """The (first) block of each entry, [B, W]; 0 for padding."""
-        return self.entries().start // self.block_size
+        return self.entries.start // self.block_size
 
     def table_index(self, offsets):
         """Where each entry stands in the tree's table, [B, W]; offsets: the first place of each level there."""
-        lod, start, span, _ = self.entries()
-        return torch.tensor(offsets, device=lod.device)[lod] + start // span
+        lod, start, span, _ = self.entries
+        return torch.tensor(offsets)[lod] + start // span
 
     def targets(self, y):
         """
@@ -170,22 +173,22 @@ class WorkingContext:
         """
         if y.shape != (self.num_rows, self.num_tokens):
             raise ValueError(f"y: expected shape {[self.num_rows, self.num_tokens]}, got {list(y.shape)}")
-        lod, start, span, valid = self.entries()
+        lod, start, span, valid = self.entries
         token_next = F.pad(lod[:, 1:] == 0, (0, 1), value=True)  # also after the last entry: padding has LOD 0
-        return y.gather(1, start + span - 1).where(valid & token_next, -1)
+        return y.gather(1, (start + span - 1).to(y.device)).where((valid & token_next).to(y.device), -1)
 
     def per_block(self, values):
         """
-        Values [B, W] of entries as values [B, n_blocks] of blocks; differentiable.
+        Values [B, W] of entries, on any device, as values [B, n_blocks] of blocks; differentiable.
 
         A block at LOD 0 gets the mean of its tokens' values, a block inside a node the value of the node.
         """
-        valid = self.entries().valid
-        sums = values.new_zeros(self.lod_map.shape).scatter_add(1, self.block_of_entry(), values.where(valid, 0))
-        means = sums / self._counts.clamp(min=1)
-        block = torch.arange(self.num_blocks, device=values.device)
-        first = block.where(self._counts > 0, 0).cummax(1).values  # the block in which the node begins
-        return means.gather(1, first)
+        device, valid = values.device, self.entries.valid
+        sums = values.new_zeros(self.lod_map.shape)
+        sums = sums.scatter_add(1, self.block_of_entry().to(device), values.where(valid.to(device), 0))
+        means = sums / self._counts.clamp(min=1).to(device)
+        first = torch.arange(self.num_blocks).where(self._counts > 0, 0).cummax(1).values  # where the node begins
+        return means.gather(1, first.to(device))
 
     def check(self):
         """Raise ValueError unless each block of a LOD l >= 1 lies in an aligned, complete node that is all LOD l."""
@@ -257,7 +260,7 @@ class WorkingContext:
     def truncate(self, num_tokens) -> "WorkingContext":
         """The context of the first num_tokens tokens: nodes that reach beyond become the coarsest that do not."""
         lod_map = self.lod_map[:, : -(-num_tokens // self.block_size)].clone()
-        for lod in range(int(lod_map.max()), 0, -1):
+        for lod in range(self.coarsest, 0, -1):
             cut = lod_map[:, num_tokens // self.block_size**lod * self._blocks_per_node(lod) :]
             cut.masked_fill_(cut == lod, lod - 1)
         return WorkingContext(lod_map, num_tokens, self.block_size)

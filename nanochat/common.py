@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,34 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
     if name in ("fp32", "float32"):
         return torch.float32
     raise UserError(f"--dtype must be auto, bf16 or fp32, got {name!r}")
+
+
+class Stopwatch:
+    """
+    Milliseconds of a device's work between `Stopwatch(device)` and `stop()`, as `float(watch)`.
+
+    On CUDA that is the time of the work and not of its launch, and only `float` waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.began = self._now()
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self):
+        self.ended = self._now()
+
+    def __float__(self):
+        if not self.cuda:
+            return 1000 * (self.ended - self.began)
+        self.ended.synchronize()
+        return self.began.elapsed_time(self.ended)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -187,8 +187,8 @@ class Training:
         return norm
 
     def record(self, figures: dict):
-        """Log figures, numbers or tensors of one, of the current step."""
-        figures = {name: f.item() if isinstance(f, torch.Tensor) else f for name, f in figures.items()}
+        """Log figures of the current step: numbers, None, or what `float` makes a number of, such as a tensor."""
+        figures = {n: f if f is None or isinstance(f, int | float) else float(f) for n, f in figures.items()}
         self.log.log({**self.totals(), **figures})
 
     def begin_step(self):
@@ -205,10 +205,14 @@ class Training:
         loss = torch.zeros((), device=self.device)
         for i in range(count):
             x, y = next(batches)
-            with autocast(self.device, dtype):
-                part, metrics = objective(x, y, progress, seed=(self.step * count + i) * world_size + rank)
-            (part / count).backward()
-            loss += part.detach() / count
+            rows = objective.rows_at_once(len(x))
+            passes = count * len(x) // rows
+            for j, (x_j, y_j) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+                seed = ((self.step * count + i) * world_size + rank) * (len(x) // rows) + j
+                with autocast(self.device, dtype):
+                    part, metrics = objective(x_j, y_j, progress, seed)
+                (part / passes).backward()
+                loss += part.detach() / passes
         return loss, metrics
 
     def end_step(self, loss, tokens, work=1.0) -> float:
@@ -275,6 +279,10 @@ class PlainObjective:
     def __call__(self, x, y, progress, seed):
         """(loss, metrics for the log) of a micro-batch. progress: completed fraction of training; seed: random seed."""
         return self.model(x, y), {}
+
+    def rows_at_once(self, B) -> int:
+        """Rows of a micro-batch of B that are put through the model together; a divisor of B."""
+        return B
 
     def work(self, progress, T) -> float:
         return 1.0

@@ -8,8 +8,9 @@ Bits per byte of a base model on both splits, with samples and the yardsticks of
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from megacontext.evaluation.validation import validate
 from megacontext.inference import MCInference, load_for_inference, session_maker
-from megacontext.training import MCObjective
+from megacontext.reader import Reader
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
 from nanochat.configurator import group, run
@@ -66,11 +67,8 @@ def main(config: Config):
             results[f"{split} bpb"] = evaluate_bpb(model, loader, steps, token_bytes)
         print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
     if mc:
-        networks, settings = mc
-        objective = MCObjective(model, networks, settings, resolve_dtype(settings.mc_aux_dtype, device.type))
         with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
-            results |= objective.validate(loader, steps, token_bytes)
-        networks.eval()
+            results |= validate(Reader(model, *mc), loader, steps, token_bytes)
         print0(f"val bpb of the newest tokens in a working context: {results['val/mc_bpb']:.4f}")
     samples = []
     if rank == 0:

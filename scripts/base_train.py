@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 
-from megacontext.attach import attach, batch_shape, generating, meta_of, observe
+from megacontext.attach import attach, generating, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
 from nanochat.configurator import group, run
@@ -112,7 +112,7 @@ def main(config: Config):
         )
     # Everything that could be missing is looked for before anything long begins
     T = config.max_seq_len
-    B, streams = batch_shape(config, T)
+    B, streams = config.device_batch_size, config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     tokenizer = get_tokenizer()
     token_bytes = get_token_bytes(device)
@@ -128,7 +128,7 @@ def main(config: Config):
     num_iterations = horizon(config, model.flops_per_token(), model.num_params())
 
     tag = config.model_tag or f"d{config.depth}"
-    companion, make_objective = attach(config, model_config, device)
+    companion, make_objective = attach(config, model_config, device, tokenizer.get_bos_token_id())
     if config.mc and config.sample_every > 0:
         config.megacontext.resolve(T).check_session(T)  # now, not when the first samples are due
     training = Training("base", tag, config, decisive(config), model, device, num_iterations, companion)
@@ -137,7 +137,7 @@ def main(config: Config):
         return
     model, compiled = training.model, training.compiled
     objective = make_objective(compiled)
-    observe(config, "base_train", training, objective)
+    observe(config, "base_train", training)
 
     facts = {
         "Number of parameters": model.num_params(),

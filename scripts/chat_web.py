@@ -35,7 +35,8 @@ import torch
 from megacontext.chat_sessions import ChatSessions
 from megacontext.inference import MCInference, load_for_inference
 from megacontext.session import MCSession
-from megacontext.telemetry import open_telemetry
+from megacontext.telemetry.endpoint import open_telemetry
+from megacontext.telemetry.events import tell_session
 from nanochat.checkpoint_manager import checkpoint_root, load_model
 from nanochat.common import UserError, compute_init, resolve_dtype
 from nanochat.configurator import group, run, short
@@ -130,8 +131,8 @@ def limits_of(config):
     return Limits(usual.messages if messages == -1 else messages, message, conversation)
 
 
-def load(config, device, on_event):
-    """(Engine, ServedModel, ChatSessions or None) of one worker. on_event: told of what sessions do."""
+def load(config, device, on_update=None):
+    """(Engine, ServedModel, ChatSessions or None) of one worker. on_update: told of what sessions do, see MCSession."""
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type))
     sessions = None
@@ -139,7 +140,7 @@ def load(config, device, on_event):
         networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
         make_session = partial(MCSession, model, networks, settings, decoder=engine.decoder)
         make_session().close()  # complains now of a budget that is too small
-        sessions = ChatSessions(make_session, settings, config.mc_sessions, on_event)
+        sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update)
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
 
 
@@ -228,7 +229,7 @@ def main(config: Config):
             engines, sessions = [], []
             try:
                 for device in workers:
-                    engine, served, kept = load(config, device, telemetry.event)
+                    engine, served, kept = load(config, device, partial(tell_session, telemetry))
                     engines.append(engine)
                     sessions.append(kept)
                     if server.should_exit:

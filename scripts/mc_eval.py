@@ -20,14 +20,14 @@ from typing import Annotated
 
 import torch
 
-from megacontext.controller import MCController
-from megacontext.evaluate import Evaluator, mean_gist
+from megacontext.evaluation.context_gain import Evaluator, mean_gist
+from megacontext.evaluation.figures import plot_context_gain, plot_focus, plot_stream
+from megacontext.evaluation.policies import focus_by_length
+from megacontext.evaluation.reconstruction import reconstruction_accuracy
+from megacontext.evaluation.stream_cost import STEPS_IN_INTERVALS, stream_cost
 from megacontext.networks import load_networks
-from megacontext.plots import plot_context_gain, plot_focus, plot_stream
-from megacontext.recall import focus_by_length
-from megacontext.reconstruction import reconstruction_accuracy
+from megacontext.reader import Reader
 from megacontext.session import MCSession
-from megacontext.streaming_cost import STEPS_IN_INTERVALS, stream_cost
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (
     UserError,
@@ -161,13 +161,13 @@ def main(config: Config):
             f"max_seq_len: expected {mc.allocator_recent_tokens + mc.block_size} (the newest tokens and a block) to "
             f"{model.max_seq_len}, got {T}"
         )
-    controller = MCController(model, networks, mc, resolve_dtype(mc.mc_aux_dtype, device.type))
+    reader = Reader(model, networks, mc)
     B = config.device_batch_size
     steps = -(-config.sequences // B)
 
     def measured(title, measure):
         with TokenLoader(tokenizer, B, T, "val", device) as batches, autocast(device, dtype):
-            rows = measure(Evaluator(controller, batches, steps))
+            rows = measure(Evaluator(reader, batches, steps))
         print0(table(title, rows))
         return rows
 
@@ -187,12 +187,12 @@ def main(config: Config):
         "by_level": measured("All of the history at one level", Evaluator.by_level),
     }
     if config.probe_steps > 0:
-        figures["reconstruction"] = reconstruction(config, model, tokenizer, controller, dtype, T)
+        figures["reconstruction"] = reconstruction(config, tokenizer, reader, dtype, T)
         print0(table("Tokens of a block read back from its gist", figures["reconstruction"]))
     if like:
         with autocast(device, dtype):
             figures["focus"] = focus_by_length(
-                controller,
+                reader,
                 tokenizer,
                 get_token_bytes(device),
                 lengths,
@@ -270,9 +270,9 @@ def recall_sizes() -> dict | None:
     return record.get("sizes") if record.get("source") == "recall" else None
 
 
-def reconstruction(config, model, tokenizer, controller, dtype, T) -> list[dict]:
+def reconstruction(config, tokenizer, reader, dtype, T) -> list[dict]:
     """Rows: the gists of GistNet, and plain means; on blocks of text, and of tokens drawn at random."""
-    device, K = model.get_device(), controller.config.block_size
+    device, K = reader.device, reader.config.block_size
     generator = torch.Generator(device).manual_seed(0)
     with ExitStack() as stack:
 
@@ -292,8 +292,8 @@ def reconstruction(config, model, tokenizer, controller, dtype, T) -> list[dict]
 
         samples = {"natural": (natural("train"), natural("val")), "noise": (noise, noise)}
         return [
-            {"gist": name, **reconstruction_accuracy(model, gist, samples, K, dtype, config.probe_steps)}
-            for name, gist in {"GistNet": controller.gist, "mean": mean_gist}.items()
+            {"gist": name, **reconstruction_accuracy(reader.model, gist, samples, K, dtype, config.probe_steps)}
+            for name, gist in {"GistNet": reader.gist, "mean": mean_gist}.items()
         ]
 
 

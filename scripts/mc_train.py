@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
-from megacontext.attach import attach, batch_shape, meta_of, observe
+from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run, short
@@ -69,21 +69,21 @@ def main(config: Config):
     if not 0 < T <= model.max_seq_len:
         raise UserError(f"max_seq_len must be from 1 to the model's {model.max_seq_len} positions, got {T}")
     model.config.sequence_len = T
-    B, streams = batch_shape(config, T)
+    B, streams = config.device_batch_size, config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = get_token_bytes(device)
 
     tag = config.output_tag or f"{parent['model_tag']}-mc"
     if tag == parent["model_tag"]:
         raise UserError(f"output_tag must differ from the model's own, {tag!r}, whose checkpoints stay as they are")
-    companion, make_objective = attach(config, model.config, device)
+    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id())
     settings, total = decisive(config, parent=parent), config.num_iterations
     training = Training(config.source, tag, config, settings, model, device, total, companion, frozen=True)
     if training.finished:
         compute_cleanup()
         return
     objective = make_objective(training.compiled)
-    observe(config, "mc_train", training, objective)
+    observe(config, "mc_train", training)
     model = training.model  # after a resume, the parent's weights would stay in memory
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
-from megacontext.attach import attach, batch_shape, meta_of, observe
+from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run
@@ -72,14 +72,14 @@ def main(config: Config):
     if not 0 < T <= model.max_seq_len:
         raise UserError(f"max_seq_len must be from 1 to the model's {model.max_seq_len} positions, got {T}")
     model.config.sequence_len = T
-    B, _ = batch_shape(config, T)
+    B = config.device_batch_size
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = get_token_bytes(device)
     train_set, val_set = mid_mixture(config.tasks), mid_val(config.tasks)
 
     total = config.num_iterations if config.num_iterations > 0 else None
     settings = decisive(config, parent=parent)
-    companion, make_objective = attach(config, model.config, device, networks)
+    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), networks)
     frozen = config.mc and config.megacontext.mc_freeze_base
     training = Training("mid", parent["model_tag"], config, settings, model, device, total, companion, frozen)
     if training.finished:
@@ -89,7 +89,7 @@ def main(config: Config):
         training.carry(networks[0], megacontext=networks[1])
     compiled = training.compiled
     objective = make_objective(compiled)
-    observe(config, "mid_train", training, objective)
+    observe(config, "mid_train", training)
     model = training.model  # after a resume, the parent's weights would stay in memory
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.controller import MCController
 from megacontext.networks import MCNetworks
+from megacontext.objective import MCObjective
+from megacontext.telemetry.sinks import Telemetry
 from nanochat import checkpoint_manager as cm
 from nanochat.common import atomic_write
 from nanochat.configurator import parse
@@ -34,6 +35,7 @@ TEXT = [
 # ---------------------------------------------------------------------------------------------------------
 # Models and what they read
 
+BOS = 0
 T, K, RECENT = 64, 4, 8  # of the models with MegaContext: tokens per sequence, per block, and kept as tokens at the end
 SMALL = GPTConfig(sequence_len=T, vocab_size=70, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 
@@ -50,12 +52,11 @@ def make_model(config=SMALL, seed=0, spread=0.3):
     return model
 
 
-def make_controller(model, **options):
+def make_objective(model, **options):
     options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **options}
     config = MCConfig(**options).resolve(model.config.sequence_len)
     torch.manual_seed(1)
-    networks = MCNetworks(model.config.n_embd, config)
-    return MCController(model, networks, config)
+    return MCObjective(model, MCNetworks(model.config.n_embd, config), config, BOS)
 
 
 def tokens(B=2, seed=0, vocab=SMALL.vocab_size):
@@ -87,6 +88,16 @@ def assert_equal(a, b):
             assert_equal(x, y)
     else:
         assert a == b
+
+
+class Told(Telemetry):
+    """Keeps what it is told, [(name, attributes)]."""
+
+    def __init__(self):
+        self.events = []
+
+    def _event(self, name, attributes, seconds):
+        self.events.append((name, attributes))
 
 
 # ---------------------------------------------------------------------------------------------------------

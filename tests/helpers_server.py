@@ -172,7 +172,7 @@ class Watched(MCSession):
 
 
 @contextlib.contextmanager
-def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_event=None, on_end=None, queue_size=64):
+def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_update=None, on_end=None, queue_size=64):
     """A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made)."""
     made, pool = [], WorkerPool(queue_size, on_end)
     server = Server(create_app(pool, LIMITS), pool)
@@ -184,7 +184,7 @@ def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_event=None, on_end
         engine, networks, config = tiny(tokenizer)
         make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
         engines.append(engine)
-        kept.append(ChatSessions(make, config, limit, on_event))
+        kept.append(ChatSessions(make, config, limit, on_update))
     pool.start(engines, model, kept)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:

@@ -12,7 +12,7 @@ from dev.docs import BLOCK, TABLES, VAULT, option_helps, render
 from dev.telemetry.dashboards import prometheus_name
 from megacontext.config import MCConfig
 from megacontext.inference import MCInference
-from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS
+from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS
 from tests.helpers import ROOT
 
 TEXTS = {path: path.read_text("utf-8") for path in sorted(VAULT.rglob("*.md"))}

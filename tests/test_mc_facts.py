@@ -5,36 +5,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.evaluate import mean_gist
-from megacontext.gaussian_rope import entry_cos_sin
-from megacontext.reading import read
-from megacontext.tree import build_table
+from megacontext.evaluation.context_gain import mean_gist
+from megacontext.gaussian_rope import entry_positions
 from megacontext.working_context import WorkingContext
 from tests import reference_mc as reference
-from tests.helpers import K, T, make_controller, make_model, tokens
+from tests.helpers import K, T, make_model, make_objective, tokens
 
 VOCAB = 70
 
 
 def built(model, options=None):
-    """A controller whose networks are far from their start, so that they can hide nothing."""
-    controller = make_controller(model, **(options or {}))
-    controller.networks.eval()
-    for name, p in controller.networks.named_parameters():
+    """An objective whose networks are far from their start, so that they can hide nothing."""
+    objective = make_objective(model, **(options or {}))
+    objective.reader.networks.eval()
+    for name, p in objective.reader.networks.named_parameters():
         torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    controller.networks.gistnet.trained_levels.fill_(8)
-    return controller
+    objective.reader.networks.gistnet.trained_levels.fill_(8)
+    return objective
 
 
 MODEL = make_model()
-CONTROLLER = built(MODEL)
+READER = built(MODEL).reader
 
 
 def logits(x, context):
     with torch.no_grad():
-        table = build_table(CONTROLLER.gist, MODEL.embed(x), K)
-        reading = read(MODEL, table, context, x, "gaussian")
-        return MODEL(inputs_embeds=reading.inputs, cos_sin=reading.cos_sin)
+        inputs = READER.tree(READER.embed(x)).materialize(context)
+        return MODEL(inputs_embeds=inputs, cos_sin=READER.positions(context))
 
 
 @given(N=st.integers(1, T), coarse=st.floats(0, 1), rng=st.randoms(use_true_random=False), data=st.data())
@@ -46,36 +43,36 @@ def test_what_ends_before_a_token_does_not_know_it(N, coarse, rng, data):
     x = torch.tensor([[rng.randrange(VOCAB) for _ in range(N)]])
     changed = x.clone()
     changed[0, t] = (x[0, t] + 1 + rng.randrange(VOCAB - 1)) % VOCAB
-    entries = context.entries()
+    entries = context.entries
     before = (entries.start + entries.span <= t)[0]
     one, two = logits(x, context)[0], logits(changed, context)[0]
     assert torch.equal(one[before], two[before])
     assert not torch.equal(one[~before][:1], two[~before][:1])  # the entry that holds it does know
 
 
-def test_all_tokens_is_the_flagless_model_bit_for_bit():
+@pytest.mark.parametrize("positional", ["gaussian", "simple"])
+def test_all_tokens_is_the_flagless_model_bit_for_bit(positional):
     x, y = tokens(B=3)
-    table = build_table(CONTROLLER.gist, MODEL.embed(x), K)
-    for positional in ("gaussian", "simple"):
-        context = WorkingContext.finest(3, T, K)
-        with torch.no_grad():
-            reading = read(MODEL, table, context, y, positional)
-            assert torch.equal(reading.nll.flatten(), MODEL(x, y, loss_reduction="none"))
-        assert torch.equal(read(MODEL, table, context, y, positional).loss, MODEL(x, y))
+    reader = built(MODEL, {"mc_positional": positional}).reader
+    context = WorkingContext.finest(3, T, K)
+    inputs = reader.tree(reader.embed(x)).materialize(context)
+    with torch.no_grad():
+        assert torch.equal(reader.read(inputs, context, y).nll.flatten(), MODEL(x, y, loss_reduction="none"))
+    assert torch.equal(reader.read(inputs, context, y).loss, MODEL(x, y))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "query", "cls"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_a_few_steps_change_every_parameter(pooling, head):
     model = make_model()
-    controller = make_controller(
+    objective = make_objective(
         model, gistnet_pooling=pooling, gistnet_head=head, lensnet_head=head, mc_num_random_variants=4
     )
-    networks = controller.networks
+    networks = objective.reader.networks
     before = {name: p.detach().clone() for name, p in networks.named_parameters()}
     optimizers = networks.setup_optimizers()
     for step in range(4):  # what is zero at first holds back the gradient of what lies before it
-        controller.process_batch(*tokens(B=4, seed=step), 1.0, torch.Generator().manual_seed(step)).loss.backward()
+        objective.process_batch(*tokens(B=4, seed=step), 1.0, torch.Generator().manual_seed(step)).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -86,8 +83,8 @@ def test_a_few_steps_change_every_parameter(pooling, head):
 
 def test_levels_never_trained_are_means():
     """A stream longer than those of the training has levels that nothing was learned for."""
-    controller = built(make_model())
-    gistnet = controller.networks.gistnet
+    objective = built(make_model())
+    gistnet = objective.reader.networks.gistnet
     gistnet.trained_levels.fill_(1)
     children = torch.randn(3, K, 32, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(gistnet(children, 1), mean_gist(children, 1))
@@ -100,7 +97,7 @@ def test_no_span_is_so_vague_that_its_key_is_lost():
     """The slowest frequency of even the widest span is left with e^−½ of itself."""
     for lod in range(1, 6):
         span = torch.tensor([[32**lod]])
-        cos, sin = entry_cos_sin(torch.zeros_like(span), span, 64)
-        assert (cos**2 + sin**2).sqrt().max() >= 0.6
+        fade = entry_positions(torch.zeros_like(span), span, 64)[2]
+        assert fade.max() >= 0.6
         if lod > 1:
-            assert (cos**2 + sin**2).sqrt().min() < 1e-6
+            assert fade.min() < 1e-6

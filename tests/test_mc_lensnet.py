@@ -41,7 +41,7 @@ def make_context():
 def inputs(context=None, seed=0):
     """What forward takes, for a working context and random embeddings."""
     context = context or make_context()
-    lod, start, span, valid = context.entries()
+    lod, start, span, valid = context.entries
     x = rms_norm(torch.randn(*lod.shape, D, generator=torch.Generator().manual_seed(seed)))
     return {"x": x, "lod": lod, "start": start, "span": span, "valid": valid, "num_tokens": context.num_tokens}
 

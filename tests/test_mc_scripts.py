@@ -23,7 +23,7 @@ def test_metrics_and_checkpoint(mc_trained):
     assert len(steps) == 6
     for name in ("token_loss", "lens_loss", "lod_loss/0", "lod_count/1", "adv_delta_mean", "adv_delta_p95"):
         assert all(isinstance(record[f"mc/{name}"], float) for record in steps), name
-    for name in ("variants_total", "time_controller_ms"):
+    for name in ("variants_total", "time_objective_ms"):
         assert all(record[f"mc/{name}"] > 0 for record in steps), name
     assert steps[0]["mc/preference_agreement"] == 0  # an untrained lens has no opinion
     agreements = [record["mc/preference_agreement"] for record in steps[1:]]

@@ -20,17 +20,18 @@ from pathlib import Path
 import pytest
 import rotel
 
-from megacontext.telemetry import EVENTS, METRICS, Endpoint, metric_of, open_telemetry, parse_endpoint
+from megacontext.telemetry.endpoint import Endpoint, open_telemetry, parse_endpoint
+from megacontext.telemetry.events import EVENTS, METRICS, metric_of
 from nanochat.common import UserError
 from nanochat.loop import RunLog
 from nanochat.sampling import Sampling
 from nanochat.serving.job import Done, Job, Piece
 from nanochat.serving.worker_pool import WorkerPool
 from scripts.chat_web import chat_attributes, chat_text
-from tests.helpers import ROOT, free_port, until
+from tests.helpers import ROOT, Told, free_port, until
 from tests.helpers_server import MODEL, Script
 
-TIMING = {"step": 3, "build_ms": 1.5, "positional_ms": 0.25, "lens_forward_ms": 2.0, "lens_loss_ms": 0.5}
+TIMING = {"step": 3, "milliseconds": 40.0}
 SNAPSHOT = {"row": 0, "entries": 40, "budget": 64, "lod_count/0": 32, "lod_count/1": 8}
 
 
@@ -98,8 +99,8 @@ def strings_of(path):
 
 
 def our_strings():
-    paths = [*ROOT.glob("megacontext/*.py"), *ROOT.glob("scripts/*.py"), ROOT / "nanochat" / "training.py"]
-    return {text for path in paths if path.name not in ("telemetry.py", "otlp.py") for text in strings_of(path)}
+    paths = [*ROOT.glob("megacontext/**/*.py"), *ROOT.glob("scripts/*.py"), ROOT / "nanochat" / "training.py"]
+    return {text for path in paths if path.parent.name != "telemetry" for text in strings_of(path)}
 
 
 def test_the_log_has_what_the_table_says():
@@ -110,8 +111,17 @@ def test_the_log_has_what_the_table_says():
     assert others <= our_strings()
 
 
-def test_the_spans_are_those_of_the_table():
-    assert set(EVENTS) <= our_strings()
+def test_a_step_of_training_tells_its_events():
+    """From the record of the log alone; a record without MegaContext tells of none."""
+    told = Told()
+    record = {"step": 7, "train/loss": 2.0, "mc/tree_tokens": 512, "mc/wc_entries": 200, "mc/time_controller_ms": 40.0}
+    told.metrics({**record, "mc/lod_count/0": 190.5, "mc/lod_count/1": 9.5, "val/mc_context_gain": None})
+    told.metrics({"step": 8, "train/loss": 2.0})
+    assert told.events == [
+        ("mc_tree_snapshot", {"step": 7, "num_tokens": 512}),
+        ("working_context_snapshot", {"step": 7, "entries": 200, "lod_count.0": 190.5, "lod_count.1": 9.5}),
+        ("mc_timing", {"step": 7, "milliseconds": 40.0}),
+    ]
 
 
 def test_what_is_not_in_the_table_is_our_mistake(opened):
@@ -129,8 +139,8 @@ def test_what_is_not_in_the_table_is_our_mistake(opened):
 
 def test_without_an_endpoint_nothing_is_loaded():
     code = (
-        "import sys; from megacontext.telemetry import open_telemetry as o; t = o('base_train', 'd4')\n"
-        "t.event('mc_timing', {'build_ms': 1.0}); t.metrics({'step': 1}); t.close()\n"
+        "import sys; from megacontext.telemetry.endpoint import open_telemetry as o; t = o('base_train', 'd4')\n"
+        "t.event('mc_timing', {'milliseconds': 1.0}); t.metrics({'step': 1}); t.close()\n"
         "assert not [m for m in sys.modules if m.startswith(('opentelemetry', 'grpc'))]"
     )
     environment = {k: v for k, v in os.environ.items() if k != "MC_OTEL_ENDPOINT"}
@@ -147,7 +157,7 @@ def test_json_lines(tmp_path, opened):
     path = tmp_path / "deep" / "events.jsonl"
     telemetry = opened(f"file:{path}")
     telemetry.event("working_context_snapshot", {**SNAPSHOT, "step": None})
-    telemetry.event("mc_timing", {**TIMING, "milliseconds": 250.0, "lens_loss_ms": math.nan})
+    telemetry.event("mc_timing", {"step": math.nan, "milliseconds": 250.0})
     telemetry.metrics({"step": 1, "train/loss": math.inf, "val/bpb": 2.5, "train/mfu": None})
     first, second, third = map(json.loads, path.read_text().splitlines())
     assert first | {"time": 0} == {
@@ -156,7 +166,7 @@ def test_json_lines(tmp_path, opened):
         **{"row": 0, "entries": 40, "budget": 64, "lod_count.0": 32, "lod_count.1": 8},
     }
     assert second["seconds"] == 0.25
-    assert "lens_loss_ms" not in second
+    assert "step" not in second
     assert third["metrics"] == {"step": 1, "val/bpb": 2.5}
     with pytest.raises(UserError, match="cannot write to /proc/none"):
         opened("file:/proc/none/x")
@@ -221,20 +231,19 @@ def collector(tmp_path):
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_collector_gets_spans_and_metrics(protocol, collector, opened, caplog):
     telemetry = opened(f"{protocol}://127.0.0.1:{getattr(collector, protocol)}")
-    telemetry.event("mc_tree_snapshot", {"num_tokens": 512, "nodes/1": 16, "bytes": 4096})
+    telemetry.event("mc_tree_snapshot", {"num_tokens": 512, "bytes": 4096})
     telemetry.event("working_context_snapshot", SNAPSHOT)
     telemetry.event("focus_allocator", {"expansions": 2, "collapses": 1, "swap_rate": 0.075, "score_mean": -0.25})
-    telemetry.event("mc_timing", {**TIMING, "milliseconds": 40.0})
+    telemetry.event("mc_timing", TIMING)
     telemetry.event("inference_update", {"entries_read": 12, "milliseconds": 7.5})
     telemetry.metrics({"step": 3, "train/loss": 2.125, "mc/lod_count/1": 8.5, "train/mfu": None})
     telemetry.close()
     log = collector.received("mc_tree_snapshot", "Name: train.loss", "Name: mc.swap_rate")
     for name in EVENTS.keys() - {"chat"}:
         assert f"Name           : {name}\n" in log
-    for attribute in ("build_ms: Double(1.5)", "positional_ms: Double(0.25)", "lens_forward_ms: Double(2)"):
-        assert f"-> {attribute}" in log
+    assert "-> milliseconds: Double(40)" in log
     assert "-> lod_count.1: Int(8)" in log
-    assert "-> nodes.1: Int(16)" in log
+    assert "-> bytes: Int(4096)" in log
     assert "service.name: Str(base_train)" in log
     assert "service.instance.id: Str(d4)" in log
     assert "device: Str(cpu)" in log
@@ -412,7 +421,7 @@ def test_a_collector_that_dies(protocol, collector, opened, caplog):
 def test_a_process_ends_though_its_collector_hangs():
     """Also one that an error ends, before it could close anything."""
     code = (
-        "import time; from megacontext.telemetry import open_telemetry as o; t = o('base_train', 'd4')\n"
+        "import time; from megacontext.telemetry.endpoint import open_telemetry as o; t = o('base_train', 'd4')\n"
         "for i in range(3000): t.event('mc_timing', {'step': i}); t.metrics({'step': i})\n"
         "time.sleep(1.5); print(time.time(), flush=True); raise SystemExit(3)"
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megacontext.tree
-from megacontext.gaussian_rope import entry_cos_sin
+from megacontext.gaussian_rope import entry_positions
 from megacontext.tree import STORES, MegaContextTree, RamStore, build_table
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import GPT, GPTConfig
@@ -107,7 +107,7 @@ def test_both_forms_materialize_the_nodes_that_the_context_names(shape):
     table, tree = build_table(gist, embedding()(ids), K), new_tree(K)
     tree.append(ids)
     x, levels = table.materialize(context), levels_of_table(table)
-    lod, start, span, valid = context.entries()
+    lod, start, span, valid = context.entries
     assert x.shape == (*lod.shape, D)
     for b, w in valid.nonzero().tolist():
         assert torch.equal(x[b, w], levels[lod[b, w]][b, start[b, w] // span[b, w]])
@@ -229,6 +229,8 @@ def test_trees_work_across_inference_mode_and_keep_no_graph():
 class ListStore:
     """Another store: everything in Python lists, as one on disk might be in records."""
 
+    device = torch.device("cpu")
+
     def __init__(self):
         self.levels = {}
 
@@ -286,8 +288,8 @@ def make_gpt(seed=0):
 def forward(model, ids, context, mode="gaussian", **kwargs):
     """The model's output for each entry of working contexts over ids [B, N]."""
     table = build_table(gist, model.embed(ids), context.block_size)
-    _, start, span, _ = context.entries()
-    cos_sin = entry_cos_sin(start, span, model.config.n_embd // model.config.n_head, mode=mode)
+    _, start, span, _ = context.entries
+    cos_sin = entry_positions(start, span, model.config.n_embd // model.config.n_head, mode=mode)
     return model(inputs_embeds=table.materialize(context), cos_sin=cos_sin, **kwargs)
 
 
@@ -322,7 +324,7 @@ def test_a_token_changes_no_output_that_comes_before_it(shape):
     changed = ids.clone()
     changed[:, t] = (changed[:, t] + 1 + rng.randrange(48)) % 50
     after = forward(model, changed, context)
-    _, start, span, valid = context.entries()
+    _, start, span, valid = context.entries
     end = start + span
     past = valid & (end <= t)
     assert torch.equal(before[past], after[past])

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from megacontext.session import MCSession
+from megacontext.telemetry.events import tell_session
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.serving.schema import Limits
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
 from nanochat.streaming import readable, stream_parts
 from scripts import chat_web
-from tests.helpers import until, write_tokenizer
+from tests.helpers import Told, until, write_tokenizer
 from tests.helpers_server import CONTEXT, MODEL, K, Script, ask, events, said, serving, serving_mc, tiny
 
 
@@ -343,12 +345,12 @@ def test_size_of_an_event_is_bounded_by_the_budget(tokenizer):
 
 
 def test_what_spans_tell(serve):
-    told, jobs = [], []
-    server = serve(on_event=lambda *event: told.append(event), on_end=lambda job, outcome: jobs.append((job, outcome)))
+    told, jobs = Told(), []
+    server = serve(on_update=partial(tell_session, told), on_end=lambda job, outcome: jobs.append((job, outcome)))
     chat = Chat(server, max_tokens=2)
     chat.say("Hi")
     until(lambda: jobs)
-    names = {event for event, _ in told}
+    names = {event for event, _ in told.events}
     assert names == {"mc_tree_snapshot", "working_context_snapshot", "focus_allocator", "inference_update"}
     chat.say(chat.fact(0) * 3)
     until(lambda: len(jobs) == 2)

@@ -23,7 +23,7 @@ def random_context(N, K, rows, rng):
 
 def row_entries(context, row):
     """[(lod, start, span)] of the valid entries of a row."""
-    lod, start, span, valid = (field[row] for field in context.entries())
+    lod, start, span, valid = (field[row] for field in context.entries)
     return list(zip(lod[valid].tolist(), start[valid].tolist(), span[valid].tolist(), strict=True))
 
 
@@ -40,7 +40,7 @@ def test_entries_are_those_of_a_walk_and_tile_the_tokens(shape):
     context.check()
     expected = [reference.entries(row, N, K) for row in context.lod_map.tolist()]
     assert context.lengths().tolist() == [len(row) for row in expected]
-    got = context.entries()
+    got = context.entries
     assert got.valid.tolist() == padded([[True] * len(row) for row in expected], False)
     for field, place, padding in (("lod", 0, 0), ("start", 1, 0), ("span", 2, 1)):
         values = [[entry[place] for entry in row] for row in expected]
@@ -74,7 +74,7 @@ def test_targets_of_a_row_written_out():
 def test_per_block(shape):
     N, K, _, rng = shape
     context = random_context(*shape)
-    valid = context.entries().valid
+    valid = context.entries.valid
     values = torch.tensor([[rng.random() for _ in row] for row in valid.tolist()], requires_grad=True)
     got = context.per_block(values)
     for row, lod_row in enumerate(context.lod_map.tolist()):
@@ -110,7 +110,7 @@ def test_table_index(shape):
     for row in range(rows):
         length = int(context.lengths()[row])
         assert [table[i] for i in index[row, :length].tolist()] == [e[:2] for e in row_entries(context, row)]
-    assert not index[~context.entries().valid].any()
+    assert not index[~context.entries.valid].any()
 
 
 @given(st.integers(2, 3), st.integers(1, 28), st.data())
@@ -332,7 +332,7 @@ def test_a_million_tokens_cost_no_tensor_with_an_element_a_token():
     with LargestTensor() as largest:
         context = WorkingContext.initial(N, K, budget, 128).append(1)
         context.check()
-        context.per_block(torch.ones(1, context.entries().lod.size(1)))
+        context.per_block(torch.ones(1, context.entries.lod.size(1)))
         context.apply([Edit(0, 0, K**2, 2)]).first_difference(context)
-    assert context.entries().span.sum() == N + 1
+    assert context.entries.span.sum() == N + 1
     assert largest.elements == N // K + 2

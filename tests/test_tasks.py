@@ -28,7 +28,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, extract_imports, extract_program
 from tasks.mmlu import MMLU
-from tasks.recall import LINES, Recall
+from tasks.recall_chats import LINES, Recall
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tests.helpers import ROOT

@@ -14,7 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacontext.telemetry import EVENT_GAUGES, metric_of
+from megacontext.telemetry.events import EVENT_GAUGES, metric_of
 from nanochat.common import UserError, atomic_write, fail
 
 FOLDER = Path(__file__).parent / "grafana"
@@ -68,21 +68,13 @@ TRAINING = {
         Panel("Context gain", ("val/mc_context_gain",), "percentunit"),
         Panel("Bits per byte by context", ("val/mc_bpb", "val/mc_full_bpb", "val/mc_truncated_bpb")),
         Panel("LensNet", ("mc/lens_loss",)),
-        Panel("Preference agreement", ("mc/preference_agreement",), "percentunit"),
-        Panel("Differences between variants", ("mc/adv_delta_mean", "mc/adv_delta_p95")),
     ],
     "MegaContext: contexts and cost": [
         Panel("LOD mix", ("mc/lod_count/{lod}",), stacked=True),
-        Panel("Working contexts per batch", ("mc/variants_total",)),
-        Panel("Controller", ("mc/time_controller_ms",), "ms"),
-        Panel(
-            "Where its time goes", ("mc.build_ms", "mc.positional_ms", "mc.lens_forward_ms", "mc.lens_loss_ms"), "ms"
-        ),
-        Spans(
-            "Slowest batches",
-            '{ name = "mc_timing" } | select(span.step, span.build_ms, span.positional_ms, span.lens_forward_ms, '
-            "span.lens_loss_ms, span.milliseconds)",
-        ),
+        Panel("Tokens in a tree, entries of a working context", ("mc/tree_tokens", "mc/wc_entries")),
+        Panel("Working contexts per micro-batch", ("mc/variants_total",)),
+        Panel("Forward pass of a micro-batch", ("mc/time_controller_ms",), "ms"),
+        Spans("Slowest micro-batches", '{ name = "mc_timing" } | select(span.step, span.milliseconds)'),
     ],
 }
 

@@ -14,7 +14,7 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from dev.telemetry.dashboards import TRAINING, Panel
-from megacontext.telemetry import METRICS
+from megacontext.telemetry.events import METRICS
 from nanochat.common import UserError
 from nanochat.configurator import run
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.controller import MCController
+from megacontext.evaluation.figures import plot_focus
+from megacontext.evaluation.policies import POLICIES, bm25, focus_by_length, holds, recall_scores, recall_windows
 from megacontext.networks import MCNetworks
-from megacontext.plots import plot_focus
-from megacontext.recall import POLICIES, bm25, focus_by_length, holds, recall_scores, recall_windows
+from megacontext.reader import Reader
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recall import Sizes, recall_documents
@@ -31,8 +31,8 @@ def tools():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     config = MCConfig(block_size=K, allocator_recent_tokens=RECENT).resolve(256)
-    controller = MCController(model.eval(), MCNetworks(32, config).eval(), config)
-    return tokenizer, count_token_bytes(tokenizer), controller
+    reader = Reader(model.eval(), MCNetworks(32, config).eval(), config)
+    return tokenizer, count_token_bytes(tokenizer), reader
 
 
 @pytest.mark.parametrize("N", [120, 240])
@@ -56,9 +56,9 @@ def test_windows_end_with_an_answer_whose_fact_they_hold(tools, N):
 
 def test_without_recent_tokens(tools):
     """What is scored is never in a gist."""
-    tokenizer, token_bytes, controller = tools
+    tokenizer, token_bytes, reader = tools
     config = MCConfig(block_size=K, allocator_recent_tokens=0).resolve(256)
-    bare = MCController(controller.model, controller.networks, config)
+    bare = Reader(reader.model, reader.networks, config)
     scores = recall_scores(bare, recall_windows(tokenizer, token_bytes, 120, 0, 4, LIKE), 2)
     assert all(nll.isfinite().all() for _, nll in scores.values())
 
@@ -91,11 +91,13 @@ def test_bm25_against_its_formula():
 
 
 def test_each_policy_opens_as_many_blocks(tools, monkeypatch):
-    tokenizer, token_bytes, controller = tools
+    tokenizer, token_bytes, reader = tools
     windows = recall_windows(tokenizer, token_bytes, 120, RECENT, 6, LIKE)
     seen = []
-    monkeypatch.setattr("megacontext.recall._answers", lambda model, table, context, *_: seen.append(context))
-    names = list(recall_scores(controller, windows, 2))
+    monkeypatch.setattr(
+        "megacontext.evaluation.policies._answers", lambda model, table, context, *_: seen.append(context)
+    )
+    names = list(recall_scores(reader, windows, 2))
     assert set(names) == {*POLICIES, "full", "gists"}
     contexts = dict(zip(names, seen, strict=True))
     old = (120 - RECENT) // K
@@ -110,11 +112,11 @@ def test_each_policy_opens_as_many_blocks(tools, monkeypatch):
 
 
 def test_scores_of_a_window_against_the_model(tools):
-    tokenizer, token_bytes, controller = tools
+    tokenizer, token_bytes, reader = tools
     windows = recall_windows(tokenizer, token_bytes, 120, RECENT, 6, LIKE)
-    right, nll = recall_scores(controller, windows, 2)["full"]
+    right, nll = recall_scores(reader, windows, 2)["full"]
     with torch.no_grad():
-        logits = controller.model(windows.x)
+        logits = reader.model(windows.x)
     for row in range(6):
         places = windows.answer[row].nonzero()[:, 0]
         expected = torch.nn.functional.cross_entropy(logits[row, places], windows.y[row, places])
@@ -123,8 +125,8 @@ def test_scores_of_a_window_against_the_model(tools):
 
 
 def test_figures_by_length(tools):
-    tokenizer, token_bytes, controller = tools
-    figures = focus_by_length(controller, tokenizer, token_bytes, [120, 160], 6, LIKE, 2, batch_size=4)
+    tokenizer, token_bytes, reader = tools
+    figures = focus_by_length(reader, tokenizer, token_bytes, [120, 160], 6, LIKE, 2, batch_size=4)
     assert [row["tokens"] for row in figures["by_length"]] == [120, 160]
     assert len(figures["right"]) == 2
     assert all(len(row) == len(figures["depths"]) - 1 for row in figures["right"])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext.evaluate import Evaluator, mean_gist, recovered
-from megacontext.reconstruction import reconstruction_accuracy
+from megacontext.evaluation.context_gain import Evaluator, mean_gist, recovered
+from megacontext.evaluation.reconstruction import reconstruction_accuracy
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
@@ -16,17 +16,17 @@ from nanochat.configurator import parse
 from nanochat.gpt import GPTConfig, norm
 from nanochat.report import Report
 from scripts import mc_eval
-from tests.helpers import RECENT, K, T, make_controller, make_model, tokens
+from tests.helpers import RECENT, K, T, make_model, make_objective, tokens
 
 
 @pytest.fixture
 def evaluator():
-    controller = make_controller(make_model())
-    networks = controller.networks.eval()
+    reader = make_objective(make_model()).reader
+    networks = reader.networks.eval()
     networks.gistnet.trained_levels.fill_(8)
     for p in networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    return Evaluator(controller, repeat(tokens(B=4)), 1)
+    return Evaluator(reader, repeat(tokens(B=4)), 1)
 
 
 def tail_loss(model, x, y, last):
@@ -37,7 +37,7 @@ def loss_of(evaluator, lod_row, gist, table_rows=None):
     """One row at a time, entry by entry; the gists of row r are those of table_rows[r]."""
     model, (x, y) = evaluator.model, tokens(B=4)
     context = WorkingContext(torch.tensor([lod_row], dtype=torch.int8), T, K)
-    lod, start, span, _ = (t[0] for t in context.entries())
+    lod, start, span, _ = (t[0] for t in context.entries)
     losses = []
     for row in range(4):
         other = row if table_rows is None else table_rows[row]
@@ -49,8 +49,9 @@ def loss_of(evaluator, lod_row, gist, table_rows=None):
         sigma2, mean = (span.double() ** 2 - 1) / 12, start + (span.double() - 1) / 2
         omega = 10000 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
         fade = torch.exp(-(omega**2) * sigma2[:, None] / 2)
-        cos, sin = ((f(mean[:, None] * omega) * fade).float()[None, :, None] for f in (torch.cos, torch.sin))
-        logits = model(inputs_embeds=torch.stack(pieces)[None], cos_sin=(cos, sin))
+        cos, sin = (f(mean[:, None] * omega).float()[None, :, None] for f in (torch.cos, torch.sin))
+        fade = fade.repeat(1, 2).float()[None, :, None]
+        logits = model(inputs_embeds=torch.stack(pieces)[None], cos_sin=(cos, sin, fade))
         losses.append(torch.nn.functional.cross_entropy(logits[0, -RECENT:], y[row, -RECENT:]).item())
     return sum(losses) / 4
 
@@ -58,7 +59,7 @@ def loss_of(evaluator, lod_row, gist, table_rows=None):
 @torch.no_grad()
 def test_by_ratio(evaluator):
     model, (x, y) = evaluator.model, tokens(B=4)
-    gist = evaluator.controller.gist
+    gist = evaluator.reader.gist
     for row in evaluator.by_ratio([2, 4]):
         W = RECENT + -(-(T - RECENT) // row["ratio"])
         assert row["entries"] == W
@@ -86,18 +87,18 @@ def test_focus_moves_detail_within_the_budget(evaluator):
     x, _ = tokens(B=4)
     table = evaluator._tables(x)["gists"]
     before = WorkingContext.initial(T, K, row["entries"], RECENT, rows=4)
-    after = evaluator.controller.focus(table, before, row["entries"])
+    after = evaluator.reader.focus(table, before, row["entries"])
     after.check()
     assert (after.lengths() <= row["entries"]).all()
     assert not torch.equal(after.lod_map, before.lod_map)
-    for p in evaluator.controller.networks.lensnet.parameters():
+    for p in evaluator.reader.networks.lensnet.parameters():
         torch.nn.init.zeros_(p)
-    assert torch.equal(evaluator.controller.focus(table, before, row["entries"]).lod_map, before.lod_map)
+    assert torch.equal(evaluator.reader.focus(table, before, row["entries"]).lod_map, before.lod_map)
 
 
 @torch.no_grad()
 def test_by_level(evaluator):
-    gist = evaluator.controller.gist
+    gist = evaluator.reader.gist
     rows = {row["level"]: row for row in evaluator.by_level()}
     assert set(rows) == {1, 2}  # 56 tokens of history: 14 blocks, 3 nodes of 16 tokens
     assert rows[1]["gists"] == pytest.approx(loss_of(evaluator, [1] * 14 + [0] * 2, gist), rel=1e-4)
@@ -111,7 +112,7 @@ def test_by_distance(evaluator):
     rows = evaluator.by_distance()
     assert [(row["nearest"], row["farthest"]) for row in rows] == [(0, 4), (4, 12), (12, 28), (28, 56)]
     lod_row = [0] * 11 + [1, 1] + [0] * 3  # tokens 44 to 51, which are 4 to 12 before the tail
-    assert rows[1]["gists"] == pytest.approx(loss_of(evaluator, lod_row, evaluator.controller.gist), rel=1e-4)
+    assert rows[1]["gists"] == pytest.approx(loss_of(evaluator, lod_row, evaluator.reader.gist), rel=1e-4)
     # Without the farthest band, what is left is the end of the text: rotary positions are relative
     assert rows[3]["truncated"] == pytest.approx(tail_loss(model, x, y, 28 + RECENT), rel=1e-4)
 

@@ -20,9 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from megacontext.controller import MCController
-from megacontext.objective import tail_nll
-from megacontext.reading import read, read_inputs
+from megacontext.reader import Reader, newest
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
@@ -38,14 +36,14 @@ def mean_gist(children, level):
 
 class Evaluator:
     """
-    controller: of a model and networks in eval mode, its config resolved for T. batches: iterator of (x, y) [B, T].
+    reader: of a model and networks in eval mode, its config resolved for T. batches: iterator of (x, y) [B, T].
 
     Every method reads `steps` batches and returns rows of figures.
     """
 
-    def __init__(self, controller: MCController, batches, steps: int):
-        self.controller, self.batches, self.steps = controller, batches, steps
-        self.config, self.model = controller.config, controller.model
+    def __init__(self, reader: Reader, batches, steps: int):
+        self.reader, self.batches, self.steps = reader, batches, steps
+        self.config, self.model = reader.config, reader.model
         self.tail = max(1, self.config.allocator_recent_tokens)
 
     # -----------------------------------------------------------------------------------------------------
@@ -63,13 +61,13 @@ class Evaluator:
             none = self._tokens(x, y, self.tail)
             for ratio in ratios:
                 W = self.budget(T, ratio)
-                context = WorkingContext.initial(T, self.config.block_size, W, self.tail, len(x), x.device)
+                context = WorkingContext.initial(T, self.config.block_size, W, self.tail, len(x))
                 row = losses[ratio]
                 row["full"].append(full)
                 row["none"].append(none)
                 row["truncated"].append(self._tokens(x, y, W))
                 self._gists(row, tables, context, y)
-                focused = self.controller.focus(tables["gists"], context, W, settings)
+                focused = self.reader.focus(tables["gists"], context, W, settings)
                 row["focus"].append(self._read(tables["gists"], focused, y))
         return [
             {
@@ -105,7 +103,7 @@ class Evaluator:
 
     def _levels(self, x):
         K, T = self.config.block_size, x.size(1)
-        context = WorkingContext.finest(len(x), T, K, x.device)
+        context = WorkingContext.finest(len(x), T, K)
         blocks, level = context.old_blocks(self.tail), 1
         while nodes := blocks // K ** (level - 1):
             context.lod_map[:, : nodes * K ** (level - 1)] = level  # read before the next level is written
@@ -127,7 +125,7 @@ class Evaluator:
             while last > 0:
                 first = max(0, last - width)
                 row = losses[T - self.tail - last * K, T - self.tail - first * K]
-                context = WorkingContext.finest(B, T, K, x.device)
+                context = WorkingContext.finest(B, T, K)
                 context.lod_map[:, first:last] = 1  # nobody has read it yet
                 row["full"].append(full)
                 self._gists(row, tables, context, y)
@@ -155,7 +153,7 @@ class Evaluator:
     def _tables(self, x):
         embeds, K = self.model.embed(x), self.config.block_size
         return {
-            "gists": build_table(self.controller.gist, embeds, K),
+            "gists": self.reader.tree(embeds),
             "mean": build_table(mean_gist, embeds, K),
         }
 
@@ -167,17 +165,15 @@ class Evaluator:
     def _gists(self, row, tables, context, y):
         row["gists"].append(self._read(tables["gists"], context, y))
         row["mean"].append(self._read(tables["mean"], context, y))
-        inputs, lod = tables["gists"].materialize(context), context.entries().lod
-        mixed = inputs.roll(1, 0).where(lod[..., None] > 0, inputs)
-        row["shuffled"].append(
-            self._tail(read_inputs(self.model, mixed, context, y, self.config.mc_positional), context)
-        )
+        inputs, lod = tables["gists"].materialize(context), context.entries.lod
+        mixed = inputs.roll(1, 0).where((lod[..., None] > 0).to(inputs.device), inputs)
+        row["shuffled"].append(self._loss(mixed, context, y))
 
     def _read(self, table, context, y):
-        return self._tail(read(self.model, table, context, y, self.config.mc_positional), context)
+        return self._loss(table.materialize(context), context, y)
 
-    def _tail(self, reading, context):
-        return tail_nll(reading.nll, context.lengths(), self.tail)
+    def _loss(self, inputs, context, y):
+        return newest(self.reader.read(inputs, context, y).nll, context, self.tail).mean(1)
 
 
 def _figures(losses, worst, suffix="recovered") -> dict:

@@ -1,5 +1,5 @@
 """
-OpenTelemetry's exporters, held so that they cannot hurt: see megacontext/telemetry.py.
+OpenTelemetry's exporters, held so that they cannot hurt: see endpoint.py.
 
 What is told goes into a bounded queue (spans) or a cell (metrics: the newest value). Threads of the SDK send it; they
 are daemons, so a process can end while one waits for a collector.
@@ -21,7 +21,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Status, StatusCode
 
-from megacontext.telemetry import EVENT_GAUGES, EVENT_HISTOGRAMS, METRICS, Telemetry, metric_of
+from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, METRICS, metric_of
+from megacontext.telemetry.sinks import Telemetry
 
 SEND_SECONDS = 2  # one batch, all tries together
 CLOSE_SECONDS = 2  # what is left, at the end

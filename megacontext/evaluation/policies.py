@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from megacontext.reading import positions
-from megacontext.tree import build_table
+from megacontext.reader import Reader
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.recall import recall_documents, token_spans
@@ -81,25 +80,24 @@ def recall_windows(tokenizer, token_bytes, N, recent, count, like, seed=0) -> Wi
 
 
 @torch.no_grad()
-def recall_scores(controller, windows: Windows, open_blocks: int, seed=0) -> dict[str, tuple]:
+def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) -> dict[str, tuple]:
     """
     name → (right [R] bool: every token of the answer would be the model's first choice; nll [R], of the answer).
 
     Names: POLICIES, "full" and "gists". The documents' windows are read together: pass as many as memory allows.
     """
-    c, model = controller.config, controller.model
+    c, device = reader.config, windows.x.device
     K, (R, N) = c.block_size, windows.x.shape
     recent = max(c.allocator_recent_tokens, int(windows.answer.sum(1).max()))  # no gist stands for what is scored
-    embeds = model.embed(windows.x)
-    table = build_table(controller.gist, embeds, K)
-    finest = WorkingContext.finest(R, N, K, windows.x.device)
+    table = reader.tree(reader.embed(windows.x))
+    finest = WorkingContext.finest(R, N, K)
     old = finest.old_blocks(recent)
     E = min(open_blocks, old)
 
     def with_open(chosen):
         """All old blocks as gists but those chosen, bool [R, old]."""
         lod_map = finest.lod_map.clone()
-        lod_map[:, :old] = (~chosen).to(torch.int8)
+        lod_map[:, :old] = (~chosen).to("cpu", torch.int8)
         return WorkingContext(lod_map, N, K)
 
     def best(scores):
@@ -107,24 +105,24 @@ def recall_scores(controller, windows: Windows, open_blocks: int, seed=0) -> dic
         order = scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :E]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(1, old - 1 - order, True)
 
-    newest = torch.zeros(R, old, device=windows.x.device)
-    generator = torch.Generator(windows.x.device).manual_seed(seed)
+    newest = torch.zeros(R, old, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     start = with_open(best(newest))
     budget = int(start.lengths().max())
     settings = replace(c, mc_infer_allocator_iterations=ROUNDS, mc_infer_allocator_max_replacements=2 * E)
     contexts = {
         "gists": with_open(torch.zeros_like(newest, dtype=torch.bool)),
         "recency": start,
-        "random": with_open(best(torch.rand(R, old, generator=generator, device=newest.device))),
+        "random": with_open(best(torch.rand(R, old, generator=generator, device=device))),
         "bm25": with_open(best(bm25(windows.x, K, old, recent))),
         "oracle": with_open(best(holds(windows.fact, K, old).float())),
-        "lens": controller.focus(table, start, budget, settings),
+        "lens": reader.focus(table, start, budget, settings),
         "full": finest,
     }
-    return {name: _answers(model, table, context, windows, c.mc_positional) for name, context in contexts.items()}
+    return {name: _answers(reader, table, context, windows) for name, context in contexts.items()}
 
 
-def focus_by_length(controller, tokenizer, token_bytes, lengths, count, like, open_blocks, batch_size) -> dict:
+def focus_by_length(reader, tokenizer, token_bytes, lengths, count, like, open_blocks, batch_size) -> dict:
     """
     name → figures for each length of window that there are documents for, `count` windows each.
 
@@ -133,12 +131,12 @@ def focus_by_length(controller, tokenizer, token_bytes, lengths, count, like, op
     "regret" (nats that the lens is behind the oracle)}. "depths": edges of DEPTHS bins of where the fact stands, 0 the
     oldest; "right": of the lens, [length][depth], None in a bin without windows.
     """
-    device, recent = controller.model.get_device(), controller.config.allocator_recent_tokens
+    device, recent = reader.device, reader.config.allocator_recent_tokens
     rows, maps = [], []
     for N in lengths:
         windows = recall_windows(tokenizer, token_bytes, N, recent, count, like).to(device)
         parts = [
-            recall_scores(controller, Windows(*(t[i : i + batch_size] for t in windows)), open_blocks, seed=i)
+            recall_scores(reader, Windows(*(t[i : i + batch_size] for t in windows)), open_blocks, seed=i)
             for i in range(0, count, batch_size)
         ]
         right = {name: torch.cat([part[name][0] for part in parts]).float() for name in parts[0]}
@@ -154,12 +152,12 @@ def focus_by_length(controller, tokenizer, token_bytes, lengths, count, like, op
     return {"by_length": rows, "depths": [i / DEPTHS for i in range(DEPTHS + 1)], "right": maps}
 
 
-def _answers(model, table, context, windows, positional):
-    cos, sin = positions(model, context.entries(), positional)
+def _answers(reader, table, context, windows):
+    cos_sin = reader.positions(context)
     x, longest, logits = table.materialize(context), int(windows.answer.sum(1).max()), []
     for row, length in enumerate(context.lengths().tolist()):  # one at a time: a vocabulary for each token is much
         part = slice(row, row + 1), slice(length)
-        logits.append(model(inputs_embeds=x[part], cos_sin=(cos[part], sin[part]))[:, -longest:])
+        logits.append(reader.model(inputs_embeds=x[part], cos_sin=tuple(t[part] for t in cos_sin))[:, -longest:])
     logits = torch.cat(logits)
     y, answer = windows.y[:, -longest:], windows.answer[:, -longest:]
     nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none") * answer

@@ -1,0 +1,104 @@
+"""
+The reader: a GPT and its MegaContext networks, and everything that is asked of the two together.
+
+    tokens → embed → tree → working context → read, score, focus
+
+Training, sessions and evaluation each hold one Reader; nobody else calls the networks.
+
+Shapes: B streams of N tokens, R rows of working contexts (several per stream), W entries (padded at the end),
+K = block_size, D = n_embd.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from megacontext.config import MCConfig
+from megacontext.focus import Focus
+from megacontext.gaussian_rope import entry_positions
+from megacontext.networks import MCNetworks
+from megacontext.tree import Table, build_table
+from nanochat.common import autocast, resolve_dtype
+
+
+class Reading(NamedTuple):
+    """
+    What the model made of R working contexts. Only `loss` has a gradient.
+
+    loss: to be minimized: the mean of nll over the targets of a row, over the rows. nll [R, W], in nats: the loss of
+    each entry's target, 0 where it has none. targets [R, W]: the tokens to be predicted, −1 for none. positions: the
+    entries' (cos, sin, fade) or (cos, sin), see entry_positions.
+    """
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    targets: torch.Tensor
+    positions: tuple[torch.Tensor, ...]
+
+
+def newest(values, context, tail):
+    """The values [R, tail] of each row's last `tail` entries, of values [R, W]; rows differ in length."""
+    index = context.lengths()[:, None] - tail + torch.arange(tail)
+    return values.gather(1, index.to(values.device))
+
+
+class Reader:
+    """
+    model: the GPT, compiled or not. config: resolved for its context length. The two networks run in the precision of
+    mc_aux_dtype, whatever autocast surrounds them.
+    """
+
+    def __init__(self, model, networks: MCNetworks, config: MCConfig):
+        self.model, self.networks, self.config = model, networks, config
+        self.device = model.get_device()
+        self.dtype = resolve_dtype(config.mc_aux_dtype, self.device.type)
+        self.head_dim = model.config.n_embd // model.config.n_head
+
+    def embed(self, ids):
+        """Embeddings [B, N, D] of token ids [B, N]: level 0 of a tree."""
+        return self.model.embed(ids)
+
+    def gist(self, children, level):
+        """Gists [M, D] of a level from their children [M, K, D]."""
+        with autocast(self.device, self.dtype):
+            return self.networks.gistnet(self._suited(children), level)
+
+    def tree(self, embeds) -> Table:
+        """The tree over embeddings [B, N, D], all levels in one table."""
+        return build_table(self.gist, embeds, self.config.block_size)
+
+    def score(self, inputs, context):
+        """LensNet's scores [R, W] of a context's entries, whose embeddings are inputs [R, W, D]."""
+        entries = context.entries.to(self.device)
+        with autocast(self.device, self.dtype):
+            return self.networks.lensnet(self._suited(inputs), *entries, context.num_tokens)
+
+    def positions(self, context):
+        """The rotary positions of a context's entries: see entry_positions."""
+        entries = context.entries.to(self.device)
+        return entry_positions(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
+
+    def read(self, inputs, context, y) -> Reading:
+        """
+        Put a working context through the model.
+
+        inputs [R, W, D]: `Table.materialize(context)`, or what stands in its place. y [B, N]: the token that follows
+        each position (−1 for none); row r of the context belongs to stream r // (R / B).
+        """
+        targets = context.targets(y.repeat_interleave(context.num_rows // len(y), 0))
+        positions = self.positions(context)
+        counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
+        weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
+        loss, nll = self.model(inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights)
+        return Reading(loss / counts.sum(), nll.view_as(targets), targets, positions)
+
+    def focus(self, table, context, budget, config=None):
+        """The context after a refocus as at inference, within the budget. config: other settings of the allocator."""
+
+        def lens(context):
+            return self.score(table.materialize(context), context).float().cpu()
+
+        return Focus(config or self.config, context.num_rows).refocus(context, lens, budget)
+
+    def _suited(self, x):
+        return x.float() if self.dtype == torch.float32 else x  # embeddings are bf16 on GPUs
