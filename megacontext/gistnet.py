@@ -73,9 +73,10 @@ class GistNet(nn.Module):
         mean = children.mean(dim=1)
         if self.type == "mean":
             return norm(mean)
-        if not self.training and min(level, self.max_levels) > self.trained_levels:
-            return norm(mean)
-        return norm(mean + self._correction(children, level))
+        correction = self._correction(children, level)
+        if not self.training:  # without a look at the number of levels, which a GPU would have to be waited for
+            correction = correction * (self.trained_levels >= min(level, self.max_levels))
+        return norm(mean + correction)
 
     def mark_trained(self, level: int):
         """Gists of up to this level have been read in training: from now on they are more than means elsewhere too."""

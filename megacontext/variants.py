@@ -93,8 +93,8 @@ def step_work(model, networks, config: MCConfig, progress, T) -> float:
 
 def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> int:
     """
-    Sequences per forward pass that need no more memory than device_batch_size of them without MegaContext; at least 1,
-    and a divisor of device_batch_size. With mc_auto_batch off: device_batch_size.
+    Sequences per forward pass that need no more memory than device_batch_size of them without MegaContext: a divisor of
+    device_batch_size, and even if that is, for as many dense as compressed ones. With mc_auto_batch off: all of them.
 
     Memory is that of activations: inputs × layers × width of each network (see tests/test_mc_variants.py).
     """
@@ -105,5 +105,6 @@ def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> i
     sizes = (model_config.n_layer * D, gist_layers * D, config.lensnet_layers * min(D, MAX_WIDTH))
     inputs = inputs_per_sequence(config, 0.0, T)  # variants are longest at the start
     need = sum(n * size for n, size in zip(inputs, sizes, strict=True)) / (T * sizes[0])
-    divisors = (n for n in range(1, device_batch_size + 1) if device_batch_size % n == 0)
-    return max((n for n in divisors if n * need <= device_batch_size), default=1)
+    least = 1 + (device_batch_size + 1) % 2
+    sizes = (n for n in range(least, device_batch_size + 1, least) if device_batch_size % n == 0)
+    return max((n for n in sizes if n * need <= device_batch_size), default=least)

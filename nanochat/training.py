@@ -199,10 +199,10 @@ class Training:
         Add up the gradients of the next `count` micro-batches, each by its share of the mean loss.
 
         objective: see PlainObjective; it runs in `dtype`. progress: part of training that is done. Returns (mean loss,
-        a tensor; metrics of the last micro-batch).
+        a tensor; the newest of each figure for the log).
         """
         _, rank, _, world_size = get_dist_info()
-        loss = torch.zeros((), device=self.device)
+        loss, metrics = torch.zeros((), device=self.device), {}
         for i in range(count):
             x, y = next(batches)
             rows = objective.rows_at_once(len(x))
@@ -210,7 +210,8 @@ class Training:
             for j, (x_j, y_j) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
                 seed = ((self.step * count + i) * world_size + rank) * (len(x) // rows) + j
                 with autocast(self.device, dtype):
-                    part, metrics = objective(x_j, y_j, progress, seed)
+                    part, figures = objective(x_j, y_j, progress, seed)
+                metrics |= figures
                 (part / passes).backward()
                 loss += part.detach() / passes
         return loss, metrics

@@ -21,13 +21,10 @@ def test_metrics_and_checkpoint(mc_trained):
     records = log_of(mc_trained, "base", "mc")
     steps = [record for record in records if "train/loss" in record]
     assert len(steps) == 6
-    for name in ("token_loss", "lens_loss", "lod_loss/0", "lod_count/1", "adv_delta_mean", "adv_delta_p95"):
-        assert all(isinstance(record[f"mc/{name}"], float) for record in steps), name
-    for name in ("variants_total", "time_objective_ms"):
+    for name in ("base_loss", "token_loss", "lens_loss", "lod_loss/0", "lod_count/1", "tree_tokens", "wc_entries"):
         assert all(record[f"mc/{name}"] > 0 for record in steps), name
-    assert steps[0]["mc/preference_agreement"] == 0  # an untrained lens has no opinion
-    agreements = [record["mc/preference_agreement"] for record in steps[1:]]
-    assert 0 < max(agreements) <= 1, "then it has one, and is right about some of the few pairs"
+    for name in ("variants_total", "time_controller_ms"):
+        assert all(record[f"mc/{name}"] > 0 for record in steps), name
     assert steps[-1]["mc/token_loss"] < steps[0]["mc/token_loss"]
     validations = [record for record in records if "val/bpb" in record]
     assert all("val/mc_bpb" in record and "val/mc_truncated_bpb" in record for record in validations)
@@ -38,7 +35,7 @@ def test_metrics_and_checkpoint(mc_trained):
         cm.load_meta(mc_trained / "base_checkpoints" / "mc", 6)["model_config"],
         "cpu",
     ).flops_per_token()
-    assert 3 * plain < flops < 8 * plain
+    assert 2 * plain < flops < 8 * plain
     _, _, meta = cm.load_model("base", "cpu", model_tag="mc")
     networks, config = load_networks("base", meta, "cpu")
     assert config.block_size == 4

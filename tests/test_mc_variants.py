@@ -150,5 +150,5 @@ def test_auto_batch_divides():
     config = MCConfig(block_size=K, mc_num_random_variants=3).resolve(T)
     model_config = GPTConfig(T, 70, 12, 6, 6, 384)
     assert auto_batch_size(32, config, model_config) == 8  # 32 / 2.1 is 15, of which 8 divides 32
-    assert auto_batch_size(1, config, model_config) == 1
+    assert [auto_batch_size(B, config, model_config) for B in (1, 2, 9)] == [1, 2, 3]
     assert auto_batch_size(32, MCConfig(block_size=K, mc_auto_batch=False).resolve(T), model_config) == 32

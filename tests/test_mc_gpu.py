@@ -1,0 +1,67 @@
+"""MegaContext on a pretended GPU: no mix of devices, the values of the CPU, and how often the host waits."""
+
+import pytest
+import torch
+
+from megacontext.config import MCConfig
+from megacontext.networks import MCNetworks
+from megacontext.objective import MCObjective
+from megacontext.session import MCSession
+from nanochat.common import autocast
+from nanochat.decode import Decoder
+from tests.helpers import BOS, RECENT, K, T, make_model, tokens
+from tests.pretended_gpu import CUDA, Pretended, moved, pretended_gpu
+
+
+def objective_of(model, **options):
+    options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_aux_dtype": "fp32", **options}
+    config = MCConfig(**options).resolve(T)
+    torch.manual_seed(1)
+    networks = MCNetworks(model.config.n_embd, config)
+    for p in networks.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return model, networks, config
+
+
+def test_a_training_step_waits_for_nothing():
+    x, y = tokens(B=4)
+    expected = MCObjective(*objective_of(make_model()), BOS).process_batch(
+        x, y, 1.0, torch.Generator().manual_seed(0)
+    )
+    model, networks, config = objective_of(make_model())
+    model, networks = moved(model), moved(networks)
+    with pretended_gpu() as gpu:
+        with autocast(CUDA, torch.float32):
+            objective = MCObjective(model, networks, config, BOS)
+            result = objective.process_batch(Pretended(x), Pretended(y), 1.0, torch.Generator().manual_seed(0))
+        assert gpu.waits == []
+        assert result.loss.device.type == "cuda"
+        assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+        assert gpu.waits == ["aten._local_scalar_dense.default"]
+
+
+def answers(model, networks, config, rows, device):
+    """Logits of a prompt and of 40 tokens after it, and the number of waits in each call if the device has any."""
+    session = MCSession(model, networks, config, rows=rows, decoder=Decoder(model, graph=False))
+    ids = torch.randint(0, 70, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    yield session, session.prefill(ids)
+    for i in range(40):
+        tokens = torch.full((rows,), i)
+        yield session, session.step(Pretended(tokens) if device == CUDA else tokens)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_session_waits_for_scores_alone(rows):
+    """Once per refocus, for LensNet's scores; a step between two refocuses does not wait, and rows are read together."""
+    options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
+    model, networks, config = objective_of(make_model().eval(), **options)
+    networks.eval().gistnet.trained_levels.fill_(8)
+    expected = [logits for _, logits in answers(model, networks, config, rows, "cpu")]
+    model, networks = moved(model), moved(networks)
+    with pretended_gpu() as gpu, torch.inference_mode():
+        calls = answers(model, networks, config, rows, CUDA)
+        for i, ((session, logits), values) in enumerate(zip(calls, expected, strict=True)):
+            refocus = i == 0 or i % 6 == 0
+            assert len(gpu.waits) == (1 if refocus else 0), (i, gpu.waits)
+            gpu.waits.clear()
+            torch.testing.assert_close(logits.value, values, atol=1e-4, rtol=1e-4)
