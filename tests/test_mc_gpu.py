@@ -25,9 +25,7 @@ def objective_of(model, **options):
 
 def test_a_training_step_waits_for_nothing():
     x, y = tokens(B=4)
-    expected = MCObjective(*objective_of(make_model()), BOS).process_batch(
-        x, y, 1.0, torch.Generator().manual_seed(0)
-    )
+    expected = MCObjective(*objective_of(make_model()), BOS).process_batch(x, y, 1.0, torch.Generator().manual_seed(0))
     model, networks, config = objective_of(make_model())
     model, networks = moved(model), moved(networks)
     with pretended_gpu() as gpu:
