@@ -50,7 +50,7 @@ def answers(model, networks, config, rows, device):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_session_waits_for_scores_alone(rows):
-    """Once per refocus, for LensNet's scores; a step between two refocuses does not wait, and rows are read together."""
+    """Once per refocus, for LensNet's scores; a step between refocuses does not wait, whatever the rows."""
     options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(make_model().eval(), **options)
     networks.eval().gistnet.trained_levels.fill_(8)
