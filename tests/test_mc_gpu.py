@@ -39,13 +39,13 @@ def test_a_training_step_waits_for_nothing():
 
 
 def answers(model, networks, config, rows, device):
-    """Logits of a prompt and of 40 tokens after it, and the number of waits in each call if the device has any."""
+    """Logits of a prompt and of each of 40 tokens after it."""
     session = MCSession(model, networks, config, rows=rows, decoder=Decoder(model, graph=False))
     ids = torch.randint(0, 70, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    yield session, session.prefill(ids)
+    yield session.prefill(ids)
     for i in range(40):
         tokens = torch.full((rows,), i)
-        yield session, session.step(Pretended(tokens) if device == CUDA else tokens)
+        yield session.step(Pretended(tokens) if device == CUDA else tokens)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -54,11 +54,11 @@ def test_a_session_waits_for_scores_alone(rows):
     options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(make_model().eval(), **options)
     networks.eval().gistnet.trained_levels.fill_(8)
-    expected = [logits for _, logits in answers(model, networks, config, rows, "cpu")]
+    expected = list(answers(model, networks, config, rows, "cpu"))
     model, networks = moved(model), moved(networks)
     with pretended_gpu() as gpu, torch.inference_mode():
         calls = answers(model, networks, config, rows, CUDA)
-        for i, ((session, logits), values) in enumerate(zip(calls, expected, strict=True)):
+        for i, (logits, values) in enumerate(zip(calls, expected, strict=True)):
             refocus = i == 0 or i % 6 == 0
             assert len(gpu.waits) == (1 if refocus else 0), (i, gpu.waits)
             gpu.waits.clear()
