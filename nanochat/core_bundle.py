@@ -1,8 +1,8 @@
 """
-The evaluation bundle of the CORE metric: getting it, reading it, and saying what is wrong with it.
+The evaluation bundle of the CORE metric: download, loading, and checks.
 
-A folder with core.yaml (the tasks), eval_meta_data.csv (their random baselines in percent) and eval_data/
-(one JSON object a line). See core_eval for the three types of tasks.
+It is a folder with core.yaml (the tasks), eval_meta_data.csv (their random baselines in percent) and eval_data/ (one
+JSON object per line). See core_eval for the three types of tasks.
 """
 
 import csv
@@ -24,8 +24,8 @@ from nanochat.sources import read_text
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 
-TEXT = (str, int, float)  # a number stands for its digits
-ITEM_KEYS = {  # what an item of each type must have
+TEXT = (str, int, float)  # a number is read as its digits
+ITEM_KEYS = {  # required keys of an item of each type
     "multiple_choice": {"query": TEXT, "choices": list, "gold": int},
     "schema": {"context_options": list, "continuation": TEXT, "gold": int},
     "language_modeling": {"context": TEXT, "continuation": TEXT},
@@ -57,9 +57,9 @@ def how_to_get_bundle(bundle_dir=None) -> str:
 
 def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
     """
-    Fetch the zip, with a progress bar, and unpack it to bundle_dir, which appears whole or not at all.
+    Download the zip with a progress bar and unpack it to bundle_dir, completely or not at all.
 
-    Returns bundle_dir. Raises UserError when the download fails or what came is not a bundle.
+    Returns bundle_dir. Raises UserError if the download fails or is not a bundle.
     """
     bundle_dir = Path(bundle_dir or get_bundle_dir())
     if has_bundle(bundle_dir):
@@ -77,11 +77,11 @@ def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
         unpacked = Path(folder, "unpacked")
         try:
             with zipfile.ZipFile(archive) as file:
-                file.extractall(unpacked)  # checks every CRC and keeps inside the folder
+                file.extractall(unpacked)  # checks every CRC and stays inside the folder
         except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"what {url} sent is not a sound zip ({error}): try again") from error
+            raise UserError(f"the file from {url} is not a valid zip ({error}): try again") from error
         finally:
-            archive.unlink()  # damaged or unpacked, it has served
+            archive.unlink()  # damaged or unpacked, it is not needed any more
         configs = sorted(unpacked.rglob("core.yaml"))
         if not configs:
             raise UserError(f"the zip at {url} has no core.yaml in it: it is not an evaluation bundle")
@@ -91,9 +91,9 @@ def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
 
 def load_bundle(bundle_dir=None, max_per_task=-1) -> list[tuple[TaskMeta, list[dict]]]:
     """
-    Every task of the bundle with its items, shuffled by a fixed seed and cut to max_per_task if that is > 0.
+    The tasks of the bundle with their items, shuffled by a fixed seed, at most max_per_task of each if that is > 0.
 
-    Raises UserError naming file and line where the bundle is not as it should be.
+    Raises UserError naming the file and line of an error in the bundle.
     """
     bundle_dir = Path(bundle_dir or get_bundle_dir())
     if not has_bundle(bundle_dir):
@@ -105,7 +105,7 @@ def load_bundle(bundle_dir=None, max_per_task=-1) -> list[tuple[TaskMeta, list[d
         meta = _read_meta(entry, baselines, config_path)
         data_path = bundle_dir / "eval_data" / meta.dataset_uri
         data = _read_items(data_path, meta.task_type)
-        random.Random(1337).shuffle(data)  # files are often ordered by class; a subset should not be
+        random.Random(1337).shuffle(data)  # files are often sorted by class, which a subset should not be
         if max_per_task > 0:
             data = data[:max_per_task]
         if len(data) <= meta.num_fewshot:
@@ -132,7 +132,7 @@ def _read_config(path) -> list[dict]:
 
 
 def _read_baselines(path) -> dict[str, tuple[int, str]]:
-    """Task label → (line number, random baseline as it is written)."""
+    """Task label → (line number, random baseline as text)."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     for column in ("Eval Task", "Random baseline"):
         if column not in (reader.fieldnames or []):
@@ -166,7 +166,7 @@ def _read_meta(entry, baselines, path) -> TaskMeta:
 
 def _read_items(path, task_type) -> list[dict]:
     items = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would cut inside strings
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would split inside strings
         if not line.strip():
             continue
         try:
@@ -178,7 +178,7 @@ def _read_items(path, task_type) -> list[dict]:
             raise UserError(f"{path}, line {number}: {problem}")
         items.append(item)
     if not items:
-        raise UserError(f"{path}: expected one JSON object a line, got an empty file")
+        raise UserError(f"{path}: expected one JSON object per line, got an empty file")
     return items
 
 

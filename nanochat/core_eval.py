@@ -1,10 +1,10 @@
 """
 The DCLM CORE metric: in-context learning on 22 tasks, each centered on its random baseline, averaged.
 
-Source: Li et al. 2024, DataComp-LM (arXiv 2406.11794). Every task is one of three types:
+Source: Li et al. 2024, DataComp-LM (arXiv 2406.11794). A task is of one of three types:
   multiple_choice     one context, several continuations; the lowest mean loss per token wins
   schema              several contexts, one continuation; the context that makes it likeliest wins
-  language_modeling   the continuation must be what the model itself would say, token for token
+  language_modeling   the continuation must equal the model's greedy continuation, token for token
 
 Shapes: B candidates of one item, T tokens, V vocabulary.
 """
@@ -18,11 +18,11 @@ from nanochat.common import get_dist_info, sum_over_ranks
 from nanochat.core_bundle import TaskMeta, candidates, load_bundle
 
 # ---------------------------------------------------------------------------------------------------------
-# From an item to rows of tokens, and which of them count
+# From an item to rows of tokens, and which tokens are scored
 
 
 def fewshot_examples(data, index, num_fewshot) -> list[dict]:
-    """Other items of the task to show before item `index`: always the same ones for the same index."""
+    """Other items of the task to show before item `index`; always the same for the same index."""
     others = [i for i in range(len(data)) if i != index]
     return [data[i] for i in random.Random(1234 + index).sample(others, num_fewshot)]
 
@@ -40,7 +40,7 @@ def render_prompts(item, task_type, delimiter, examples) -> list[str]:
 
 
 def common_length(rows) -> int:
-    """How many leading tokens all rows share."""
+    """Number of leading tokens that all rows share."""
     return next(
         (i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1),
         min(len(row) for row in rows),
@@ -49,10 +49,10 @@ def common_length(rows) -> int:
 
 def scored_rows(rows, task_type, max_tokens=None) -> list[tuple[list[int], int]]:
     """
-    (tokens, start) of every row to score: tokens[start:] are what counts.
+    (tokens, start) of each row to score: tokens[start:] are scored.
 
-    Tokens are compared, never text lengths, so a tokenizer that merges over the boundary does no harm.
-    A row longer than max_tokens loses its beginning. At least one token counts, and one comes before it.
+    Tokens are compared instead of text lengths, so a tokenizer may merge across the boundary.
+    A row longer than max_tokens loses its beginning. At least one token is scored, with at least one before it.
     """
     if task_type == "schema":
         counted = common_length([row[::-1] for row in rows])
@@ -60,7 +60,7 @@ def scored_rows(rows, task_type, max_tokens=None) -> list[tuple[list[int], int]]
     else:
         start = common_length(rows)
         rows = rows[1:] if task_type == "language_modeling" else rows
-        start = min(start, min(len(row) for row in rows) - 1)  # a choice may be the beginning of another
+        start = min(start, min(len(row) for row in rows) - 1)  # one choice can be the beginning of another
         starts = [start] * len(rows)
     cuts = [max(0, len(row) - max_tokens) if max_tokens else 0 for row in rows]
     return [(row[cut:], max(1, start - cut)) for row, start, cut in zip(rows, starts, cuts, strict=True)]
@@ -71,13 +71,15 @@ def scored_rows(rows, task_type, max_tokens=None) -> list[tuple[list[int], int]]
 
 
 def logits_of_ends(model, rows, padding, device) -> list[torch.Tensor]:
-    """For each row (tokens, start) the logits about tokens[start:], [n, V]. model(ids [B, T]) → logits [B, T, V]."""
-    # Padding comes after a row's end, where a causal model cannot see it from the row.
+    """For each row (tokens, start) the logits for tokens[start:], [n, V]. model(ids [B, T]) → logits [B, T, V]."""
+    # Padding after the end of a row cannot influence a causal model's logits within it.
     ids = torch.full((len(rows), max(len(row) for row, _ in rows)), padding, dtype=torch.long)
     for i, (row, _) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     logits = model(ids.to(device))
-    return [logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(rows)]  # those at t are about t + 1
+    return [
+        logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(rows)
+    ]  # logits at t predict token t + 1
 
 
 @torch.inference_mode()
@@ -114,7 +116,7 @@ def evaluate_task(model, tokenizer, data, device, task_meta: TaskMeta, progress=
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """0 for guessing, 1 for perfect: (accuracy − baseline) / (1 − baseline)."""
+    """(accuracy − baseline) / (1 − baseline): 0 for guessing, 1 for perfect."""
     return (accuracy - baseline) / (1 - baseline)
 
 
@@ -122,7 +124,7 @@ def evaluate_core(model, tokenizer, device, max_per_task=-1, bundle_dir=None, pr
     """
     CORE of a base model: {"results": {label: accuracy}, "centered_results": {…}, "core_metric": their mean}.
 
-    max_per_task > 0 looks at that many items of each task only. progress(label, done, total) is called after
+    max_per_task > 0 limits the number of items per task. progress(label, done, total) is called after
     each of this rank's items. Raises UserError when the bundle is missing or malformed.
     """
     tasks = load_bundle(bundle_dir, max_per_task)

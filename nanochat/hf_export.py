@@ -1,6 +1,6 @@
 """
-A checkpoint in the form of Hugging Face's `transformers` (NanoChatForCausalLM, version 5 and newer): the weights
-under that class's names, its configuration, the tokenizer with our chat format as a template, a model card.
+Export a checkpoint to Hugging Face's `transformers` (NanoChatForCausalLM, version 5 and newer): weights under that
+class's names, configuration, tokenizer with our chat format as a template, model card.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from nanochat.tokenizer import PART_TOKENS, RustBPETokenizer
 
 BOS, END = "<|bos|>", "<|assistant_end|>"
 
-# ours → theirs, in a block
+# our name → transformers' name, within a block
 BLOCK_NAMES = {
     "attn.c_q": "self_attn.q_proj",
     "attn.c_k": "self_attn.k_proj",
@@ -33,7 +33,7 @@ BLOCK_NAMES = {
 
 
 def to_hf_state(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """The weights of a GPT under the names of NanoChatForCausalLM, without the rows that only pad the vocabulary."""
+    """The weights of a GPT under the names of NanoChatForCausalLM, without the rows that pad the vocabulary."""
     V = model.config.vocab_size
     names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
     for layer in range(model.config.n_layer):
@@ -42,7 +42,7 @@ def to_hf_state(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     if state.keys() != names.keys():
         raise ValueError(f"no names for {sorted(state.keys() ^ names.keys())}")
-    # A copy each: safetensors wants whole tensors that share no memory
+    # Copies, because safetensors needs contiguous tensors that share no memory
     hf = {names[key]: tensor.to("cpu", dtype, copy=True) for key, tensor in state.items()}
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         hf[key] = hf[key][:V].clone()
@@ -63,7 +63,7 @@ def hf_config(config: GPTConfig, tokenizer, dtype=torch.float32) -> dict:
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
         "hidden_act": "relu2",
-        "rms_norm_eps": torch.finfo(torch.float32).eps,  # what F.rms_norm takes when none is given
+        "rms_norm_eps": torch.finfo(torch.float32).eps,  # the default of F.rms_norm
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "final_logit_softcapping": LOGIT_SOFTCAP,
         "attention_bias": False,
@@ -77,13 +77,13 @@ def hf_config(config: GPTConfig, tokenizer, dtype=torch.float32) -> dict:
 
 
 def hf_generation_config(tokenizer) -> dict:
-    """generation_config.json: greedy, ending where our Engine ends."""
+    """generation_config.json: greedy, with the stop tokens of our Engine."""
     bos, end = tokenizer.encode_special(BOS), tokenizer.encode_special(END)
     return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": end, "do_sample": False}
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself where it can be seen, else a stand-in."""
+    """The character that represents each byte in a byte-level vocabulary: itself if printable, else another one."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = (byte for byte in range(256) if byte not in seen)
     return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -91,11 +91,11 @@ def _byte_letters() -> dict[int, str]:
 
 def to_hf_tokenizer(tokenizer: RustBPETokenizer) -> Tokenizer:
     """
-    The same tokenizer for `tokenizers`, ids and all. It puts <|bos|> before a text unless told not to
-    (add_special_tokens=False), and reads special tokens that are spelled out in a text as such.
+    The same tokenizer, with the same ids, for `tokenizers`. It puts <|bos|> before each text unless
+    add_special_tokens=False, and reads the names of special tokens in a text as special tokens.
 
-    tiktoken joins whatever pair makes the token of the lowest rank, so each way to make a token is a merge here,
-    and a whole word that is a token needs none.
+    tiktoken joins any pair that gives the token of the lowest rank, so each way to split a token in two is a merge
+    here; a word that is a token needs none.
     """
     letters = _byte_letters()
     ranks = tokenizer.enc._mergeable_ranks
@@ -223,9 +223,9 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
 ```
 
-Every text begins with `<|bos|>`, which the tokenizer adds. Names of special tokens inside a message are read as
-those tokens: take them out of what strangers write. The calculator that answers between `<|python_start|>` and
-`<|python_end|>` is not part of the model: stop there and put the result between `<|output_start|>` and
+Each text begins with `<|bos|>`, which the tokenizer adds. The names of special tokens in a message are read as these
+tokens: remove them from untrusted text. The calculator is not part of the model: when the model writes an expression
+between `<|python_start|>` and `<|python_end|>`, stop and insert the result between `<|output_start|>` and
 `<|output_end|>`.
 """
 
@@ -233,9 +233,9 @@ those tokens: take them out of what strangers write. The calculator that answers
 @contextlib.contextmanager
 def new_folder(path, force=False):
     """
-    A temporary folder beside `path` that becomes `path` if the block ends well, flushed to disk: all of it or nothing.
+    A temporary folder that is flushed to disk and renamed to `path` if the block ends without an exception.
 
-    An export that is there is replaced if `force`, anything else never. Raises UserError when it may not be replaced.
+    With `force`, an existing export is replaced, but nothing else. Raises UserError if `path` may not be replaced.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -272,9 +272,9 @@ def _is_export(path) -> bool:
 
 def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, companion=False, force=False):
     """
-    Write a model (a GPT and its tokenizer) to the folder `path`. meta: of its checkpoint, as load_model returns it.
+    Write a GPT and its tokenizer to the folder `path`. meta: meta data of its checkpoint, from load_model.
 
-    companion: whether MegaContext's networks lie beside the checkpoint, which the model card then mentions.
+    companion: whether the checkpoint has MegaContext's networks, which the model card then mentions.
     """
     with new_folder(path, force) as folder:
         save_torch_state_dict(to_hf_state(model, dtype), folder, max_shard_size="5GB")
@@ -287,5 +287,5 @@ def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, compani
             (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "tokenizer.json").write_text(to_hf_tokenizer(tokenizer).to_str(pretty=True), "utf-8")
         (folder / "README.md").write_text(model_card(model, source, meta, dtype, companion), "utf-8")
-        for file in folder.glob("*.safetensors"):  # written for the owner's eyes only
+        for file in folder.glob("*.safetensors"):  # safetensors makes them readable for the owner only
             shutil.copymode(folder / "README.md", file)

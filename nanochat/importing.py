@@ -1,9 +1,9 @@
 """
-A cache folder of nanochat, checked and copied into ours. Its files are data: nothing in them is run.
+Check a cache folder of nanochat and copy it into ours. No code in its files is run.
 
-What nanochat leaves behind: tokenizer/tokenizer.pkl and token_bytes.pt, and for each stage <stage>_checkpoints/<tag>/
-with model_%06d.pt (its keys may begin with `_orig_mod.`) and meta_%06d.json, without checksums. Optimizer states are
-left: they are those of one rank, with which no stage could go on exactly.
+nanochat writes tokenizer/tokenizer.pkl and token_bytes.pt, and for each stage <stage>_checkpoints/<tag>/ with
+model_%06d.pt (its keys may begin with `_orig_mod.`) and meta_%06d.json, without checksums. Optimizer states are not
+imported: nanochat saves those of one rank only, with which no stage could be resumed exactly.
 """
 
 import shutil
@@ -21,7 +21,7 @@ MAX_SEQUENCE_LEN = 2**20  # the table of rotary angles is ten times as long
 
 @dataclass
 class Found:
-    """A checkpoint in a foreign folder."""
+    """A checkpoint in a nanochat folder."""
 
     source: str  # "base", "mid", "sft" or "rl"
     tag: str
@@ -33,7 +33,7 @@ class Found:
 
 
 def find_checkpoints(root) -> list[Found]:
-    """The newest complete step of every model of every stage."""
+    """The newest complete step of each model of each stage."""
     found = []
     for source, name in cm.SOURCES.items():
         for folder in sorted(path for path in (Path(root) / name).glob("*") if path.is_dir()):
@@ -45,10 +45,10 @@ def find_checkpoints(root) -> list[Found]:
 
 def read_tokenizer(folder) -> tuple[RustBPETokenizer, int]:
     """
-    (tokenizer, how many entries of its token_bytes.pt are wrong) of a foreign tokenizer folder.
+    (tokenizer, number of wrong entries in its token_bytes.pt) of a nanochat tokenizer folder.
 
     nanochat counted the bytes of decoded text, which is wrong for tokens that are parts of characters.
-    Raises UserError when the files are not what they should be, or do not fit each other.
+    Raises UserError if the files are invalid or do not belong together.
     """
     folder = Path(folder)
     tokenizer = RustBPETokenizer.from_directory(folder)
@@ -71,7 +71,7 @@ def read_tokenizer(folder) -> tuple[RustBPETokenizer, int]:
 
 def read_checkpoint(found: Found, vocab_size) -> tuple[dict, dict]:
     """
-    (state dict with our keys, padded vocabulary and its own precision; meta data) of a foreign checkpoint.
+    (state dict with our keys and padded vocabulary in its original precision, meta data) of a nanochat checkpoint.
 
     Raises UserError when it is damaged, its weights do not fit its model_config, or it does not fit the tokenizer.
     """
@@ -85,7 +85,7 @@ def read_checkpoint(found: Found, vocab_size) -> tuple[dict, dict]:
     if not isinstance(config, dict) or not all(type(n) is int and n > 0 for n in config.values()):
         raise UserError(f"the model_config of {where} is not what nanochat writes, positive numbers: {config!r}")
     if config.get("n_layer", 0) > len(data) or config.get("sequence_len", 0) > MAX_SEQUENCE_LEN:
-        raise UserError(f"the model_config of {where} is beyond what there can be: {config!r}")
+        raise UserError(f"the model_config of {where} is impossibly large: {config!r}")
     if config.get("vocab_size") != vocab_size:
         raise UserError(
             f"{where} was trained with {config.get('vocab_size')} tokens, the tokenizer has {vocab_size:,}: "
@@ -100,14 +100,16 @@ def import_cache(source_dir, base_dir, report=print):
     """
     Copy tokenizer and checkpoints of the nanochat folder `source_dir` into `base_dir`, with our manifests.
 
-    Everything is checked before anything is written, and nothing that is there is overwritten: a tokenizer must be
-    the same, a model's folder must not exist. report(line) is told what happens. Raises UserError when it cannot be.
+    Everything is checked before anything is written, and nothing is overwritten: an existing tokenizer must be equal,
+    a model's folder must not exist. report(line) receives the progress. Raises UserError if the import is impossible.
     """
     source_dir, base_dir = Path(source_dir).expanduser(), Path(base_dir)
     if not source_dir.is_dir():
         raise UserError(f"there is no folder {source_dir}: name nanochat's cache folder with --from")
     if source_dir.resolve() == base_dir.resolve():
-        raise UserError(f"{base_dir} is already the base folder: its files are read as they are, nothing to import")
+        raise UserError(
+            f"{base_dir} is already the base folder: its files can be used as they are, there is nothing to import"
+        )
     tokenizer, wrong = read_tokenizer(source_dir / "tokenizer")
     report(
         f"tokenizer: {tokenizer.get_vocab_size():,} tokens" + (f", {wrong:,} byte counts corrected" if wrong else "")

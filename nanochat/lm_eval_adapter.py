@@ -1,5 +1,5 @@
 """
-Our models for EleutherAI's lm-evaluation-harness: the three questions that it asks of a language model.
+Adapter for EleutherAI's lm-evaluation-harness: the three kinds of requests that it makes to a language model.
 
 Needs the package lm-eval (`uv sync --extra lm-eval`); only scripts.lm_eval imports this.
 """
@@ -19,10 +19,10 @@ BOS = "<|bos|>"
 
 class HarnessLM(TemplateLM):
     """
-    A GPT and its tokenizer as the harness sees them. Texts begin with <|bos|>, as in training.
+    A GPT and its tokenizer as a model of the harness. Texts begin with <|bos|>, as in training.
 
     batch_size: rows scored at once. Contexts longer than the model was trained on lose their beginning.
-    Run it under autocast for another precision than that of the weights.
+    Run it under autocast for a precision other than that of the weights.
     """
 
     def __init__(self, model, tokenizer, name="", batch_size=8):
@@ -35,7 +35,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps requests of different chat formats apart by."""
+        """A name by which the harness distinguishes requests in different chat formats."""
         return self.name
 
     @property
@@ -49,7 +49,7 @@ class HarnessLM(TemplateLM):
         return self.bpe.encode(string, prepend=None if add_special_tokens is False else BOS)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        """A chat in our format, special tokens spelled out; with add_generation_prompt, the assistant's turn begins."""
+        """A chat in our format with the names of special tokens; add_generation_prompt opens the assistant's turn."""
         chat = {"messages": chat_history}
         render = self.bpe.render_for_completion if add_generation_prompt else self.bpe.render_conversation
         ids = render(chat) if add_generation_prompt else render(chat, max_tokens=None)[0]
@@ -66,11 +66,13 @@ class HarnessLM(TemplateLM):
                     f"{self.max_length:,}: leave the task out"
                 )
             rows.append(((context + continuation)[-(self.max_length + 1) : -1], continuation))
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # rows of like length together, longest first
+        order = sorted(
+            range(len(rows)), key=lambda i: -len(rows[i][0])
+        )  # rows of similar length together, longest first
         answers = [None] * len(rows)
         for start in tqdm(range(0, len(order), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
             chosen = order[start : start + self.batch_size]
-            # Padding comes after a row's end, where a causal model cannot see it from the row
+            # Padding after the end of a row cannot influence a causal model's logits within it
             ids = torch.full((len(chosen), len(rows[chosen[0]][0])), self.eot_token_id)
             for row, i in enumerate(chosen):
                 ids[row, : len(rows[i][0])] = torch.tensor(rows[i][0])
@@ -98,7 +100,7 @@ class HarnessLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """What the model says next, up to the first of the task's stop strings, without special tokens."""
+        """The model's continuation, up to the first of the task's stop strings, without special tokens."""
         return [self._generate(*request.args) for request in tqdm(requests, desc="generate", disable=disable_tqdm)]
 
     def _generate(self, context, gen_kwargs):

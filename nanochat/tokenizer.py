@@ -2,7 +2,7 @@
 The tokenizer: byte-pair encoding in the style of GPT-4, with special tokens for chats and tool calls.
 
 Two wrappers with the same methods: RustBPETokenizer (trained by our `rustbpe`, run by tiktoken) and its twin
-HuggingFaceTokenizer (`tokenizers` for both). The chat format is made here and nowhere else.
+HuggingFaceTokenizer (`tokenizers` for both). The chat format is defined here only.
 """
 
 import base64
@@ -28,43 +28,43 @@ import rustbpe
 from nanochat.common import UserError, atomic_write, get_base_dir
 
 SPECIAL_TOKENS = [
-    "<|bos|>",  # begins every document
+    "<|bos|>",  # at the beginning of each document
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
     "<|python_start|>",  # the assistant calls a tool
     "<|python_end|>",
-    "<|output_start|>",  # the tool answers
+    "<|output_start|>",  # the tool's result
     "<|output_end|>",
 ]
 
-# GPT-4's pattern, but with numbers cut after two digits instead of three: at small vocabularies three-digit
-# tokens are a waste. `rustbpe` has a fast scanner for it.
+# GPT-4's pattern, but with numbers split after two digits instead of three: three-digit tokens would waste a small
+# vocabulary. `rustbpe` has a fast scanner for it.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# Unicode's white space but for line ends. With patterns of GPT-4's kind, a run of it that no line end follows is a word
-# of its own, except for its last character.
+# Unicode white space without line ends. In patterns like GPT-4's, a run of it that is not followed by a line end is a
+# word of its own, except for its last character.
 BLANKS = re.compile(r"[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-LONG_RUN = 100_000  # characters; tiktoken's regular expressions cannot match several times as many
+LONG_RUN = 100_000  # characters; tiktoken's regular expressions fail at several times as many
 
-BPE_FILE = "bpe.json"  # our own form: plain data, nothing to execute
-PICKLE_FILE = "tokenizer.pkl"  # what nanochat reads and writes
+BPE_FILE = "bpe.json"  # our format: plain data without code
+PICKLE_FILE = "tokenizer.pkl"  # nanochat's format
 BYTES_FILE = "token_bytes.pt"
 
 
 class ChatTokenizer:
-    """What both wrappers share: encoding of batches, and the chat format."""
+    """Common part of both wrappers: encoding of batches, and the chat format."""
 
     def get_bos_token_id(self) -> int:
         return self.encode_special("<|bos|>")
 
     @property
     def turn_ends(self) -> frozenset[int]:
-        """Ids that end the assistant's turn: its own end, and the beginning of another document."""
+        """Ids that end the assistant's turn: <|assistant_end|>, and <|bos|>, with which another document begins."""
         return frozenset((self.encode_special("<|assistant_end|>"), self.get_bos_token_id()))
 
     def _as_id(self, token) -> int:
@@ -72,8 +72,8 @@ class ChatTokenizer:
 
     def encode(self, text, prepend=None, append=None, num_threads=8):
         """
-        Token ids of a str, or a list of them of a list of str. Special tokens spelled out in the text are
-        ordinary text. prepend, append: an id, or the name of a special token, to put around each text.
+        Token ids of a str, or a list of such lists for a list of str. The names of special tokens in a text are
+        encoded as ordinary text. prepend, append: an id or the name of a special token, to put around each text.
         """
         if not isinstance(text, str | list):
             raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
@@ -88,10 +88,10 @@ class ChatTokenizer:
 
     def render_conversation(self, conversation, max_tokens=2048):
         """
-        A chat as (ids, mask): mask 1 on what the assistant must produce, 0 elsewhere. Cut at max_tokens.
+        A chat as (ids, mask): mask 1 on the tokens that the assistant must produce, 0 elsewhere. Cut at max_tokens.
 
-        conversation: {"messages": [{"role": …, "content": str or list of parts}, …]}, user and assistant
-        in turn, with an optional system message first, which joins the first user message. A part is
+        conversation: {"messages": [{"role": …, "content": str or list of parts}, …]}, alternating between user and
+        assistant, with an optional system message first, which is merged into the first user message. A part is
         {"type": "text" | "python" | "python_output", "text": str}; only assistants have parts.
         """
         ids, mask = [self.get_bos_token_id()], [0]
@@ -114,7 +114,7 @@ class ChatTokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation):
-        """Ids of a chat that the assistant is to go on with; a last message by the assistant is left out."""
+        """Ids of a chat up to the assistant's next message; a final message by the assistant is left out."""
         conversation = copy.deepcopy(conversation)
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
@@ -125,7 +125,7 @@ class ChatTokenizer:
         return [*ids, self.encode_special("<|assistant_start|>")]
 
     def visualize_tokenization(self, ids, mask, with_token_id=False) -> str:
-        """The tokens between bars, green where the mask is 1 and red where it is 0."""
+        """The tokens separated by bars, green where the mask is 1 and red where it is 0."""
         words = []
         for token_id, trained in zip(ids, mask, strict=True):
             color = "\033[92m" if trained else "\033[91m"
@@ -134,7 +134,7 @@ class ChatTokenizer:
         return "|".join(words)
 
 
-# part type → (token before, token after, mask). The tool's output is not for the assistant to produce.
+# part type → (token before, token after, mask). The assistant does not produce the tool's output.
 PART_TOKENS = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -143,7 +143,7 @@ PART_TOKENS = {
 
 
 def _checked_messages(conversation):
-    """The messages with a system message merged into the first user's; ValueError when they do not fit."""
+    """The messages with a system message merged into the first user message; ValueError if they are malformed."""
     messages = conversation["messages"]
     if messages and messages[0]["role"] == "system":
         if len(messages) < 2 or messages[1]["role"] != "user":
@@ -185,7 +185,7 @@ class RustBPETokenizer(ChatTokenizer):
 
     @classmethod
     def train_from_iterator(cls, text_iterator, vocab_size, progress=None):
-        """vocab_size counts bytes, merges and special tokens. progress(stage, done, total) is called now and then."""
+        """vocab_size counts bytes, merges and special tokens. progress(stage, done, total) is called repeatedly."""
         merges_and_bytes = vocab_size - len(SPECIAL_TOKENS)
         if merges_and_bytes < 256:
             raise UserError(
@@ -198,12 +198,12 @@ class RustBPETokenizer(ChatTokenizer):
 
     @classmethod
     def from_pretrained(cls, name):
-        """One of tiktoken's own encodings, such as "gpt2" or "cl100k_base"."""
+        """One of the encodings that tiktoken has, such as "gpt2" or "cl100k_base"."""
         return cls(tiktoken.get_encoding(name), bos_token="<|endoftext|>")
 
     @classmethod
     def from_directory(cls, folder):
-        """From bpe.json, or from nanochat's tokenizer.pkl: data only, no code in either file is run."""
+        """From bpe.json or nanochat's tokenizer.pkl. No code in these files is run."""
         folder = Path(folder)
         if (folder / BPE_FILE).exists():
             name, pattern, ranks, specials = _read_bpe_json(folder / BPE_FILE)
@@ -217,11 +217,11 @@ class RustBPETokenizer(ChatTokenizer):
             return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
         except ValueError as error:
             raise UserError(
-                f"the tokenizer in {folder} has a split pattern that is none ({error}): get it anew"
+                f"the tokenizer in {folder} has an invalid split pattern ({error}): get it again"
             ) from error
 
     def save(self, folder):
-        """Write bpe.json (read by us) and tokenizer.pkl (read by nanochat)."""
+        """Write bpe.json, and tokenizer.pkl for nanochat."""
         folder, enc = Path(folder), self.enc
         ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
         data = {
@@ -236,7 +236,7 @@ class RustBPETokenizer(ChatTokenizer):
             json.dump(data, file, ensure_ascii=False)
 
     def checksum(self) -> str:
-        """SHA-256 of the split pattern, the merges and the special tokens: equal for what encodes alike."""
+        """SHA-256 of the split pattern, the merges and the special tokens: equal for equal encodings."""
         ranks, specials = self.enc._mergeable_ranks, self.enc._special_tokens
         parts = [self.enc._pat_str, sorted(ranks.items(), key=lambda item: item[1]), sorted(specials.items())]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -251,7 +251,7 @@ class RustBPETokenizer(ChatTokenizer):
         return self.enc.decode([token_id])
 
     def id_to_bytes(self, token_id) -> bytes:
-        """The raw bytes of one token; they need not be whole characters."""
+        """The raw bytes of one token, which can be a part of a character."""
         return self.enc.decode_single_token_bytes(token_id)
 
     @lru_cache(maxsize=64)  # noqa: B019 (a tokenizer lives as long as the program)
@@ -268,20 +268,20 @@ class RustBPETokenizer(ChatTokenizer):
         return [ids.tolist() for ids in self.encode_to_numpy(texts, num_threads)]
 
     def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
-        """Ids (uint32) of each text. No Python integers are made: several times faster than `encode`."""
+        """Ids (uint32) of each text, without Python integers: several times faster than `encode`."""
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(self._ids, texts))
 
     def _ids(self, text):
         try:
             return self.enc.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half of a surrogate pair
+        except UnicodeEncodeError:  # a lone surrogate
             return self._ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        except ValueError:  # a run of blanks beyond the stack of tiktoken's regular expressions
+        except ValueError:  # a run of blanks too long for tiktoken's regular expressions
             return self._ids_around_runs(text)
 
     def _ids_around_runs(self, text):
-        """The same ids, with long runs of blanks encoded apart. Raises UserError if the text is still too much."""
+        """The same ids, with long runs of blanks encoded separately. Raises UserError if that is not enough."""
         ids, start, encode = [], 0, partial(self.enc.encode, disallowed_special=())
         try:
             for run in BLANKS.finditer(text):
@@ -293,8 +293,8 @@ class RustBPETokenizer(ChatTokenizer):
             ids += encode(text[start:])
         except ValueError as error:
             raise UserError(
-                f"expected a text that can be cut into words, got one of {len(text):,} characters that begins "
-                f"{text[:60]!r} ({error}): break up its longest run of blanks, or leave it out"
+                f"expected a text that can be split into words, got one of {len(text):,} characters that begins "
+                f"{text[:60]!r} ({error}): shorten its longest run of blanks, or remove the text"
             ) from error
         return np.array(ids, dtype=np.uint32)
 
@@ -321,7 +321,7 @@ def _read_bpe_json(path):
 
 
 class _EncodingState:
-    """Stands in for tiktoken.Encoding while unpickling: takes the state and does nothing with it."""
+    """Replaces tiktoken.Encoding while unpickling: it only stores the state."""
 
     state = None
 
@@ -330,7 +330,7 @@ class _EncodingState:
 
 
 class _EncodingUnpickler(pickle.Unpickler):
-    """Admits the one class that nanochat's tokenizer.pkl is made of; anything else could run code."""
+    """Allows only the class that nanochat's tokenizer.pkl contains; any other could run code."""
 
     def find_class(self, module, name):
         if (module, name) == ("tiktoken.core", "Encoding"):
@@ -373,11 +373,11 @@ def _read_encoding_pickle(path):
 
 
 class HuggingFaceTokenizer(ChatTokenizer):
-    """The same tokenizer by Hugging Face's `tokenizers`: slower to train, saved as tokenizer.json."""
+    """The same tokenizer, trained and run by Hugging Face's `tokenizers` (slower), saved as tokenizer.json."""
 
     def __init__(self, tokenizer: HFTokenizer):
         self.tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # in a text, the names of special tokens are text
+        tokenizer.encode_special_tokens = True  # the names of special tokens in a text are text
 
     @classmethod
     def from_pretrained(cls, name):
@@ -448,12 +448,12 @@ class HuggingFaceTokenizer(ChatTokenizer):
 
 
 def get_tokenizer() -> RustBPETokenizer:
-    """The tokenizer of this base folder."""
+    """The tokenizer in the base folder."""
     return RustBPETokenizer.from_directory(get_base_dir() / "tokenizer")
 
 
 def count_token_bytes(tokenizer: RustBPETokenizer) -> torch.Tensor:
-    """Bytes of each token, int32 [vocab], from its raw bytes; 0 for special tokens, which stand for no text."""
+    """Bytes of each token, int32 [vocab], counted from its raw bytes; 0 for special tokens."""
     specials = tokenizer.get_special_tokens()
     special_ids = {tokenizer.encode_special(token) for token in specials}
     counts = [0 if i in special_ids else len(tokenizer.id_to_bytes(i)) for i in range(tokenizer.get_vocab_size())]
@@ -461,7 +461,7 @@ def count_token_bytes(tokenizer: RustBPETokenizer) -> torch.Tensor:
 
 
 def get_token_bytes(device="cpu") -> torch.Tensor:
-    """token_bytes.pt of this base folder, int [vocab]: what bits per byte are counted with."""
+    """token_bytes.pt of the base folder, int [vocab]: bytes of each token, for bits per byte."""
     path = get_base_dir() / "tokenizer" / BYTES_FILE
     if not path.exists():
         raise UserError(f"{path} is missing: run python -m scripts.tok_train")

@@ -296,7 +296,7 @@ def test_line_that_is_no_object_and_empty_file(bundle):
     with pytest.raises(UserError, match=r"facts\.jsonl, line 1: expected a JSON object, got list"):
         load_bundle()
     (bundle / FACTS).write_text("\n")
-    with pytest.raises(UserError, match="expected one JSON object a line, got an empty file"):
+    with pytest.raises(UserError, match="expected one JSON object per line, got an empty file"):
         load_bundle()
     (bundle / FACTS).write_bytes(b'{"query": "\xff"}\n')
     with pytest.raises(UserError, match=r"facts\.jsonl:1: expected UTF-8, got the byte 0xff"):
@@ -361,7 +361,7 @@ def test_download_faults(server, tmp_path):
         download_bundle(f"{url}/b.zip", target)
 
     (folder / "b.zip").write_bytes(b"not a zip")
-    with pytest.raises(UserError, match="not a sound zip"):
+    with pytest.raises(UserError, match="not a valid zip"):
         download_bundle(f"{url}/b.zip", target)
 
     with zipfile.ZipFile(folder / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -372,7 +372,7 @@ def test_download_faults(server, tmp_path):
     data = bytearray((folder / "b.zip").read_bytes())
     data[200] ^= 0xFF  # inside the compressed text
     (folder / "b.zip").write_bytes(data)
-    with pytest.raises(UserError, match="not a sound zip"):
+    with pytest.raises(UserError, match="not a valid zip"):
         download_bundle(f"{url}/b.zip", target)
     assert not target.exists()
     assert list(target.parent.iterdir()) == []
