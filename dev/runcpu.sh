@@ -13,10 +13,10 @@ DEPTH=4 BATCH=16 T=256 EVAL=131072 MID=()
 SLOW=0
 grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || SLOW=1
 STEPS=$((SLOW ? 450 : 900))
-if [ $MC = 1 ]; then # a step costs three times as much; a longer context gives more to compress
-    DEPTH=3 BATCH=8 T=512 EVAL=32768 STEPS=$((SLOW ? 200 : 600))
-    [ $SLOW = 0 ] || MID=(--num_iterations=60)
-    MC_OPTIONS=(--mc_num_random_variants=2 --mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is plentiful
+if [ $MC = 1 ]; then # a longer context gives more to compress
+    DEPTH=3 BATCH=8 T=512 EVAL=32768 STEPS=$((SLOW ? 300 : 900))
+    [ $SLOW = 0 ] || MID=(--num_iterations=120)
+    MC_OPTIONS=(--mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is plentiful
 fi
 report_reset
 stage python -m nanochat.dataset --source stdlib

@@ -55,7 +55,7 @@ class MCConfig:
     allocator_iterations: int = 1
     """rounds of scoring and editing per refocus"""
     # Training
-    mc_num_random_variants: int = 4
+    mc_num_random_variants: int = 2
     """random working contexts that the model reads of each compressed sequence; the others are read in full"""
     mc_train_wc_length: int = -1
     """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len, or two blocks open"""

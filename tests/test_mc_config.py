@@ -28,7 +28,7 @@ DEFAULTS = {
     "allocator_max_replacements": 4,
     "allocator_iterations": 1,
     "mc_tree": "ram",
-    "mc_num_random_variants": 4,
+    "mc_num_random_variants": 2,
     "mc_train_wc_length": -1,
     "mc_max_counterfactuals": 4,
     "mc_auto_batch": True,
