@@ -178,6 +178,14 @@ def test_commands_exist(page):
             assert options <= command_options(module), f"{module} {rest}"
 
 
+def test_the_example_prints_what_the_page_says(capsys):
+    code, printed = re.search(
+        r"```python\n(.*?)```\n\n```text\n(.*?)```", TEXTS[VAULT / "index.md"], re.DOTALL
+    ).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
 def test_diagrams_are_ours_and_fetch_nothing():
     for path in VAULT.glob("images/*.svg"):
         text = path.read_text("utf-8")
