@@ -73,6 +73,10 @@ what was seen with SSE, AVX2 and AVX-512. A wrong mask, position or cache is off
 """
 
 
+def root_mean_square(x):
+    return x.square().mean().sqrt().item()
+
+
 def assert_equal(a, b):
     """Equal in types, structure and every bit."""
     assert type(a) is type(b)
