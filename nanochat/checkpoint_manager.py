@@ -12,6 +12,7 @@ import json
 import random
 import re
 import shutil
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -203,6 +204,11 @@ def load_meta(folder, step) -> dict:
     return json.loads(_file(folder, "meta", step).read_text("utf-8"))
 
 
+def has_optimizer_state(folder, step) -> bool:
+    """Whether training can go on from this step exactly: nanochat keeps the optimizers of one rank, and no more."""
+    return _file(folder, "state", step).exists()
+
+
 def weights_checksum(folder, step) -> str:
     """SHA-256 of a step's model file: what its weights are known by."""
     manifest = _file(folder, "manifest", step)
@@ -250,15 +256,20 @@ def load_companion(folder, step, device="cpu"):
 # Finding
 
 
-def _steps(folder, pattern) -> list[int]:
-    """Steps that have a file like model_*.pt, the newest first."""
-    expression = re.escape(pattern).replace(r"\*", r"(\d{6,})")
-    return sorted(int(m[1]) for path in Path(folder).glob(pattern) if (m := re.fullmatch(expression, path.name)))[::-1]
+def _steps(folder) -> list[int]:
+    """The steps of which there is a model, the newest first."""
+    matches = (re.fullmatch(r"model_(\d{6,})\.pt", path.name) for path in Path(folder).glob("model_*.pt"))
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def complete_steps(folder) -> list[int]:
+    """The steps that can be used, the newest first."""
+    return [step for step in _steps(folder) if is_complete(folder, step)]
 
 
 def find_last_step(folder, report=None) -> int | None:
     """The newest complete step in a folder, or None. report(line) is told of newer ones that are not complete."""
-    for step in _steps(folder, "model_*.pt"):
+    for step in _steps(folder):
         reason = why_incomplete(folder, step)
         if reason is None:
             return step
@@ -270,7 +281,7 @@ def find_last_step(folder, report=None) -> int | None:
 def prune(folder, keep: int):
     """Delete all complete steps but the newest `keep`; the manifest goes first, so that none is ever there in part."""
     folder = Path(folder)
-    for step in [step for step in _steps(folder, "manifest_*.json") if is_complete(folder, step)][keep:]:
+    for step in [step for step in complete_steps(folder) if _file(folder, "manifest", step).exists()][keep:]:
         files = json.loads(_file(folder, "manifest", step).read_text("utf-8"))
         _file(folder, "manifest", step).unlink()
         for name in [*files, _file(folder, "meta", step).name]:
@@ -301,6 +312,20 @@ def find_largest_model(root, companion=False) -> str:
     if deep:
         return max(deep, key=lambda path: int(path.name[1:])).name
     return max(folders, key=lambda path: path.stat().st_mtime).name
+
+
+def check_room(folder, needed):
+    """UserError when the folder cannot be written to, or has no room for `needed` bytes."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"checkpoints cannot be written to {folder} ({error.strerror}): have that changed") from error
+    if free < needed:
+        raise UserError(
+            f"a checkpoint takes {needed / 1e6:,.1f} MB or more, but {folder} has {free / 1e6:,.1f} MB free: make room"
+        )
 
 
 def set_aside(folder):

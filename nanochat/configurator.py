@@ -17,6 +17,7 @@ import sys
 import typing
 from pathlib import Path
 
+import torch
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -131,6 +132,8 @@ def run(main, config_class):
         main(parse(config_class))
     except UserError as error:
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(UserError(f"{error}\nLower --device_batch_size; a training then goes on from its newest checkpoint"))
     except OSError as error:
         if error.errno not in REMEDIES:
             raise

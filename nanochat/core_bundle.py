@@ -111,7 +111,8 @@ def load_bundle(bundle_dir=None, max_per_task=-1) -> list[tuple[TaskMeta, list[d
         if len(data) <= meta.num_fewshot:
             raise UserError(
                 f"task {meta.label}: {meta.num_fewshot} examples for each prompt are drawn from the other "
-                f"items, but there are only {len(data)} items: set max_per_task above {meta.num_fewshot}"
+                f"items, but there are only {len(data)} items: look at more than {meta.num_fewshot} of each task "
+                "(--max_per_task, or in base_train --core_metric_max_per_task)"
             )
         tasks.append((meta, data))
     labels = [meta.label for meta, _ in tasks]

@@ -1,5 +1,6 @@
 """Parts shared by all training loops: batch arithmetic, schedules, logs, progress line."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -40,6 +42,9 @@ class MicroBatches:
     (i·world_size + r)·streams on, of accumulation·world_size·streams in all. A single stream makes a batch of
     consecutive text; several mix documents, which matters for small batches. If a small corpus has too few row
     groups for that many streams, micro-batches take turns on the same streams.
+
+    state: a `state_dict()` to resume from; exactly, if the number of streams is the same. If not, as with another B,
+    the text continues after the last row group that was begun; what was left of those is read in the next epoch.
     """
 
     def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None):
@@ -47,32 +52,48 @@ class MicroBatches:
         if streams < 1 or B % streams:
             raise UserError(f"streams must divide the device_batch_size of {B}, got {streams}")
         turns = accumulation if accumulation * world_size * streams <= len(list_row_groups("train")) else 1
-        states = iter(state or [None] * (turns * streams))
-        if state and len(state) != turns * streams:
-            raise UserError(
-                f"the checkpoint has {len(state)} data streams, this run {turns * streams}: use its batch sizes"
-            )
-
-        def loader(i, s):
-            share = {"rank": (i * world_size + rank) * streams + s, "world_size": turns * world_size * streams}
-            return TokenLoader(tokenizer, B // streams, T, "train", device, next(states), **share)
-
-        self.loaders = [[loader(i, s) for s in range(streams)] for i in range(turns)]
-        self.turn = 0
+        total = turns * world_size * streams
+        numbers = [(i * world_size + rank) * streams + s for i in range(turns) for s in range(streams)]
+        places = _places(state, numbers, total) if state else [None] * len(numbers)
+        self.loaders = [
+            TokenLoader(tokenizer, B // streams, T, "train", device, place, rank=number, world_size=total)
+            for number, place in zip(numbers, places, strict=True)
+        ]
+        self.streams, self.next = streams, 0
 
     def __next__(self):
-        parts = [next(loader) for loader in self.loaders[self.turn]]
-        self.turn = (self.turn + 1) % len(self.loaders)
+        parts = [next(loader) for loader in self.loaders[self.next : self.next + self.streams]]
+        self.next = (self.next + self.streams) % len(self.loaders)
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def state_dict(self):
         """Call this between steps."""
-        return [loader.state_dict() for loaders in self.loaders for loader in loaders]
+        return [loader.state_dict() for loader in self.loaders]
 
     def close(self):
-        for loaders in self.loaders:
-            for loader in loaders:
-                loader.close()
+        for loader in self.loaders:
+            loader.close()
+
+
+def _places(states, numbers, total) -> list[dict]:
+    """States for the streams with these numbers, of `total`, that continue those that the ranks had before."""
+    if dist.is_initialized():
+        of_ranks = [None] * get_dist_info()[3]
+        dist.all_gather_object(of_ranks, states)
+        states = [state for part in of_ranks for state in part]
+    if states[0]["world_size"] == total:
+        by_number = {state["rank"]: state for state in states}
+        return [by_number[number] for number in numbers]
+    epoch, group = max((state["epoch"], state["row_group"]) for state in states)
+    print0(
+        f"data streams: {total} now, {states[0]['world_size']} before; the text continues with row group {group + 1}"
+    )
+    count, places = len(list_row_groups("train")), []
+    for number in numbers:
+        first = group + 1 + (number - group - 1) % total  # row groups of a stream: number, number + total, …
+        place = {"epoch": epoch, "row_group": first} if first < count else {"epoch": epoch + 1, "row_group": number}
+        places.append({**place, "token": 0, "rank": number, "world_size": total})
+    return places
 
 
 def lr_multiplier(step, num_iterations, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) -> float:
@@ -105,9 +126,16 @@ def maybe_compile(model, mode: str, device):
     return torch.compile(model, dynamic=False) if on else model
 
 
+def steps_asked_for(num_iterations) -> int | None:
+    """--num_iterations; None for -1, which leaves it to another option. UserError for 0 and the like."""
+    if num_iterations != -1 and num_iterations < 1:
+        raise UserError(f"num_iterations must be 1 or more, or -1 for the usual horizon, got {num_iterations}")
+    return None if num_iterations == -1 else num_iterations
+
+
 def passes(examples, num_iterations, num_epochs, per_step) -> int:
-    """Steps of `per_step` examples: num_iterations if that is positive, else num_epochs passes over all examples."""
-    steps = num_iterations if num_iterations > 0 else examples * num_epochs // per_step
+    """Steps of `per_step` examples: num_iterations, or with -1 num_epochs passes over all examples."""
+    steps = steps_asked_for(num_iterations) or examples * num_epochs // per_step
     if steps < 1:
         raise UserError(f"{examples} conversations are less than one step of {per_step}")
     return steps
@@ -116,6 +144,8 @@ def passes(examples, num_iterations, num_epochs, per_step) -> int:
 # ---------------------------------------------------------------------------------------------------------
 # Logs and progress
 
+WANDB_TIMEOUT = 30  # seconds until a server that does not answer is given up
+
 
 def print_facts(facts: dict):
     """Print facts about a run at its start, one per line, on the first process."""
@@ -123,52 +153,89 @@ def print_facts(facts: dict):
         print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
 
+WANDB_PROJECTS = {"base": "nanochat", "mid": "nanochat-mid", "sft": "nanochat-sft", "rl": "nanochat-rl"}
+
+
+def open_wandb(project, run, config, wandb_id=None):
+    """
+    A W&B run; offline, with a warning, where W&B cannot be reached; None if it does not work at all.
+
+    Whatever goes wrong with an observer must not end the training that it observes, hence `except Exception`.
+    """
+    import wandb
+
+    options = {"project": project, "name": run, "config": config, "id": wandb_id, "resume": "allow"}
+    try:
+        return wandb.init(**options, settings=wandb.Settings(init_timeout=WANDB_TIMEOUT))
+    except Exception as error:
+        print0(f"W&B: {error}\nW&B: the run is kept on this machine; `wandb sync` sends it later")
+    try:
+        return wandb.init(**options, mode="offline")
+    except Exception as error:
+        print0(f"W&B: {error}\nW&B: nothing is kept for it")
+
+
 class RunLog:
     """
-    Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<name>.jsonl, and to W&B unless run is "dummy".
+    Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl, and to W&B unless run is "dummy".
 
-    others: objects with metrics(dict) and close() that also receive each record.
+    others: objects with metrics(dict) and close() that also receive each record. A log that can no longer be written is
+    reported once and left out: it never ends a training.
     """
 
-    def __init__(self, name, run, config, resumed, wandb_id=None):
-        self.file, self.wandb, self.others = None, None, []
+    def __init__(self, stage, tag, run, config, resumed, wandb_id=None):
+        self.file, self.wandb, self.wandb_id, self.others = None, None, wandb_id, []
         if get_dist_info()[1] != 0:
             return
-        path = get_base_dir() / "logs" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not resumed:
-            path.rename(path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
-        if path.exists():  # a killed run may have left an incomplete line
-            whole = path.read_bytes()
-            os.truncate(path, whole.rfind(b"\n") + 1)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        path = get_base_dir() / "logs" / f"{stage}_{tag}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not resumed:
+                path.rename(path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
+            if path.exists():  # a killed run may have left an incomplete line
+                whole = path.read_bytes()
+                os.truncate(path, whole.rfind(b"\n") + 1)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        except OSError as error:
+            print0(f"there will be no log {path}: {error.strerror}")
         if run != "dummy":
-            import wandb
-
-            self.wandb = wandb.init(project="nanochat", name=run, config=config, id=wandb_id, resume="allow")
-
-    @property
-    def wandb_id(self):
-        return self.wandb.id if self.wandb else None
+            self.wandb = open_wandb(WANDB_PROJECTS[stage], run, config, wandb_id)
+        if self.wandb:
+            self.wandb_id = self.wandb.id
 
     def log(self, metrics: dict):
         """A record such as {"step": 1, "train/loss": 2.5}."""
-        if self.file is None:
-            return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        if self.file:
+            try:
+                self.file.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                print0(f"the log goes on without {self.file.name}: {error.strerror}")
+                self._close_file()
         if self.wandb:
-            self.wandb.log(metrics)
+            try:
+                self.wandb.log(metrics)
+            except Exception as error:  # see open_wandb
+                print0(f"the log goes on without W&B: {error}")
+                self.wandb = None
         for other in self.others:
             other.metrics(metrics)
+
+    def _close_file(self):
+        file, self.file = self.file, None
+        if file:
+            with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+                file.close()
 
     def finish(self):
         for other in self.others:
             other.close()
-        if self.file:
-            self.file.close()
+        self._close_file()
         if self.wandb:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:  # see open_wandb
+                print0(f"W&B: {error}")
 
 
 def clock(seconds) -> str:

@@ -5,6 +5,7 @@ log, progress line.
 
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -15,49 +16,76 @@ from nanochat.common import UserError, autocast, get_dist_info, peak_flops, prin
 from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
 from nanochat.sharding import clip_gradients
 
-# Options that say how to watch a run, or which model to start from (recorded as "parent"). All others influence the
-# result
+# Options that do not influence the result, up to rounding: how to watch a run, where and in what portions to
+# compute; and which model to start from (recorded as "parent")
 WATCHING = {
     *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
-    *("source", "model_tag", "step", "device_type", "compile", "keep_last"),
+    *("source", "model_tag", "step", "device_type", "dtype", "compile", "keep_last", "device_batch_size", "streams"),
 }
+HORIZON = {"num_iterations", "target_flops", "target_param_data_ratio", "num_epochs"}  # options for how long to train
+
+
+def _flat(options: dict) -> dict:
+    """Options with MegaContext's among the others, where they count, and "mc" for whether they do."""
+    options = dict(options)
+    if "megacontext" in options:
+        group = options.pop("megacontext")
+        options.setdefault("mc", group is not None)  # mc_train has no flag, and no group meant no flag once
+        options |= group if options["mc"] else {}
+    return options
 
 
 def decisive(config, **others) -> dict:
     """The settings that influence the result; a checkpoint made with others is not resumed."""
-    settings = {key: value for key, value in asdict(config).items() if key not in WATCHING}
-    if not settings.pop("mc", True):  # then its options have no effect
-        settings["megacontext"] = None
-    return {**settings, **others}
+    return {key: value for key, value in _flat(asdict(config)).items() if key not in WATCHING} | others
 
 
-def resume_step(folder, resume: bool, settings: dict) -> int | None:
+def resume_step(folder, config, settings: dict, total=None, schedule=None) -> int | None:
     """
     The step to resume from, or None to start at the beginning.
 
-    A checkpoint made with other settings (see `decisive`) is a UserError, unless resume is False; then it is
-    moved aside, not overwritten.
+    Earlier checkpoints are moved aside, not overwritten, if config.resume is False or if they lack what an exact resume
+    needs, as those of nanochat do. Raises UserError for a checkpoint made with other settings, see `decisive`; options
+    unknown to it had their defaults. Another length of the run is accepted if `schedule`, see Training, gives all steps
+    until now the same learning rates.
     """
-    _, rank, _, _ = get_dist_info()
-    step = checkpoint_manager.find_last_step(folder)
+    step = checkpoint_manager.find_last_step(folder, print0)
     if step is None:
         return None
-    if not resume:
+    resumable = checkpoint_manager.has_optimizer_state(folder, step)
+    if not config.resume or not resumable:
         if dist.is_initialized():
             dist.barrier()  # all ranks must have read it before the first one moves it
-        if rank == 0:
-            print0(f"starting again; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
+        if get_dist_info()[1] == 0:
+            why = "" if resumable else f"step {step} has no optimizer state to resume from exactly; "
+            print0(f"{why}starting again; the earlier checkpoints are now in {checkpoint_manager.set_aside(folder)}")
         return None
     meta = checkpoint_manager.load_meta(folder, step)
-    then = meta.get("decisive") or meta.get("user_config", {})
-    differ = [key for key, value in settings.items() if then.get(key) != value]
+    then = _flat(meta.get("decisive", meta.get("user_config", {})))
+    usual = type(config)()
+    usual = _flat(asdict(usual) | {"mc": True}) | {"mc": getattr(usual, "mc", True)}
+    then = {key: then.get(key, usual.get(key, value)) for key, value in settings.items()}
+    differ = [key for key, value in settings.items() if then[key] != value]
+    hint = "choose another --model_tag, or start again with --resume=0 (the old one is then moved aside)"
+    total_then = meta.get("total") or then["num_iterations"]
+    if HORIZON.intersection(differ) and total and total_then > 0:
+
+        def first_difference(steps):
+            """The first of these steps that has another learning rate in a run of this length; None if none has."""
+            return next((t for t in range(steps) if t >= total or schedule(t, total) != schedule(t, total_then)), None)
+
+        if first_difference(step) is not None:
+            same = [s for s in checkpoint_manager.complete_steps(folder) if first_difference(s) is None]
+            remedy = f"delete the files after step {same[0]} to resume from there" if same else "keep to that length"
+            raise UserError(
+                f"{folder} holds step {step} of a run of {total_then:,} steps, and a run of {total:,} steps has "
+                f"other learning rates from step {first_difference(step)} on: {remedy}, {hint}"
+            )
+        differ = [key for key in differ if key not in HORIZON]
     if differ:
-        pairs = ", ".join(f"{key}={then.get(key)!r} (now {settings[key]!r})" for key in differ)
-        raise UserError(
-            f"{folder} holds a checkpoint made with {pairs}. Use the same options to resume it, choose "
-            "another --model_tag, or start again with --resume=0 (the old one is then moved aside)"
-        )
+        pairs = ", ".join(f"{key}={then[key]!r} (now {settings[key]!r})" for key in differ)
+        raise UserError(f"{folder} holds a checkpoint made with {pairs}. Use the same options to resume it, {hint}")
     return step
 
 
@@ -66,27 +94,46 @@ class Training:
     A model under training.
 
     stage: "base", "mid", "sft" or "rl"; tag: the folder of its checkpoints. config: the script's TrainingOptions and,
-    unless frozen, OptimizerOptions. settings: `decisive` of them. model: that of step 0, on `device`, or on the meta
-    device to be initialized. total: steps to come, or None when they are not known beforehand. companion: networks on
-    `device` that are trained with the model and kept beside it: a module with setup_optimizers(). frozen: train the
-    companion alone.
+    unless frozen, OptimizerOptions. model: that of step 0, on `device`, or on the meta device to be initialized.
+    total: steps to come, or None when they are not known beforehand. schedule(step, total): what the learning rates are
+    multiplied by. parent: facts that tell the model it starts from. companion: networks on `device` that are trained
+    with the model and kept beside it: a module with setup_optimizers(). frozen: train the companion alone. carried:
+    (state dict, settings) of networks that are kept beside the model as they are.
 
-    step: steps taken. meta, loader_state: from the resumed checkpoint, {} and None at the beginning.
-    finished: whether nothing is left to do (the model is then not loaded).
+    step: steps taken. meta, loader_state: of the checkpoint that it resumes from, {} and None at the beginning.
+    finished: nothing is left to do (the model is then not loaded). notes: added to the meta data of checkpoints, such
+    as the last validation loss. batches: its state_dict(), if there is one, is saved as loader_state.
     """
 
-    def __init__(self, stage, tag, config, settings, model, device, total=None, companion=None, frozen=False):
-        self.stage, self.tag, self.config, self.settings, self.device = stage, tag, config, settings, device
-        self.folder = checkpoint_manager.checkpoint_root(stage) / tag
-        self.resumed_at = resume_step(self.folder, config.resume, settings)
+    def __init__(
+        self,
+        stage,
+        tag,
+        config,
+        model,
+        tokenizer,
+        device,
+        total=None,
+        schedule=None,
+        *,
+        parent=None,
+        companion=None,
+        frozen=False,
+        carried=None,
+    ):
+        self.stage, self.tag, self.config, self.device, self.total = stage, tag, config, device, total
+        self.settings = decisive(config) if parent is None else decisive(config, parent=parent)
+        self.folder = checkpoint_manager.model_folder(stage, tag)
+        self.resumed_at = resume_step(self.folder, config, self.settings, total, schedule)
         self.step = self.resumed_at or 0
-        self.companion = companion
-        self.carried_meta = {}
-        self.carried = None  # state dict of networks that are saved unchanged, see `carry`
-        self.meta, self.loader_state, optimizer_data = {}, None, None
+        self.saved_at, self.evaluated = self.resumed_at, False
+        self.companion, self.batches = companion, None
+        self.meta, self.notes, self.loader_state, optimizer_data = {}, {}, None, None
         if self.resumed_at is not None:
             self.meta = checkpoint_manager.load_meta(self.folder, self.step)
-        self.finished = self.meta.get("finished", self.step == total)
+            checkpoint_manager.check_tokenizer(self.folder, self.meta, tokenizer)
+            self.evaluated = self.meta.get("evaluated", True)
+        self.finished = self.evaluated and (self.step == total if total else self.meta.get("finished", False))
         if self.finished:
             print0(f"{self.folder} is already trained to step {self.step}: nothing to do (--resume=0 trains it again)")
             return
@@ -115,6 +162,8 @@ class Training:
         self.parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         for optimizer, data in zip(self.optimizers, optimizer_data or [], strict=optimizer_data is not None):
             optimizer.load_state_dict(data)
+        if get_dist_info()[1] == 0:  # weights, and at least as much for the optimizers
+            checkpoint_manager.check_room(self.folder, 2 * sum(p.nbytes for p in self.model.parameters()))
         self.flops_per_token = self.model.flops_per_token()
         self.peak_flops = peak_flops(device)
         self.total_time = self.meta.get("total_training_time", 0.0)
@@ -123,20 +172,48 @@ class Training:
         self.smooth_loss = self.meta.get("smooth_loss", 0.0)
         self.loss = self.tokens_per_second = self.mfu = None  # of the last step; the loss is smoothed
         self.started = None
-        self.log = RunLog(
-            f"{stage}_{tag}", config.run, asdict(config), self.resumed_at is not None, self.meta.get("wandb_id")
-        )
+        resumed, wandb_id = self.resumed_at is not None, self.meta.get("wandb_id")
+        self.log = RunLog(stage, tag, config.run, asdict(config), resumed, wandb_id)
         self.progress = ProgressLine(stage, total, self.step)
+        self.carried, settings = carried or (None, None)
+        if settings:
+            self.notes["megacontext"] = settings
+        if parent is not None:
+            self.notes["parent"] = parent
+        self.notes["tokenizer"] = tokenizer.checksum()
         if self.resumed_at is not None:
             checkpoint_manager.set_rng_state(state["rng"])
 
-    def carry(self, companion_data, **meta):
-        """Save these networks beside the model, unchanged, and say so in the meta data."""
-        self.carried, self.carried_meta = companion_data, meta
-
     def due(self, every, last) -> bool:
         """Whether an action for every `every` steps and the last one is due, and was not done before a resume."""
-        return every > 0 and self.step != self.resumed_at and (last or self.step % every == 0)
+        return every > 0 and not self.evaluated and (last or self.step % every == 0)
+
+    @contextmanager
+    def evaluating(self, last):
+        """
+        For all measurements and samples between two steps. A checkpoint that is due is written first; what they add to
+        `notes` is then added to its meta data.
+
+        If one of them fails, the step is saved, provided that there is a single process. Errors of users and want of
+        memory end the run with a message that says how to resume.
+        """
+        every = self.config.save_every
+        if self.step not in (0, self.saved_at) and (last or (every > 0 and self.step % every == 0)):
+            self.save(last)
+        try:
+            yield
+        except Exception as error:
+            self.stop_watching()
+            if self.step not in (0, self.saved_at) and get_dist_info()[3] == 1:
+                self.save(last)
+            if not isinstance(error, UserError | torch.OutOfMemoryError):
+                raise
+            start = "the beginning" if self.saved_at is None else f"step {self.saved_at}"
+            where = f"in the evaluation of step {self.step}; the same command resumes from {start} in {self.folder}"
+            raise UserError(f"{error} ({where})") from error
+        self.evaluated = True
+        if self.step == self.saved_at:
+            checkpoint_manager.amend_meta(self.folder, self.step, **self.notes, evaluated=True)
 
     def totals(self) -> dict:
         """Step, FLOPs, seconds and tokens so far: the axes for comparing runs."""
@@ -147,32 +224,49 @@ class Training:
             "total_training_tokens": self.total_tokens,
         }
 
-    def save(self, finished, loader_state=None, **facts):
-        """Write a checkpoint of the current step. facts: added to the meta data."""
+    def save(self, last):
+        """Write a checkpoint of the current step, unless its weights are not finite: that is a UserError."""
+        trained = [self.model] if self.companion is None else [self.model, self.companion]
+        finite = [p.isfinite().all() for module in trained for p in module.parameters()]
+        if not torch.stack(finite).all():
+            raise self.diverged("the weights are not finite")
+        meta = {
+            **self.notes,
+            **self.totals(),
+            "total": self.total,
+            "finished": last,
+            "evaluated": False,
+            "smooth_loss": self.smooth_loss,
+            "wandb_id": self.log.wandb_id,
+            "model_config": asdict(self.model.config),
+            "user_config": asdict(self.config),
+            "decisive": self.settings,
+        }
         checkpoint_manager.save_checkpoint(
             self.folder,
             self.step,
             self.model.state_dict(),
             [optimizer.state_dict() for optimizer in self.optimizers],
-            {
-                **self.totals(),
-                **self.carried_meta,
-                **facts,
-                "finished": finished,
-                "smooth_loss": self.smooth_loss,
-                "wandb_id": self.log.wandb_id,
-                "model_config": asdict(self.model.config),
-                "user_config": asdict(self.config),
-                "decisive": self.settings,
-            },
-            loader_state,
+            meta,
+            None if self.batches is None else self.batches.state_dict(),
             self.carried if self.companion is None else self.companion.state_dict(),
         )
+        self.saved_at = self.step
         if self.config.keep_last > 0 and get_dist_info()[1] == 0:
             checkpoint_manager.prune(self.folder, self.config.keep_last)
 
-    def optimize(self, lr_multiplier, momentum, grad_clip=0.0):
-        """Take a step down the gradients. Returns their global norm before clipping; None without clipping."""
+    def diverged(self, what) -> UserError:
+        """The error to raise when numbers are no longer finite."""
+        self.stop_watching()
+        last = checkpoint_manager.find_last_step(self.folder)
+        good = "no checkpoint was written before" if last is None else f"the last good checkpoint is step {last}"
+        return UserError(
+            f"{what} at step {self.step}, which is not saved; {good} in {self.folder}. Start again with lower learning "
+            "rates (--resume=0, or another --model_tag), or resume from there with --dtype=fp32"
+        )
+
+    def optimize(self, lr_multiplier, momentum=0.95, grad_clip=0.0):
+        """Take a step down the gradients; momentum: Muon's. Returns their global norm before clipping; None without."""
         for parameter in self.parameters:  # the optimizers of every rank need all of them
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = clip_gradients(self.optimizers, grad_clip) if grad_clip > 0 else None
@@ -227,11 +321,8 @@ class Training:
         loss = (sum_over_ranks(loss) / world_size).item()  # waits for the device
         seconds = time.time() - self.started
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {self.step}: start again (--resume=0, or another "
-                f"--model_tag) with lower learning rates or --dtype=fp32; earlier checkpoints are in {self.folder}"
-            )
-        self.step += 1
+            raise self.diverged(f"the loss became {loss}")
+        self.step, self.evaluated = self.step + 1, False
         self.total_tokens += tokens
         self.total_flops += tokens * self.flops_per_token * work
         self.seconds = seconds
@@ -255,10 +346,14 @@ class Training:
             figures.append(f"MFU {100 * self.mfu:.1f}%")
         self.progress.update(self.step, " | ".join(figures), done)
 
-    def close(self) -> dict:
-        """End log and progress line; returns the figures for the report."""
+    def stop_watching(self):
+        """End log and progress line. May be called again."""
         self.progress.close()
         self.log.finish()
+
+    def close(self) -> dict:
+        """End log and progress line; returns the figures for the report."""
+        self.stop_watching()
         print0(f"trained {self.step:,} steps in {clock(self.total_time)}; checkpoint in {self.folder}")
         cuda = self.device.type == "cuda"
         return {

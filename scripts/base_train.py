@@ -19,19 +19,27 @@ from megacontext.attach import attach, generating, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
 from nanochat.configurator import group, run
-from nanochat.core_bundle import has_bundle, how_to_get_bundle
+from nanochat.core_bundle import has_bundle, how_to_get_bundle, load_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import check_data
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
+from nanochat.loop import (
+    MicroBatches,
+    accumulation_steps,
+    described,
+    lr_multiplier,
+    muon_momentum,
+    print_facts,
+    steps_asked_for,
+)
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.training import Training, decisive
+from nanochat.training import Training
 
 
 @dataclass
@@ -85,7 +93,7 @@ class Config(TrainingOptions, OptimizerOptions):
 
 def horizon(config, flops_per_token, num_params) -> int:
     """Steps to take, from the first of num_iterations, target_flops and target_param_data_ratio that is set."""
-    if config.num_iterations > 0:
+    if steps_asked_for(config.num_iterations):
         return config.num_iterations
     if config.target_flops > 0:
         steps = round(config.target_flops / (flops_per_token * config.total_batch_size))
@@ -110,6 +118,8 @@ def main(config: Config):
             "--mc_freeze_base: expected a trained model to freeze, and this one is new: train it first, then use "
             "scripts.mc_train, or scripts.mid_train with this option"
         )
+    if config.depth < 1:
+        raise UserError(f"depth must be 1 or more, got {config.depth}")
     # Everything that could be missing is looked for before anything long begins
     T = config.max_seq_len
     B, streams = config.device_batch_size, config.streams
@@ -120,6 +130,8 @@ def main(config: Config):
     core_every = config.core_metric_every if has_bundle() else -1
     if config.core_metric_every > 0 > core_every:
         print0(f"CORE will not be evaluated. {how_to_get_bundle()}")
+    if core_every > 0:
+        load_bundle(max_per_task=config.core_metric_max_per_task)
 
     # Model
     model_config = GPTConfig.from_depth(config.depth, T, tokenizer.get_vocab_size())
@@ -131,7 +143,11 @@ def main(config: Config):
     companion, make_objective = attach(config, model_config, device, tokenizer.get_bos_token_id())
     if config.mc and config.sample_every > 0:
         config.megacontext.resolve(T).check_session(T)  # now, not when the first samples are due
-    training = Training("base", tag, config, decisive(config), model, device, num_iterations, companion)
+
+    def rate(step, total):
+        return lr_multiplier(step, total, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
+
+    training = Training("base", tag, config, model, tokenizer, device, num_iterations, rate, companion=companion)
     if training.finished:
         compute_cleanup()
         return
@@ -152,7 +168,7 @@ def main(config: Config):
     print_facts(facts)
 
     # Data
-    batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
+    batches = training.batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     def validate():
@@ -167,36 +183,37 @@ def main(config: Config):
 
     # Loop
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
+    training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, **meta_of(config, T)}
     core_results, others = {}, {}
     say = training.progress.say
     while True:
         step = training.step
         last = step == num_iterations
-        if training.due(config.eval_every, last):
-            val_bpb, others = validate()
-            min_val_bpb = min(min_val_bpb, val_bpb)
-            say(f"step {step:,} | validation bpb {val_bpb:.4f}{described(others)}")
-            training.record({"val/bpb": val_bpb, **others})
-        if step > 0 and training.due(core_every, last):
-            with autocast(device, dtype), torch.no_grad():
-                model.eval()
-                core_results = evaluate_core(model, tokenizer, device, config.core_metric_max_per_task)
-                model.train()
-            say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
-            training.record({"core_metric": core_results["core_metric"]})
-        if last or (step > 0 and training.due(config.save_every, last)):
-            training.save(last, batches.state_dict(), val_bpb=val_bpb, min_val_bpb=min_val_bpb, **meta_of(config, T))
-        if step > 0 and rank == 0 and training.due(config.sample_every, last):
-            with autocast(device, dtype), generating(config, training) as make_session:
-                for text in sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session):
-                    say(f"  {text!r}")
+        with training.evaluating(last):
+            if training.due(config.eval_every, last):
+                val_bpb, others = validate()
+                min_val_bpb = min(min_val_bpb, val_bpb)
+                training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
+                say(f"step {step:,} | validation bpb {val_bpb:.4f}{described(others)}")
+                training.record({"val/bpb": val_bpb, **others})
+            if step > 0 and training.due(core_every, last):
+                with autocast(device, dtype), torch.no_grad():
+                    model.eval()
+                    core_results = evaluate_core(model, tokenizer, device, config.core_metric_max_per_task)
+                    model.train()
+                say(f"step {step:,} | CORE {core_results['core_metric']:.4f}")
+                training.record({"core_metric": core_results["core_metric"]})
+            if step > 0 and rank == 0 and training.due(config.sample_every, last):
+                with autocast(device, dtype), generating(config, training) as make_session:
+                    for text in sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session):
+                        say(f"  {text!r}")
         if last:
             break
 
         training.begin_step()
         progress = step / num_iterations
         loss, stats = training.accumulate(objective, batches, accumulation, progress, dtype)
-        lrm = lr_multiplier(step, num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
+        lrm = rate(step, num_iterations)
         norm = training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -")

@@ -28,10 +28,10 @@ from nanochat.common import (
 from nanochat.configurator import run
 from nanochat.conversations import pad_rows
 from nanochat.engine import Engine
-from nanochat.loop import muon_momentum, passes, print_facts
+from nanochat.loop import passes, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
-from nanochat.training import Training, decisive, parent_model
+from nanochat.training import Training, parent_model
 from tasks.mixtures import rl_tasks
 from tasks.scoring import pass_at_k
 
@@ -90,13 +90,17 @@ def main(config: Config):
     train_set, val_set = rl_tasks(config.tasks)
     num_iterations = passes(len(train_set), config.num_iterations, config.num_epochs, examples)
 
-    settings = decisive(config, parent=parent)
-    training = Training("rl", parent["model_tag"], config, settings, model, device, num_iterations)
+    def rate(step, total):
+        return config.init_lr_frac * (1 - step / total)
+
+    training = Training(
+        *("rl", parent["model_tag"], config, model, tokenizer, device, num_iterations, rate),
+        parent=parent,
+        carried=networks,  # MegaContext's go on as they are
+    )
     if training.finished:
         compute_cleanup()
         return
-    if networks:  # MegaContext's go on as they are
-        training.carry(networks[0], megacontext=networks[1])
     model, compiled = training.model, training.compiled
     engine = Engine(model, tokenizer)
     pad_id = tokenizer.encode_special("<|assistant_end|>")
@@ -144,17 +148,17 @@ def main(config: Config):
         return {k: summed(sum(pass_at_k(B, c, k) for c in right)) / total for k in range(1, B + 1)}
 
     passed = {int(k): value for k, value in training.meta.get("pass_at_k", {}).items()}
+    training.notes["pass_at_k"] = passed
     say = training.progress.say
     while True:
         step = training.step
         last = step == num_iterations
-        if training.due(config.eval_every, last):
-            passed = evaluate()
-            shown = [f"pass@{k} {value:.4f}" for k, value in passed.items() if k.bit_count() == 1]  # 1, 2, 4, 8, …
-            say(f"step {step:,} | {', '.join(shown)}")
-            training.record({f"pass@{k}": value for k, value in passed.items()})
-        if last or (step > 0 and training.due(config.save_every, last)):
-            training.save(last, pass_at_k=passed, parent=parent)
+        with training.evaluating(last):
+            if training.due(config.eval_every, last):
+                passed = training.notes["pass_at_k"] = evaluate()
+                shown = [f"pass@{k} {value:.4f}" for k, value in passed.items() if k.bit_count() == 1]  # 1, 2, 4, 8, …
+                say(f"step {step:,} | {', '.join(shown)}")
+                training.record({f"pass@{k}": value for k, value in passed.items()})
         if last:
             break
 
@@ -183,8 +187,8 @@ def main(config: Config):
             part.backward()
             read += x.numel()
             loss += part.detach()
-        lrm = config.init_lr_frac * (1 - step / num_iterations)
-        training.optimize(lrm, muon_momentum(step))
+        lrm = rate(step, num_iterations)
+        training.optimize(lrm)
         training.end_step(loss, round(tokens), summed(read) / tokens)  # without the work of sampling
         reward, length = summed(sum(rewards)) / (examples * samples), tokens / (examples * samples)
         training.show(f"reward {reward:.4f}", f"{length:.1f} tokens an answer")

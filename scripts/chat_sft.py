@@ -24,10 +24,10 @@ from nanochat.common import (
 )
 from nanochat.configurator import run
 from nanochat.conversations import padded_batches
-from nanochat.loop import muon_momentum, passes, print_facts
+from nanochat.loop import passes, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
-from nanochat.training import Training, decisive, parent_model
+from nanochat.training import Training, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
 from tasks.scoring import evaluate
 
@@ -84,13 +84,17 @@ def main(config: Config):
         metric_tasks = {name: eval_tasks(config.tasks)[name]() for name in METRICS[config.tasks]}
     num_iterations = passes(len(train_set), config.num_iterations, config.num_epochs, examples)
 
-    settings = decisive(config, parent=parent)
-    training = Training("sft", parent["model_tag"], config, settings, model, device, num_iterations)
+    def rate(step, total):
+        return config.init_lr_frac * (1 - step / total)
+
+    training = Training(
+        *("sft", parent["model_tag"], config, model, tokenizer, device, num_iterations, rate),
+        parent=parent,
+        carried=networks,  # MegaContext's go on as they are
+    )
     if training.finished:
         compute_cleanup()
         return
-    if networks:  # MegaContext's go on as they are
-        training.carry(networks[0], megacontext=networks[1])
     model, compiled = training.model, training.compiled
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
@@ -124,25 +128,25 @@ def main(config: Config):
         return (sum_over_ranks(nats) / sum_over_ranks(count).clamp(min=1)).item()
 
     val_loss, metrics = training.meta.get("val_loss"), training.meta.get("metrics", {})
+    training.notes |= {"val_loss": val_loss, "metrics": metrics}
     say = training.progress.say
     while True:
         step = training.step
         last = step == num_iterations
-        if training.due(config.eval_every, last):
-            val_loss = validate()
-            say(f"step {step:,} | validation loss {val_loss:.4f}")
-            training.record({"val/loss": val_loss})
-        if step > 0 and training.due(config.eval_metrics_every, last):
-            model.eval()
-            with autocast(device, dtype):
-                for name, task in metric_tasks.items():
-                    score = evaluate(task, model, tokenizer, config.eval_metrics_max_problems, max_new_tokens=256)
-                    metrics[name] = score.accuracy
-            model.train()
-            say(f"step {step:,} | " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            training.record({f"metrics/{name}": value for name, value in metrics.items()})
-        if last or (step > 0 and training.due(config.save_every, last)):
-            training.save(last, val_loss=val_loss, metrics=metrics, parent=parent)
+        with training.evaluating(last):
+            if training.due(config.eval_every, last):
+                val_loss = training.notes["val_loss"] = validate()
+                say(f"step {step:,} | validation loss {val_loss:.4f}")
+                training.record({"val/loss": val_loss})
+            if step > 0 and training.due(config.eval_metrics_every, last):
+                model.eval()
+                with autocast(device, dtype):
+                    for name, task in metric_tasks.items():
+                        score = evaluate(task, model, tokenizer, config.eval_metrics_max_problems, max_new_tokens=256)
+                        metrics[name] = score.accuracy
+                model.train()
+                say(f"step {step:,} | " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+                training.record({f"metrics/{name}": value for name, value in metrics.items()})
         if last:
             break
 
@@ -155,8 +159,8 @@ def main(config: Config):
             part = loss_of([batch])[0] / count * world_size  # ranks are averaged
             part.backward()
             loss += part.detach()
-        lrm = config.init_lr_frac * (1 - step / num_iterations)
-        training.optimize(lrm, muon_momentum(step))
+        lrm = rate(step, num_iterations)
+        training.optimize(lrm)
         read = sum_over_ranks(torch.tensor(float(sum(x.numel() for x, _ in batches)), device=device))  # padding too
         loss = training.end_step(loss, count.item(), read.item() / count.item())
         training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")

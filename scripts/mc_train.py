@@ -22,7 +22,7 @@ from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multip
 from nanochat.options import ModelOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
-from nanochat.training import Training, decisive, parent_model
+from nanochat.training import Training, parent_model
 
 
 @dataclass
@@ -77,8 +77,16 @@ def main(config: Config):
     if tag == parent["model_tag"]:
         raise UserError(f"output_tag must differ from the model's own, {tag!r}, whose checkpoints stay as they are")
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id())
-    settings, total = decisive(config, parent=parent), config.num_iterations
-    training = Training(config.source, tag, config, settings, model, device, total, companion, frozen=True)
+
+    def rate(step, total):
+        return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)
+
+    training = Training(
+        *(config.source, tag, config, model, tokenizer, device, config.num_iterations, rate),
+        parent=parent,
+        companion=companion,
+        frozen=True,
+    )
     if training.finished:
         compute_cleanup()
         return
@@ -93,28 +101,29 @@ def main(config: Config):
         "Micro-batches per step": accumulation,
     }
     print_facts(facts)
-    batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
+    batches = training.batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
+    training.notes |= meta_of(config, T)
     figures = {}
     say = training.progress.say
     while True:
         step = training.step
         last = step == config.num_iterations
-        if training.due(config.eval_every, last):
-            with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
-                figures = objective.validate(loader, eval_steps, token_bytes)
-            say(f"step {step:,}{described(figures)}")
-            training.record(figures)
-        if last or (step > 0 and training.due(config.save_every, last)):
-            training.save(last, batches.state_dict(), parent=parent, **figures, **meta_of(config, T))
+        with training.evaluating(last):
+            if training.due(config.eval_every, last):
+                with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
+                    figures = objective.validate(loader, eval_steps, token_bytes)
+                training.notes |= figures
+                say(f"step {step:,}{described(figures)}")
+                training.record(figures)
         if last:
             break
 
         training.begin_step()
         progress = step / config.num_iterations
         loss, stats = training.accumulate(objective, batches, accumulation, progress, dtype)
-        lrm = lr_multiplier(step, config.num_iterations, warmdown_ratio=config.warmdown_ratio)
+        lrm = rate(step, config.num_iterations)
         training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
         gain = figures.get("val/mc_context_gain")

@@ -21,12 +21,12 @@ from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
-from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts
+from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts, steps_asked_for
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
-from nanochat.training import Training, decisive, parent_model
+from nanochat.training import Training, parent_model
 from tasks.mixtures import mid_mixture, mid_val
 
 
@@ -77,16 +77,24 @@ def main(config: Config):
     token_bytes = get_token_bytes(device)
     train_set, val_set = mid_mixture(config.tasks), mid_val(config.tasks)
 
-    total = config.num_iterations if config.num_iterations > 0 else None
-    settings = decisive(config, parent=parent)
+    total = steps_asked_for(config.num_iterations)
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), networks)
     frozen = config.mc and config.megacontext.mc_freeze_base
-    training = Training("mid", parent["model_tag"], config, settings, model, device, total, companion, frozen)
+
+    def rate(done):
+        """Multiplier of the learning rates when this part of the run is done."""
+        return config.init_lr_frac * min(1.0, (1 - done) / max(config.warmdown_ratio, 1e-9))
+
+    training = Training(
+        *("mid", parent["model_tag"], config, model, tokenizer, device, total, lambda step, total: rate(step / total)),
+        parent=parent,
+        companion=companion,
+        frozen=frozen,
+        carried=None if companion else networks,
+    )
     if training.finished:
         compute_cleanup()
         return
-    if networks and not companion:  # MegaContext's go on as they are
-        training.carry(networks[0], megacontext=networks[1])
     compiled = training.compiled
     objective = make_objective(compiled)
     observe(config, "mid_train", training)
@@ -99,7 +107,7 @@ def main(config: Config):
         "Precision": str(dtype).removeprefix("torch."),
     }
     print_facts(facts)
-    batches = PackedConversations(train_set, tokenizer, B, T, device, training.loader_state)
+    batches = training.batches = PackedConversations(train_set, tokenizer, B, T, device, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     def validate():
@@ -121,25 +129,25 @@ def main(config: Config):
         return done.item()
 
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
+    training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, **meta_of(config, T)}
     others = {}
     say = training.progress.say
     while True:
         done = part_done()
         last = done >= 1
-        if training.due(config.eval_every, last):
-            val_bpb, others = validate()
-            min_val_bpb = min(min_val_bpb, val_bpb)
-            say(f"step {training.step:,} | validation bpb {val_bpb:.4f}{described(others)}")
-            training.record({"val/bpb": val_bpb, **others})
-        if last or (training.step > 0 and training.due(config.save_every, last)):
-            meta = {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "parent": parent, **meta_of(config, T)}
-            training.save(last, batches.state_dict(), **meta)
+        with training.evaluating(last):
+            if training.due(config.eval_every, last):
+                val_bpb, others = validate()
+                min_val_bpb = min(min_val_bpb, val_bpb)
+                training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
+                say(f"step {training.step:,} | validation bpb {val_bpb:.4f}{described(others)}")
+                training.record({"val/bpb": val_bpb, **others})
         if last:
             break
 
         training.begin_step()
         loss, stats = training.accumulate(objective, batches, accumulation, done, dtype)
-        lrm = config.init_lr_frac * min(1.0, (1 - done) / max(config.warmdown_ratio, 1e-9))
+        lrm = rate(done)
         training.optimize(lrm, muon_momentum(training.step))
         loss = training.end_step(loss, config.total_batch_size, objective.work(done, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", done=part_done())

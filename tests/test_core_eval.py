@@ -169,7 +169,7 @@ def test_subset_is_a_fixed_shuffle():
 
 
 def test_too_few_examples():
-    with pytest.raises(UserError, match=r"tiny_facts: 2 examples .* only 2 items: set max_per_task above 2"):
+    with pytest.raises(UserError, match=r"tiny_facts: 2 examples .* only 2 items: look at more than 2 of each task"):
         load_bundle(BUNDLE, max_per_task=2)
 
 

@@ -1,11 +1,17 @@
 """Batch arithmetic, schedules, logs, resuming rules, Engine."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat import loop
 from nanochat.common import UserError, get_base_dir, peak_flops
@@ -14,7 +20,7 @@ from nanochat.dataset import make_local
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from tests.helpers import make_model
+from tests.helpers import ROOT, make_model
 
 
 @pytest.mark.parametrize(
@@ -46,20 +52,101 @@ def test_clock():
 
 
 def test_run_log(base_dir):
-    log = loop.RunLog("base_d1", "dummy", {}, resumed=False)
+    log = loop.RunLog("base", "d1", "dummy", {}, resumed=False)
     log.log({"step": 1, "train/loss": 2.5, "val/bpb": float("nan")})
     log.finish()
     path = get_base_dir() / "logs" / "base_d1.jsonl"
     assert json.loads(path.read_text()) == {"step": 1, "train/loss": 2.5, "val/bpb": None}
     with open(path, "a") as file:
         file.write('{"step": 2, "tra')  # killed in the middle of a line
-    resumed = loop.RunLog("base_d1", "dummy", {}, resumed=True)
+    resumed = loop.RunLog("base", "d1", "dummy", {}, resumed=True)
     resumed.log({"step": 2})
     resumed.finish()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    loop.RunLog("base_d1", "dummy", {}, resumed=False).finish()
+    loop.RunLog("base", "d1", "dummy", {}, resumed=False).finish()
     assert path.read_text() == ""
     assert len(list(path.parent.glob("base_d1.*.old"))) == 1  # the earlier run's log is kept
+
+
+def test_a_full_disk_ends_no_training(base_dir, capsys):
+    log = loop.RunLog("base", "d1", "dummy", {}, resumed=False)
+    log.file.close()
+    log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    seen = []
+    log.others.append(SimpleNamespace(metrics=seen.append, close=lambda: None))
+    log.log({"step": 1})
+    log.log({"step": 2})
+    log.finish()
+    assert capsys.readouterr().out == "the log goes on without /dev/full: No space left on device\n"
+    assert seen == [{"step": 1}, {"step": 2}]
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(base_dir, capsys):
+    get_base_dir()
+    (base_dir / "logs").write_text("a file where the folder should be")
+    loop.RunLog("base", "d1", "dummy", {}, resumed=False).log({"step": 1})
+    assert "there will be no log" in capsys.readouterr().out
+
+
+class FakeWandb:
+    """In place of the package: `init` and what it gives fail as told."""
+
+    Settings = dict
+
+    def __init__(self, fails):
+        self.fails, self.calls, self.id = fails, [], "abc"
+
+    def init(self, **options):
+        self.calls.append(options)
+        if "offline" in self.fails or ("init" in self.fails and options.get("mode") != "offline"):
+            raise ConnectionError("the server does not answer")
+        return self
+
+    def log(self, metrics):
+        if "log" in self.fails:
+            raise BrokenPipeError("the service is gone")
+
+    def finish(self):
+        if "finish" in self.fails:
+            raise TimeoutError("it takes too long")
+
+
+@pytest.mark.parametrize("fails", [[], ["init"], ["init", "offline"], ["log"], ["finish"]])
+def test_wandb_ends_no_training(fails, base_dir, monkeypatch, capsys):
+    fake = FakeWandb(fails)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = loop.RunLog("sft", "d1", "mine", {"a": 1}, resumed=True, wandb_id="abc")
+    log.log({"step": 1})
+    log.log({"step": 2})
+    log.finish()
+    assert fake.calls[0]["project"] == "nanochat-sft"
+    assert len(fake.calls) == 1 + ("init" in fails)
+    assert log.wandb_id == "abc"  # the next stretch of the run still belongs to it
+    out = capsys.readouterr().out
+    told = {"init": "`wandb sync` sends it later", "offline": "nothing is kept", "log": "gone", "finish": "long"}
+    for name, text in told.items():
+        assert out.count(text) == (name in fails)
+    log_file = base_dir / "logs" / "sft_d1.jsonl"
+    assert [json.loads(line)["step"] for line in log_file.read_text().splitlines()] == [1, 2]
+
+
+def test_the_real_wandb_without_a_key(tmp_path):
+    code = "from nanochat import loop; log = loop.RunLog('base', 'd1', 'mine', {}, False)"
+    code += "; log.log({'step': 1, 'train/loss': 2.0}); log.finish()"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "",
+        "WANDB_DIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
+    assert "W&B: No API key configured" in result.stdout
+    assert "`wandb sync` sends it later" in result.stdout
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_progress_without_a_terminal(capsys):
@@ -276,6 +363,18 @@ def test_tool_calls(model, tokenizer):
 # Micro-batches
 
 
+def test_steps_asked_for():
+    assert loop.steps_asked_for(7) == 7
+    assert loop.steps_asked_for(-1) is None
+    assert loop.passes(100, -1, 2, 50) == 4
+    assert loop.passes(100, 3, 2, 50) == 3
+    for wrong in (0, -2):
+        with pytest.raises(UserError, match=f"num_iterations must be 1 or more, or -1 .*, got {wrong}"):
+            loop.passes(100, wrong, 1, 10)
+    with pytest.raises(UserError, match="100 conversations are less than one step of 101"):
+        loop.passes(100, -1, 1, 101)
+
+
 @pytest.fixture
 def corpus(base_dir, tmp_path, tokenizer):
     """30 documents of different lengths in 8 or more row groups, with the tokenizer that reads them."""
@@ -315,10 +414,48 @@ def test_micro_batches_go_on_from_their_state(corpus, monkeypatch):
     for (x, y), (x2, y2) in zip(whole[4:], rest, strict=True):
         assert torch.equal(x, x2)
         assert torch.equal(y, y2)
-    with pytest.raises(UserError, match="the checkpoint has 4 data streams, this run 2"):
-        take(corpus, monkeypatch, 1, accumulation=2, streams=1, state=state)
     with pytest.raises(UserError, match="streams must divide the device_batch_size of 2, got 3"):
         take(corpus, monkeypatch, 1, accumulation=1, streams=3)
+
+
+def test_another_batch_size_goes_on_in_the_same_streams(corpus, monkeypatch):
+    """After running out of memory: half the rows, twice as many micro-batches, and the very same text."""
+    whole, _ = take(corpus, monkeypatch, 4, accumulation=1)
+    _, state = take(corpus, monkeypatch, 2, accumulation=1)
+    monkeypatch.setattr(loop, "list_row_groups", lambda split: [None])  # too few for more than one stream
+    batches = loop.MicroBatches(corpus, 1, 8, "cpu", accumulation=2, state=state)
+    rest = [next(batches) for _ in range(4)]
+    batches.close()
+    for i, (x, y) in enumerate(rest):
+        assert torch.equal(x[0], whole[2 + i // 2][0][i % 2])
+        assert torch.equal(y[0], whole[2 + i // 2][1][i % 2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.data())
+def test_streams_are_shared_out_anew(groups, before, now, data):
+    """No row group that was begun is begun again in this epoch, and the ones after it are all read in turn."""
+    before, now = min(before, groups), min(now, groups)
+    rounds = data.draw(st.lists(st.integers(0, groups), min_size=before, max_size=before))
+    states = []
+    for number, rounded in enumerate(rounds):
+        mine = range(number, groups, before)
+        epoch, place = divmod(rounded, len(mine))
+        states.append({"epoch": epoch, "row_group": mine[place], "token": 3, "rank": number, "world_size": before})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "list_row_groups", lambda split: [None] * groups)
+        places = loop._places(states, range(now), now)
+    if before == now:
+        assert places == states
+        return
+    begun = max((state["epoch"], state["row_group"]) for state in states)
+    assert [(p["rank"], p["world_size"], p["token"]) for p in places] == [(i, now, 0) for i in range(now)]
+    assert all(place["row_group"] % now == place["rank"] for place in places)
+    assert all((place["epoch"], place["row_group"]) > begun for place in places)
+    ahead = {
+        group for place in places if place["epoch"] == begun[0] for group in range(place["row_group"], groups, now)
+    }
+    assert ahead == set(range(begun[1] + 1, groups))
 
 
 def test_too_few_row_groups_for_the_streams(corpus, monkeypatch):

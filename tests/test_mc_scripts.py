@@ -82,9 +82,9 @@ def test_two_processes_equal_one(mc_trained):
 
 
 def test_runs_with_and_without_are_not_mixed(mc_trained):
-    with pytest.raises(UserError, match="megacontext="):
+    with pytest.raises(UserError, match="made with mc=True"):
         train(base_train, *QUICK_BASE, "--num_iterations=6", "--model_tag=mc")
-    with pytest.raises(UserError, match="megacontext="):
+    with pytest.raises(UserError, match=r"made with block_size=4 \(now 8\)"):
         train(base_train, *QUICK_BASE, *WITH_MC, "--block_size=8", "--num_iterations=6", "--model_tag=mc")
 
 

@@ -182,7 +182,7 @@ def test_a_full_disk_is_told_once(opened):
 
 
 def test_a_log_is_handed_on(tmp_path, base_dir, opened):
-    log = RunLog("base_d1", "dummy", {}, resumed=False)
+    log = RunLog("base", "d1", "dummy", {}, resumed=False)
     log.others.append(opened(f"file:{tmp_path / 'e.jsonl'}"))
     log.log({"step": 1, "train/loss": 2.0})
     log.finish()
@@ -340,7 +340,7 @@ def black_hole():
                 while True:
                     taken.append(listener.accept()[0])
 
-        thread = threading.Thread(target=accept)
+        thread = threading.Thread(target=accept, daemon=True)
         thread.start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
