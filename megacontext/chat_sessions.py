@@ -118,8 +118,7 @@ class ChatSessions:
 
     def fits(self, num_tokens):
         finest = WorkingContext.finest(1, num_tokens, self.config.block_size)
-        room = self.config.allocator_soft_max - self.config.mc_infer_refocus_interval
-        return finest.smallest_length(self.config.allocator_recent_tokens) <= room
+        return finest.smallest_length(self.config.allocator_recent_tokens) <= self.config.budget_of_a_refocus
 
     def describe(self):
         return {

@@ -62,7 +62,7 @@ class MCConfig:
     mc_max_counterfactuals: int = 4
     """random working contexts that LensNet learns to judge of each sequence that is read in full"""
     mc_lens_loss_weight: float = 1.0
-    """weight of LensNet's loss beside the token loss: of how it moves GistNet, and of LensNet's rates; 0: none"""
+    """weight of LensNet's loss in the sum; it also multiplies LensNet's learning rates. 0: LensNet is not trained"""
     mc_auto_batch: bool = True
     """read micro-batches in parts where MegaContext would need more memory for them than the plain model"""
     mc_aux_dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -71,7 +71,7 @@ class MCConfig:
     """train GistNet and LensNet only"""
     # Evaluation and inference
     mc_eval_soft_max_length: int = -1
-    """entries of a working context in validation; -1 for allocator_soft_max, as at inference"""
+    """entries of a working context in validation; -1 for what a session's refocus may leave"""
     mc_infer_allocator_max_replacements: int = -1
     """edits per round at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: int = -1
@@ -115,7 +115,8 @@ class MCConfig:
         # Two blocks stay open, somewhere: the model is to read mixtures, as it will meet them
         two_open = max_seq_len - (K - 1) * max(0, finest.old_blocks(recent) - 2)
         config = config._derive(
-            mc_train_wc_length=max(max_seq_len // 5, two_open), mc_eval_soft_max_length=config.allocator_soft_max
+            mc_train_wc_length=max(max_seq_len // 5, two_open),
+            mc_eval_soft_max_length=max(smallest, config.budget_of_a_refocus),
         )
         for name in ("allocator_soft_max", "mc_train_wc_length", "mc_eval_soft_max_length"):
             what = (
@@ -126,6 +127,11 @@ class MCConfig:
         length = config.mc_train_wc_length
         _expect("mc_train_wc_length", length, length <= max_seq_len, f"at most max_seq_len, {max_seq_len}")
         return config
+
+    @property
+    def budget_of_a_refocus(self) -> int:
+        """Entries that a refocus of a session may leave: the next ones must fit until the refocus after it."""
+        return self.allocator_soft_max - self.mc_infer_refocus_interval
 
     def check_session(self, max_seq_len: int):
         """Raises UserError when a session of a model of this context length could not keep to the budget."""

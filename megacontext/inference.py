@@ -42,7 +42,8 @@ class MCInference:
     def apply(self, config):
         """A checkpoint's MCConfig with what is given here in its place. Raises UserError for values out of range."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(config, **{name: value for name, value in given.items() if value not in (-1, "")})
+        config = replace(config, **{name: value for name, value in given.items() if value not in (-1, "")})
+        return replace(config, mc_eval_soft_max_length=max(1, config.budget_of_a_refocus))
 
 
 def load_for_inference(source, meta, device, options: MCInference):

@@ -63,9 +63,9 @@ class LensNet(nn.Module):
         WorkingContext.entries gives them; num_tokens: length of the stream, an int or [B].
         Levels above max_levels share its embedding.
         """
-        length = torch.as_tensor(num_tokens, device=x.device).view(-1, 1)
+        length = num_tokens.view(-1, 1) if isinstance(num_tokens, torch.Tensor) else num_tokens
         distance = (length - start - span).clamp(min=0).float()  # [B, W]; 0 for the newest entry
-        d, scales = distance[..., None], torch.tensor(SCALES, device=x.device)
+        d, scales = distance[..., None], 4.0 ** torch.arange(len(SCALES), device=x.device)
         place = torch.cat((span.float().log2()[..., None] / 10, d / (d + scales)), dim=-1)
         h = self.embed(x) + self.embed_place(place.to(x.dtype)) + self.lod_embed(lod.clamp(max=self.max_levels))
 

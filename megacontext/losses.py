@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import autocast
-from nanochat.gpt import positioned
+from nanochat.gpt import activation_dtype, norm, positioned
 
 ASKING = 4  # newest tokens whose attention says what detail is for
 
@@ -28,12 +28,12 @@ def attention_to_blocks(model, embeds, sinks, block_size, num_blocks):
     Costs the model's forward pass without the last MLP and the head, and of the last layer's attention the last part.
     """
     T, asking = embeds.size(1), min(ASKING, embeds.size(1))
-    cos_sin = tuple(t[:, :T].to(embeds.dtype) for t in (model.cos, model.sin))
+    cos_sin = tuple(t[:, :T].to(activation_dtype(embeds)) for t in (model.cos, model.sin))
     newest = tuple(t[:, -asking:] for t in cos_sin)
     hidden = torch.ones(asking, T, dtype=torch.bool, device=embeds.device).triu(T - asking + 1)
     x, most = embeds, embeds.new_zeros(embeds.size(0), num_blocks, dtype=torch.float32)
     for layer, block in enumerate(model.transformer.h):
-        attn, h = block.attn, F.rms_norm(x, (x.size(-1),))
+        attn, h = block.attn, norm(x)
         q = attn.c_q(h[:, -asking:]).unflatten(-1, (attn.n_head, attn.head_dim))
         k = attn.c_k(h).unflatten(-1, (attn.n_kv_head, attn.head_dim))
         q = positioned(q, *newest).transpose(1, 2)  # [B, H, asking, d]
@@ -60,7 +60,7 @@ def _place_fit(n, device):
 
 def beyond_place(shares):
     """
-    What of the logarithm of attention shares [B, n] is not explained by the place of a block alone; [B, n].
+    The logarithm of attention shares [B, n], less what the place of a block alone explains; [B, n].
 
     Near blocks, and the oldest, are looked at whatever they say. So a quadratic in the logarithm of the distance, with
     a step for the newest and the oldest block, is fitted to all rows (least squares) and taken away. With few rows it

@@ -4,8 +4,8 @@ The recipe by which a GPT learns to read gists, GistNet to make them and LensNet
     embed → dense sequences:      next-token loss; where the model looks → LensNet's loss
           → compressed sequences: tree → variants → read → next-token loss
 
-Shapes: B sequences of T tokens, the first of them dense, the others compressed; V variants of each compressed one and
-C working contexts of each dense one, which only LensNet sees; W entries, n old blocks, D = n_embd.
+Shapes: B sequences of T tokens, by chance dense or compressed; V variants of each compressed one and C working contexts
+of each dense one, which only LensNet sees; W entries, n old blocks, D = n_embd.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ from nanochat.common import Stopwatch
 class MCBatchResult:
     """
     loss: what to minimize. stats: figures for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
-    working contexts of one's own. positional_caches: {session id: (cos, sin, alibi)}, what each sequence was read at:
-    [V, W, 1, d/2] where it was compressed, [1, T, 1, d/2] where not; alibi is None, since positions are rotary only.
+    working contexts of one's own. positional_caches: {session id: (cos, sin, fade)}, what each sequence was read at:
+    the entries' positions in its V variants where it was compressed (see entry_positions), else those of its T tokens.
+    The fade is None for tokens and for mc_positional "simple".
     """
 
     loss: torch.Tensor
@@ -62,38 +63,52 @@ class MCObjective:
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
         length = target_length(progress, T, K, c.mc_train_wc_length)
-        dense = int(B * DENSE_SHARE + torch.rand((), generator=generator))  # sequences; rounded by chance
-        names = list(range(B)) if session_ids is None else session_ids
+        dense = self._dense_sequences(B, generator)
+        order = torch.randperm(B, generator=generator)  # the dense ones first; each stream of text gets both roles
+        names = [i if session_ids is None else session_ids[i] for i in order.tolist()]
+        order = order.to(x.device, non_blocking=True)
+        x, y = x[order], y[order]
         caches = {name: (self.model.cos[:, :T], self.model.sin[:, :T], None) for name in names[:dense]}
         embeds = reader.embed(x)
-        losses, stats = [], {"mc/tree_tokens": T, "mc/wc_entries": length}
+        loss, stats = embeds.new_zeros((), dtype=torch.float32), {"mc/tree_tokens": T, "mc/wc_entries": length}
 
         if dense and not c.mc_freeze_base:
             stats["mc/base_loss"] = self.model(inputs_embeds=embeds[:dense], targets=y[:dense])
-            losses.append(stats["mc/base_loss"])
+            loss = loss + stats["mc/base_loss"]
 
         if dense < B:
             context = random_variants(V * (B - dense), T, K, length, recent, generator)
             table = reader.tree(embeds[dense:])
             reading = reader.read(table.materialize(context), context, y[dense:])
-            losses.append(reading.loss)
+            loss = loss + reading.loss
             stats |= {"mc/token_loss": reading.loss, "mc/variants_total": len(context.lod_map)}
             stats |= by_level(context, reading)
             reader.networks.gistnet.mark_trained(context.coarsest)
-            cos, sin, *_ = reading.positions
-            caches |= {name: (cos[i * V :][:V], sin[i * V :][:V], None) for i, name in enumerate(names[dense:])}
+            cos, sin, fade = (*reading.positions, None)[:3]
+            for name, i in zip(names[dense:], range(0, len(context.lod_map), V), strict=True):
+                caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
-        if dense and c.mc_lens_loss_weight > 0:
+        old = max(0, T - recent) // K  # blocks that may be gists
+        if dense and old and c.mc_lens_loss_weight > 0:
             context = random_variants(C * dense, T, K, length, recent, generator)
             table = reader.tree(embeds[:dense].detach())  # this loss teaches GistNet too, but not the embeddings
             scores = context.per_block(reader.score(table.materialize(context), context))
-            sinks, old = x[:dense] == self.bos, context.old_blocks(recent)
-            beyond = beyond_place(attention_to_blocks(self.model, embeds[:dense], sinks, K, old))
+            shares = attention_to_blocks(self.model, embeds[:dense], x[:dense] == self.bos, K, old)
+            beyond = beyond_place(shares)
             stats["mc/lens_loss"] = lens_loss(scores, beyond.repeat_interleave(C, 0), context)
-            losses.append(c.mc_lens_loss_weight * stats["mc/lens_loss"])
+            loss = loss + c.mc_lens_loss_weight * stats["mc/lens_loss"]
 
         stats = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in stats.items()}
-        return MCBatchResult(sum(losses), stats, embeds, caches)
+        return MCBatchResult(loss, stats, embeds[order.argsort()], caches)
+
+    def _dense_sequences(self, B, generator) -> int:
+        """How many of B sequences are read in full; a remainder is rounded by chance."""
+        c = self.config
+        if c.mc_freeze_base and c.gistnet_type == "mean":
+            return B  # only LensNet learns
+        if c.mc_freeze_base and c.mc_lens_loss_weight == 0:
+            return 0  # only GistNet learns
+        return int(B * DENSE_SHARE + torch.rand((), generator=generator))
 
     def rows_at_once(self, B) -> int:
         """Rows of a micro-batch of B that are put through the model together: see auto_batch_size."""

@@ -39,7 +39,7 @@ class Reading(NamedTuple):
 def newest(values, context, tail):
     """The values [R, tail] of each row's last `tail` entries, of values [R, W]; rows differ in length."""
     index = context.lengths()[:, None] - tail + torch.arange(tail)
-    return values.gather(1, index.to(values.device))
+    return values.gather(1, index.to(values.device, non_blocking=True))
 
 
 class Reader:

@@ -54,7 +54,7 @@ class MCSession:
         self.reader, self.device = Reader(model, networks, config), model.get_device()
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
         self.budget = config.allocator_soft_max
-        self.room = self.budget - self.interval  # entries that a refocus may leave
+        self.room = config.budget_of_a_refocus
         config.check_session(model.config.sequence_len)
         self.decoder = decoder or Decoder(model)
         self.seed = seed

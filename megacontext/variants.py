@@ -16,16 +16,16 @@ DENSE_SHARE = 0.5  # of the sequences of a batch are read in full, the others as
 COARSE_SHARE = 0.25  # of what has to be saved is saved by nodes above LOD 1, at most
 
 
-def target_length(progress, num_tokens, block_size, final_length, start_share=START_SHARE) -> int:
+def target_length(progress, num_tokens, block_size, final_length) -> int:
     """
-    Entries that variants shrink to: from start_share of the tokens down to final_length, or just below it.
+    Entries that variants shrink to: from START_SHARE of the tokens down to final_length, or just below it.
 
     Always num_tokens less a multiple of K − 1, which is what every collapse saves, so that all variants have exactly
     this length. The way down has STAGES steps, so that few shapes occur.
     """
     saved = block_size - 1
     last = -(-(num_tokens - final_length) // saved)
-    first = min(last, -(-round((1 - start_share) * num_tokens) // saved))
+    first = min(last, -(-round((1 - START_SHARE) * num_tokens) // saved))
     stage = min(STAGES - 1, int(progress * STAGES))
     return num_tokens - saved * round(first + (last - first) * stage / (STAGES - 1))
 
@@ -35,8 +35,9 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
     A WorkingContext of `rows` rows, each of `length` entries (see target_length), or of the fewest that collapsing
     blocks can reach; the last recent_tokens tokens stay LOD 0. generator: a CPU generator.
 
-    First nodes of the coarse levels collapse, highest level first, in a random order and as long as they save at
-    most COARSE_SHARE of what has to be saved, or one, by that chance, where one saves more; then blocks.
+    First nodes of the coarse levels collapse, highest level first, in a random order, as long as they save at most
+    COARSE_SHARE of what has to be saved; if a single node saves more than that, it collapses with probability
+    COARSE_SHARE. Blocks of tokens save the rest.
     """
     K = block_size
     context = WorkingContext.finest(rows, num_tokens, K)

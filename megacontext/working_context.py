@@ -175,7 +175,8 @@ class WorkingContext:
             raise ValueError(f"y: expected shape {[self.num_rows, self.num_tokens]}, got {list(y.shape)}")
         lod, start, span, valid = self.entries
         token_next = F.pad(lod[:, 1:] == 0, (0, 1), value=True)  # also after the last entry: padding has LOD 0
-        return y.gather(1, (start + span - 1).to(y.device)).where((valid & token_next).to(y.device), -1)
+        last, predicts = (t.to(y.device, non_blocking=True) for t in (start + span - 1, valid & token_next))
+        return y.gather(1, last).where(predicts, -1)
 
     def per_block(self, values):
         """
@@ -183,12 +184,11 @@ class WorkingContext:
 
         A block at LOD 0 gets the mean of its tokens' values, a block inside a node the value of the node.
         """
-        device, valid = values.device, self.entries.valid
-        sums = values.new_zeros(self.lod_map.shape)
-        sums = sums.scatter_add(1, self.block_of_entry().to(device), values.where(valid.to(device), 0))
-        means = sums / self._counts.clamp(min=1).to(device)
         first = torch.arange(self.num_blocks).where(self._counts > 0, 0).cummax(1).values  # where the node begins
-        return means.gather(1, first.to(device))
+        needed = self.entries.valid, self.block_of_entry(), self._counts.clamp(min=1), first
+        valid, block, counts, first = (t.to(values.device, non_blocking=True) for t in needed)
+        sums = values.new_zeros(self.lod_map.shape).scatter_add(1, block, values.where(valid, 0))
+        return (sums / counts).gather(1, first)
 
     def check(self):
         """Raise ValueError unless each block of a LOD l >= 1 lies in an aligned, complete node that is all LOD l."""

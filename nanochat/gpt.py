@@ -72,6 +72,11 @@ def rotary_cos_sin(positions, head_dim, base=10000.0):
     return phase.cos().float().to(positions.device), phase.sin().float().to(positions.device)
 
 
+def activation_dtype(x):
+    """The precision of what the layers make of x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def positioned(x, cos, sin, fade=None):
     """Queries or keys x [B, T, H, d], rotated, normalized and, if there is a fade [B or 1, T, 1, d], faded."""
     x = norm(apply_rotary(x, cos, sin))
@@ -257,9 +262,7 @@ class GPT(nn.Module):
                     f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
                 )
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
-        # In the activations' precision, once for all layers
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        cos_sin = tuple(t.to(dtype) for t in cos_sin)
+        cos_sin = tuple(t.to(activation_dtype(x)) for t in cos_sin)  # once for all layers
         for block in self.transformer.h:
             x = block(x, cos_sin, kv_cache)
         x = norm(x)

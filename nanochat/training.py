@@ -306,7 +306,8 @@ class Training:
                 with autocast(self.device, dtype):
                     part, figures = objective(x_j, y_j, progress, seed)
                 metrics |= figures
-                (part / passes).backward()
+                if part.requires_grad:  # a part may have nothing to learn from
+                    (part / passes).backward()
                 loss += part.detach() / passes
         return loss, metrics
 

@@ -229,7 +229,9 @@ def main(config: Config):
             engines, sessions = [], []
             try:
                 for device in workers:
-                    engine, served, kept = load(config, device, partial(tell_session, telemetry))
+                    engine, served, kept = load(
+                        config, device, partial(tell_session, telemetry) if telemetry.listens else None
+                    )
                     engines.append(engine)
                     sessions.append(kept)
                     if server.should_exit:

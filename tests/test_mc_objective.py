@@ -7,6 +7,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
+from megacontext.inference import MCInference
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.reader import Reader
@@ -21,6 +22,13 @@ def process(objective, x, y, progress=1.0, seed=0):
     return objective.process_batch(x, y, progress, torch.Generator().manual_seed(seed))
 
 
+def roles(B, generator=None, seed=0):
+    """The numbers of B sequences, those that are dense first, as process_batch draws them."""
+    generator = torch.Generator().manual_seed(seed) if generator is None else generator
+    torch.rand((), generator=generator)
+    return torch.randperm(B, generator=generator).tolist()
+
+
 def test_only_levels_that_were_read_count_as_trained():
     """64 tokens in blocks of 4 make three levels; these variants have no node of the third."""
     objective = make_objective(make_model())
@@ -32,8 +40,37 @@ def test_dense_sequences_have_the_flagless_loss():
     """Bit for bit: the same tokens through the same model."""
     model, (x, y) = make_model(), tokens(B=4)
     result = process(make_objective(model), x, y)
-    assert result.stats["mc/base_loss"].item() == model(x[:2], y[:2]).item()
+    dense = roles(B=4)[:2]
+    assert result.stats["mc/base_loss"].item() == model(x[dense], y[dense]).item()
     assert torch.equal(result.cached_embeddings, model.embed(x))
+
+
+def test_each_sequence_has_both_roles():
+    """A stream of text that is the same row of every batch is read in full at times, and compressed at times."""
+    objective = make_objective(make_model())
+    compressed = set()
+    for seed in range(12):
+        caches = process(objective, *tokens(B=4), seed=seed).positional_caches
+        now = {name for name, (cos, _, fade) in caches.items() if fade is not None}
+        assert len(now) == 2
+        compressed |= now
+    assert compressed == {0, 1, 2, 3}
+
+
+def test_what_is_frozen_and_has_no_weight_needs_no_sequences():
+    """Frozen, and one of the two networks with nothing to learn: all sequences are for the other; nothing crashes."""
+    frozen = {"mc_freeze_base": True}
+    stats = process(make_objective(make_model(), mc_lens_loss_weight=0.0, **frozen), *tokens(B=1)).stats
+    assert stats["mc/variants_total"] == 3
+    result = process(make_objective(make_model(), gistnet_type="mean", **frozen), *tokens(B=1))
+    assert "mc/token_loss" not in result.stats
+    assert result.loss.requires_grad
+
+
+def test_without_old_blocks_there_is_no_lens_loss():
+    result = process(make_objective(make_model(), allocator_recent_tokens=T - 1), *tokens(B=4))
+    assert "mc/lens_loss" not in result.stats
+    assert result.loss.isfinite()
 
 
 def test_variant_loss_against_one_row_at_a_time():
@@ -43,8 +80,9 @@ def test_variant_loss_against_one_row_at_a_time():
     V, generator = objective.config.mc_num_random_variants, torch.Generator().manual_seed(5)
     result = process(objective, x, y, seed=5)
     length = target_length(1.0, T, K, objective.config.mc_train_wc_length)
-    torch.rand((), generator=generator)  # for the number of dense sequences
+    order = roles(B=4, generator=generator)
     context = random_variants(2 * V, T, K, length, RECENT, generator)
+    x, y = x[order], y[order]
     table = objective.reader.tree(model.embed(x[2:]))
     losses = []
     for row in range(2 * V):
@@ -61,12 +99,12 @@ def test_variant_loss_against_one_row_at_a_time():
         loss = model(inputs_embeds=torch.stack(pieces)[None], cos_sin=cos_sin, targets=torch.tensor([target]))
         losses.append(loss.item())
     assert result.stats["mc/token_loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    cos, sin, _ = objective.reader.positions(context)
     assert set(result.positional_caches) == {0, 1, 2, 3}
-    assert torch.equal(result.positional_caches[3][0], cos[V:])
-    assert torch.equal(result.positional_caches[3][1], sin[V:])
-    assert torch.equal(result.positional_caches[0][0], model.cos[:, :T])
-    assert all(cache[2] is None for cache in result.positional_caches.values())
+    for mine, whole in zip(result.positional_caches[order[3]], objective.reader.positions(context), strict=True):
+        assert torch.equal(mine, whole[V:])
+    cos, _, fade = result.positional_caches[order[0]]
+    assert torch.equal(cos, model.cos[:, :T])
+    assert fade is None
 
 
 def test_the_loss_is_the_sum_of_its_parts():
@@ -245,8 +283,10 @@ def test_validation_scores_the_newest_tokens_of_rows_that_differ_in_length():
 
 
 def test_validation_uses_the_budget_of_the_runtime():
-    config = MCConfig(allocator_soft_max=512).resolve(1024)
-    assert config.mc_eval_soft_max_length == config.allocator_soft_max == 512
+    assert MCConfig().resolve(2048).mc_eval_soft_max_length == 2048 - 32
+    config = MCConfig(allocator_soft_max=512, mc_infer_refocus_interval=10).resolve(1024)
+    assert config.mc_eval_soft_max_length == config.budget_of_a_refocus == 502
+    assert MCInference(allocator_soft_max=256).apply(config).mc_eval_soft_max_length == 246
     assert MCConfig(mc_eval_soft_max_length=300).resolve(1024).mc_eval_soft_max_length == 300
 
 

@@ -64,16 +64,16 @@ def test_two_processes_equal_one(mc_trained):
         "--device_batch_size=2",
         "--mc_auto_batch=0",
         "--eval_every=-1",
+        "--save_every=1",
     ]
     for world, tag in ((1, "lone"), (2, "pair")):
         in_ranks(world, call_script, "base_train", [*options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"])
     lone, pair = (cm.load_companion(mc_trained / "base_checkpoints" / tag, 4) for tag in ("lone", "pair"))
-    start = cm.load_companion(mc_trained / "base_checkpoints" / "mc", 3)
+    first = cm.load_companion(mc_trained / "base_checkpoints" / "lone", 1)
     assert lone.keys() == pair.keys()
-    for name in lone.keys() & start.keys():
-        if lone[name].is_floating_point():
-            # Newton–Schulz in bf16 amplifies the rounding of small gradients: a fifth of one step of 0.02
-            assert (lone[name] - pair[name]).abs().mean() < 4e-3, name
+    for name, end in lone.items():
+        if end.is_floating_point():  # Newton–Schulz in bf16 amplifies the rounding of small gradients
+            assert (end - pair[name]).norm() <= 0.3 * (end - first[name]).norm(), name
     losses = [
         [record[name] for record in log_of(mc_trained, "base", tag) for name in ("train/loss",) if name in record]
         for tag in ("lone", "pair")

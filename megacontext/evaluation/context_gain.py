@@ -16,7 +16,6 @@ it is called context kept.
 """
 
 from collections import defaultdict
-from dataclasses import replace
 
 import torch
 
@@ -25,8 +24,6 @@ from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.gpt import norm
-
-FOCUS_ROUNDS = 4  # of scoring and editing: a session has had many by the time that it is this long
 
 
 def mean_gist(children, level):
@@ -53,7 +50,6 @@ class Evaluator:
     def by_ratio(self, ratios) -> list[dict]:
         """For each ratio a row: the history in 1 / ratio of its entries."""
         losses = {ratio: defaultdict(list) for ratio in ratios}
-        settings = replace(self.config, mc_infer_allocator_iterations=FOCUS_ROUNDS)
         for x, y in self._batches():
             T = x.size(1)
             tables = self._tables(x)
@@ -67,7 +63,7 @@ class Evaluator:
                 row["none"].append(none)
                 row["truncated"].append(self._tokens(x, y, W))
                 self._gists(row, tables, context, y)
-                focused = self.reader.focus(tables["gists"], context, W, settings)
+                focused = self.reader.focus(tables["gists"], context, W)
                 row["focus"].append(self._read(tables["gists"], focused, y))
         return [
             {

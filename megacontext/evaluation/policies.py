@@ -8,13 +8,12 @@ history is gists but for E blocks at full detail, which a policy chooses:
 
 - recency: the newest; random; bm25: those that share the rarest tokens with the newest ones, as a search engine would;
 - oracle: those that the fact stands in;
-- lens: LensNet and the allocator, as at inference, starting from recency.
+- lens: one refocus of LensNet and the allocator, with the settings of inference, starting from recency.
 
 full is the whole window in tokens, gists no open block at all.
 """
 
 import random
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.recall import recall_documents, token_spans
 
-ROUNDS = 8  # of the allocator: enough to open E blocks and to close as many
 MAX_DOCUMENTS_PER_WINDOW = 20
 DEPTHS = 5  # bins of the heatmap
 POLICIES = ("recency", "random", "bm25", "lens", "oracle")
@@ -109,14 +107,13 @@ def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) ->
     generator = torch.Generator(device).manual_seed(seed)
     start = with_open(best(newest))
     budget = int(start.lengths().max())
-    settings = replace(c, mc_infer_allocator_iterations=ROUNDS, mc_infer_allocator_max_replacements=2 * E)
     contexts = {
         "gists": with_open(torch.zeros_like(newest, dtype=torch.bool)),
         "recency": start,
         "random": with_open(best(torch.rand(R, old, generator=generator, device=device))),
         "bm25": with_open(best(bm25(windows.x, K, old, recent))),
         "oracle": with_open(best(holds(windows.fact, K, old).float())),
-        "lens": reader.focus(table, start, budget, settings),
+        "lens": reader.focus(table, start, budget),
         "full": finest,
     }
     return {name: _answers(reader, table, context, windows) for name, context in contexts.items()}

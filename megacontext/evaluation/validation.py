@@ -5,9 +5,11 @@ import math
 import torch
 import torch.distributed as dist
 
-from megacontext.reader import newest
+from megacontext.reader import Reader, newest
 from megacontext.working_context import WorkingContext
 from nanochat.common import sum_dtype
+
+MIN_GAIN = 0.01  # bits per byte; of less, no share can be told
 
 
 @torch.no_grad()
@@ -15,11 +17,17 @@ def validate(reader, batches, steps, token_bytes) -> dict:
     """
     Bits per byte of the newest tokens (allocator_recent_tokens of them) of T in three contexts: all T tokens; a working
     context of at most mc_eval_soft_max_length entries, in focus as at inference; the last so many tokens. And the
-    share of what the first gains over the last that the second keeps, None where it gains nothing. Over all ranks.
+    share of what the first gains over the last that the second keeps, None where that is less than MIN_GAIN. Over all
+    ranks.
 
     batches: iterator of (x, y) [B, T], of which `steps` are read. token_bytes [V]: bytes of each token.
     """
-    c, model = reader.config, reader.model
+    c = reader.config
+    model = getattr(reader.model, "_orig_mod", reader.model)  # lengths vary: not compiled anew for each
+    if model is not reader.model:
+        reader = Reader(model, reader.networks, c)
+    if dist.is_initialized() and c.gistnet_type != "mean":  # levels that any rank has trained
+        dist.all_reduce(reader.networks.gistnet.trained_levels, op=dist.ReduceOp.MAX)
     tail, exact = max(1, c.allocator_recent_tokens), sum_dtype(token_bytes.device)
     nats = {name: 0.0 for name in ("full", "mc", "truncated")}
     total_bytes = 0
@@ -52,5 +60,5 @@ def validate(reader, batches, steps, token_bytes) -> dict:
         "val/mc_bpb": mc,
         "val/mc_full_bpb": full,
         "val/mc_truncated_bpb": truncated,
-        "val/mc_context_gain": (truncated - mc) / gain if gain > 0 else None,
+        "val/mc_context_gain": (truncated - mc) / gain if gain > MIN_GAIN else None,
     }

@@ -77,6 +77,8 @@ def _exporters(endpoint):
 class OTLP(Telemetry):
     """resource: attributes that all spans and metrics of this process have."""
 
+    listens = True
+
     def __init__(self, endpoint, resource):
         self.handler = _OneWarning(endpoint)
         sdk_logger.addHandler(self.handler)

@@ -15,6 +15,8 @@ from nanochat.common import UserError
 class Telemetry:
     """Goes nowhere: what a run without an endpoint has, and what the others are kinds of."""
 
+    listens = False  # whether anything comes of what it is told
+
     def event(self, name: str, attributes: dict, seconds: float | None = None):
         """
         Something of EVENTS that ended just now. Returns at once.
@@ -48,6 +50,8 @@ class Telemetry:
 
 class JSONLines(Telemetry):
     """A line {"time", "service", "run", "event", "seconds", …attributes} or {"time", …, "metrics": {…}} each."""
+
+    listens = True
 
     def __init__(self, path, head):
         try:
