@@ -240,8 +240,8 @@ def test_figures_of_each_level():
     model, (x, y) = make_model(), tokens(B=4)
     stats = process(make_objective(model), x, y).stats
     counts = [value for name, value in stats.items() if name.startswith("mc/lod_count/")]
-    assert sum(counts) == stats["mc/wc_entries"]
-    assert sum(count * K**lod for lod, count in enumerate(counts)) == stats["mc/tree_tokens"] == T
+    assert sum(counts) == pytest.approx(stats["mc/wc_entries"])
+    assert sum(count * K**lod for lod, count in enumerate(counts)) == pytest.approx(stats["mc/tree_tokens"])
 
 
 def test_validation_against_its_parts():
