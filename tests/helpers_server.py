@@ -123,6 +123,37 @@ def said(replies):
     return "".join(event["token"] for event in replies if "token" in event)
 
 
+def is_idle(server):
+    return server.pool.is_idle()
+
+
+def send_raw(server, body, path="/chat/completions"):
+    """A raw connection that has sent a request and read nothing yet."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def in_background(function, *args, **kwargs):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)))
+    thread.start()
+    return thread, results
+
+
+def tool_script(tokenizer):
+    special = tokenizer.encode_special
+    call = [special("<|python_start|>"), *tokenizer.encode("17+25"), special("<|python_end|>")]
+    result = [special("<|output_start|>"), *tokenizer.encode("42"), special("<|output_end|>")]
+    return Script(tokenizer, [*tokenizer.encode("So: "), *call, *result, *tokenizer.encode("It is 42.")])
+
+
+def chat(**changes):
+    return {"messages": USER, **changes}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # A tiny model of random weights with --mc
 

@@ -53,20 +53,26 @@ class Answer:
         """One more token, with its log probability if the job asks for it. "stop" if the answer is complete with it."""
         self.job.tokens += 1
         self.job.ids.append(id)
-        if logprob is not None and self.parts.kind == "text" and id not in self.parts.special:
+        if logprob is not None and self.parts.kind == "text":
             self.tokens.append(Token(id, self.chars, logprob, list(top)))
         self._emit(self.parts.push(id))
-        if self.parts.ended and not self.cut.done:
-            self._show("text", self.cut.close())
-        return "stop" if self.parts.ended or self.cut.done else None
+        if not (self.parts.ended or self.cut.done):
+            return None
+        self._finish()
+        return "stop"
 
     def end(self) -> str:
         """No more tokens come: "length", unless what was left completes a stop string."""
         self._emit(self.parts.close())
-        if self.cut.done:
-            return "stop"
+        self._finish()
+        return "stop" if self.cut.done else "length"
+
+    def _finish(self):
+        if self.cut.done:  # tokens beyond are not told of
+            return
         self._show("text", self.cut.close())
-        return "length"
+        if self.tokens:  # they have no text, as the last one of a turn
+            self.job.emit(Piece("text", "", self.worker, self.tokens))
 
     def _emit(self, pieces):
         for kind, text in pieces:

@@ -4,8 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
-import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,92 +12,22 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from nanochat.common import UserError
 from nanochat.markdown import render_markdown
-from nanochat.sampling import Sampling
 from nanochat.serving import openai_api, schema
-from nanochat.serving.job import Done, Failed, Focus, Job, Piece
+from nanochat.serving.job import Done, Failed, Focus, Piece
 from nanochat.serving.schema import ApiError, Defaults, Limits
-from nanochat.serving.transport import PING, EventStream, Gate, next_or_none, sse
-from nanochat.serving.worker_pool import Unavailable, WorkerPool
+from nanochat.serving.service import Service
+from nanochat.serving.transport import PING, EventStream, Gate, sse
 from nanochat.streaming import readable
 
 FOLDER = Path(__file__).parent.parent
 OPENAI_PREFIX = "/v1"
+BASE_URL = f"The base URL of OpenAI's clients ends in {OPENAI_PREFIX} here."
+PUBLIC = {"/", "/logo.svg", "/health", "/openapi.json"}  # what can be read without a key
 FOCUS_VIEW = "<!-- focus_view.html -->"  # where the page has that file
-
-
-@dataclass(frozen=True)
-class Service:
-    """What a request needs to become a job; both APIs go through `submit`."""
-
-    pool: WorkerPool
-    limits: Limits
-    defaults: Defaults
-    ping_seconds: float = 10.0
-
-    async def submit(
-        self,
-        messages,
-        temperature=None,
-        top_k=None,
-        max_tokens=None,
-        seed=None,
-        stop=(),
-        conversation=None,
-        focus=None,
-    ) -> Job:
-        """A queued job for these messages ({"role", "content"}). Raises ApiError."""
-
-        def prompt():
-            return self.pool.tokenizer.render_for_completion({"messages": messages})
-
-        def choice(value, default):
-            return default if value is None else value
-
-        try:
-            self.pool.check_open()
-            schema.check_conversation(messages, self.limits)
-            ids = await asyncio.to_thread(prompt)
-            max_tokens = choice(max_tokens, self.defaults.max_tokens)
-            sessions = self.pool.sessions
-            fits = not sessions or sessions[0].fits(len(ids))
-            job = Job(
-                prompt=ids,
-                max_tokens=schema.room(len(ids), max_tokens, None if sessions else self.pool.context_length, fits),
-                sampling=Sampling(
-                    temperature=choice(temperature, self.defaults.temperature),
-                    top_k=choice(top_k, self.defaults.top_k),
-                    seed=secrets.randbelow(schema.SEED[1]) if seed is None else seed,
-                ),
-                stop=list(stop),
-                conversation=conversation,
-                focus=bool(focus),
-            )
-            self.pool.submit(job)
-        except Unavailable as error:
-            raise ApiError(503, str(error), code="unavailable", retry_after=error.retry_after) from error
-        return job
-
-    async def next_event(self, job):
-        """What becomes of a job: a Piece, Done or Failed, or None when nothing has happened for a while."""
-        pair = await next_or_none(job.events, self.ping_seconds)
-        return pair and pair[1]
-
-    def sessions_of(self, conversation):
-        """The Sessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
-        if not self.pool.sessions:
-            raise ApiError(404, "this server keeps no sessions: it runs without --mc")
-        return max(self.pool.sessions, key=lambda sessions: sessions.last_used(conversation))
-
-    def model(self):
-        """The ServedModel. ApiError (503) while there is none."""
-        try:
-            self.pool.check_ready()
-        except Unavailable as error:
-            raise ApiError(503, str(error), code="unavailable", retry_after=error.retry_after) from error
-        return self.pool.model
 
 
 class _Inline(HTMLParser):
@@ -145,19 +74,26 @@ def _read(path):
         raise UserError(f"cannot read the page's file {path} ({error}): restore it from the repository") from error
 
 
-def _complain(path, status, message, code=None, param=None, headers=None):
-    """The answer to a request that cannot be served, in the form that this path's clients know."""
-    if path.startswith(OPENAI_PREFIX):
-        content = openai_api.error_body(status, message, code, param)
-    else:
-        content = {"detail": message}
-    # ASCII: what is quoted from a request may not be Unicode text
-    return Response(json.dumps(content), status, headers, media_type="application/json")
+class AsciiJSON(JSONResponse):
+    """ASCII: what is quoted from a request may not be Unicode text."""
+
+    def render(self, content):
+        return json.dumps(content, allow_nan=False).encode()
 
 
-def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seconds=10.0, body_seconds=30.0):
+def _complain(status, message, code=None, param=None, headers=None):
+    """The answer to a request that cannot be served, in a form that nanochat's clients and OpenAI's both read."""
+    return AsciiJSON({**openai_api.error_body(status, message, code, param), "detail": message}, status, headers)
+
+
+def create_app(
+    pool, limits=None, defaults=None, api_key="", origins=(), page=None, logo=None, ping_seconds=10.0, body_seconds=30.0
+):
     """
-    The ASGI application. page, logo: files to serve instead of nanochat's own.
+    The ASGI application.
+
+    api_key: what clients must have to do more than look at the page; empty if nothing. origins: of browsers' pages
+    that may ask, beside its own. page, logo: files to serve instead of nanochat's own.
 
     Raises UserError when a file is missing.
     """
@@ -165,24 +101,33 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
     service = Service(pool, limits, defaults, ping_seconds)
     page_text, logo_text = _read(page or FOLDER / "ui.html"), _read(logo or FOLDER / "logo.svg")
     page_text = page_text.replace(FOCUS_VIEW, _read(FOLDER / "focus_view.html"))
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="nanochat",
+        servers=[{"url": "."}],
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would not know the scheme, nor the path, of a proxy
+        default_response_class=AsciiJSON,
+    )
 
     @app.exception_handler(ApiError)
     async def on_api_error(request, error):
-        return _complain(request.url.path, error.status, error.message, error.code, error.param, error.headers)
+        return _complain(error.status, error.message, error.code, error.param, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request, error):
         message, param = schema.explain(error.errors())
-        return _complain(request.url.path, 400, message, "invalid_value", param)
+        return _complain(400, message, "invalid_value", param)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request, error):
-        return _complain(request.url.path, error.status_code, error.detail, headers=error.headers)
+        there = ", ".join(f"{OPENAI_PREFIX}{route.path}" for route in openai_router.routes)
+        message = f"{request.method} {request.url.path[:80]} is not here. {BASE_URL} There are {there}."
+        return _complain(error.status_code, message, "not_found", headers=error.headers)
 
     @app.exception_handler(Exception)
     async def on_fault(request, error):  # logged, with its traceback, by uvicorn
-        return _complain(request.url.path, 500, "the server made a mistake; its log says more")
+        return _complain(500, "the server made a mistake; its log says more")
 
     page_headers = {"Content-Security-Policy": content_security_policy(page_text), "Cache-Control": "no-cache"}
 
@@ -205,11 +150,11 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
             "num_gpus": len(stats["workers"]),
             "available_workers": stats["available_workers"],
         }
-        return JSONResponse(status, 200 if ready else 503)
+        return AsciiJSON(status, 200 if ready else 503)
 
     @app.get("/stats")
     async def get_stats():
-        return pool.stats()
+        return {**pool.stats(), "passed_over": dict(service.passed_over)}
 
     @app.get("/config")
     async def config():
@@ -233,8 +178,13 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
 
     @app.post("/chat/completions")
     async def chat(body: schema.ChatRequest):
-        job = await service.submit(**body.model_dump())
-        return EventStream(_native_stream(service, job), on_end=lambda: pool.cancel(job))
+        if "model" in body.model_extra:
+            raise ApiError(404, BASE_URL, "not_found")
+        turns = service.conversation(body.messages)
+        most = defaults.max_tokens if body.max_tokens is None else body.max_tokens
+        options = {"conversation": body.conversation, "focus": bool(body.focus)}
+        jobs = await service.submit(body, lambda: [service.render(turns)], most, **options)
+        return EventStream(_native_stream(service, jobs), on_end=lambda: service.cancel(jobs))
 
     @app.post("/focus")
     async def focus(body: schema.FocusRequest):
@@ -254,13 +204,19 @@ def create_app(pool, limits=None, defaults=None, page=None, logo=None, ping_seco
         async with rendering:
             return {"html": [await asyncio.to_thread(render_markdown, text) for text in body.texts]}
 
-    app.include_router(openai_api.create_router(service), prefix=OPENAI_PREFIX)
-    return Gate(app, limits.body_bytes, _complain, body_seconds)
+    openai_router = openai_api.create_router(service)
+    app.include_router(openai_router, prefix=OPENAI_PREFIX)
+    gate = Gate(app, limits.body_bytes, _complain, body_seconds, api_key, PUBLIC)
+    if not origins:
+        return gate
+    return CORSMiddleware(
+        gate, origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["Retry-After"]
+    )
 
 
-async def _native_stream(service, job):
-    while True:
-        match await service.next_event(job):
+async def _native_stream(service, jobs):
+    async for pair in service.events(jobs):
+        match pair and pair[1]:
             case None:
                 yield PING
             case Piece(kind=kind, text=text, worker=worker):
@@ -269,7 +225,5 @@ async def _native_stream(service, job):
                 yield sse({"focus": state}, event="focus")
             case Done(reason):
                 yield sse({"done": True, "finish_reason": reason})
-                return
             case Failed(message):
                 yield sse({"error": message})
-                return

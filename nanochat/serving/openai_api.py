@@ -1,112 +1,174 @@
 """
-`/v1/chat/completions` and `/v1/models`, as OpenAI's clients speak.
+`/v1/chat/completions`, `/v1/completions` and `/v1/models`, as OpenAI's clients know them.
 
-What cannot be honoured is refused unless it has its neutral value (n = 1, top_p = 1, no tools, …); what cannot
-change an answer (user, metadata, …) is passed over. top_k is taken in addition. The model's own tool calls and
-their results stay out of `content`: clients see the answer only (their tokens are counted in `usage`).
+The model's own tool calls and their results stay out of `content`: clients see the answer only (their tokens are
+counted in `usage`).
 """
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from nanochat.serving.job import Done, Failed, Piece
-from nanochat.serving.schema import ApiError, MaxTokens, Strict, Temperature, TopK
+from nanochat.serving.answer import texts
+from nanochat.serving.job import Done, Failed, Piece, Scored
+from nanochat.serving.openai_schema import ChatCompletionRequest, CompletionRequest
+from nanochat.serving.schema import ApiError
 from nanochat.serving.transport import PING, EventStream, sse, unless_gone
 
-STOP_CHARS = 200  # of one stop string
-NEUTRAL = {  # parameter → the values that ask for nothing we cannot do
-    "n": (1,),
-    "top_p": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-IGNORED = {  # these cannot change an answer
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
-}
+COMPLETION_TOKENS = 16  # of /v1/completions, where a request names none: OpenAI's default
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True)
-    type: Literal["text"]
-    text: str
-
-
-class OpenAIMessage(BaseModel):
-    """Clients send back messages as they got them, with more fields; those that mean something must be empty."""
-
-    model_config = ConfigDict(strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    tool_calls: Annotated[list, Field(max_length=0)] | None = None
-    function_call: None = None
-
-    def as_ours(self) -> dict:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
-    include_usage: bool | None = None
-
-
-class CompletionRequest(Strict):
-    model_config = ConfigDict(extra="allow")  # judged by `check_extra`
-
-    model: str
-    messages: list[OpenAIMessage]
-    temperature: Temperature | None = None
-    top_k: TopK | None = None
-    max_tokens: MaxTokens | None = None
-    max_completion_tokens: MaxTokens | None = None  # OpenAI's newer name of the same
-    seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def as_list(cls, stop):
-        stop = [stop] if isinstance(stop, str) else stop or []
-        if not all(0 < len(text) <= STOP_CHARS for text in stop):
-            raise ValueError(f"a stop string has 1 to {STOP_CHARS} characters")
-        return stop
-
-    def check_extra(self):
-        for name, value in self.model_extra.items():
-            if value is None or name in IGNORED or value in NEUTRAL.get(name, ()):
-                continue
-            if name in NEUTRAL:
-                neutral = " or ".join(map(repr, NEUTRAL[name]))
-                raise ApiError(400, f"{name}: only {neutral} is supported", "unsupported_value", name)
-            raise ApiError(400, f"{name[:60]}: unknown parameter", "unknown_parameter", name[:60])
-        if self.stream_options and not self.stream:
-            raise ApiError(400, "stream_options: only allowed with stream", "invalid_value", "stream_options")
-
-
-def error_body(status, message, code=None, param=None) -> dict[str, Any]:
+def error_body(status, message, code=None, param=None) -> dict:
     """{"error": …} as OpenAI's clients expect it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class ChatShape:
+    """How chat completions are written down."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    first = ({"role": "assistant", "content": ""},)  # the delta that begins each streamed choice
+
+    def message(self, text):
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, text):
+        return {"delta": {"content": text} if text else {}}
+
+    def logprobs(self, tokenizer, tokens):
+        special = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
+
+        def entry(id, logprob):
+            raw = tokenizer.id_to_bytes(id)
+            return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+
+        said = [token for token in tokens if token.id not in special]
+        content = [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]} for token in said
+        ]
+        return {"content": content, "refusal": None}
+
+
+class TextShape:
+    """How text completions are written down, whole or in chunks."""
+
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    first = ()
+
+    def message(self, text):
+        return {"text": text}
+
+    delta = message
+
+    def logprobs(self, tokenizer, tokens):
+        def name(id):
+            raw = tokenizer.id_to_bytes(id)
+            text = raw.decode("utf-8", "replace")
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if "\ufffd" in text else text
+
+        def likeliest(token):
+            return {name(id): value for id, value in [*token.top, (token.id, token.logprob)]}
+
+        return {
+            "tokens": [name(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [None if token.logprob is None else likeliest(token) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+
+class Reply:
+    """
+    The reply to one request, from the events of its jobs, of which n at a time have the same prompt.
+
+    echo_from: the token of the prompt with which the texts of the reply begin; None: they begin after it.
+    """
+
+    def __init__(self, service, jobs, shape, model, body, echo_from=None):
+        self.service, self.jobs, self.shape, self.body, self.echo_from = service, jobs, shape, body, echo_from
+        self.tokenizer = service.pool.tokenizer
+        self.head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.id}
+
+    async def give(self, request):
+        """The response, streamed if that was asked for. Nothing goes on when the client leaves."""
+        if self.body.stream:
+            return EventStream(self._stream(), on_end=lambda: self.service.cancel(self.jobs))
+        try:
+            return await unless_gone(request.receive, self._whole())
+        finally:
+            self.service.cancel(self.jobs)
+
+    def _usage(self):
+        prompt = sum(len(job.prompt) for job in self.jobs[:: self.body.n or 1])
+        answer = sum(job.tokens for job in self.jobs)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+    def _choice(self, job, content, tokens, reason):
+        logprobs = None if job.logprobs is None or tokens is None else self.shape.logprobs(self.tokenizer, tokens)
+        return {"index": job.index, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    async def _bits(self):
+        """
+        Yield (job, text, its tokens, finish reason or None), and None when nothing has happened for a while. ApiError.
+        """
+        prompts = {job: ("", 0) for job in self.jobs}  # what is shown of it; characters of what is not
+        if self.echo_from is not None:
+            for job in self.jobs:
+                pieces = texts(self.tokenizer, job.prompt)
+                hidden, shown = pieces[: self.echo_from], pieces[self.echo_from :]
+                prompts[job] = "".join(shown), len("".join(hidden))
+                if not job.score:
+                    yield job, prompts[job][0], [], None
+
+        def moved(tokens, characters):
+            return [replace(token, offset=token.offset + characters) for token in tokens]
+
+        async for pair in self.service.events(self.jobs):
+            match pair:
+                case job, Scored(tokens):
+                    shown, hidden = prompts[job]
+                    yield job, shown, moved(tokens[self.echo_from :], -hidden), None
+                case job, Piece(kind="text", text=text, tokens=tokens):
+                    yield job, text, moved(tokens, len(prompts[job][0])), None
+                case job, Done(reason):
+                    yield job, "", None, reason
+                case _, Failed(message):
+                    raise ApiError(500, message)
+                case _:
+                    yield None
+
+    async def _whole(self):
+        found = {job: ("", [], None) for job in self.jobs}
+        async for bit in self._bits():
+            if bit:
+                job, *more = bit
+                text, tokens, _ = found[job]
+                found[job] = text + more[0], tokens + (more[1] or []), more[2]
+        choices = [self._choice(job, self.shape.message(text), *rest) for job, (text, *rest) in found.items()]
+        return {**self.head, "object": self.shape.whole, "choices": choices, "usage": self._usage()}
+
+    async def _stream(self):
+        head = {**self.head, "object": self.shape.chunk}
+        extra = {"usage": None} if self.body.with_usage else {}
+        try:
+            for job in self.jobs:
+                for delta in self.shape.first:
+                    yield sse({**head, "choices": [self._choice(job, {"delta": delta}, [], None)], **extra})
+            async for bit in self._bits():
+                if bit is None:
+                    yield PING
+                    continue
+                job, text, *rest = bit
+                yield sse({**head, "choices": [self._choice(job, self.shape.delta(text), *rest)], **extra})
+            if self.body.with_usage:
+                yield sse({**head, "choices": [], "usage": self._usage()})
+        except ApiError as error:
+            yield sse(error_body(error.status, error.message))
+        yield b"data: [DONE]\n\n"
 
 
 def create_router(service):
@@ -118,7 +180,7 @@ def create_router(service):
 
     def known(name):
         model = service.model()
-        if name != model.id:
+        if name not in (None, model.id):
             raise ApiError(404, f"there is no model {name[:60]!r} here, only {model.id!r}", "model_not_found", "model")
         return model
 
@@ -131,65 +193,23 @@ def create_router(service):
         return card(known(name))
 
     @router.post("/chat/completions")
-    async def complete(body: CompletionRequest, request: Request):
-        body.check_extra()
-        model = known(body.model)
-        messages = [message.as_ours() for message in body.messages]
-        seed = None if body.seed is None else body.seed % 2**63
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        job = await service.submit(messages, body.temperature, body.top_k, max_tokens, seed, body.stop or [])
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.id}
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(_stream(service, job, head, with_usage), on_end=lambda: service.pool.cancel(job))
-        try:
-            return await unless_gone(request.receive, _collect(service, job, head))
-        finally:
-            service.pool.cancel(job)
+    async def complete_chat(body: ChatCompletionRequest, request: Request):
+        body.check()
+        model, turns = known(body.model), service.conversation(body.messages)
+        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        jobs = await service.submit(body, lambda: [service.render(turns)], most, body.n or 1, logprobs=logprobs)
+        return await Reply(service, jobs, ChatShape(), model, body).give(request)
+
+    @router.post("/completions")
+    async def complete_text(body: CompletionRequest, request: Request):
+        body.check()
+        model, score = known(body.model), bool(body.echo) and body.logprobs is not None
+        most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        options = {"param": "prompt", "logprobs": body.logprobs, "score": score}
+        prompts = partial(body.prompts, service.pool.tokenizer, service.limits)
+        jobs = await service.submit(body, prompts, most, body.n or 1, **options)
+        echo_from = int(body.is_text) if body.echo else None
+        return await Reply(service, jobs, TextShape(), model, body, echo_from).give(request)
 
     return router
-
-
-def _usage(job):
-    prompt = len(job.prompt)
-    return {"prompt_tokens": prompt, "completion_tokens": job.tokens, "total_tokens": prompt + job.tokens}
-
-
-async def _collect(service, job, head):
-    text = ""
-    while True:
-        match await service.next_event(job):
-            case Piece(kind="text", text=more):
-                text += more
-            case Done(reason):
-                message = {"role": "assistant", "content": text, "refusal": None}
-                choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-                return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(job)}
-            case Failed(reason):
-                raise ApiError(500, reason)
-
-
-async def _stream(service, job, head, with_usage):
-    head = {**head, "object": "chat.completion.chunk"}
-    extra = {"usage": None} if with_usage else {}
-
-    def chunk(delta, finish_reason=None):
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return sse({**head, "choices": [choice], **extra})
-
-    yield chunk({"role": "assistant", "content": ""})
-    while True:
-        match await service.next_event(job):
-            case Piece(kind="text", text=text):
-                yield chunk({"content": text})
-            case Piece() | None:
-                yield PING
-            case Done(reason):
-                yield chunk({}, reason)
-                if with_usage:
-                    yield sse({**head, "choices": [], "usage": _usage(job)})
-                break
-            case Failed(message):
-                yield sse(error_body(500, message))
-                break
-    yield b"data: [DONE]\n\n"

@@ -1,16 +1,19 @@
 """What a request may look like. Every limit of the server is here, and so is every complaint about a request."""
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import secrets
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from nanochat.sampling import Sampling
 
 TEMPERATURE = (0.0, 2.0)
 TOP_K = (1, 200)
 MAX_TOKENS = (1, 4096)
-SEED = (0, 2**63 - 1)
 RENDER_CHARS = 200_000
+STOP_CHARS = 10_000  # of all stop strings together
 SHOWN_TOKENS = 256  # of a conversation, in one answer to /focus/text
 
 
@@ -51,9 +54,12 @@ class ApiError(Exception):
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
 
-Temperature = Annotated[float, Field(ge=TEMPERATURE[0], le=TEMPERATURE[1], allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=TOP_K[0], le=TOP_K[1])]
-MaxTokens = Annotated[int, Field(ge=MAX_TOKENS[0], le=MAX_TOKENS[1])]
+# ---------------------------------------------------------------------------------------------------------
+# Bodies
+
+
+def number(low, high):
+    return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -62,28 +68,62 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class Part(Strict):
-    type: Literal["text", "python", "python_output"]
-    text: str
+class Message(BaseModel):
+    """One message as clients have it, with fields of their own; `turns` makes a conversation of several."""
+
+    model_config = ConfigDict(strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[str | dict[str, Any]] | None = None
 
 
-class Message(Strict):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+class Request(BaseModel):
+    """What all requests for an answer have in common. What they have beside it is passed over, and counted."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    temperature: number(*TEMPERATURE) | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_p: number(0, 1) | None = None
+    min_p: number(0, 1) | None = None
+    repetition_penalty: number(0.01, 100) | None = None
+    presence_penalty: number(-2, 2) | None = None
+    frequency_penalty: number(-2, 2) | None = None
+    logit_bias: dict[str, number(-100, 100)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None
+
+    def sampling(self, defaults: Defaults, vocab_size: int) -> Sampling:
+        """Of the first answer that is asked for; a seed is drawn where none is given. ApiError (400)."""
+        names = {field.name for field in fields(Sampling)}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        chosen = {"temperature": defaults.temperature, "top_k": defaults.top_k, "seed": secrets.randbits(63)} | given
+        chosen["top_k"] = max(0, chosen["top_k"])  # −1 is another way to say "off"
+        chosen["top_p"] = max(1e-9, chosen.get("top_p", 1.0))  # the best token has this probability
+        chosen["logit_bias"] = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not re.fullmatch(r"\d{1,9}", key) or int(key) >= vocab_size:
+                raise ApiError(400, f"logit_bias: {key[:20]!r} is no token id below {vocab_size}", param="logit_bias")
+            chosen["logit_bias"][int(key)] = bias
+        return Sampling(**chosen)
+
+    def stops(self) -> list[str]:
+        """The stop strings. ApiError (400) when they are too long."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if sum(map(len, stop)) > STOP_CHARS:
+            raise ApiError(400, f"stop: at most {STOP_CHARS} characters in all", param="stop")
+        return [text for text in stop if text]
 
 
 # What cannot be guessed: 22 characters can hold 128 bits
 ConversationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22,64}$")]
 
 
-class ChatRequest(Strict):
+class ChatRequest(Request):
     """POST /chat/completions"""
 
     messages: list[Message]
-    temperature: Temperature | None = None
-    top_k: TopK | None = None
-    max_tokens: MaxTokens | None = None
-    seed: Annotated[int, Field(ge=SEED[0], le=SEED[1])] | None = None
+    top_k: Annotated[int, Field(ge=TOP_K[0], le=TOP_K[1])] | None = None
+    max_tokens: Annotated[int, Field(ge=MAX_TOKENS[0], le=MAX_TOKENS[1])] | None = None
     conversation: ConversationId | None = None
     focus: bool | None = None
 
@@ -107,43 +147,78 @@ class RenderRequest(Strict):
     texts: list[str]
 
 
-def check_conversation(messages: list[dict], limits: Limits):
-    """ApiError (400) unless these {"role", "content"} are a conversation that the assistant is to go on with."""
+# ---------------------------------------------------------------------------------------------------------
+# Conversations
+
+TOOL_PARTS = ("python", "python_output")  # of the model's own calculator, in answers of this server
+# Type of a part → its field
+TEXTS = {"refusal": "refusal"} | dict.fromkeys(("text", "input_text", "output_text", *TOOL_PARTS), "text")
+
+
+def turns(messages: list[Message], limits: Limits) -> list[dict]:
+    """
+    {"role": "user" or "assistant", "content"} in turn, as the model knows conversations, beginning with the user.
+
+    What is for the model to obey or to know (by system, developer, user, tool or function) is the user's. Neighbours
+    with one role become one message. If the last one is by the assistant, it is to be continued. ApiError (400) where
+    there is no text, too much of it, or something else.
+    """
 
     def refuse(message):
         raise ApiError(400, message, code="invalid_messages", param="messages")
 
-    if not messages:
-        refuse("messages is empty: expected at least one message, by the user")
     if len(messages) > limits.messages:
         refuse(f"too many messages: at most {limits.messages} are taken, got {len(messages)}. Start a new chat")
-    total = 0
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    first = len(messages) - len(turns)
+    result, total = [], 0
     for i, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        if role != "assistant" and not isinstance(content, str):
-            refuse(f"messages.{i}.content: expected a string, for only the assistant's messages have parts")
-        chars = len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-        if role != "assistant":  # the assistant may have said nothing, and may have been long
-            if not content.strip():
-                refuse(f"messages.{i}.content is empty")
-            if chars > limits.message_chars:
-                refuse(f"messages.{i}.content is too long: at most {limits.message_chars} characters, got {chars}")
+        role = "assistant" if message.role == "assistant" else "user"
+        parts = _parts(message, role, lambda text, i=i: refuse(f"messages.{i}.content: {text}"))
+        chars = sum(len(part["text"]) for part in parts)
+        if role == "user" and chars > limits.message_chars:  # what the assistant wrote may have been long
+            refuse(f"messages.{i}.content is too long: at most {limits.message_chars} characters, got {chars}")
         total += chars
-        expected = "system" if i < first else "user" if (i - first) % 2 == 0 else "assistant"
-        if role != expected:
-            refuse(
-                f"messages.{i}.role: expected {expected!r}, got {role!r}. User and assistant take turns, "
-                "beginning with the user; one system message may come first"
-            )
-    if messages[-1]["role"] != "user":
-        refuse(f"the last message must be the user's, got {messages[-1]['role']!r}")
+        if result and result[-1]["role"] == role:
+            parts = _merged(result.pop()["content"], parts)
+        result.append({"role": role, "content": parts})
     if total > limits.conversation_chars:
         refuse(
             f"the conversation is too long: at most {limits.conversation_chars} characters in all, got {total}. "
             "Start a new chat"
         )
+    if not any(part["text"].strip() for turn in result for part in turn["content"]):
+        refuse("messages are empty: expected at least one with text")
+    if result[0]["role"] == "assistant":
+        result.insert(0, {"role": "user", "content": []})
+    return [{**turn, "content": _joined(turn["content"])} for turn in result]
+
+
+def _merged(first, second):
+    between = [{"type": "text", "text": "\n\n"}] if first and second else []
+    return [*first, *between, *second]
+
+
+def _parts(message, role, refuse):
+    """A message's content as a list of {"type", "text"}."""
+    content = message.content
+    parts = []
+    for part in [content] if isinstance(content, str) else content or []:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = str(part.get("type"))
+        if kind not in TEXTS:
+            refuse(f"this model reads text only, got a part of type {kind!r}"[:100])
+        if kind in TOOL_PARTS and role != "assistant":
+            refuse("only the assistant's messages have parts of the calculator")
+        text = part.get(TEXTS[kind])
+        if not isinstance(text, str):
+            refuse(f"expected a string as the text of a part, got {text!r}"[:100])
+        if text or kind in TOOL_PARTS:
+            parts.append({"type": kind if kind in TOOL_PARTS else "text", "text": text})
+    return parts
+
+
+def _joined(parts):
+    """Parts as the tokenizer takes them: a string, unless the calculator was used."""
+    return parts if any(part["type"] in TOOL_PARTS for part in parts) else "".join(part["text"] for part in parts)
 
 
 def check_texts(texts: list[str], limits: Limits):
@@ -157,34 +232,29 @@ def check_texts(texts: list[str], limits: Limits):
         )
 
 
-def room(prompt_tokens: int, max_tokens: int, context_length: int | None, fits: bool = True) -> int:
+def room(prompt_tokens: int, max_tokens: int | None, context_length: int | None, fits=True, param="messages") -> int:
     """
-    How many tokens may be generated after a prompt. ApiError (400) if there is no room for any.
+    How many tokens may be generated after a prompt, None and −1 for all. ApiError (400) if there is no room for any.
 
     context_length: of prompt and answer together, None where sessions summarize what is old. fits: whether a
-    session can hold the prompt.
+    session can hold the prompt. param: where the prompt came from.
 
     The one place that knows that a context is finite.
     """
+    most = MAX_TOKENS[1] if max_tokens in (None, -1) else min(max_tokens, MAX_TOKENS[1])
+    complaint = None
     if not fits:
+        complaint = ", too many even for summaries of them to fit into this server's working context"
+    elif context_length is not None and prompt_tokens + min(most, 1) > context_length:
+        complaint = f" and this model's context holds {context_length}, the answer included"
+    if complaint:
         raise ApiError(
             400,
-            f"the conversation has {prompt_tokens} tokens, too many even for summaries of them to fit into this "
-            "server's working context: start a new chat",
+            f"the conversation has {prompt_tokens} tokens{complaint}: start a new chat or shorten the messages",
             code="context_length_exceeded",
-            param="messages",
+            param=param,
         )
-    if context_length is None:
-        return max_tokens
-    if prompt_tokens >= context_length:
-        raise ApiError(
-            400,
-            f"the conversation has {prompt_tokens} tokens and this model's context holds {context_length}, the answer "
-            "included: start a new chat or shorten the messages",
-            code="context_length_exceeded",
-            param="messages",
-        )
-    return min(max_tokens, context_length - prompt_tokens)
+    return most if context_length is None else min(most, context_length - prompt_tokens)
 
 
 def explain(errors: list[dict]) -> tuple[str, str | None]:

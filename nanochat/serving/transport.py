@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import hmac
 import json
 import logging
+import re
 import socket
 import time
 
@@ -75,20 +77,25 @@ class PatientProtocol(H11Protocol):
 
 class Gate:
     """
-    ASGI middleware. Reads a request's whole body, bounded in bytes and seconds, before anything is parsed; adds
-    security headers; logs a line a request, without what was said.
+    ASGI middleware. Asks for the key; reads a request's whole body, bounded in bytes and seconds, before anything is
+    parsed; adds security headers; logs a line a request, without what was said. HEAD is what GET would be, and a path
+    may have a slash too many.
     """
 
-    def __init__(self, app, max_body_bytes, complain, body_seconds=30.0):
-        """complain(path, status, message): the response that refuses a request."""
+    def __init__(self, app, max_body_bytes, complain, body_seconds=30.0, api_key="", public=()):
+        """complain(status, message, headers=…): the response that refuses. public: paths for which no key is needed."""
         self.app, self.max_body_bytes, self.complain = app, max_body_bytes, complain
-        self.body_seconds = body_seconds
+        self.body_seconds, self.api_key, self.public = body_seconds, api_key.encode(), public
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start, status = time.monotonic(), None
+        method, headers = scope["method"], dict(scope["headers"])
+        path = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
+        # Where uvicorn knows that it is HEAD, it sends no body
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
 
         async def send_with_headers(message):
             nonlocal status
@@ -99,24 +106,31 @@ class Gate:
             await send(message)
 
         try:
-            body, refusal = b"", None
-            if scope["method"] == "POST":
-                body, refusal = await self._read(dict(scope["headers"]), receive)
+            body, refusal = b"", self._check_key(path, headers)
+            if method == "POST":
+                body, refusal = await self._read(headers, receive, refusal or self._check_head(headers))
             if refusal:
-                response = self.complain(scope["path"], *refusal)
+                response = self.complain(*refusal, headers=UNAUTHORIZED if refusal[0] == 401 else None)
                 response.headers["Connection"] = "close"  # there may be more of the body
                 await response(scope, receive, send_with_headers)
             elif body is not None:
                 await self.app(scope, _replay(body, receive), send_with_headers)
         finally:
-            if scope["path"] != "/health":
-                path = scope["raw_path"].decode("ascii", "replace")[:80]
+            if path != "/health":
+                shown = scope["raw_path"].decode("ascii", "replace")[:80]
                 seconds = time.monotonic() - start
-                logger.info("%s %s %s %.2fs", scope["method"], path, status or "client left", seconds)
+                logger.info("%s %s %s %.2fs", method, shown, status or "client left", seconds)
 
-    async def _read(self, headers, receive):
+    def _check_key(self, path, headers):
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if not self.api_key or path in self.public:
+            return None
+        if kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key):
+            return None
+        return 401, "this server wants its key: expected the header Authorization: Bearer, and its --api_key"
+
+    async def _read(self, headers, receive, refusal):
         """(body, None), or (None, (status, message)) to refuse, or (None, None) if the client left."""
-        refusal = self._check_head(headers)
         if refusal and b"expect" in headers:  # the client waits for permission to send the body
             return None, refusal
         body, size = bytearray(), 0
@@ -148,6 +162,7 @@ class Gate:
         return 413, f"the body is too large: at most {self.max_body_bytes} bytes are taken"
 
 
+UNAUTHORIZED = {"WWW-Authenticate": "Bearer"}
 DISCARDED_BYTES = 64_000_000  # of a body that is refused, before the connection is cut
 SECURITY_HEADERS = [
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),  # the page has its own
@@ -168,9 +183,9 @@ def _replay(body, receive):
 
 
 def sse(data, event=None) -> bytes:
-    """One server-sent event of a JSON value; event: its name."""
-    name = f"event: {event}\n".encode() if event else b""
-    return name + b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    """One server-sent event of a JSON value, in ASCII, which no line separator splits; event: its name."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {json.dumps(data)}\n\n".encode()
 
 
 async def next_or_none(events: asyncio.Queue, seconds):

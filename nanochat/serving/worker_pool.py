@@ -235,7 +235,7 @@ class WorkerPool:
         with self.changed:
             workers = [
                 {
-                    "id": worker.number,
+                    "gpu_id": worker.number,
                     "device": str(worker.device),
                     "busy": worker.job is not None,
                     "served": worker.served,
@@ -247,7 +247,9 @@ class WorkerPool:
             return {
                 "state": self.state,
                 "workers": workers,
+                "total_workers": len(workers),
                 "available_workers": self._idle(),
+                "busy_workers": len(workers) - self._idle(),
                 "queue": {"length": len(self.waiting), "limit": self.queue_size},
                 "totals": dict(self.totals),
                 "uptime_seconds": round(time.monotonic() - self.started, 3),

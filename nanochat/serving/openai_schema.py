@@ -1,0 +1,103 @@
+"""
+What OpenAI's clients send.
+
+Refused is only what would change the meaning of an answer and cannot be done here; what else is unknown is passed over
+and counted. Parameters beyond OpenAI's (top_k, min_p, repetition_penalty) have the names that vLLM gave them.
+"""
+
+from itertools import chain
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanochat.serving.schema import ApiError, Message, Request
+
+TOP_LOGPROBS = (0, 20)
+CHOICES = (1, 128)
+
+NO_GRAMMAR = "this server cannot bind an answer to a format"
+NO_TOOLS = "the model of this server calls no tools but its own calculator"
+REFUSED = {  # parameter → (its values that ask for nothing, why others are refused)
+    "response_format": (({"type": "text"},), NO_GRAMMAR),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ((), NO_GRAMMAR)),
+    **dict.fromkeys(("structured_outputs", "json_schema", "grammar"), ((), NO_GRAMMAR)),
+    "tool_choice": (("none", "auto"), NO_TOOLS),
+    "function_call": (("none", "auto"), NO_TOOLS),
+    "modalities": ((["text"],), "this server makes text only"),
+    "audio": ((), "this server makes text only"),
+    "suffix": (("",), "this server continues text, it does not fill gaps"),
+    "use_beam_search": ((False,), "this server draws tokens, it does not search"),
+}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+    include_usage: bool | None = None
+
+
+class OpenAIRequest(Request):
+    model: str | None = None
+    n: Annotated[int, Field(ge=CHOICES[0], le=CHOICES[1])] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def with_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self):
+        """ApiError (400) for what cannot be done."""
+        for name, (neutral, reason) in REFUSED.items():
+            value = self.model_extra.get(name)
+            if value is not None and value not in neutral:
+                known = f": only {' or '.join(map(repr, neutral))} is supported" if neutral else ""
+                raise ApiError(400, f"{name}: {reason}{known}", "unsupported_value", name)
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message]
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None  # the newer name of the same
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
+
+    def check(self):
+        super().check()
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise ApiError(400, f"{name}: expected 1 or more, or -1 for what is left, got 0", param=name)
+
+
+class CompletionRequest(OpenAIRequest):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
+    best_of: int | None = None
+
+    def check(self):
+        super().check()
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(400, "best_of must equal n: this server gives all answers that it makes", param="best_of")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether <|bos|> is put before a prompt, which clients do not see."""
+        return isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], str))
+
+    def prompts(self, tokenizer, limits) -> list[list[int]]:
+        """Ids of each prompt: text begins a document, after <|bos|>; ids are taken as they are. ApiError (400)."""
+        alone = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        prompts = [self.prompt] if alone else self.prompt
+        if sum(map(len, prompts)) > limits.conversation_chars:
+            raise ApiError(400, f"prompt: at most {limits.conversation_chars} characters in all", param="prompt")
+        ids = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in prompts]
+        if not ids or not all(ids):
+            raise ApiError(400, "prompt is empty: expected text, ids, or a list of several", param="prompt")
+        V = tokenizer.get_vocab_size()
+        if not all(0 <= id < V for id in chain.from_iterable(ids)):
+            raise ApiError(400, f"prompt: expected ids from 0 to {V - 1}", param="prompt")
+        return ids

@@ -1,0 +1,98 @@
+"""What the interfaces of the server share: from a request to queued jobs, and to the events of these."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from nanochat.sampling import row_seed
+from nanochat.serving import schema
+from nanochat.serving.job import Done, Failed, Job
+from nanochat.serving.schema import ApiError, Defaults, Limits
+from nanochat.serving.transport import next_or_none
+from nanochat.serving.worker_pool import Unavailable, WorkerPool
+
+COUNTED_NAMES = 200  # of parameters that were passed over
+
+
+@contextlib.contextmanager
+def unavailable_as_503():
+    try:
+        yield
+    except Unavailable as error:
+        raise ApiError(503, str(error), code="unavailable", retry_after=error.retry_after) from error
+
+
+@dataclass(frozen=True)
+class Service:
+    pool: WorkerPool
+    limits: Limits
+    defaults: Defaults
+    ping_seconds: float = 10.0
+    passed_over: Counter = field(default_factory=Counter)  # names of parameters → how often
+
+    async def submit(self, request: schema.Request, prompts, max_tokens, n=1, param="messages", **job) -> list[Job]:
+        """
+        Queued jobs, n for each of `prompts()`, lists of ids, that share a queue of events. Raises ApiError.
+
+        prompts: called in a thread. max_tokens: None and −1 for what is left. job: other fields of Job.
+        """
+        for name in (*(request.model_extra or {}), *job.pop("passed_over", ())):
+            self.passed_over[name[:60] if len(self.passed_over) < COUNTED_NAMES else "others"] += 1
+        with unavailable_as_503():
+            self.pool.check_open()
+        sampling = request.sampling(self.defaults, self.pool.tokenizer.get_vocab_size())
+        stop, events, sessions = request.stops(), asyncio.Queue(), self.pool.sessions
+        context = None if sessions and not job.get("score") else self.pool.context_length
+        jobs = []
+        for prompt in await asyncio.to_thread(prompts):
+            fits = not sessions or sessions[0].fits(len(prompt))
+            tokens = schema.room(len(prompt), max_tokens, context, fits, param)
+            for _ in range(n):
+                settings = replace(sampling, seed=row_seed(sampling.seed, len(jobs)))
+                jobs.append(Job(prompt, tokens, settings, stop, index=len(jobs), events=events, **job))
+        most = self.pool.queue_size + len(self.pool.workers)
+        if len(jobs) > most:
+            raise ApiError(400, f"at most {most} answers at once: got {len(jobs)}", param="n")
+        try:
+            with unavailable_as_503():
+                for one in jobs:
+                    self.pool.submit(one)
+        except ApiError:
+            self.cancel(jobs)
+            raise
+        return jobs
+
+    def cancel(self, jobs):
+        for job in jobs:
+            self.pool.cancel(job)
+
+    async def events(self, jobs):
+        """Yield (job, event) until all jobs of a request are done; None when nothing has happened for a while."""
+        running = len(jobs)
+        while running:
+            pair = await next_or_none(jobs[0].events, self.ping_seconds)
+            running -= pair is not None and isinstance(pair[1], Done | Failed)
+            yield pair
+
+    def conversation(self, messages) -> list[dict]:
+        return schema.turns(messages, self.limits)
+
+    def render(self, turns) -> list[int]:
+        """Ids of a conversation that the assistant is to go on with, be it in the middle of its own message."""
+        conversation = {"messages": turns}
+        if turns[-1]["role"] == "user":
+            return self.pool.tokenizer.render_for_completion(conversation)
+        return self.pool.tokenizer.render_conversation(conversation, max_tokens=None)[0][:-1]
+
+    def sessions_of(self, conversation):
+        """The Sessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
+        if not self.pool.sessions:
+            raise ApiError(404, "this server keeps no sessions: it runs without --mc")
+        return max(self.pool.sessions, key=lambda sessions: sessions.last_used(conversation))
+
+    def model(self):
+        """The ServedModel. ApiError (503) while there is none."""
+        with unavailable_as_503():
+            self.pool.check_ready()
+        return self.pool.model
