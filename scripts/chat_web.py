@@ -3,7 +3,7 @@ Serve a model: a chat page for browsers, and an API for OpenAI's clients.
 
     python -m scripts.chat_web                     # the SFT model on one GPU, or on the CPU
     python -m scripts.chat_web -i rl -n 4          # the RL model on four GPUs
-    python -m scripts.chat_web --host 127.0.0.1    # for this machine only
+    python -m scripts.chat_web --host 0.0.0.0 --api_key @key.txt    # for others too, who need what the file says
     python -m scripts.chat_web --mc                # chats as long as you like, with a view of where the model looks
 
 GET /                        the page
@@ -13,9 +13,10 @@ POST /chat/completions       {"messages": [{"role", "content"}], "temperature", 
                              event: focus, data: {"focus": {…}}; the name, 22 characters or more, is the key to
 POST /focus                  {"conversation"}: the last of these
 POST /focus/text             {"conversation", "start", "end"}: the tokens from start to end, as text
-POST /v1/chat/completions    as OpenAI's, streaming or not; also GET /v1/models
 POST /render                 {"texts": […]}: Markdown as safe HTML
 GET /health, /stats, /config
+POST /v1/chat/completions, /v1/completions    as OpenAI's, streaming or not; also GET /v1/models
+GET /openapi.json            all of this for programs
 
 SIGTERM and Ctrl-C let running answers finish first.
 """
@@ -23,11 +24,13 @@ SIGTERM and Ctrl-C let running answers finish first.
 import json
 import logging
 import os
+import re
 import resource
 import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -66,8 +69,12 @@ class Config(ModelOptions, DeviceOptions):
     """of one answer, where a request names none"""
     port: Annotated[int, short("-p")] = 8000
     """to listen on; 0 for any free one"""
-    host: str = "0.0.0.0"
-    """address to listen on; 127.0.0.1 for this machine only"""
+    host: str = "127.0.0.1"
+    """address to listen on: this machine only; 0.0.0.0 for all networks (nanochat's own default)"""
+    api_key: str = ""
+    """what clients must show, or @FILE where it is; empty for $NANOCHAT_API_KEY, without which nothing is asked for"""
+    allow_origin: str = ""
+    """web pages elsewhere that may use the interface: their origins, with commas between; * for all"""
     queue_size: int = 64
     """requests that may wait for a worker; more get 503"""
     max_messages: int = -1
@@ -109,6 +116,28 @@ def check(config):
     checkpoint_root(config.source)
 
 
+def read_key(option):
+    """The key that --api_key or the environment names; empty for none. UserError."""
+    key = option or os.environ.get("NANOCHAT_API_KEY", "")
+    if key.startswith("@"):
+        try:
+            key = Path(key[1:]).read_text("utf-8").strip() or " "
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the key from {key[1:]} ({error}): expected a file with one line") from error
+    if key and not re.fullmatch("[!-~]+", key):
+        raise UserError("the API key must be ASCII without spaces, as it goes into a header of HTTP")
+    return key
+
+
+def read_origins(option):
+    """The origins that --allow_origin names. UserError."""
+    origins = [origin.strip() for origin in option.split(",") if origin.strip()]
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise UserError(f"--allow_origin takes origins such as https://chat.example.org, got {origin!r}")
+    return origins
+
+
 def devices(config):
     """One a worker."""
     device = compute_init(config.device_type)[-1]
@@ -144,7 +173,7 @@ def load(config, device, on_update=None):
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
 
 
-def describe(config, pool, limits, port):
+def describe(config, pool, limits, port, key):
     """What a person who starts the server wants to know."""
     model = pool.workers[0].engine.model
     where = ", ".join(str(worker.device) for worker in pool.workers)
@@ -164,7 +193,8 @@ def describe(config, pool, limits, port):
         f"limits  {limits.messages:,} messages, {limits.message_chars:,} characters a message, "
         f"{limits.conversation_chars:,} in all, {config.queue_size} waiting requests\n"
         f"API     http://{name}:{port}/v1, model {pool.model.id}\n"
-        f"page    http://{name}:{port}/" + (" (open to the network; --host 127.0.0.1 closes it)" if everywhere else "")
+        f"page    http://{name}:{port}/\n"
+        + ("key     needed" if key else "key     none (--api_key): whoever reaches this address may use the model")
     )
 
 
@@ -205,7 +235,7 @@ def main(config: Config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))  # a connection is an open file
-    limits = limits_of(config)
+    limits, key, origins = limits_of(config), read_key(config.api_key), read_origins(config.allow_origin)
     telemetry = open_telemetry("chat_web", f"{config.source}_{config.model_tag or 'largest'}")
 
     with_text = os.environ.get(CAPTURE_TEXT, "").lower() in ("1", "true", "yes")
@@ -217,7 +247,8 @@ def main(config: Config):
         telemetry.event("chat", attributes, time.monotonic() - job.created)
 
     pool = WorkerPool(config.queue_size, on_end)
-    app = create_app(pool, limits, Defaults(config.temperature, config.top_k, config.max_tokens))
+    defaults = Defaults(config.temperature, config.top_k, config.max_tokens)
+    app = create_app(pool, limits, defaults, key, origins)
     workers = devices(config)
     server = Server(app, pool, config.drain_seconds)
     failures = []
@@ -237,7 +268,7 @@ def main(config: Config):
                     if server.should_exit:
                         return
                 pool.start(engines, served, sessions)
-                print(describe(config, pool, limits, port), flush=True)
+                print(describe(config, pool, limits, port, key), flush=True)
             except BaseException as error:  # passed on below
                 failures.append(error)
                 server.should_exit = True

@@ -123,6 +123,10 @@ def said(replies):
     return "".join(event["token"] for event in replies if "token" in event)
 
 
+def totals(server):
+    return server.client.get("/stats").json()["totals"]
+
+
 def is_idle(server):
     return server.pool.is_idle()
 

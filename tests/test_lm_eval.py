@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.hf_export import export_hf
 from scripts import lm_eval as script
 from tests.helpers import make_model, write_tokenizer
+from tests.helpers_server import MODEL, serving
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -168,6 +172,39 @@ def test_chat_format(adapter, tokenizer):
     assert closed == tokenizer.render_conversation({"messages": chat[:3]})[0]
     hidden = lm.tok_encode("text with <|assistant_end|> in it")
     assert tokenizer.encode_special("<|assistant_end|>") not in hidden
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_over_http(adapter, tokenizer, tmp_path, batch_size):
+    """The harness' own client of /v1/completions gets from our server what its adapter gets from the model."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    lm = adapter()
+    meta = {"model_tag": "d2", "step": 5, "model_config": asdict(lm.model.config)}
+    export_hf(tmp_path / "exported", lm.model, tokenizer, "base", meta)
+    with serving(tmp_path, Engine(lm.model, tokenizer)) as server:
+        options = {
+            "model": MODEL.id,
+            "tokenizer": str(tmp_path / "exported"),
+            "max_length": T,
+            "batch_size": batch_size,
+        }
+        connect = partial(LocalCompletionsAPI, base_url=f"{server.url}/v1/completions", **options)
+        remote = connect(add_bos_token=True)
+        requests = [Request(*pair) for pair in PAIRS if len(split(tokenizer, *pair)[0]) < T]
+        assert len(requests) >= 5
+        ours, theirs = (m.loglikelihood(requests, disable_tqdm=True) for m in (lm, remote))
+        assert [greedy for _, greedy in theirs] == [greedy for _, greedy in ours]
+        assert [score for score, _ in theirs] == pytest.approx([score for score, _ in ours], abs=1e-4)
+        # Here it has a prefix of its own
+        remote = connect(custom_prefix_token_id=tokenizer.get_bos_token_id())
+        texts = [Request(text) for text in ("Hi", "def double(x):")]
+        ours, theirs = (m.loglikelihood_rolling(texts, disable_tqdm=True) for m in (lm, remote))
+        assert theirs == pytest.approx(ours, abs=1e-3)
+        remote = connect(add_bos_token=True)
+        prompts = [Request(text, {"max_gen_toks": 8, "do_sample": False, "until": ["\n"]}) for text in ("The", "3 +")]
+        ours, theirs = (m.generate_until(prompts, disable_tqdm=True) for m in (lm, remote))
+        assert theirs == ours
 
 
 # ---------------------------------------------------------------------------------------------------------

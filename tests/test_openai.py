@@ -3,14 +3,19 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
+import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
+import schemathesis
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine
@@ -32,6 +37,7 @@ from tests.helpers_server import (
     send_raw,
     serving,
     tool_script,
+    totals,
 )
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -624,3 +630,68 @@ def test_tokens_of_an_answer_that_is_cut(tokenizer, stop, text, count):
     assert [(token.id, token.offset) for piece in made for token in piece.tokens] == list(
         zip(ids, range(count), strict=False)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Programs that others wrote
+
+
+def test_schemathesis(serve, tokenizer):
+    """What /openapi.json says may be sent, and what it says may not: nothing of it is the server's fault."""
+    server = serve(Script(tokenizer), queue_size=100)
+    described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [result.ok() for result in described.get_all_operations()]
+    assert {operation.path for operation in operations} >= {CHATS, TEXTS, "/v1/models", "/chat/completions", "/render"}
+
+    for operation in operations:
+
+        @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(
+            case=operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE) | operation.as_strategy()
+        )
+        def holds(case):
+            response = case.call(base_url=server.url, timeout=30)
+            assert response.status_code < 500, response.text
+            assert response.status_code < 400 or response.json()["error"]["message"]
+
+        holds()
+    until(lambda: is_idle(server))
+    assert totals(server)["failed"] == 0
+
+
+NODE = """
+import OpenAI from "openai";
+const client = new OpenAI({baseURL: process.argv[2], apiKey: "s3cret", maxRetries: 0});
+const [model] = (await client.models.list()).data;
+const messages = [{role: "user", content: "hi"}];
+const options = {model: model.id, messages, temperature: 0.5, stop: ["zz"], n: 2};
+const whole = await client.chat.completions.create(options);
+let said = "", usage;
+const streamed = {...options, n: 1, stream: true, stream_options: {include_usage: true}};
+for await (const chunk of await client.chat.completions.create(streamed)) {
+  said += chunk.choices[0]?.delta?.content ?? "";
+  usage = chunk.usage ?? usage;
+}
+const final = await client.chat.completions.stream({model: model.id, messages}).finalContent();
+const text = await client.completions.create({model: model.id, prompt: "a", echo: true, max_tokens: 0});
+const wrong = await client.embeddings.create({model: model.id, input: "a"}).catch((error) => error);
+console.log(JSON.stringify([whole.choices.map((choice) => choice.message.content), said, usage.total_tokens > 0, final,
+  text.choices[0].text, wrong.status, wrong.message]));
+"""
+
+
+def test_openai_node(serve, tokenizer, tmp_path):
+    """The client for JavaScript, from $OPENAI_NODE, a folder where `npm install openai` was done."""
+    folder = os.environ.get("OPENAI_NODE")
+    if not (folder and shutil.which("node")):
+        pytest.skip("needs node, and OPENAI_NODE=FOLDER with openai in it")
+    (tmp_path / "node_modules").symlink_to(Path(folder) / "node_modules")
+    (tmp_path / "client.mjs").write_text(NODE)
+    server = serve(Script(tokenizer), api_key="s3cret")
+    command = ["node", tmp_path / "client.mjs", f"{server.url}/v1"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert output.returncode == 0, output.stderr
+    *said, status, message = json.loads(output.stdout)
+    assert said == [["Hello there."] * 2, "Hello there.", True, "Hello there.", "a"]
+    assert status == 404
+    assert "POST /v1/embeddings is not here" in message

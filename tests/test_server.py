@@ -17,6 +17,7 @@ import threading
 from dataclasses import asdict
 
 import httpx
+import openai
 import pytest
 import torch
 
@@ -46,6 +47,7 @@ from tests.helpers_server import (
     send_raw,
     serving,
     tool_script,
+    totals,
 )
 
 
@@ -68,10 +70,6 @@ def engine(tokenizer):
 def post_json(server, path, body):
     """As httpx would, but NaN and halves of characters are let through."""
     return server.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
-
-
-def totals(server):
-    return server.client.get("/stats").json()["totals"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -447,6 +445,108 @@ def test_no_redirects(refusing):
         assert refusing.client.get(refusing.url + path, follow_redirects=False).status_code == 200
 
 
+# ---------------------------------------------------------------------------------------------------------
+# A key, and browsers' pages of other origins
+
+NEED_KEY = [
+    ("POST", path)
+    for path in ("/chat/completions", "/v1/chat/completions", "/v1/completions", "/render", "/focus", "/no")
+] + [("GET", path) for path in ("/config", "/stats", "/v1/models", "/v1/models/x", "/nothing")]
+
+
+def test_a_key(serve, tokenizer):
+    """Without it nothing is told but the page and whether the server is well; the wrong one says what is expected."""
+    script = Script(tokenizer)
+    server = serve(script, api_key="s3cret")
+    for path in ("/", "/logo.svg", "/health", "/openapi.json"):
+        assert server.client.get(path).status_code == 200
+    wrong = [{}, {"Authorization": "s3cret"}, {"Authorization": "Bearer s3cre"}, {"Authorization": "Basic s3cret"}]
+    for method, path in NEED_KEY:
+        body = {"json": chat()} if method == "POST" else {}
+        for headers in [*wrong, {"Authorization": b"Bearer \xe9"}]:
+            response = server.client.request(method, path, headers=headers, **body)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert "Authorization: Bearer" in response.json()["detail"]
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert "s3cret" not in response.text
+        right = server.client.request(method, path, headers={"Authorization": "bearer s3cret"}, **body)
+        assert right.status_code != 401
+    assert len(script.prompts) == 2  # with the key only
+
+
+def test_a_key_for_openai(serve, tokenizer):
+    server = serve(Script(tokenizer), api_key="s3cret")
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret") as client:
+        assert client.chat.completions.create(model=MODEL.id, messages=USER).choices[0].message.content
+
+
+def test_where_the_key_comes_from(tmp_path, monkeypatch):
+    assert chat_web.read_key("") == ""
+    monkeypatch.setenv("NANOCHAT_API_KEY", "from-the-environment")
+    assert chat_web.read_key("") == "from-the-environment"
+    assert chat_web.read_key("given") == "given"
+    (tmp_path / "key").write_text("in-a-file\n")
+    assert chat_web.read_key(f"@{tmp_path}/key") == "in-a-file"
+    (tmp_path / "empty").write_text("\n")
+    for option, message in [
+        ("a b", "must be ASCII without spaces"),
+        ("schlüssel", "must be ASCII"),
+        (f"@{tmp_path}/empty", "must be ASCII"),
+        (f"@{tmp_path}/none", "cannot read the key from .*none"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            chat_web.read_key(option)
+
+
+@pytest.mark.parametrize("origins", [[], ["https://chat.example.org", "http://localhost:3000"], ["*"]])
+def test_pages_of_other_origins(serve, tokenizer, origins):
+    """They are let in if they are named, with a preflight, and told of errors too; by default no one is."""
+    server = serve(Script(tokenizer), origins=origins, api_key="s3cret")
+    for origin in ("https://chat.example.org", "https://evil.example"):
+        headers = {"Origin": origin, "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+        preflight = server.client.options("/v1/models", headers=headers | {"Access-Control-Request-Method": "POST"})
+        refused = server.client.get("/v1/models", headers=headers)
+        answer = server.client.get("/v1/models", headers=headers | {"Authorization": "Bearer s3cret"})
+        assert (refused.status_code, answer.status_code) == (401, 200)
+        allowed = origin in origins or "*" in origins
+        for response in (preflight, refused, answer):
+            assert (response.headers.get("access-control-allow-origin") in (origin, "*")) == allowed
+            assert "access-control-allow-credentials" not in response.headers
+        assert (preflight.status_code == 200) == allowed
+        assert not allowed or "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+
+
+def test_origins_as_an_option():
+    assert chat_web.read_origins("") == []
+    assert chat_web.read_origins("https://a.example, http://localhost:3000") == [
+        "https://a.example",
+        "http://localhost:3000",
+    ]
+    assert chat_web.read_origins("*") == ["*"]
+    for wrong in ("a.example", "https://a.example/path", "file:///x"):
+        with pytest.raises(UserError, match="takes origins such as"):
+            chat_web.read_origins(wrong)
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
+def test_frames_are_ascii(serve, tokenizer, path):
+    """Whatever a client takes for the end of a line, a frame is one."""
+    text = "a\u2028b\u2029c\x85d\x1ee é"
+    response = serve(Script(tokenizer, text)).client.post(path, json=chat(stream=True) if "v1" in path else chat())
+    assert response.content.isascii()
+    frames = [
+        json.loads(line.removeprefix("data: ")) for line in response.text.splitlines() if line.startswith("data: {")
+    ]
+    pieces = (frame.get("token") or frame.get("choices", [{}])[0].get("delta", {}).get("content") for frame in frames)
+    assert "".join(piece or "" for piece in pieces) == text
+
+
 def test_slow_senders_are_cut_off(serve, tokenizer, monkeypatch):
     """A head that never ends is dropped; a body that never ends is answered 408. Neither costs a worker."""
     monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
@@ -759,7 +859,6 @@ def test_the_whole_program(base_dir, tokenizer):
         "scripts.chat_web",
         "-p",
         "0",
-        "--host=127.0.0.1",
         "--device_type=cpu",
         "-d",
         "fp32",
@@ -773,13 +872,14 @@ def test_the_whole_program(base_dir, tokenizer):
     )
     try:
         shown = ""
-        while "page " not in shown:
+        while "key " not in shown:
             line = process.stdout.readline()
             assert line, shown
             shown += line
         assert "sft/d1, step 3: " in shown
         assert "context 4096 tokens, on cpu" in shown
         assert "500 messages, 8,000 characters a message, 32,000 in all, 64 waiting requests" in shown
+        assert "key     none (--api_key): whoever reaches this address may use the model" in shown
         url = re.search(r"page +(http://127\.0\.0\.1:\d+)/\n", shown)[1]
         with httpx.Client(base_url=url, timeout=60) as client:
             assert "<title>" in client.get("/").text
@@ -815,6 +915,8 @@ def test_the_whole_program(base_dir, tokenizer):
         ({"source": "best"}, "source must be one of base, mid, sft, rl, got 'best'"),
         ({"device_type": "abacus"}, "device_type 'abacus' is not available"),
         ({"port": 70_000}, "port must be 0 .* to 65535, got 70000"),
+        ({"api_key": "a b"}, "API key must be ASCII without spaces"),
+        ({"allow_origin": "everyone"}, "--allow_origin takes origins such as"),
         ({"host": "256.256.256.256"}, "cannot listen on 256.256.256.256"),
         ({}, "no complete checkpoint in .*chatsft_checkpoints"),
     ],

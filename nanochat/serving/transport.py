@@ -83,7 +83,7 @@ class Gate:
     """
 
     def __init__(self, app, max_body_bytes, complain, body_seconds=30.0, api_key="", public=()):
-        """complain(status, message, headers=…): the response that refuses. public: paths for which no key is needed."""
+        """complain(status, message, code, param, headers): the response that refuses. public: paths without a key."""
         self.app, self.max_body_bytes, self.complain = app, max_body_bytes, complain
         self.body_seconds, self.api_key, self.public = body_seconds, api_key.encode(), public
 
@@ -110,7 +110,7 @@ class Gate:
             if method == "POST":
                 body, refusal = await self._read(headers, receive, refusal or self._check_head(headers))
             if refusal:
-                response = self.complain(*refusal, headers=UNAUTHORIZED if refusal[0] == 401 else None)
+                response = self.complain(*refusal)
                 response.headers["Connection"] = "close"  # there may be more of the body
                 await response(scope, receive, send_with_headers)
             elif body is not None:
@@ -127,7 +127,8 @@ class Gate:
             return None
         if kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key):
             return None
-        return 401, "this server wants its key: expected the header Authorization: Bearer, and its --api_key"
+        message = "this server has a key: expected it in the header Authorization: Bearer"
+        return 401, message, "invalid_api_key", None, {"WWW-Authenticate": "Bearer"}
 
     async def _read(self, headers, receive, refusal):
         """(body, None), or (None, (status, message)) to refuse, or (None, None) if the client left."""
@@ -162,7 +163,6 @@ class Gate:
         return 413, f"the body is too large: at most {self.max_body_bytes} bytes are taken"
 
 
-UNAUTHORIZED = {"WWW-Authenticate": "Bearer"}
 DISCARDED_BYTES = 64_000_000  # of a body that is refused, before the connection is cut
 SECURITY_HEADERS = [
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),  # the page has its own
