@@ -24,7 +24,6 @@ from nanochat.serving.transport import Server, open_socket
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
 from tests.helpers import until
 
-PAGE = "<!doctype html><style>p {}</style><script>let a = 1 < 2;</script><p>hello</p>"
 USER = [{"role": "user", "content": "hi"}]
 MODEL = ServedModel("sft", "d1", 7)
 
@@ -80,13 +79,10 @@ class Script:
 
 
 @contextlib.contextmanager
-def serving(tmp_path, *engines, queue_size=64, drain_seconds=30.0, sndbuf=None, **options):
+def serving(*engines, queue_size=64, drain_seconds=30.0, sndbuf=None, **options):
     """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
-    page, logo = tmp_path / "ui.html", tmp_path / "logo.svg"
-    page.write_text(PAGE)
-    logo.write_text("<svg/>")
     pool = WorkerPool(queue_size)
-    app = create_app(pool, page=page, logo=logo, **options)
+    app = create_app(pool, **options)
     server = Server(app, pool, drain_seconds)
     listener = open_socket("127.0.0.1", 0)
     if sndbuf:

@@ -182,7 +182,7 @@ def test_over_http(adapter, tokenizer, tmp_path, batch_size):
     lm = adapter()
     meta = {"model_tag": "d2", "step": 5, "model_config": asdict(lm.model.config)}
     export_hf(tmp_path / "exported", lm.model, tokenizer, "base", meta)
-    with serving(tmp_path, Engine(lm.model, tokenizer)) as server:
+    with serving(Engine(lm.model, tokenizer)) as server:
         options = {
             "model": MODEL.id,
             "tokenizer": str(tmp_path / "exported"),

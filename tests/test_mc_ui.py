@@ -100,8 +100,20 @@ def length(lods, num_tokens, block_size):
     return round(whole - (block_size - tail if tail else 0))
 
 
+def opened(page, what):
+    """A value of the conversation that is open."""
+    return page.evaluate(f"import('./ui/page.js').then(({{ state }}) => state.current.{what})")
+
+
 def feed(page, state):
-    page.evaluate("(state) => { current.focus = state; focusView.show(current); }", state)
+    page.evaluate(
+        """async (focus) => {
+            const [{ state }, { showFocus }] = await Promise.all([import("./ui/page.js"), import("./ui/focus.js")]);
+            state.current.focus = focus;
+            showFocus(state.current);
+        }""",
+        state,
+    )
 
 
 def words(page, turn):
@@ -129,7 +141,7 @@ def test_ten_times_the_context(visit, mc, shot):
         words(page, turn)
         if turn == 0:
             shot(page, "real-short")
-    state = page.evaluate("current.focus")
+    state = opened(page, "focus")
     assert state["num_tokens"] > 10 * CONTEXT
     assert page.evaluate("gap") < 2000
     assert page.evaluate("seen.size") > 24, "at least twice an answer"
@@ -168,8 +180,8 @@ def test_two_chats_have_a_view_each(visit, mc):
         page.get_by_role("button", name="New chat").first.click()
         ask(page, text)
         finished(page)
-        names.add(page.evaluate("current.conversation"))
-        expect(page.locator("#focus-tokens")).to_have_text(f"{page.evaluate('current.focus.num_tokens'):,}")
+        names.add(opened(page, "conversation"))
+        expect(page.locator("#focus-tokens")).to_have_text(f"{opened(page, 'focus.num_tokens'):,}")
     assert len(names) == 2
     assert all(re.fullmatch(r"[0-9a-f]{32}", name) for name in names)
     long = page.locator("#focus-tokens").inner_text()
@@ -253,7 +265,7 @@ def test_by_keyboard_and_in_words(visit, shot):
     page = visit()
     words(page, 1)
     words(page, 2)
-    state = page.evaluate("current.focus")
+    state = opened(page, "focus")
     summary = page.get_by_role("img", name="tokens in the conversation the model reads")
     expect(summary).to_have_count(1)
     name = page.locator("#focus-summary").inner_text()

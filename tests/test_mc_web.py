@@ -316,8 +316,8 @@ def test_text_of_a_block(serve, tokenizer):
     assert server.client.post("/focus", json={"conversation": "../" * 10}).status_code == 400
 
 
-def test_without_mc_there_is_nothing_of_it(tokenizer, tmp_path):
-    with serving(tmp_path, Script(tokenizer)) as server:
+def test_without_mc_there_is_nothing_of_it(tokenizer):
+    with serving(Script(tokenizer)) as server:
         replies = ask(server, conversation=name(0), focus=True)
         assert said(replies) == "Hello there."
         assert not any("focus" in reply for reply in replies)

@@ -44,10 +44,10 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture
-def serve(tmp_path):
+def serve():
     """serve(engine, …): a running server, stopped at the end of the test."""
     with contextlib.ExitStack() as stack:
-        yield lambda *engines, **options: stack.enter_context(serving(tmp_path, *engines, **options))
+        yield lambda *engines, **options: stack.enter_context(serving(*engines, **options))
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def engine(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, tokenizer):
+def shared(tokenizer):
     """One server for all tests that only ask; its engine, which says hello, has the prompts."""
     script = Script(tokenizer)
-    with serving(tmp_path_factory.mktemp("shared"), script) as server:
+    with serving(script) as server:
         server.script = script
         yield server
 

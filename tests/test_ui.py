@@ -1,12 +1,17 @@
 """The chat page in a real browser, against a small server that speaks the interface and does what a test asks of it."""
 
+import contextlib
 import json
 import re
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +20,13 @@ import uvicorn
 from playwright.sync_api import expect
 
 from nanochat.markdown import render_markdown
-from nanochat.serving.app import content_security_policy, create_app
+from nanochat.serving.app import create_app
+from nanochat.serving.page import page_files
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
-from tests.helpers import ROOT
+from tests.helpers import until
 from tests.helpers_browser import ask, finished
 
-PAGE = ROOT / "nanochat" / "ui.html"
+FILES = page_files()
 CONFIG = {
     "model": "d4",
     "source": "sft",
@@ -47,6 +53,7 @@ class Reply:
     pieces: list = field(default_factory=list)
     delay: float = 0.0  # seconds between two pieces
     end: str = "stop"  # "stop", "length", "error" (a fault is sent) or "drop" (the connection just ends)
+    limit: str = "max_tokens"  # where the end is "length"
     status: int = 200
     detail: object = None
     headers: dict = field(default_factory=dict)
@@ -62,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, kind, body, **headers):
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+        for name, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -71,12 +78,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, "application/json", json.dumps(value).encode(), **headers)
 
     def do_GET(self):
-        page = PAGE.read_text("utf-8")
-        if self.path == "/":
-            policies = {"Content-Security-Policy": content_security_policy(page)}
-            self.reply(200, "text/html; charset=utf-8", page.encode(), **policies)
-        elif self.path == "/logo.svg":
-            self.reply(200, "image/svg+xml", PAGE.with_name("logo.svg").read_bytes())
+        if self.path in FILES:
+            content, headers = FILES[self.path]
+            self.reply(200, None, content, **headers)
         elif self.path == "/config":
             self.json(CONFIG)
         else:
@@ -111,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         if reply.end == "error":
             self.event({"error": "The worker failed: out of memory."})
         elif reply.end != "drop":
-            self.event({"done": True, "finish_reason": reply.end})
+            self.event({"done": True, "finish_reason": reply.end, "limit": reply.limit})
 
     def event(self, value):
         self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
@@ -166,6 +170,18 @@ def entries(page):
     return page.locator("#history .open")
 
 
+def choose(page, title, action):
+    """An action of the menu of a conversation."""
+    page.locator(".entry", has_text=title).hover()
+    page.get_by_role("button", name=f"More for “{title}”").click()
+    page.get_by_role("menuitem", name=action).click()
+
+
+def shown(page):
+    """The answer that is shown last."""
+    return page.locator(".version.shown").last
+
+
 def test_first_screen_and_a_streamed_answer(visit, server):
     page = visit()
     expect(page.locator("#greeting")).to_have_text("d4")
@@ -174,7 +190,7 @@ def test_first_screen_and_a_streamed_answer(visit, server):
     assert page.locator("#suggestions button").count() == 4
     server(say("one **two** three four five six seven eight nine ten", delay=0.12))
     page.get_by_role("button", name="Who are you?").click()
-    body = answer(page).locator(".body")
+    body = shown(page).locator(".body")
     lengths = set()
     while page.locator(".running").count():
         lengths.add(len(body.inner_text()))
@@ -205,18 +221,18 @@ def test_stop_keeps_what_came(visit, server, way):
     page = visit()
     server(say("word " * 200, delay=0.03))
     ask(page, "Go on")
-    expect(answer(page).locator(".body")).to_contain_text("word word word")
+    expect(shown(page).locator(".body")).to_contain_text("word word word")
     if way == "button":
         page.get_by_role("button", name="Stop").click()
     else:
         page.keyboard.press("Escape")
-    expect(answer(page).locator(".note")).to_have_text("Stopped.")
+    expect(shown(page).locator(".note")).to_have_text("Stopped.Continue")
     finished(page)
     assert server.left.wait(3), "the server sees that nobody listens"
     expect(page.locator("#input")).to_be_focused()
     page.keyboard.type("Next")
     page.keyboard.press("Enter")
-    expect(answer(page).locator(".body")).to_have_text("You said: Next")
+    expect(shown(page).locator(".body")).to_have_text("You said: Next")
     roles = [message["role"] for message in server.requests[1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     assert server.requests[1]["messages"][1]["content"].startswith("word word")
@@ -226,12 +242,12 @@ def test_regenerate_and_edit(visit, server):
     page = visit()
     server(say("first"), say("second"), say("third"), say("fourth"))
     ask(page, "One?")
-    expect(answer(page).locator(".body")).to_have_text("first")
+    expect(shown(page).locator(".body")).to_have_text("first")
     page.get_by_role("button", name="Answer again").click()
-    expect(answer(page).locator(".body")).to_have_text("second")
+    expect(shown(page).locator(".body")).to_have_text("second")
     assert server.requests[0] == server.requests[1]
     ask(page, "Two?")
-    expect(answer(page).locator(".body")).to_have_text("third")
+    expect(shown(page).locator(".body")).to_have_text("third")
     assert [m["content"] for m in server.requests[2]["messages"]] == ["One?", "second", "Two?"]
 
     page.locator(".said").first.hover()
@@ -241,20 +257,163 @@ def test_regenerate_and_edit(visit, server):
     page.get_by_role("button", name="Edit the message").first.click()
     page.get_by_role("textbox", name="Edit the message").fill("Another one?")
     page.keyboard.press("Enter")
-    expect(answer(page).locator(".body")).to_have_text("fourth")
+    expect(shown(page).locator(".body")).to_have_text("fourth")
     assert server.requests[3]["messages"] == [{"role": "user", "content": "Another one?"}]
     assert page.locator(".turn").count() == 2
     expect(entries(page)).to_have_text(["Another one?"])
 
 
+def test_several_answers_to_one_question(visit, server):
+    """All are kept; the one that is shown is what the model is told; side by side, a click chooses."""
+    page = visit()
+    server(say("first"), say("second"), say("third"), say("next"), say("last"))
+    ask(page, "One?")
+    finished(page)
+    expect(page.locator(".pager")).to_be_hidden()
+    for count in (2, 3):
+        page.get_by_role("button", name="Answer again").click()
+        expect(page.locator(".pager .count")).to_have_text(f"{count} of {count}")
+        finished(page)
+    expect(page.get_by_role("button", name="The next answer")).to_be_disabled()
+    for _ in range(2):
+        page.get_by_role("button", name="The answer before").click()
+    expect(page.get_by_role("button", name="The answer before")).to_be_disabled()
+    expect(shown(page)).to_have_text("first")
+    assert page.locator(".version:visible").count() == 1
+    ask(page, "Two?")
+    finished(page)
+    assert [message["content"] for message in server.requests[-1]["messages"]] == ["One?", "first", "Two?"]
+    page.reload()
+    page.locator(".answer").first.hover()
+    page.get_by_role("button", name="Side by side").click()
+    boxes = [version.bounding_box() for version in page.locator(".version:visible").all()[:3]]
+    assert len({box["y"] for box in boxes}) == 1
+    assert all(a["x"] + a["width"] <= b["x"] for a, b in pairwise(boxes))
+    page.locator(".version", has_text="third").click()
+    expect(page.locator(".answer").first.locator(".shown")).to_have_text("third")
+    ask(page, "Three?")
+    finished(page)
+    assert [m["content"] for m in server.requests[-1]["messages"]] == ["One?", "third", "Two?", "next", "Three?"]
+
+
+def test_an_answer_that_was_cut_says_why_and_goes_on(visit, server):
+    page = visit()
+    server(say("one two", end="length"), say(" three", end="length", limit="context"))
+    ask(page, "Count")
+    expect(shown(page).locator(".note")).to_contain_text("Cut off at the length set under Settings.")
+    page.get_by_role("button", name="Continue").click()
+    expect(shown(page).locator(".body")).to_have_text("one two three")
+    expect(shown(page).locator(".note")).to_contain_text("the conversation fills what the model can hold")
+    assert [(m["role"], m["content"]) for m in server.requests[1]["messages"]] == [
+        ("user", "Count"),
+        ("assistant", "one two"),
+    ]
+    shown(page).get_by_role("button", name="New chat").click()
+    expect(page.locator("#welcome")).to_be_visible()
+
+
+def test_answers_of_earlier_pages_are_read(visit):
+    """When there was one answer to a question, it was kept as the message itself."""
+    messages = [
+        {"role": "user", "content": "Old?"},
+        {"role": "assistant", "parts": [{"type": "text", "text": "Yes."}], "end": "stop"},
+    ]
+    chat = json.dumps({"updated": 1, "messages": messages})
+    page = visit(script=f"localStorage['nanochat.chat.a'] ??= {json.dumps(chat)};")
+    entries(page).click()
+    expect(shown(page)).to_have_text("Yes.")
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".pager .count")).to_have_text("2 of 2")
+
+
+@pytest.mark.parametrize("way", ["menu", "double click"])
+def test_rename(visit, server, way):
+    page = visit()
+    ask(page, "What is a tree?")
+    finished(page)
+    for name, key, expected in [
+        ("Trees", "Enter", "Trees"),
+        ("Nothing", "Escape", "Trees"),
+        ("<b>wood</b>", "Tab", "<b>wood</b>"),
+        ("", "Enter", "What is a tree?"),
+    ]:
+        if way == "menu":
+            choose(page, entries(page).inner_text(), "Rename")
+        else:
+            entries(page).dblclick()
+        page.get_by_role("textbox", name="Name of the conversation").fill(name)
+        page.keyboard.press(key)
+        expect(entries(page)).to_have_text([expected])
+        expect(page).to_have_title(f"{expected} · nanochat")
+        page.reload()
+        expect(entries(page)).to_have_text([expected])
+
+
+def test_save_a_conversation_as_a_file(visit, server):
+    """To read, and as the server takes it."""
+    page = visit()
+    pieces = [("text", "See: "), ("python", "12*3"), ("python_output", "36"), ("text", "It is **36**.")]
+    server(Reply(pieces))
+    ask(page, "What is 12 * 3? é")
+    finished(page)
+    with page.expect_download() as download:
+        choose(page, "What is 12 * 3? é", "Save as Markdown")
+    assert download.value.suggested_filename == "What is 12 3 é.md"
+    text = Path(download.value.path()).read_text("utf-8")
+    assert text.startswith("# What is 12 * 3? é\n\n**You:**\n\nWhat is 12 * 3? é\n\n**Answer:**\n\nSee: `12*3` = `36`")
+    with page.expect_download() as download:
+        choose(page, "What is 12 * 3? é", "Save as JSON")
+    assert download.value.suggested_filename == "What is 12 3 é.json"
+    messages = json.loads(Path(download.value.path()).read_text("utf-8"))["messages"]
+    assert messages[0] == {"role": "user", "content": "What is 12 * 3? é"}
+    assert [(part["type"], part["text"]) for part in messages[1]["content"]] == pieces
+
+
+def test_commands(visit, server):
+    page = visit()
+    page.locator("#input").fill("/t")
+    options = page.locator("#commands [role=option]:visible code")
+    expect(options).to_have_text(["/temperature", "/topk"])
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")
+    expect(page.locator("#input")).to_have_value("/topk ")
+    page.keyboard.type("7")
+    page.keyboard.press("Enter")
+    expect(page.locator("#toast")).to_contain_text("Top-k is now 7.")
+    expect(page.locator("#input")).to_have_value("")
+    for text, told in [
+        ("/temperature 1.5", "Temperature is now 1.5."),
+        ("/temperature", "Temperature is 1.5."),
+        ("/temperature 9", "Temperature is from 0 to 2, not 9."),
+        ("/topk many", "Top-k is from 1 to 200, not many."),
+        ("/maxtokens 64", "Max tokens is now 64."),
+        ("/nonsense", "There is no /nonsense: /help shows what there is."),
+    ]:
+        ask(page, text)
+        expect(page.locator("#toast")).to_contain_text(told)
+    ask(page, "/help")
+    expect(options).to_have_text(["/temperature", "/topk", "/maxtokens", "/clear", "/help"])
+    ask(page, "/etc/passwd is a file")
+    finished(page)
+    expect(options).to_have_count(0)
+    sent = server.requests[0]
+    assert (sent["temperature"], sent["top_k"], sent["max_tokens"]) == (1.5, 7, 64)
+    assert sent["messages"][0]["content"] == "/etc/passwd is a file"
+    ask(page, "/clear")
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(entries(page)).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(entries(page)).to_have_count(1)
+
+
 def test_history_outlives_a_reload(visit, server):
     page = visit()
     ask(page, "What is\na  tree?")
-    expect(answer(page).locator(".body")).to_have_text("You said: What is\na  tree?")
+    expect(shown(page).locator(".body")).to_have_text("You said: What is\na  tree?")
     finished(page)
     page.reload()
     expect(page.locator(".bubble")).to_have_text("What is\na  tree?", use_inner_text=True)
-    expect(answer(page).locator(".body p")).to_contain_text("You said")
+    expect(shown(page).locator(".body p")).to_contain_text("You said")
     expect(entries(page)).to_have_text(["What is a tree?"])
     page.keyboard.press("Control+Shift+O")
     expect(page.locator("#welcome")).to_be_visible()
@@ -267,13 +426,12 @@ def test_history_outlives_a_reload(visit, server):
     entries(page).first.click()
     expect(page.locator(".bubble")).to_have_text("Second chat")
 
-    page.locator(".entry").first.hover()
-    page.get_by_role("button", name="Delete “Second chat”").click()
+    choose(page, "Second chat", "Delete")
     expect(entries(page)).to_have_text(["What is a tree?"])
     expect(page.locator("#welcome")).to_be_visible()
     page.get_by_role("button", name="Undo").click()
     expect(page.locator(".bubble")).to_have_text("Second chat")
-    page.get_by_role("button", name="Delete “Second chat”").click()
+    choose(page, "Second chat", "Delete")
     page.reload()
     expect(entries(page)).to_have_text(["What is a tree?"])
 
@@ -282,26 +440,26 @@ def test_an_answer_goes_on_while_another_chat_is_open(visit, server):
     page = visit()
     server(say("slow " * 30, delay=0.03))
     ask(page, "Slow")
-    expect(answer(page).locator(".body")).to_contain_text("slow")
+    expect(shown(page).locator(".body")).to_contain_text("slow")
     page.get_by_role("button", name="New chat").first.click()
     expect(page.locator("[data-running]")).to_have_count(1)
     ask(page, "Quick")
-    expect(answer(page).locator(".body")).to_have_text("You said: Quick")
+    expect(shown(page).locator(".body")).to_have_text("You said: Quick")
     expect(page.locator("[data-running]")).to_have_count(0)
     entries(page).filter(has_text="Slow").click()
-    assert answer(page).locator(".body").inner_text().count("slow") == 30
+    assert shown(page).locator(".body").inner_text().count("slow") == 30
 
 
 def test_a_reload_in_the_middle_keeps_what_came(visit, server):
     page = visit()
     server(say("word " * 100, delay=0.03), say("whole"))
     ask(page, "Go on")
-    expect(answer(page).locator(".body")).to_contain_text("word word word")
+    expect(shown(page).locator(".body")).to_contain_text("word word word")
     page.reload()
-    expect(answer(page).locator(".body")).to_contain_text("word word word")
-    expect(answer(page).locator(".note")).to_contain_text(re.compile("interrupted|lost"))
+    expect(shown(page).locator(".body")).to_contain_text("word word word")
+    expect(shown(page).locator(".note")).to_contain_text(re.compile("interrupted|lost"))
     page.get_by_role("button", name="Retry").click()
-    expect(answer(page).locator(".body")).to_have_text("whole")
+    expect(shown(page).locator(".body")).to_have_text("whole")
 
 
 def test_two_tabs_share_the_history(visit, server):
@@ -377,12 +535,12 @@ def test_tool_calls_are_shown_and_sent_back(visit, server):
     card = page.locator(".tool")
     expect(card.locator("code")).to_have_text("12 × 3")
     expect(card.locator("output")).to_have_text("36")
-    expect(answer(page).locator(".prose").last).to_have_text("It is 36.")
+    expect(shown(page).locator(".prose").last).to_have_text("It is 36.")
     finished(page)
     ask(page, "And r in berry?")
     expect(card.last.locator("code")).to_have_text("'berry'.count('r')")
     expect(card.last.locator("output")).to_have_text("no result")
-    expect(answer(page).locator(".note")).to_have_text("The answer reached its length limit.")
+    expect(shown(page).locator(".note")).to_have_text("Cut off at the length set under Settings.")
     assert server.requests[1]["messages"][1]["content"] == [
         {"type": "text", "text": "Let me see. "},
         {"type": "python", "text": "12*3"},
@@ -401,7 +559,7 @@ def test_faults_are_said_and_can_be_tried_again(visit, server):
         say("fine"),
     )
     ask(page, "Hello")
-    note = answer(page).locator(".note.error span")
+    note = shown(page).locator(".note.error span")
     for text in (
         "The model is not loaded.",
         "top_k must be positive; and whole.",
@@ -410,10 +568,10 @@ def test_faults_are_said_and_can_be_tried_again(visit, server):
     ):
         expect(note).to_have_text(text)
         finished(page)
-        body = answer(page).locator(".body").inner_text()
+        body = shown(page).locator(".body").inner_text()
         assert body == {"The w": "It began well", "The c": "and then"}.get(text[:5], "")
         page.get_by_role("button", name="Retry").click()
-    expect(answer(page).locator(".body")).to_have_text("fine")
+    expect(shown(page).locator(".body")).to_have_text("fine")
     assert page.locator(".turn").count() == 2
     assert all(request == server.requests[0] for request in server.requests)
 
@@ -422,9 +580,9 @@ def test_a_failed_question_is_not_part_of_the_next_request(visit, server):
     page = visit(expected="status of 500")
     server(Reply(status=500, detail="Broken."), say("fine"))
     ask(page, "First")
-    expect(answer(page).locator(".note")).to_contain_text("Broken.")
+    expect(shown(page).locator(".note")).to_contain_text("Broken.")
     ask(page, "Second")
-    expect(answer(page).locator(".body")).to_have_text("fine")
+    expect(shown(page).locator(".body")).to_have_text("fine")
     assert server.requests[1]["messages"] == [{"role": "user", "content": "Second"}]
     expect(page.get_by_role("button", name="Retry")).to_be_hidden()
 
@@ -436,19 +594,19 @@ def test_a_busy_server_names_the_wait(visit, server):
         say("now"),
     )
     ask(page, "Hello")
-    expect(answer(page).locator(".note")).to_contain_text("The server is busy, try again in 2 s.")
+    expect(shown(page).locator(".note")).to_contain_text("The server is busy, try again in 2 s.")
     again = page.get_by_role("button", name="Try again")
     expect(again).to_be_disabled()
     expect(again).to_be_enabled()
     again.click()
-    expect(answer(page).locator(".body")).to_have_text("now")
+    expect(shown(page).locator(".body")).to_have_text("now")
 
 
 def test_too_long_a_conversation_offers_a_new_one(visit, server):
     page = visit(expected="status of 400")
     server(Reply(status=400, detail="The conversation has 1,400 tokens; the context holds 1,024."))
     ask(page, "One more")
-    expect(answer(page).locator(".note")).to_contain_text("the context holds 1,024")
+    expect(shown(page).locator(".note")).to_contain_text("the context holds 1,024")
     answer(page).get_by_role("button", name="New chat").click()
     expect(page.locator("#welcome")).to_be_visible()
     expect(page.locator("#input")).to_have_value("One more")
@@ -466,10 +624,10 @@ def test_a_server_that_is_gone(visit, server):
     page = visit(expected="ERR_(FAILED|CONNECTION)|Failed to load")
     page.route("**/chat/completions", lambda route: route.abort("connectionrefused"))
     ask(page, "Hello")
-    expect(answer(page).locator(".note")).to_contain_text("The server cannot be reached.")
+    expect(shown(page).locator(".note")).to_contain_text("The server cannot be reached.")
     page.unroute("**/chat/completions")
     page.get_by_role("button", name="Retry").click()
-    expect(answer(page).locator(".body")).to_have_text("You said: Hello")
+    expect(shown(page).locator(".body")).to_have_text("You said: Hello")
 
 
 def test_without_a_renderer_the_text_stays_plain(visit, server):
@@ -478,7 +636,7 @@ def test_without_a_renderer_the_text_stays_plain(visit, server):
     server(say("a **b**\n\n<b>c</b>"))
     ask(page, "Hello")
     finished(page)
-    assert answer(page).locator(".body").inner_text() == "a **b**\n\n<b>c</b>"
+    assert shown(page).locator(".body").inner_text() == "a **b**\n\n<b>c</b>"
 
 
 def test_rendering_that_comes_late_changes_nothing(visit, server):
@@ -486,13 +644,13 @@ def test_rendering_that_comes_late_changes_nothing(visit, server):
     reply = say("a b c d **e**", delay=0.05)
     server(reply, reply)
     ask(page, "Hello")
-    expect(answer(page).locator("strong")).to_have_text("e")
+    expect(shown(page).locator("strong")).to_have_text("e")
     server.render = lambda text: [time.sleep(0.6), render_markdown(text)][1]
     page.get_by_role("button", name="Answer again").click()
     finished(page)
-    expect(answer(page).locator("strong")).to_have_text("e")  # it has been rendered before
+    expect(shown(page).locator("strong")).to_have_text("e")  # it has been rendered before
     page.wait_for_timeout(900)
-    assert answer(page).locator(".body").inner_text() == "a b c d e"
+    assert shown(page).locator(".body").inner_text() == "a b c d e"
 
 
 @pytest.mark.parametrize("fault", ["blocked", "full"])
@@ -503,11 +661,11 @@ def test_a_browser_that_keeps_nothing(visit, server, fault):
     full = 'Storage.prototype.setItem = () => { throw new DOMException("no", "QuotaExceededError"); };'
     page = visit(script=blocked if fault == "blocked" else full)
     ask(page, "Hello")
-    expect(answer(page).locator(".body")).to_have_text("You said: Hello")
+    expect(shown(page).locator(".body")).to_have_text("You said: Hello")
     expect(page.locator("#toast")).to_contain_text("not being saved")
     page.get_by_role("button", name="New chat").first.click()
     entries(page).click()
-    expect(answer(page).locator(".body")).to_have_text("You said: Hello")
+    expect(shown(page).locator(".body")).to_have_text("You said: Hello")
 
 
 def test_damaged_storage_is_passed_over(visit, server):
@@ -584,8 +742,8 @@ def test_lines_stay_lines_when_they_are_rendered(visit, server):
     page = visit()
     server(Reply([("python", "1+1"), ("python_output", "2"), ("text", "\n\none\ntwo  \nthree **four**")]))
     ask(page, "Lines")
-    expect(answer(page).locator("strong")).to_have_text("four")
-    assert answer(page).locator(".prose").inner_text() == "one\ntwo\nthree four"
+    expect(shown(page).locator("strong")).to_have_text("four")
+    assert shown(page).locator(".prose").inner_text() == "one\ntwo\nthree four"
 
 
 def test_links_open_elsewhere(visit, server):
@@ -593,7 +751,7 @@ def test_links_open_elsewhere(visit, server):
     server.render = lambda text: f'<p><a href="{text.strip()}">x</a></p>'
     server(say("https://example.org/a"))
     ask(page, "Link")
-    link = answer(page).locator("a")
+    link = shown(page).locator("a")
     expect(link).to_have_attribute("href", "https://example.org/a")
     expect(link).to_have_attribute("target", "_blank")
     assert {"noopener", "noreferrer"} <= set(link.get_attribute("rel").split())
@@ -761,7 +919,7 @@ class Parrot:
         self.tokenizer = tokenizer
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=300), get_device=lambda: torch.device("cpu"))
 
-    def generate(self, tokens, max_tokens, temperature, top_k, seed):
+    def generate(self, tokens, max_tokens, **settings):
         pieces = ["I use a **tool**: ", "<|python_start|>", "12*3", "<|python_end|>"]
         pieces += ["<|output_start|>", "36", "<|output_end|>", "It is 36 \N{BANANA}.", "<|assistant_end|>"]
         for piece in pieces:
@@ -771,41 +929,101 @@ class Parrot:
                 yield [token], [1]
 
 
-@pytest.fixture
-def real_server(tokenizer):
+@contextlib.contextmanager
+def real_server(tokenizer, **options):
     pool = WorkerPool()
     pool.start([Parrot(tokenizer)], ServedModel("sft", "d4", 600))
-    server = uvicorn.Server(uvicorn.Config(create_app(pool), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(create_app(pool, **options), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    until(lambda: server.started)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
     pool.close()
 
 
-def test_with_the_real_server(real_server, visit):
-    page = visit(expected="status of 400", base_url=real_server)
-    ask(page, "What is 12 * 3?")
-    expect(page.locator(".tool code")).to_have_text("12 × 3")
-    expect(page.locator(".tool output")).to_have_text("36")
-    expect(answer(page).locator(".prose").last).to_have_text("It is 36 \N{BANANA}.")
-    expect(answer(page).locator("strong")).to_have_text("tool")
-    finished(page)
-    ask(page, "x" * 301)
-    expect(answer(page).locator(".note")).to_contain_text("this model's context holds 300")
-    answer(page).get_by_role("button", name="New chat").click()
-    ask(page, "Again")
-    expect(answer(page).locator(".tool output")).to_have_text("36")
+class Proxy(BaseHTTPRequestHandler):
+    """Gives what is under /some/where/ of its own to the server at `behind`, and streams what comes back."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if not self.path.startswith("/some/where/"):
+            return self.send_error(404)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name: value for name, value in self.headers.items() if name in ("Content-Type", "Authorization")}
+        request = urllib.request.Request(self.server.behind + self.path.removeprefix("/some/where"), headers=headers)
+        request.method, request.data = self.command, body or None
+        try:
+            answer = urllib.request.urlopen(request, timeout=10)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                if name.lower() != "transfer-encoding":
+                    self.send_header(name, value)
+            self.end_headers()
+            while more := answer.read1():
+                self.wfile.write(more)
+
+    do_POST = do_GET
+
+
+@contextlib.contextmanager
+def behind_a_proxy(url):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.behind = url
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{proxy.server_port}/some/where/"
+        proxy.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("key", ["", "s3cret"])
+@pytest.mark.parametrize("proxy", [contextlib.nullcontext, behind_a_proxy])
+def test_with_the_real_server(tokenizer, open_page, proxy, key):
+    """At a root and under a path, with a key and without."""
+    with real_server(tokenizer, api_key=key) as url, proxy(url) as url:
+        page = open_page(url, expected="status of 40[01]", ready=not key)
+        if key:
+            field = page.locator("#key-input")
+            expect(page.locator("#key-dialog")).to_be_visible()
+            field.fill("wrong")
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-note")).to_contain_text("This is not its key.")
+            field.fill(key)
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-dialog")).to_be_hidden()
+            page.reload()
+        expect(page.locator("#model")).to_contain_text("d4")
+        expect(page.locator("#key-dialog")).to_be_hidden()
+        expect(page.locator("#welcome img")).to_have_js_property("naturalWidth", 150)  # it is there
+        ask(page, "What is 12 * 3?")
+        expect(page.locator(".tool code")).to_have_text("12 × 3")
+        expect(page.locator(".tool output")).to_have_text("36")
+        expect(shown(page).locator(".prose").last).to_have_text("It is 36 \N{BANANA}.")
+        expect(shown(page).locator("strong")).to_have_text("tool")
+        finished(page)
+        ask(page, "x" * 301)
+        expect(shown(page).locator(".note")).to_contain_text("this model's context holds 300")
+        answer(page).get_by_role("button", name="New chat").click()
+        ask(page, "Again")
+        expect(shown(page).locator(".tool output")).to_have_text("36")
+        finished(page)
 
 
 def test_the_page_needs_nothing_from_outside():
-    page = PAGE.read_text("utf-8")
-    assert len(re.findall(r"<script[\s>]", page.split("<script>", 1)[0])) == 0
-    assert page.count("<script>") == page.count("<style>") == 1
-    markup = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.DOTALL)
-    assert not re.search(r'\s(style|on\w+)="', markup)
-    assert not re.search(r"https?://", markup)
-    assert "innerHTML" not in page
+    texts = {path: content.decode() for path, (content, _) in FILES.items()}
+    for path, text in texts.items():
+        assert not re.search(r"https?://(?!www\.w3\.org/)", text), path
+        assert not re.search(r"""["'(`]/(ui|logo|config|chat|render|focus)""", text), f"{path} has an absolute address"
+        assert "innerHTML" not in text
+    assert not re.search(r"\s(style|on\w+)=|<style|<script>", texts["/"])
+    used = {f"/{path}" for path in re.findall(r'(?:href|src)="([\w/.]+)"', texts["/"])}
+    for path in [path for path in texts if path.endswith(".js")]:
+        used |= {f"/ui/{name}" for name in re.findall(r'"\./(\w+\.js)"', texts[path])}
+    assert used == FILES.keys() - {"/"}, "each file is used, and no other"

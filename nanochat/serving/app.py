@@ -1,12 +1,9 @@
 """The application: the page, its endpoints, and what both kinds of clients share. See scripts/chat_web.py."""
 
 import asyncio
-import base64
-import hashlib
 import json
 from dataclasses import asdict
-from html.parser import HTMLParser
-from pathlib import Path
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -14,64 +11,17 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat.common import UserError
 from nanochat.markdown import render_markdown
 from nanochat.serving import openai_api, schema
 from nanochat.serving.job import Done, Failed, Focus, Piece
+from nanochat.serving.page import page_files
 from nanochat.serving.schema import ApiError, Defaults, Limits
 from nanochat.serving.service import Service
 from nanochat.serving.transport import PING, EventStream, Gate, sse
 from nanochat.streaming import readable
 
-FOLDER = Path(__file__).parent.parent
 OPENAI_PREFIX = "/v1"
 BASE_URL = f"The base URL of OpenAI's clients ends in {OPENAI_PREFIX} here."
-PUBLIC = {"/", "/logo.svg", "/health", "/openapi.json"}  # what can be read without a key
-FOCUS_VIEW = "<!-- focus_view.html -->"  # where the page has that file
-
-
-class _Inline(HTMLParser):
-    """Collects the contents of <script> and <style> elements."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.found = {"script": [], "style": []}
-        self.open = None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        if tag in self.found and not dict(attrs).get("src"):
-            self.open = tag
-            self.found[tag].append("")
-
-    def handle_data(self, data):
-        if self.open:
-            self.found[self.open][-1] += data
-
-    def handle_endtag(self, tag):
-        if tag == self.open:
-            self.open = None
-
-
-def content_security_policy(page: str) -> str:
-    """A policy under which exactly the scripts and styles that are written in this page run, and nothing else."""
-
-    def sources(texts):
-        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
-        return " ".join(f"'sha256-{value}'" for value in hashes) or "'none'"
-
-    inline = _Inline(page).found
-    return (
-        f"default-src 'none'; script-src {sources(inline['script'])}; style-src {sources(inline['style'])}; "
-        "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-def _read(path):
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the page's file {path} ({error}): restore it from the repository") from error
 
 
 class AsciiJSON(JSONResponse):
@@ -87,20 +37,19 @@ def _complain(status, message, code=None, param=None, headers=None):
 
 
 def create_app(
-    pool, limits=None, defaults=None, api_key="", origins=(), page=None, logo=None, ping_seconds=10.0, body_seconds=30.0
+    pool, limits=None, defaults=None, api_key="", origins=(), files=None, ping_seconds=10.0, body_seconds=30.0
 ):
     """
     The ASGI application.
 
     api_key: what clients must have to do more than look at the page; empty if nothing. origins: of browsers' pages
-    that may ask, beside its own. page, logo: files to serve instead of nanochat's own.
+    that may ask, beside its own. files: as page_files has them, of another page.
 
-    Raises UserError when a file is missing.
+    Raises UserError when a file of the page is missing.
     """
     limits, defaults = limits or Limits(), defaults or Defaults()
     service = Service(pool, limits, defaults, ping_seconds)
-    page_text, logo_text = _read(page or FOLDER / "ui.html"), _read(logo or FOLDER / "logo.svg")
-    page_text = page_text.replace(FOCUS_VIEW, _read(FOLDER / "focus_view.html"))
+    files = page_files() if files is None else files
     app = FastAPI(
         title="nanochat",
         servers=[{"url": "."}],
@@ -129,16 +78,8 @@ def create_app(
     async def on_fault(request, error):  # logged, with its traceback, by uvicorn
         return _complain(500, "the server made a mistake; its log says more")
 
-    page_headers = {"Content-Security-Policy": content_security_policy(page_text), "Cache-Control": "no-cache"}
-
-    @app.get("/")
-    async def index():
-        return Response(page_text, media_type="text/html", headers=page_headers)
-
-    @app.get("/logo.svg")
-    async def get_logo():
-        style = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return Response(logo_text, media_type="image/svg+xml", headers=style)
+    for path, (content, headers) in files.items():
+        app.router.add_route(path, partial(_file, content, headers), ["GET"], include_in_schema=False)
 
     @app.get("/health")
     async def health():
@@ -184,7 +125,7 @@ def create_app(
         most = defaults.max_tokens if body.max_tokens is None else body.max_tokens
         options = {"conversation": body.conversation, "focus": bool(body.focus)}
         jobs = await service.submit(body, lambda: [service.render(turns)], most, **options)
-        return EventStream(_native_stream(service, jobs), on_end=lambda: service.cancel(jobs))
+        return EventStream(_native_stream(service, jobs, most), on_end=lambda: service.cancel(jobs))
 
     @app.post("/focus")
     async def focus(body: schema.FocusRequest):
@@ -206,7 +147,7 @@ def create_app(
 
     openai_router = openai_api.create_router(service)
     app.include_router(openai_router, prefix=OPENAI_PREFIX)
-    gate = Gate(app, limits.body_bytes, _complain, body_seconds, api_key, PUBLIC)
+    gate = Gate(app, limits.body_bytes, _complain, body_seconds, api_key, {*files, "/health", "/openapi.json"})
     if not origins:
         return gate
     return CORSMiddleware(
@@ -214,7 +155,12 @@ def create_app(
     )
 
 
-async def _native_stream(service, jobs):
+async def _file(content, headers, request):
+    return Response(content, headers=headers)
+
+
+async def _native_stream(service, jobs, most):
+    """Events of one job, of which no more than `most` tokens were asked for."""
     async for pair in service.events(jobs):
         match pair and pair[1]:
             case None:
@@ -223,6 +169,9 @@ async def _native_stream(service, jobs):
                 yield sse({"token": text, "gpu": worker} | ({} if kind == "text" else {"kind": kind}))
             case Focus(state):
                 yield sse({"focus": state}, event="focus")
+            case Done("length"):
+                limit = "max_tokens" if jobs[0].tokens >= most else "context"
+                yield sse({"done": True, "finish_reason": "length", "limit": limit})
             case Done(reason):
                 yield sse({"done": True, "finish_reason": reason})
             case Failed(message):
