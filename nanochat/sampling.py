@@ -1,10 +1,10 @@
 """
-From logits to the next tokens, for rows whose settings may differ.
+Sample the next token of each row of a batch; the rows may have different settings.
 
-The order is that of vLLM and transformers: penalties and biases change the logits, temperature divides them, then
-top_k, top_p of what that leaves, and min_p choose which tokens remain. One of those is drawn by the Gumbel-max trick:
-the largest of logit / temperature + noise, for which nothing has to be sorted or summed. The noise is a hash of (seed,
-tokens before, token): what a row gets depends on its own logits and settings, never on the rows beside it.
+The order of operations is that of vLLM and transformers: penalties and biases on the logits, division by the
+temperature, then top_k, top_p and min_p restrict the candidates. One candidate is drawn by the Gumbel-max trick (the
+largest logit / temperature + noise), which needs no sorting and no sum. The noise is a hash of (seed, number of tokens
+so far, token id), so the tokens of a row depend on its own logits and settings, not on the other rows of the batch.
 
 Shapes: B rows, V = vocab_size.
 """
@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 
 import torch
 
-GREEDY = 1e-5  # temperatures below take the best token, as vLLM's do: dividing by them overflows
-NARROW = 256  # a top_k up to this is cheap: those tokens are found without sorting all V
-NUCLEUS = 1024  # tokens among which top_p's are looked for before all are sorted
+GREEDY = 1e-5  # temperatures below this are greedy, as in vLLM: dividing by them would overflow
+NARROW = 256  # up to this top_k, the candidates are found without sorting all V logits
+NUCLEUS = 1024  # likeliest tokens that top_p tries first, before it sorts all V
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive integers over 64 bits
 
 
 @dataclass(frozen=True)
 class Sampling:
     """
-    How one row's tokens are chosen. ValueError for what has no meaning.
+    The sampling settings of one row. Raises ValueError for values out of range.
 
-    temperature: 0 takes the best token. top_k: draw from so many of the likeliest, 0 or None from all. top_p: from the
-    fewest likeliest that have this probability together. min_p: from those with this share of the best one's. For
-    tokens of prompt or answer repetition_penalty divides positive logits and multiplies negative ones; for tokens of
-    the answer presence_penalty is subtracted once and frequency_penalty each time that they occur. logit_bias: id →
-    what is added. seed: any integer.
+    temperature: 0 is greedy. top_k: only the k likeliest tokens; 0 or None for all. top_p: only the smallest set of
+    likeliest tokens with this total probability. min_p: only tokens with at least this fraction of the best token's
+    probability. repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer.
+    presence_penalty: subtracted from the logits of tokens in the answer; frequency_penalty: the same, times their
+    count. logit_bias: token id → number added to its logit. seed: any integer.
     """
 
     temperature: float = 1.0
@@ -61,7 +61,7 @@ class Sampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def way(self):
-        """What must be known of a row's logits: "greedy", "narrow", "ordered", "nucleus" or "wide"."""
+        """The method that finds the candidates: "greedy", "narrow", "ordered", "nucleus" or "wide"."""
         if self.temperature < GREEDY:
             return "greedy"
         if self.top_k:
@@ -70,7 +70,7 @@ class Sampling:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of one of several rows that were asked for with one seed; the first row has the seed itself."""
+    """The seed of each of several rows that are requested with one seed; row 0 has that seed."""
     return (seed + row * GOLDEN) % 2**63
 
 
@@ -80,20 +80,20 @@ def _signed(value):
 
 
 def _mix(x):
-    """splitmix64's hash of int64, which wrap around (Steele, Lea and Flood, 2014, as Vigna writes it)."""
+    """The hash of splitmix64 (Steele, Lea and Flood, 2014; constants by Vigna) for int64, which wrap around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(x).mul_(_signed(factor))
     return (x >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(x)
 
 
 def _gumbel(hashes):
-    """Gumbel(0, 1) noise in float32 from int64 hashes, fine where it is large: -log(-log(1 - uniform))."""
+    """Gumbel(0, 1) noise, -log(-log(1 - uniform)), in float32 from int64 hashes; precise where it is large."""
     uniform = hashes.bitwise_and_(2**63 - 1).float().add_(0.5).mul_(2.0**-63).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 class _Group:
-    """Rows that are sampled in one way: their numbers [b], and their settings in columns [b, 1]."""
+    """Rows that are sampled by one method: their indices [b], and their settings in columns [b, 1]."""
 
     def __init__(self, way, members, settings, vocab_size, device):
         def column(values):
@@ -104,7 +104,7 @@ class _Group:
         self.width = min(max(s.top_k or vocab_size for s in chosen), vocab_size)
         self.top_k = column([s.top_k or vocab_size for s in chosen])
         self.temperature = column([float(s.temperature) for s in chosen])
-        # A sum of all probabilities may round to less than 1
+        # 1 means off: the sum of all probabilities may exceed 1 by rounding
         self.top_p = column([s.top_p if s.top_p < 1 else 2.0 for s in chosen])
         self.min_p = column([float(s.min_p) for s in chosen]).log()
         self.key = _mix(column([_signed(s.seed) for s in chosen]))
@@ -115,7 +115,7 @@ class _Group:
         )
 
     def draw(self, logits, steps):
-        """Ids [b] from logits [b, V]; steps [b]: tokens before."""
+        """Sampled ids [b] from logits [b, V]; steps [b]: number of tokens so far."""
         if self.way == "greedy":
             return logits.argmax(dim=-1)
         scores, ids = self.remaining(logits)
@@ -124,7 +124,7 @@ class _Group:
         return ids.expand_as(scores).gather(-1, best)[:, 0]
 
     def remaining(self, logits):
-        """(logits / temperature, -inf for tokens that do not remain; their ids), each [b, n]."""
+        """The candidates: (logits / temperature, -inf for the excluded; their ids), each [b or 1, n]."""
         if self.way == "wide":
             scores, ids = logits / self.temperature, torch.arange(logits.size(-1), device=logits.device)[None]
         elif self.way == "nucleus":
@@ -143,7 +143,7 @@ class _Group:
 
     @staticmethod
     def _before(probabilities):
-        """The probability of all that come before, [b, n]."""
+        """The sum of the probabilities before each one, [b, n]."""
         return probabilities.cumsum(dim=-1) - probabilities
 
     def _nucleus(self, logits):
@@ -151,33 +151,33 @@ class _Group:
         for width in (NUCLEUS, self.width):
             scores, ids = logits.topk(min(width, self.width), dim=-1)
             outside = self._before((scores - total).exp()) >= self.top_p
-            if outside[:, -1].all():  # the nucleus ends here; if not, it needs all of them
+            if outside[:, -1].all():  # these include the whole nucleus of every row
                 break
         return scores.masked_fill(outside, -torch.inf), ids
 
 
 class Sampler:
     """
-    Chooses the next token of each of B rows, and remembers of them what their settings ask for.
+    Samples the next tokens of B rows, and keeps the counts of their tokens that penalties need.
 
-    Rows are numbered in the order in which they were added. A step: `ids = sampler(logits)`, then
-    `sampler.observe(ids)` with what the rows really went on with, which a tool may have decided.
-
-    rows: Sampling of rows to begin with.
+    In each step call `ids = sampler(logits)`, then `sampler.observe(ids)` with the tokens that really follow, which a
+    tool may have replaced. rows: Sampling of the initial rows. Rows are numbered in the order in which they are added.
     """
 
     def __init__(self, vocab_size, device="cpu", rows=()):
         self.vocab_size, self.device = vocab_size, torch.device(device)
-        self.rows = []  # their Sampling
+        self.rows = []  # Sampling of each row
         self.steps = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens observed, [B]
-        self.counts = torch.zeros(0, vocab_size, device=self.device)  # in the answer, [rows that penalize, V]
-        self.seen = self.counts.bool()  # in prompt or answer
-        self.groups = None  # and other tensors of the settings; None: to be made anew
+        self.counts = torch.zeros(
+            0, vocab_size, device=self.device
+        )  # of tokens in the answer, [rows with penalties, V]
+        self.seen = self.counts.bool()  # whether a token is in prompt or answer
+        self.groups = None  # None if they, and the tensors of the settings, do not match the rows yet
         for settings in rows:
             self.add(settings)
 
     def add(self, settings: Sampling, prompt=()):
-        """One more row; prompt: the ids before it, for the repetition penalty."""
+        """Add a row. prompt: ids of its prompt, for the repetition penalty."""
         self.rows.append(settings)
         self.steps = torch.cat((self.steps, self.steps.new_zeros(1)))
         if settings.penalizes:
@@ -188,7 +188,7 @@ class Sampler:
         self.groups = None
 
     def keep(self, rows: list[int]):
-        """Only these rows stay, in this order."""
+        """Keep only these rows, in this order."""
         places = {row: place for place, row in enumerate(self._penalizing())}
         penalizing = [places[row] for row in rows if row in places]
         self.counts, self.seen = self.counts[penalizing], self.seen[penalizing]
@@ -199,7 +199,7 @@ class Sampler:
         return [row for row, settings in enumerate(self.rows) if settings.penalizes]
 
     def _prepare(self):
-        """Make tensors of the settings, unless they are there."""
+        """Update groups and tensors of the settings after rows have changed."""
         if self.groups is not None:
             return
 
@@ -221,7 +221,7 @@ class Sampler:
         self.groups = [_Group(*group, self.rows, self.vocab_size, self.device) for group in members.items()]
 
     def adjusted(self, logits):
-        """Logits [B, V] after penalties and biases; the given ones stay as they are."""
+        """Logits [B, V] after penalties and biases; the input is not modified."""
         self._prepare()
         (rows, ids), values = self.bias
         if len(self.penalizing):
@@ -233,7 +233,7 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, logits):
-        """The next ids [B] of logits [B, V] in float32."""
+        """Sampled ids [B] from logits [B, V] in float32."""
         if len(logits) != len(self.rows):
             raise ValueError(f"expected logits of {len(self.rows)} rows, got {len(logits)}")
         logits = self.adjusted(logits)
@@ -246,7 +246,7 @@ class Sampler:
 
     @torch.inference_mode()
     def observe(self, ids):
-        """One more token of each row, ids [B]."""
+        """Count the tokens, ids [B], that were appended to the rows."""
         self._prepare()
         self.steps = self.steps + 1
         if len(self.penalizing):
@@ -257,8 +257,8 @@ class Sampler:
 
 def logprobs(logits, ids, top=0):
     """
-    Log probabilities (nats) as the model gives them, before any setting: (of ids [B], (values, ids) of the likeliest,
-    each [B, top]).
+    Log probabilities (nats) before any sampling setting: (those of ids [B], (values, ids) of the likeliest, each
+    [B, top]).
     """
     values = logits.float().log_softmax(dim=-1)
     return values.gather(-1, ids[:, None])[:, 0], values.topk(min(top, values.size(-1)), dim=-1)

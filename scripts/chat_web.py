@@ -3,7 +3,7 @@ Serve a model: a chat page for browsers, and an API for OpenAI's clients.
 
     python -m scripts.chat_web                     # the SFT model on one GPU, or on the CPU
     python -m scripts.chat_web -i rl -n 4          # the RL model on four GPUs
-    python -m scripts.chat_web --host 0.0.0.0 --api_key @key.txt    # for others too, who need what the file says
+    python -m scripts.chat_web --host 0.0.0.0 --api_key @key.txt    # open to the network, for those with the key
     python -m scripts.chat_web --mc                # chats as long as you like, with a view of where the model looks
 
 GET /                        the page
@@ -16,7 +16,7 @@ POST /focus/text             {"conversation", "start", "end"}: the tokens from s
 POST /render                 {"texts": […]}: Markdown as safe HTML
 GET /health, /stats, /config
 POST /v1/chat/completions, /v1/completions    as OpenAI's, streaming or not; also GET /v1/models
-GET /openapi.json            all of this for programs
+GET /openapi.json            a description of these endpoints
 
 SIGTERM and Ctrl-C let running answers finish first.
 """
@@ -70,11 +70,11 @@ class Config(ModelOptions, DeviceOptions):
     port: Annotated[int, short("-p")] = 8000
     """to listen on; 0 for any free one"""
     host: str = "127.0.0.1"
-    """address to listen on: this machine only; 0.0.0.0 for all networks (nanochat's own default)"""
+    """address to listen on; the default is this machine only, 0.0.0.0 is all networks (the default in nanochat)"""
     api_key: str = ""
-    """what clients must show, or @FILE where it is; empty for $NANOCHAT_API_KEY, without which nothing is asked for"""
+    """key that clients must send, or @FILE that contains it; empty for $NANOCHAT_API_KEY, or none if that is not set"""
     allow_origin: str = ""
-    """web pages elsewhere that may use the interface: their origins, with commas between; * for all"""
+    """comma-separated origins of other web pages that may send requests (CORS); * for all"""
     queue_size: int = 64
     """requests that may wait for a worker; more get 503"""
     max_messages: int = -1
@@ -117,7 +117,7 @@ def check(config):
 
 
 def read_key(option):
-    """The key that --api_key or the environment names; empty for none. UserError."""
+    """The API key from --api_key or the environment; empty for none. Raises UserError."""
     key = option or os.environ.get("NANOCHAT_API_KEY", "")
     if key.startswith("@"):
         try:
@@ -130,7 +130,7 @@ def read_key(option):
 
 
 def read_origins(option):
-    """The origins that --allow_origin names. UserError."""
+    """The origins in --allow_origin. Raises UserError."""
     origins = [origin.strip() for origin in option.split(",") if origin.strip()]
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
@@ -194,7 +194,11 @@ def describe(config, pool, limits, port, key):
         f"{limits.conversation_chars:,} in all, {config.queue_size} waiting requests\n"
         f"API     http://{name}:{port}/v1, model {pool.model.id}\n"
         f"page    http://{name}:{port}/\n"
-        + ("key     needed" if key else "key     none (--api_key): whoever reaches this address may use the model")
+        + (
+            "key     required"
+            if key
+            else "key     none (--api_key): anyone who can reach this address can use the model"
+        )
     )
 
 

@@ -284,23 +284,23 @@ def test_clients(shared, tokenizer, path, body, prompt, stream):
     assert count["total_tokens"] == count["prompt_tokens"] + count["completion_tokens"]
 
 
-def test_what_is_passed_over_is_counted(shared):
-    before = shared.client.get("/stats").json()["passed_over"].get("banana", 0)
+def test_what_is_ignored_is_counted(shared):
+    before = shared.client.get("/stats").json()["ignored_parameters"].get("banana", 0)
     shared.client.post(CHATS, json={"messages": USER, "banana": 1, "x" * 99: {}}).raise_for_status()
-    after = shared.client.get("/stats").json()["passed_over"]
+    after = shared.client.get("/stats").json()["ignored_parameters"]
     assert after["banana"] == before + 1
     assert "x" * 60 in after
 
 
 ASKED_TOO_MUCH = [
-    ("response_format", {"type": "json_object"}, "cannot bind an answer to a format: only {'type': 'text'}"),
-    ("response_format", {"type": "json_schema", "json_schema": {}}, "cannot bind"),
-    ("tool_choice", "required", "calls no tools .*: only 'none' or 'auto'"),
-    ("tool_choice", {"type": "function", "function": {"name": "add"}}, "calls no tools"),
-    ("modalities", ["text", "audio"], "makes text only"),
-    ("suffix", "after", "does not fill gaps"),
-    ("guided_json", {}, "cannot bind"),
-    ("use_beam_search", True, "does not search"),
+    ("response_format", {"type": "json_object"}, "no constrained decoding: only {'type': 'text'}"),
+    ("response_format", {"type": "json_schema", "json_schema": {}}, "no constrained decoding"),
+    ("tool_choice", "required", "can call no tools .*: only 'none' or 'auto'"),
+    ("tool_choice", {"type": "function", "function": {"name": "add"}}, "can call no tools"),
+    ("modalities", ["text", "audio"], "generates text only"),
+    ("suffix", "after", "does not insert"),
+    ("guided_json", {}, "no constrained decoding"),
+    ("use_beam_search", True, "has no beam search"),
 ]
 
 
@@ -694,4 +694,4 @@ def test_openai_node(serve, tokenizer, tmp_path):
     *said, status, message = json.loads(output.stdout)
     assert said == [["Hello there."] * 2, "Hello there.", True, "Hello there.", "a"]
     assert status == 404
-    assert "POST /v1/embeddings is not here" in message
+    assert "POST /v1/embeddings does not exist" in message

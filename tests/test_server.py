@@ -409,15 +409,15 @@ def test_what_is_not_here(refusing, method, path, status):
     """Each kind of client can show its user what there is instead."""
     response = refusing.client.request(method, path, json={} if method == "POST" else None)
     assert response.status_code == status
-    assert f"{method} {path} is not here" in response.json()["detail"]
-    assert "base URL of OpenAI's clients ends in /v1" in response.json()["error"]["message"]
+    assert f"{method} {path} does not exist" in response.json()["detail"]
+    assert "base URL that ends in /v1" in response.json()["error"]["message"]
     assert "/v1/chat/completions, /v1/completions" in response.json()["error"]["message"]
 
 
 def test_an_openai_client_at_the_native_address(refusing):
     response = post_json(refusing, "/chat/completions", chat(model="x", stream=True))
     assert response.status_code == 404
-    assert "base URL of OpenAI's clients ends in /v1" in response.json()["error"]["message"]
+    assert "base URL that ends in /v1" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/", "/logo.svg", "/health", "/stats", "/v1/models", "/openapi.json", "/nothing"])
@@ -868,7 +868,7 @@ def test_the_whole_program(base_dir, tokenizer):
         assert "sft/d1, step 3: " in shown
         assert "context 4096 tokens, on cpu" in shown
         assert "500 messages, 8,000 characters a message, 32,000 in all, 64 waiting requests" in shown
-        assert "key     none (--api_key): whoever reaches this address may use the model" in shown
+        assert "key     none (--api_key): anyone who can reach this address can use the model" in shown
         url = re.search(r"page +(http://127\.0\.0\.1:\d+)/\n", shown)[1]
         with httpx.Client(base_url=url, timeout=60) as client:
             assert "<title>" in client.get("/").text

@@ -1,4 +1,4 @@
-"""From the tokens of a job to what its client gets of them, and to the end of the answer."""
+"""Convert the tokens of a job to events for its client, and score prompts."""
 
 import codecs
 from itertools import accumulate
@@ -13,15 +13,15 @@ from nanochat.streaming import Parts
 
 
 class Cut:
-    """Cuts text, which comes in pieces, at the stop string that is complete first."""
+    """Cuts streamed text at the first complete stop string."""
 
     def __init__(self, stop):
         self.stop = [text for text in stop if text]
-        self.held = ""  # may be the beginning of a stop string
+        self.held = ""  # possibly the beginning of a stop string
         self.done = False
 
     def push(self, text) -> str:
-        """What of the text so far may be shown now."""
+        """Add text; return what can be shown now."""
         self.held += text
         found = [(self.held.find(s) + len(s), self.held.find(s)) for s in self.stop if s in self.held]
         self.done = bool(found)
@@ -30,27 +30,30 @@ class Cut:
         return shown
 
     def _begun(self):
-        """Characters at the end that a stop string begins with."""
-        return max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        """Number of characters at the end that could begin a stop string."""
+        return max(
+            (n for s in self.stop for n in range(1, min(len(s), len(self.held) + 1)) if self.held.endswith(s[:n])),
+            default=0,
+        )
 
     def close(self) -> str:
-        """What is held back, when there is no more."""
+        """The text held back, when no more follows."""
         held, self.held = self.held, ""
         return held
 
 
 class Answer:
-    """A job's answer while it is made: `take` each token, and `end` when there are no more."""
+    """Emits the events of a job: call `take` for each token, and `end` if the tokens end before it returns "stop"."""
 
     def __init__(self, job, tokenizer, worker):
         self.job, self.worker = job, worker
         self.parts, self.cut = Parts(tokenizer), Cut(job.stop)
-        self.chars = 0  # of text so far
-        self.shown = 0  # of these, what the client has
-        self.tokens = []  # of text that the client has not
+        self.chars = 0  # characters of text so far
+        self.shown = 0  # characters of text that the client has
+        self.tokens = []  # Tokens whose text the client does not have yet
 
     def take(self, id, logprob=None, top=()) -> str | None:
-        """One more token, with its log probability if the job asks for it. "stop" if the answer is complete with it."""
+        """Process a token (with log probabilities if the job wants them). Return "stop" if it completes the answer."""
         self.job.tokens += 1
         self.job.ids.append(id)
         if logprob is not None and self.parts.kind == "text":
@@ -62,16 +65,16 @@ class Answer:
         return "stop"
 
     def end(self) -> str:
-        """No more tokens come: "length", unless what was left completes a stop string."""
+        """No more tokens follow. Return "length", or "stop" if the rest of the text completes a stop string."""
         self._emit(self.parts.close())
         self._finish()
         return "stop" if self.cut.done else "length"
 
     def _finish(self):
-        if self.cut.done:  # tokens beyond are not told of
+        if self.cut.done:  # the rest, and its tokens, are beyond the stop string
             return
         self._show("text", self.cut.close())
-        if self.tokens:  # they have no text, as the last one of a turn
+        if self.tokens:  # tokens without text, such as the end of the turn
             self.job.emit(Piece("text", "", self.worker, self.tokens))
 
     def _emit(self, pieces):
@@ -95,18 +98,18 @@ class Answer:
 
 
 def ranked(logits, ids, top):
-    """(log probability, [(id, log probability)] of the `top` likeliest) of each id [B], given logits [B, V]."""
+    """For each id [B], given logits [B, V]: (its log probability, [(id, log probability)] of the `top` likeliest)."""
     chosen, (values, best) = logprobs(logits, ids, top)
     pairs = (list(zip(*row, strict=True)) for row in zip(best.tolist(), values.tolist(), strict=True))
     return list(zip(chosen.tolist(), pairs, strict=True))
 
 
-SCORED_AT_ONCE = 128  # positions: their logits are [128, V]
+SCORED_AT_ONCE = 128  # positions per forward pass, to bound the logits [128, V]
 
 
 @torch.inference_mode()
 def score(engine, prompt, top) -> list[Token]:
-    """How likely each token of a prompt was, given those before it; as generation would say it."""
+    """Log probabilities of each token of a prompt given those before it, in the precision of generation."""
     model, tokenizer = engine.model, engine.tokenizer
     ids = torch.tensor(prompt, device=model.get_device())
     dtype = engine.dtype or compute_dtype(model)
@@ -121,6 +124,6 @@ def score(engine, prompt, top) -> list[Token]:
 
 
 def texts(tokenizer, ids) -> list[str]:
-    """The text that each id completes; together, what `decode` says of all."""
+    """The text that each id completes. Joined, they are the decoded ids."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     return [decoder.decode(tokenizer.id_to_bytes(id), final=i == len(ids) - 1) for i, id in enumerate(ids)]

@@ -1,4 +1,4 @@
-"""The application: the page, its endpoints, and what both kinds of clients share. See scripts/chat_web.py."""
+"""The application: the page and its endpoints. See scripts/chat_web.py for their list."""
 
 import asyncio
 import json
@@ -21,18 +21,18 @@ from nanochat.serving.transport import PING, EventStream, Gate, sse
 from nanochat.streaming import readable
 
 OPENAI_PREFIX = "/v1"
-BASE_URL = f"The base URL of OpenAI's clients ends in {OPENAI_PREFIX} here."
+BASE_URL = f"For OpenAI's API, set a base URL that ends in {OPENAI_PREFIX}."
 
 
 class AsciiJSON(JSONResponse):
-    """ASCII: what is quoted from a request may not be Unicode text."""
+    """JSON in ASCII: text quoted from a request may include surrogates, which cannot be encoded."""
 
     def render(self, content):
         return json.dumps(content, allow_nan=False).encode()
 
 
 def _complain(status, message, code=None, param=None, headers=None):
-    """The answer to a request that cannot be served, in a form that nanochat's clients and OpenAI's both read."""
+    """An error response in the formats of nanochat's and of OpenAI's clients."""
     return AsciiJSON({**openai_api.error_body(status, message, code, param), "detail": message}, status, headers)
 
 
@@ -42,10 +42,10 @@ def create_app(
     """
     The ASGI application.
 
-    api_key: what clients must have to do more than look at the page; empty if nothing. origins: of browsers' pages
-    that may ask, beside its own. files: as page_files has them, of another page.
+    api_key: required for everything except the page's files and /health; empty for none. origins: origins of other web
+    pages that may send requests. files: those of the page, in the format of page_files.
 
-    Raises UserError when a file of the page is missing.
+    Raises UserError if a file of the page is missing.
     """
     limits, defaults = limits or Limits(), defaults or Defaults()
     service = Service(pool, limits, defaults, ping_seconds)
@@ -55,7 +55,7 @@ def create_app(
         servers=[{"url": "."}],
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would not know the scheme, nor the path, of a proxy
+        redirect_slashes=False,  # redirects would lose the scheme and path prefix of a proxy
         default_response_class=AsciiJSON,
     )
 
@@ -71,7 +71,7 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def on_http_error(request, error):
         there = ", ".join(f"{OPENAI_PREFIX}{route.path}" for route in openai_router.routes)
-        message = f"{request.method} {request.url.path[:80]} is not here. {BASE_URL} There are {there}."
+        message = f"{request.method} {request.url.path[:80]} does not exist. {BASE_URL} It has {there}."
         return _complain(error.status_code, message, "not_found", headers=error.headers)
 
     @app.exception_handler(Exception)
@@ -95,7 +95,7 @@ def create_app(
 
     @app.get("/stats")
     async def get_stats():
-        return {**pool.stats(), "passed_over": dict(service.passed_over)}
+        return {**pool.stats(), "ignored_parameters": dict(service.ignored)}
 
     @app.get("/config")
     async def config():
@@ -160,7 +160,7 @@ async def _file(content, headers, request):
 
 
 async def _native_stream(service, jobs, most):
-    """Events of one job, of which no more than `most` tokens were asked for."""
+    """The events of one job, of which at most `most` tokens were requested."""
     async for pair in service.events(jobs):
         match pair and pair[1]:
             case None:

@@ -1,8 +1,7 @@
 """
-`/v1/chat/completions`, `/v1/completions` and `/v1/models`, as OpenAI's clients know them.
+OpenAI's API: `/v1/chat/completions`, `/v1/completions` and `/v1/models`.
 
-The model's own tool calls and their results stay out of `content`: clients see the answer only (their tokens are
-counted in `usage`).
+The calls of the model's own calculator and their results are left out of the text, but counted in `usage`.
 """
 
 import time
@@ -18,20 +17,20 @@ from nanochat.serving.openai_schema import ChatCompletionRequest, CompletionRequ
 from nanochat.serving.schema import ApiError
 from nanochat.serving.transport import PING, EventStream, sse, unless_gone
 
-COMPLETION_TOKENS = 16  # of /v1/completions, where a request names none: OpenAI's default
+COMPLETION_TOKENS = 16  # max_tokens of /v1/completions by default, as at OpenAI
 
 
 def error_body(status, message, code=None, param=None) -> dict:
-    """{"error": …} as OpenAI's clients expect it."""
+    """An error as OpenAI's clients expect it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class ChatShape:
-    """How chat completions are written down."""
+    """The JSON format of chat completions."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    first = ({"role": "assistant", "content": ""},)  # the delta that begins each streamed choice
+    first = ({"role": "assistant", "content": ""},)  # deltas at the beginning of each streamed choice
 
     def message(self, text):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -54,7 +53,7 @@ class ChatShape:
 
 
 class TextShape:
-    """How text completions are written down, whole or in chunks."""
+    """The JSON format of text completions."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
     first = ()
@@ -83,9 +82,9 @@ class TextShape:
 
 class Reply:
     """
-    The reply to one request, from the events of its jobs, of which n at a time have the same prompt.
+    Builds the response to a request from the events of its jobs (n consecutive jobs per prompt).
 
-    echo_from: the token of the prompt with which the texts of the reply begin; None: they begin after it.
+    echo_from: index of the first prompt token that is repeated in the response; None to repeat nothing.
     """
 
     def __init__(self, service, jobs, shape, model, body, echo_from=None):
@@ -94,7 +93,7 @@ class Reply:
         self.head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.id}
 
     async def give(self, request):
-        """The response, streamed if that was asked for. Nothing goes on when the client leaves."""
+        """The response, streamed if requested. The jobs are cancelled when the client disconnects."""
         if self.body.stream:
             return EventStream(self._stream(), on_end=lambda: self.service.cancel(self.jobs))
         try:
@@ -112,10 +111,8 @@ class Reply:
         return {"index": job.index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     async def _bits(self):
-        """
-        Yield (job, text, its tokens, finish reason or None), and None when nothing has happened for a while. ApiError.
-        """
-        prompts = {job: ("", 0) for job in self.jobs}  # what is shown of it; characters of what is not
+        """Yield (job, text, its Tokens or None, finish reason or None), or None for a ping. Raises ApiError."""
+        prompts = {job: ("", 0) for job in self.jobs}  # (text repeated, number of characters before it)
         if self.echo_from is not None:
             for job in self.jobs:
                 pieces = texts(self.tokenizer, job.prompt)

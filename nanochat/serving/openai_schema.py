@@ -1,8 +1,8 @@
 """
-What OpenAI's clients send.
+The requests of OpenAI's clients.
 
-Refused is only what would change the meaning of an answer and cannot be done here; what else is unknown is passed over
-and counted. Parameters beyond OpenAI's (top_k, min_p, repetition_penalty) have the names that vLLM gave them.
+A request is refused only if ignoring a parameter would change the meaning of the answer; other unknown parameters are
+ignored and counted. Parameters that OpenAI does not have (top_k, min_p, repetition_penalty) are named as in vLLM.
 """
 
 from itertools import chain
@@ -15,18 +15,18 @@ from nanochat.serving.schema import ApiError, Message, Request
 TOP_LOGPROBS = (0, 20)
 CHOICES = (1, 128)
 
-NO_GRAMMAR = "this server cannot bind an answer to a format"
-NO_TOOLS = "the model of this server calls no tools but its own calculator"
-REFUSED = {  # parameter → (its values that ask for nothing, why others are refused)
+NO_GRAMMAR = "this server has no constrained decoding"
+NO_TOOLS = "this model can call no tools except its own calculator"
+REFUSED = {  # parameter → (values that have no effect, why other values are refused)
     "response_format": (({"type": "text"},), NO_GRAMMAR),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ((), NO_GRAMMAR)),
     **dict.fromkeys(("structured_outputs", "json_schema", "grammar"), ((), NO_GRAMMAR)),
     "tool_choice": (("none", "auto"), NO_TOOLS),
     "function_call": (("none", "auto"), NO_TOOLS),
-    "modalities": ((["text"],), "this server makes text only"),
-    "audio": ((), "this server makes text only"),
-    "suffix": (("",), "this server continues text, it does not fill gaps"),
-    "use_beam_search": ((False,), "this server draws tokens, it does not search"),
+    "modalities": ((["text"],), "this server generates text only"),
+    "audio": ((), "this server generates text only"),
+    "suffix": (("",), "this server continues text, it does not insert"),
+    "use_beam_search": ((False,), "this server samples, it has no beam search"),
 }
 
 
@@ -46,7 +46,7 @@ class OpenAIRequest(Request):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def check(self):
-        """ApiError (400) for what cannot be done."""
+        """Raise ApiError (400) for parameters that are refused."""
         for name, (neutral, reason) in REFUSED.items():
             value = self.model_extra.get(name)
             if value is not None and value not in neutral:
@@ -59,7 +59,7 @@ class ChatCompletionRequest(OpenAIRequest):
 
     messages: list[Message]
     max_tokens: Annotated[int, Field(ge=-1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None  # the newer name of the same
+    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None  # newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
 
@@ -81,15 +81,17 @@ class CompletionRequest(OpenAIRequest):
     def check(self):
         super().check()
         if self.best_of not in (None, self.n or 1):
-            raise ApiError(400, "best_of must equal n: this server gives all answers that it makes", param="best_of")
+            raise ApiError(
+                400, "best_of must equal n: this server returns all answers that it generates", param="best_of"
+            )
 
     @property
     def is_text(self) -> bool:
-        """Whether <|bos|> is put before a prompt, which clients do not see."""
+        """Whether the prompts are text, which is preceded by a <|bos|> that clients do not see."""
         return isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], str))
 
     def prompts(self, tokenizer, limits) -> list[list[int]]:
-        """Ids of each prompt: text begins a document, after <|bos|>; ids are taken as they are. ApiError (400)."""
+        """Token ids of each prompt: of text after <|bos|>, or as given. Raises ApiError (400)."""
         alone = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         prompts = [self.prompt] if alone else self.prompt
         if sum(map(len, prompts)) > limits.conversation_chars:

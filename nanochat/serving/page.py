@@ -1,11 +1,11 @@
-"""The files of the chat page, served as they are: nanochat/ui.html, its logo, and nanochat/ui/."""
+"""The files of the chat page, which are served unchanged: nanochat/ui.html, logo.svg and ui/."""
 
 from pathlib import Path
 
 from nanochat.common import UserError
 
 FOLDER = Path(__file__).parent.parent
-POLICY = (  # nothing that is written in the page runs: scripts and styles are files
+POLICY = (  # no inline scripts or styles
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -19,7 +19,7 @@ HEADERS = {  # by ending
 
 
 def page_files(folder=FOLDER) -> dict[str, tuple[bytes, dict]]:
-    """Path of an address → (content, headers) of each file. UserError when one cannot be read."""
+    """URL path → (content, headers) of each file. Raises UserError if one cannot be read."""
     paths = {"/": folder / "ui.html", "/logo.svg": folder / "logo.svg"}
     paths |= {f"/ui/{path.name}": path for path in sorted((folder / "ui").glob("*")) if path.suffix in HEADERS}
     try:

@@ -63,13 +63,13 @@ def number(low, high):
 
 
 class Strict(BaseModel):
-    """Nothing is converted ("1" is no number) and nothing unknown is passed over."""
+    """No conversions ("1" is not a number), no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class Message(BaseModel):
-    """One message as clients have it, with fields of their own; `turns` makes a conversation of several."""
+    """A message as clients send it, possibly with further fields. `turns` normalizes a list of them."""
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -77,7 +77,7 @@ class Message(BaseModel):
 
 
 class Request(BaseModel):
-    """What all requests for an answer have in common. What they have beside it is passed over, and counted."""
+    """Fields of every request for an answer. Unknown fields are ignored and counted."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     temperature: number(*TEMPERATURE) | None = None
@@ -93,12 +93,12 @@ class Request(BaseModel):
     max_tokens: Annotated[int, Field(ge=-1)] | None = None
 
     def sampling(self, defaults: Defaults, vocab_size: int) -> Sampling:
-        """Of the first answer that is asked for; a seed is drawn where none is given. ApiError (400)."""
+        """Sampling settings of the first answer, with a random seed if none is given. Raises ApiError (400)."""
         names = {field.name for field in fields(Sampling)}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = {"temperature": defaults.temperature, "top_k": defaults.top_k, "seed": secrets.randbits(63)} | given
-        chosen["top_k"] = max(0, chosen["top_k"])  # −1 is another way to say "off"
-        chosen["top_p"] = max(1e-9, chosen.get("top_p", 1.0))  # the best token has this probability
+        chosen["top_k"] = max(0, chosen["top_k"])  # −1 means "off" too
+        chosen["top_p"] = max(1e-9, chosen.get("top_p", 1.0))  # 0 means the best token only
         chosen["logit_bias"] = {}
         for key, bias in (self.logit_bias or {}).items():
             if not re.fullmatch(r"\d{1,9}", key) or int(key) >= vocab_size:
@@ -107,7 +107,7 @@ class Request(BaseModel):
         return Sampling(**chosen)
 
     def stops(self) -> list[str]:
-        """The stop strings. ApiError (400) when they are too long."""
+        """The stop strings that are not empty. Raises ApiError (400) if they are too long."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if sum(map(len, stop)) > STOP_CHARS:
             raise ApiError(400, f"stop: at most {STOP_CHARS} characters in all", param="stop")
@@ -150,18 +150,18 @@ class RenderRequest(Strict):
 # ---------------------------------------------------------------------------------------------------------
 # Conversations
 
-TOOL_PARTS = ("python", "python_output")  # of the model's own calculator, in answers of this server
+TOOL_PARTS = ("python", "python_output")  # calls and results of the model's own calculator, in answers of this server
 # Type of a part → its field
 TEXTS = {"refusal": "refusal"} | dict.fromkeys(("text", "input_text", "output_text", *TOOL_PARTS), "text")
 
 
 def turns(messages: list[Message], limits: Limits) -> list[dict]:
     """
-    {"role": "user" or "assistant", "content"} in turn, as the model knows conversations, beginning with the user.
+    Normalize messages to alternating {"role": "user" or "assistant", "content"}, beginning with the user.
 
-    What is for the model to obey or to know (by system, developer, user, tool or function) is the user's. Neighbours
-    with one role become one message. If the last one is by the assistant, it is to be continued. ApiError (400) where
-    there is no text, too much of it, or something else.
+    All roles except the assistant's (system, developer, user, tool, function) become the user's; consecutive messages
+    of one role are merged; an empty user message is inserted before a conversation that begins with the assistant's.
+    Raises ApiError (400) for messages without text, with too much text, or with other content than text.
     """
 
     def refuse(message):
@@ -198,7 +198,7 @@ def _merged(first, second):
 
 
 def _parts(message, role, refuse):
-    """A message's content as a list of {"type", "text"}."""
+    """The content of a message as a list of {"type", "text"}."""
     content = message.content
     parts = []
     for part in [content] if isinstance(content, str) else content or []:
@@ -207,7 +207,7 @@ def _parts(message, role, refuse):
         if kind not in TEXTS:
             refuse(f"this model reads text only, got a part of type {kind!r}"[:100])
         if kind in TOOL_PARTS and role != "assistant":
-            refuse("only the assistant's messages have parts of the calculator")
+            refuse("only the assistant's messages have calculator parts")
         text = part.get(TEXTS[kind])
         if not isinstance(text, str):
             refuse(f"expected a string as the text of a part, got {text!r}"[:100])
@@ -217,7 +217,7 @@ def _parts(message, role, refuse):
 
 
 def _joined(parts):
-    """Parts as the tokenizer takes them: a string, unless the calculator was used."""
+    """Parts as the tokenizer expects them: a string, or a list if it includes the calculator."""
     return parts if any(part["type"] in TOOL_PARTS for part in parts) else "".join(part["text"] for part in parts)
 
 
@@ -234,12 +234,12 @@ def check_texts(texts: list[str], limits: Limits):
 
 def room(prompt_tokens: int, max_tokens: int | None, context_length: int | None, fits=True, param="messages") -> int:
     """
-    How many tokens may be generated after a prompt, None and −1 for all. ApiError (400) if there is no room for any.
+    How many of max_tokens (None or −1: all) fit after a prompt. Raises ApiError (400) if none do.
 
-    context_length: of prompt and answer together, None where sessions summarize what is old. fits: whether a
-    session can hold the prompt. param: where the prompt came from.
+    context_length: of prompt and answer together, None where sessions compress older tokens. fits: whether a session
+    can hold the prompt. param: the name of the prompt in error messages.
 
-    The one place that knows that a context is finite.
+    The only place that limits the length of a conversation to the context.
     """
     most = MAX_TOKENS[1] if max_tokens in (None, -1) else min(max_tokens, MAX_TOKENS[1])
     complaint = None

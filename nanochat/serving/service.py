@@ -1,4 +1,4 @@
-"""What the interfaces of the server share: from a request to queued jobs, and to the events of these."""
+"""What both APIs of the server share: turning a request into queued jobs, and reading the events of these jobs."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from nanochat.serving.schema import ApiError, Defaults, Limits
 from nanochat.serving.transport import next_or_none
 from nanochat.serving.worker_pool import Unavailable, WorkerPool
 
-COUNTED_NAMES = 200  # of parameters that were passed over
+COUNTED_NAMES = 200  # of ignored parameters; further names are counted together
 
 
 @contextlib.contextmanager
@@ -29,16 +29,17 @@ class Service:
     limits: Limits
     defaults: Defaults
     ping_seconds: float = 10.0
-    passed_over: Counter = field(default_factory=Counter)  # names of parameters → how often
+    ignored: Counter = field(default_factory=Counter)  # name of an unknown parameter → number of requests with it
 
     async def submit(self, request: schema.Request, prompts, max_tokens, n=1, param="messages", **job) -> list[Job]:
         """
-        Queued jobs, n for each of `prompts()`, lists of ids, that share a queue of events. Raises ApiError.
+        Queue n jobs for each prompt of `prompts()` (lists of ids) and return them. They share one queue of events.
 
-        prompts: called in a thread. max_tokens: None and −1 for what is left. job: other fields of Job.
+        prompts is called in a thread. max_tokens: None and −1 mean all that fits. param: name of the prompt in error
+        messages. job: further fields of Job. Raises ApiError; then no job stays queued.
         """
-        for name in (*(request.model_extra or {}), *job.pop("passed_over", ())):
-            self.passed_over[name[:60] if len(self.passed_over) < COUNTED_NAMES else "others"] += 1
+        for name in request.model_extra:
+            self.ignored[name[:60] if len(self.ignored) < COUNTED_NAMES else "others"] += 1
         with unavailable_as_503():
             self.pool.check_open()
         sampling = request.sampling(self.defaults, self.pool.tokenizer.get_vocab_size())
@@ -68,7 +69,7 @@ class Service:
             self.pool.cancel(job)
 
     async def events(self, jobs):
-        """Yield (job, event) until all jobs of a request are done; None when nothing has happened for a while."""
+        """Yield (job, event) until all these jobs are done, and None after each `ping_seconds` without an event."""
         running = len(jobs)
         while running:
             pair = await next_or_none(jobs[0].events, self.ping_seconds)
@@ -79,7 +80,7 @@ class Service:
         return schema.turns(messages, self.limits)
 
     def render(self, turns) -> list[int]:
-        """Ids of a conversation that the assistant is to go on with, be it in the middle of its own message."""
+        """Token ids of a conversation for the assistant to answer, or, if the last turn is its own, to continue."""
         conversation = {"messages": turns}
         if turns[-1]["role"] == "user":
             return self.pool.tokenizer.render_for_completion(conversation)

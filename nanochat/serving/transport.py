@@ -77,13 +77,13 @@ class PatientProtocol(H11Protocol):
 
 class Gate:
     """
-    ASGI middleware. Asks for the key; reads a request's whole body, bounded in bytes and seconds, before anything is
-    parsed; adds security headers; logs a line a request, without what was said. HEAD is what GET would be, and a path
-    may have a slash too many.
+    ASGI middleware. Checks the API key; reads the whole body, bounded in bytes and seconds, before it is parsed; adds
+    security headers; logs a line per request, without its text. Answers HEAD like GET, and tolerates superfluous
+    slashes in paths.
     """
 
     def __init__(self, app, max_body_bytes, complain, body_seconds=30.0, api_key="", public=()):
-        """complain(status, message, code, param, headers): the response that refuses. public: paths without a key."""
+        """complain(status, message, code, param, headers): makes an error response. public: paths that need no key."""
         self.app, self.max_body_bytes, self.complain = app, max_body_bytes, complain
         self.body_seconds, self.api_key, self.public = body_seconds, api_key.encode(), public
 
@@ -94,7 +94,7 @@ class Gate:
         start, status = time.monotonic(), None
         method, headers = scope["method"], dict(scope["headers"])
         path = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
-        # Where uvicorn knows that it is HEAD, it sends no body
+        # uvicorn sends no body, since its own scope says HEAD
         scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
 
         async def send_with_headers(message):
@@ -127,7 +127,7 @@ class Gate:
             return None
         if kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key):
             return None
-        message = "this server has a key: expected it in the header Authorization: Bearer"
+        message = "this server requires its API key: send the header Authorization: Bearer KEY"
         return 401, message, "invalid_api_key", None, {"WWW-Authenticate": "Bearer"}
 
     async def _read(self, headers, receive, refusal):
@@ -183,7 +183,7 @@ def _replay(body, receive):
 
 
 def sse(data, event=None) -> bytes:
-    """One server-sent event of a JSON value, in ASCII, which no line separator splits; event: its name."""
+    """A server-sent event with a JSON value, in ASCII: no client splits it at a Unicode line separator."""
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {json.dumps(data)}\n\n".encode()
 
