@@ -387,7 +387,7 @@ def test_commands(visit, server):
         ("/temperature 9", "Temperature is from 0 to 2, not 9."),
         ("/topk many", "Top-k is from 1 to 200, not many."),
         ("/maxtokens 64", "Max tokens is now 64."),
-        ("/nonsense", "There is no /nonsense: /help shows what there is."),
+        ("/nonsense", "There is no /nonsense: /help lists the commands."),
     ]:
         ask(page, text)
         expect(page.locator("#toast")).to_contain_text(told)

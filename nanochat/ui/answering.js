@@ -1,4 +1,4 @@
-// Asking the model, and writing down what it says.
+// Requests an answer and adds it to the conversation as it streams.
 
 import { chats, conversation, save, saveSoon, shownAnswer } from "./chats.js";
 import { Fault, events, request } from "./server.js";
@@ -9,18 +9,18 @@ import { showFocus } from "./focus.js";
 
 const STOPPED = "stopped";
 
-export const runs = new Map(); // id of a chat → the AbortController of the answer that is being written
+export const runs = new Map(); // chat id → AbortController of its running answer
 
 export const stopAnswer = (chat) => runs.get(chat.id)?.abort(STOPPED);
 
-// Ask for an answer to the last question of the chat, beside those that it has; or go on with the one that is shown.
+// Request another answer to the last question of a chat or, with goOn, the continuation of the answer that is shown.
 export async function answer(chat, goOn = false) {
   const isNew = chat.messages.at(-1).role === "user";
   if (isNew) chat.messages.push({ role: "assistant", answers: [], shown: 0 });
   const message = chat.messages.at(-1);
   const messages = conversation(chat, goOn);
   if (!goOn) {
-    // What failed before it began makes room
+    // Drop answers that failed before their first token
     message.answers = message.answers.filter((old) => old.parts.length);
     message.shown = message.answers.push({ parts: [], end: null }) - 1;
   }

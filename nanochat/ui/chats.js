@@ -1,11 +1,11 @@
-// Conversations, and what the browser keeps of them.
+// Conversations and their storage in the browser.
 //
-// A chat is {id, updated, title, messages}; messages are questions and answers in turn: {role: "user", content} and
-// {role: "assistant", answers, shown}, of which answers[shown] is what the model is told that it said. An answer is
-// {parts: [{type, text}], end, limit, error}. end: null while it runs, then "stop", "length", "stopped" or "error";
-// limit: which one "length" was, "max_tokens" or "context". title: null for the first words. With --mc there is also a
-// chat's `conversation`, a name by which the server knows its session and which nobody can guess, and, not saved, its
-// `focus`: null for none, undefined where only the server may know.
+// A chat is {id, updated, title, messages}; title is null until the user sets one. Messages alternate between questions,
+// {role: "user", content}, and replies, {role: "assistant", answers, shown}: answers[shown] is displayed, and sent to the
+// model as its answer. An answer is {parts: [{type, text}], end, limit, error}. end: null while it is running, then
+// "stop", "length", "stopped" (by the user) or "error"; limit: "max_tokens" or "context" if end is "length". With --mc a
+// chat also has `conversation`, the secret name of its session on the server, and `focus`, which is not saved: null for
+// none, undefined if the server has not been asked yet.
 
 import { toast } from "./dom.js";
 
@@ -53,13 +53,13 @@ export function newChat() {
   return { id, updated: 0, title: null, messages: [], conversation: secretName(), focus: null };
 }
 
-function secretName() { // 128 bits; crypto.randomUUID is missing where the page came neither over HTTPS nor from this machine
+function secretName() { // 128 bits; crypto.randomUUID exists only over HTTPS and on localhost
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-function restored(message, i) { // null for what is damaged
+function restored(message, i) { // null if it is damaged
   if (i % 2 === 0) return typeof message.content === "string" ? message : null;
-  const { answers = [message], shown = 0 } = message; // once there was one answer, and it was the message
+  const { answers = [message], shown = 0 } = message; // formerly a message was its only answer
   if (!answers[shown] || !answers.every((answer) => Array.isArray(answer.parts))) return null;
   for (const answer of answers) {
     if (!answer.end) Object.assign(answer, { end: "error", error: { text: "This answer was interrupted." } });
@@ -92,9 +92,9 @@ export function forget(chat) {
   store.remove(chatKey(chat.id));
 }
 
-// ---------------------------------------------------------------- As others read them
+// ---------------------------------------------------------------- Conversion
 
-// As the model is told: without questions that were never answered. begun: with the beginning of an answer at the end.
+// The messages for the model, without unanswered questions. begun: include the last answer, for the model to continue.
 export function conversation({ messages }, begun = false) {
   const told = [];
   for (let i = 0; i < messages.length; i += 2) {
@@ -121,4 +121,4 @@ export function asMarkdown(chat) {
   return [`# ${titleOf(chat)}\n`, ...turns].join("\n");
 }
 
-export const asJSON = (chat) => `${JSON.stringify({ messages: conversation(chat, true) }, null, 2)}\n`; // as the server takes it
+export const asJSON = (chat) => `${JSON.stringify({ messages: conversation(chat, true) }, null, 2)}\n`; // a body of POST /chat/completions

@@ -1,4 +1,4 @@
-// What can be typed instead of a message: /temperature 0.5 and others.
+// Slash commands in the message box, such as /temperature 0.5, and the list that completes them.
 
 import { $, make, on, toast } from "./dom.js";
 import { deleteChat, state } from "./page.js";
@@ -8,18 +8,18 @@ import { FIELDS, choose, server, settings } from "./settings.js";
 
 const wordOf = (field) => field.replaceAll("_", "");
 
-// Name → [what may follow, what it does, a function of what follows]
+// Name → [range of the argument, help, function of the argument]
 const commands = () => ({
   ...Object.fromEntries(Object.entries(FIELDS).map(([field, [label, , help]]) => {
     const [low, high] = server.config?.limits[field] ?? [0, 0];
     return [wordOf(field), [`${low} – ${high}`, help, (text) => set(field, label, text)]];
   })),
   clear: ["", "Delete this conversation and begin another.", () => chats.has(state.current.id) && deleteChat(state.current)],
-  help: ["", "Show what can be typed here.", () => { helping = true; }],
+  help: ["", "Show the commands.", () => { helping = true; }],
 });
 
-let helping = false; // the list stays although nothing is typed
-let marked = 0; // the line of the list that the keyboard is at
+let helping = false; // show the list although nothing is typed
+let marked = 0; // index of the selected command
 
 function set(field, label, text) {
   const [low, high] = server.config.limits[field];
@@ -31,7 +31,7 @@ function set(field, label, text) {
   }
 }
 
-function typed() { // [command, what follows it], as far as there is one
+function typed() { // [name, argument] of the command that is being typed
   const [, name, rest] = /^\/(\w*)(?:\s+(\S+))?\s*$/.exec($("input").value) ?? [];
   return [name?.toLowerCase(), rest ?? ""];
 }
@@ -42,7 +42,7 @@ function matching() {
   return name === undefined ? [] : Object.keys(commands()).filter((command) => command.startsWith(name));
 }
 
-// Whether what is typed is no message but a command, which is then obeyed.
+// Run the text in the message box if it is a command; return whether it is one.
 export function runCommand() {
   const [name, rest] = typed();
   if (name === undefined || !server.config) return false;
@@ -51,7 +51,7 @@ export function runCommand() {
     $("input").value = "";
     helping = false;
     run(rest);
-  } else toast(`There is no /${name}: /help shows what there is.`);
+  } else toast(`There is no /${name}: /help lists the commands.`);
   return true;
 }
 
@@ -92,7 +92,7 @@ export function chooseCommand(event) {
   drawCommands();
 }
 
-on("input", "blur", () => setTimeout(() => { // not before a click on the list
+on("input", "blur", () => setTimeout(() => { // later than a click on the list
   helping = false;
   drawCommands();
 }, 200));

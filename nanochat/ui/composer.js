@@ -1,4 +1,4 @@
-// The box for messages.
+// The message box.
 
 import { $, on, setFace } from "./dom.js";
 import { runs, stopAnswer } from "./answering.js";
@@ -7,12 +7,12 @@ import { send, state } from "./page.js";
 import { server } from "./settings.js";
 
 const charsOf = (text) => [...text].length; // as the server counts them
-const exceeds = (text, limit) => text.length > limit && charsOf(text) > limit; // a long text is counted only near its limit
+const exceeds = (text, limit) => text.length > limit && charsOf(text) > limit; // characters are counted only if necessary
 export const isTooLong = (text) => exceeds(text, server.config?.limits.message_chars ?? Infinity);
 
 export function grow(area) {
   area.style.height = "auto";
-  area.style.height = `${area.scrollHeight}px`; // up to the max-height of the style sheet
+  area.style.height = `${area.scrollHeight}px`; // limited by max-height in the style sheet
 }
 
 export function sendsOnEnter(area, form) {
@@ -38,11 +38,11 @@ export function drawComposer() {
   drawCommands();
 }
 
-export function focusInput() { // not where that would open an on-screen keyboard
+export function focusInput() { // except where that opens an on-screen keyboard
   if (!matchMedia("(hover: none)").matches) $("input").focus({ preventScroll: true });
 }
 
-on("input", "keydown", chooseCommand); // before what Enter does otherwise
+on("input", "keydown", chooseCommand); // registered first: it may handle Enter
 sendsOnEnter($("input"), $("composer"));
 on("input", "input", drawComposer);
 on("composer", "submit", (event) => {

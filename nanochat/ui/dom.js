@@ -1,4 +1,4 @@
-// Elements, icons, and what is said in passing.
+// Helpers for elements, icons, notifications, the clipboard and downloads.
 
 export const $ = (id) => document.getElementById(id);
 export const on = (id, type, action) =>
@@ -58,7 +58,7 @@ export function toast(text, label = "Close", action = () => {}) {
 export async function copyFrom(button, text) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // a page that came neither over HTTPS nor from this machine has no clipboard object
+  } catch { // navigator.clipboard exists only over HTTPS and on localhost
     const area = document.body.appendChild(make("textarea", { value: text, className: "unseen" }));
     area.select();
     document.execCommand("copy");
@@ -77,7 +77,7 @@ export function download(name, text, type) {
   setTimeout(() => URL.revokeObjectURL(href), 10_000);
 }
 
-export function place(popover, button) { // just above its button, or below where there is more room
+export function place(popover, button) { // above or below its button, where there is more room
   const { left, top, bottom } = button.getBoundingClientRect();
   const above = top > innerHeight / 2;
   popover.style.left = `${narrow.matches ? 12 : Math.min(left, innerWidth - 240)}px`;

@@ -1,5 +1,5 @@
-// What focus events tell, as a picture. The page calls setUpFocus once it knows the server, and showFocus for the chat
-// that is open whenever that or its focus becomes another. Words as in megacontext/focus.py: a block is block_size
+// The focus view: draws the focus events of MegaContext. The page calls setUpFocus when it has the server's settings, and
+// showFocus when another chat is opened or its focus changes. Terms as in megacontext/focus.py: a block is block_size
 // tokens; each block has a level of detail (LOD), 0 for the tokens themselves.
 
 import { make, sleep, svg } from "./dom.js";
@@ -9,13 +9,13 @@ import { ask } from "./server.js";
 const [MARKS, BARS, RIBBONS, RAIL] = [11, 30, 25, 10]; // heights of the rows, in pixels
 const HEIGHTS = [BARS, 20, 12, 6]; // of a bar, by level
 const [LEAST, MOST] = [4, 24]; // width of a cell
-const SHOWN_TOKENS = 256; // as many as the server gives at once
-const REST = 120; // ms that the pointer rests before the text is asked for
+const SHOWN_TOKENS = 256; // maximum that the server returns at once
+const REST = 120; // ms for which the pointer must rest before the text is requested
 
 let mc = null; // the server's settings
 let chat = null;
-let view = null; // what was drawn of chat.focus
-let here = null; // block that is pointed at
+let view = null; // layout of chat.focus
+let here = null; // block under the pointer
 let parts = null; // elements of the picture
 const texts = new Map(); // "conversation start end" → text
 
@@ -28,16 +28,16 @@ function put(element, attributes) {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
 }
 
-// ---------------------------------------------------------------- From an event to numbers
+// ---------------------------------------------------------------- Layout
 
-// A value a block, from [block, value] wherever it becomes another one.
+// Values of all blocks, from [block, value] at each change.
 function steps(changes, blocks) {
   const values = new Float32Array(blocks).fill(NaN);
   changes.forEach(([block, value], i) => values.fill(value, block, changes[i + 1]?.[0] ?? blocks));
   return values;
 }
 
-// The focus in arrays: lods and scores a block; before, the entries before each block and at last all of them.
+// The focus as arrays: lods and scores of the blocks; before: number of entries before each block, then the total.
 function unfold(state) {
   const { lod: runs, num_tokens: tokens, block_size: K } = state;
   const blocks = runs.reduce((sum, [, count]) => sum + count, 0);
@@ -45,7 +45,7 @@ function unfold(state) {
   const before = new Float64Array(blocks + 1);
   let block = 0;
   for (const [lod, count] of runs) {
-    const each = lod ? K ** (1 - lod) : K; // entries a block; a part of one where a node is larger
+    const each = lod ? K ** (1 - lod) : K; // entries per block; a fraction if a node covers several
     for (const end = block + count; block < end; block++) {
       lods[block] = lod;
       before[block + 1] = before[block] + (lod ? each : Math.min(K, tokens - block * K));
@@ -55,14 +55,14 @@ function unfold(state) {
 }
 
 function layOut(focus, width) {
-  const group = Math.ceil(focus.blocks / Math.max(1, Math.floor(width / LEAST))); // blocks a cell
+  const group = Math.ceil(focus.blocks / Math.max(1, Math.floor(width / LEAST))); // blocks per cell
   const count = Math.ceil(focus.blocks / group);
   const pitch = Math.min(MOST, width / count);
   const cells = Array.from({ length: count }, (_, i) => {
     const lods = focus.lods.subarray(i * group, (i + 1) * group);
     return { finest: Math.min(...lods), coarsest: Math.max(...lods) };
   });
-  const scale = width / focus.state.budget; // pixels an entry
+  const scale = width / focus.state.budget; // pixels per entry
   return { ...focus, width, group, pitch, cells, across: (block) => block / group * pitch, along: (block) => focus.before[block] * scale };
 }
 
@@ -88,7 +88,7 @@ function build() {
   parts.frame = svg("path", { class: "frame" }, layer());
 }
 
-// From the blocks [first, end) down to their entries.
+// Path from the blocks [first, end) to their entries.
 function ribbon(first, end) {
   const [a, b, c, d] = [view.across(first), view.across(end), view.along(first), view.along(end)].map((x) => +x.toFixed(2));
   const middle = TOP + RIBBONS / 2;
@@ -139,7 +139,7 @@ function draw() {
   point(here === null ? null : Math.min(here, view.blocks - 1));
 }
 
-function tell() { // in words and figures
+function tell() { // figures and text beside the picture
   const { num_tokens, entries, budget, lod_counts, expanded, collapsed, swap_rate } = chat.focus;
   at("tokens").textContent = number(num_tokens);
   at("entries").textContent = number(entries);
@@ -157,7 +157,7 @@ function tell() { // in words and figures
     + `collapsed ${collapsed.length}. Swap rate ${(100 * swap_rate).toFixed(1)}%.`;
 }
 
-// ---------------------------------------------------------------- What is pointed at
+// ---------------------------------------------------------------- Details of a block
 
 function point(block) {
   here = block;
@@ -200,7 +200,7 @@ function describe(cell, first, end) {
 
 function gauge(low, high) { // from −1, collapse, to 1, expand
   const bar = svg("svg", { viewBox: "-1 0 2 .2", preserveAspectRatio: "none", "aria-hidden": "true" });
-  svg("rect", { x: -1, width: 2, y: .06, height: .08 }, bar); // all there may be, and 0
+  svg("rect", { x: -1, width: 2, y: .06, height: .08 }, bar); // the whole range, and 0
   const [from, to] = [Math.min(low, 0), Math.max(high, 0)];
   svg("rect", { x: -.01, width: .02, y: 0, height: .2 }, bar);
   svg("rect", { class: "value", x: from, width: Math.max(.03, to - from), y: 0, height: .2 }, bar);
@@ -222,7 +222,7 @@ async function showText(words, start, stop) {
   if (words.isConnected) at("cursor").ariaDescription = words.textContent;
 }
 
-// The block under the pointer: of the bars above, or of the entries below.
+// The block under the pointer, in the bars above or the entries below.
 function blockAt({ clientX, clientY }) {
   const box = at("picture").getBoundingClientRect();
   const [x, y] = [clientX - box.left, clientY - box.top];
@@ -254,12 +254,12 @@ at("cursor").addEventListener("blur", leave);
 at("cursor").addEventListener("input", ({ target }) => point(target.valueAsNumber * view.group));
 at("cursor").addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
-  event.stopPropagation(); // it would stop the answer
+  event.stopPropagation(); // otherwise it stops the answer
   leave();
 });
 new ResizeObserver(draw).observe(at("picture"));
 
-// ---------------------------------------------------------------- What the page calls
+// ---------------------------------------------------------------- Interface to the page
 
 function fold(folded) {
   document.getElementById("focus").classList.toggle("folded", folded);
@@ -291,7 +291,7 @@ export function showFocus(shown) {
   } else if (mc && chat.focus === undefined && chat.messages.length) recall(chat);
 }
 
-async function recall(asked) { // the focus of a chat from before this page was opened, if the server still has it
+async function recall(asked) { // ask the server for the focus of a chat from before the page was loaded
   asked.focus = null;
   const answer = await ask("focus", { conversation: asked.conversation }).catch(() => ({}));
   asked.focus ??= answer.focus ?? null;

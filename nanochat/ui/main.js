@@ -1,4 +1,4 @@
-// The start, the keyboard, and other tabs.
+// Startup, keyboard shortcuts, and changes made in other tabs.
 
 import { $, toast } from "./dom.js";
 import { chatIdOf, chats, loadChat, saveAll, store } from "./chats.js";
@@ -18,11 +18,11 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     openChat(null);
   } else if (plain && /^\S$/.test(event.key) && document.activeElement === document.body) {
-    $("input").focus(); // who begins to type means the message box
+    $("input").focus(); // typing anywhere goes to the message box
   }
 });
 
-addEventListener("storage", ({ key }) => { // another tab has written
+addEventListener("storage", ({ key }) => { // written by another tab
   const id = chatIdOf(key);
   if (store.nameOf(key) === "theme") drawTheme();
   if (!id || runs.has(id)) return;

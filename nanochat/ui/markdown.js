@@ -1,4 +1,4 @@
-// Markdown: rendered by the server, rebuilt here.
+// Markdown: rendered to HTML by the server, then rebuilt here from an allowlist.
 
 import { iconButton, make, sleep } from "./dom.js";
 import { attempt } from "./chats.js";
@@ -6,18 +6,18 @@ import { ask } from "./server.js";
 
 const TAGS = new Set(("a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead "
   + "tr ul").split(" "));
-const ATTRIBUTES = { a: ["title"], ol: ["start"], td: ["align"], th: ["align"] }; // besides class and href, which are checked
+const ATTRIBUTES = { a: ["title"], ol: ["start"], td: ["align"], th: ["align"] }; // in addition to class and href, which are checked
 const DROPPED = new Set("embed iframe math noscript object script select style svg template textarea title xmp".split(" "));
-const CLASS = /^(language-[\w+#.-]+|highlight|[a-z][a-z0-9]{0,2})$/; // code: its language, and what Pygments writes
+const CLASS = /^(language-[\w+#.-]+|highlight|[a-z][a-z0-9]{0,2})$/; // languages of code, and Pygments' classes
 const isSafeLink = (href) => attempt(() => ["http:", "https:", "mailto:"].includes(new URL(href).protocol), false);
 
-// Copies the allowed elements and attributes of an inert document, and nothing else, into new elements.
+// Copy only the allowed elements and attributes of an inert document.
 function rebuild(source, target) {
   for (const node of source.childNodes) {
-    const broken = node.previousSibling?.localName === "br"; // then the line break in the text is one too many
+    const broken = node.previousSibling?.localName === "br"; // then the line break in the text is redundant
     if (node.nodeType === Node.TEXT_NODE) target.append(broken ? node.data.trimStart() : node.data);
     if (node.nodeType !== Node.ELEMENT_NODE || DROPPED.has(node.localName)) continue;
-    if (!TAGS.has(node.localName)) { // an unknown element: only what is in it
+    if (!TAGS.has(node.localName)) { // keep only the content of unknown elements
       rebuild(node, target);
       continue;
     }
@@ -47,13 +47,13 @@ function codeBlock(pre) {
   return make("div", { className: "codeblock" }, bar, pre);
 }
 
-// The one place where HTML from the server comes in.
+// The only place where HTML from the server is parsed.
 function fromServer(html) {
   return rebuild(new DOMParser().parseFromString(html, "text/html").body, document.createDocumentFragment());
 }
 
-const RENDER_PAUSE = 150; // ms between two requests; one at a time
-const waiting = new Set(); // Prose whose text is to be rendered
+const RENDER_PAUSE = 150; // ms between requests, which are sent one at a time
+const waiting = new Set(); // Prose objects to render
 const rendered = new Map(); // finished text → HTML
 let rendering = false;
 
@@ -71,14 +71,14 @@ async function renderWaiting() {
     }
     const start = performance.now();
     const html = await ask("render", { texts: batch.map(([, text]) => text) }).then((answer) => answer.html, () => null);
-    // Without an answer the text stays plain
+    // If the request failed, the text stays plain
     if (html) batch.forEach(([prose, text], i) => prose.settle(text, html[i]));
     await sleep(html ? Math.max(RENDER_PAUSE, 2 * (performance.now() - start)) : 2000);
   }
   rendering = false;
 }
 
-// A text that may still grow: its beginning as rendered Markdown, then a tail that is still plain.
+// A growing text: rendered Markdown, followed by a tail that is not rendered yet.
 export class Prose {
   constructor() {
     this.tail = make("span", { className: "tail" });
@@ -102,17 +102,17 @@ export class Prose {
   }
 
   settle(text, html) {
-    if (text.length < this.settled.length) return; // overtaken by the cache
+    if (text.length < this.settled.length) return; // outdated: a cached result came first
     this.settled = text;
     if (this.final) rendered.set(text, html);
     if (rendered.size > 300) rendered.delete(rendered.keys().next().value);
     this.tail.remove();
     const [before, after] = [[...this.element.childNodes], [...fromServer(html).childNodes]];
-    let same = 0; // blocks that did not change keep their elements: selection and scroll position survive
+    let same = 0; // unchanged blocks keep their elements, and with them selection and scroll position
     while (same < before.length && same < after.length && before[same].isEqualNode(after[same])) same++;
     before.slice(same).forEach((node) => node.remove());
     this.element.append(...after.slice(same));
-    let host = this.element; // the tail goes on where the rendered text ends, be it in a list in a quotation
+    let host = this.element; // the tail continues the innermost last element
     while (/^(P|UL|OL|LI|BLOCKQUOTE|DIV|PRE|H\d)$/.test(host.lastElementChild?.tagName)) host = host.lastElementChild;
     if (host.tagName === "PRE") host = host.querySelector("code") ?? host;
     host.append(this.tail);

@@ -1,4 +1,4 @@
-// Which conversation is open, and the page around it.
+// The open conversation, and drawing the page.
 
 import { $, toast } from "./dom.js";
 import { chats, forget, newChat, save, titleOf } from "./chats.js";
@@ -13,7 +13,7 @@ export const state = { current: newChat() };
 
 export function draw() {
   const { current } = state;
-  const wanted = current.messages.toReversed().map((message) => viewOf(message).element); // the latest is rendered first
+  const wanted = current.messages.toReversed().map((message) => viewOf(message).element); // newest first, to be rendered first
   for (const element of [...$("log").children]) if (!wanted.includes(element)) element.remove();
   wanted.forEach((element, i) => {
     const next = wanted[i - 1] ?? null;
@@ -27,7 +27,7 @@ export function draw() {
   drawHistory();
 }
 
-// Show a conversation, or a new one; `visit` makes it a step of the browser's history.
+// Open a chat, or a new one. visit: add an entry to the browser's history.
 export function openChat(id, visit = true) {
   state.current = chats.get(id) ?? newChat();
   const address = chats.has(id) ? `#${id}` : location.pathname;

@@ -1,4 +1,4 @@
-// Scrolling: stay at the end unless the reader goes up.
+// Scrolling: follow the end of the conversation until the user scrolls up.
 
 import { $, on } from "./dom.js";
 import { runs } from "./answering.js";
@@ -7,7 +7,7 @@ import { focusInput } from "./composer.js";
 
 let follow = true;
 let lastTop = 0;
-let touched = -Infinity; // when the reader last did something here: an answer that shrinks as it is rendered scrolls up too
+let touched = -Infinity; // time of the last user input: the position also decreases when an answer shrinks as it is rendered
 
 export function toLatest() {
   follow = true;

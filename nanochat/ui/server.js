@@ -1,9 +1,9 @@
-// Requests to the server, what can go wrong with them, and the key that it may want.
+// Requests to the server, their errors, and its API key.
 
 import { $, on } from "./dom.js";
 import { store } from "./chats.js";
 
-export class Fault extends Error { // text: for people; until: when to try again; long: the conversation is too long
+export class Fault extends Error { // text: message; until: time of the next attempt; long: whether the conversation is too long
   constructor(text, facts = {}) {
     const sentence = text.replace(/^[a-z]+ /, (word) => word[0].toUpperCase() + word.slice(1)).replace(/[.!?]*$/, ".");
     super(sentence);
@@ -34,11 +34,11 @@ export async function request(path, body, signal) {
   throw new Fault(detail, { long: response.status === 413 || /too long|new chat|context/i.test(detail) });
 }
 
-export async function ask(path, body) { // the JSON of an answer
+export async function ask(path, body) { // for endpoints that return JSON
   return (await request(path, body)).json();
 }
 
-const SILENCE = 60_000; // ms without a byte, pings included, after which the server is given up
+const SILENCE = 60_000; // ms without any byte (the server sends pings) until the request is aborted
 
 export async function* events(response, controller) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -54,8 +54,8 @@ export async function* events(response, controller) {
 
 // ---------------------------------------------------------------- The key
 
-let sessionKey = null; // where the browser keeps nothing
-let asking = null; // all requests that were refused wait for the same answer
+let sessionKey = null; // used if the browser has no storage
+let asking = null; // promise shared by all requests that were refused
 
 function askForKey(refused) {
   asking ??= new Promise((resolve) => {
@@ -73,4 +73,4 @@ on("key-form", "submit", (event) => {
   $("key-input").value = "";
   $("key-dialog").close();
 });
-on("key-dialog", "cancel", (event) => event.preventDefault()); // there is nothing to see without it
+on("key-dialog", "cancel", (event) => event.preventDefault()); // nothing works without the key

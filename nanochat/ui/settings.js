@@ -1,4 +1,4 @@
-// What the server is, and the settings of answers within its limits.
+// The server's configuration, and the user's settings within its limits.
 
 import { $, make, on, place } from "./dom.js";
 import { store } from "./chats.js";
@@ -8,13 +8,13 @@ import { setUpFocus } from "./focus.js";
 
 export const server = { config: null };
 
-export const FIELDS = { // label, step, what it does
+export const FIELDS = { // label, step, help
   temperature: ["Temperature", .05, "At 0 the likeliest token is always taken; higher is more varied."],
   top_k: ["Top-k", 1, "Each token is drawn from this many of the likeliest."],
   max_tokens: ["Max tokens", 1, "An answer ends at this length."],
 };
 
-export function settings() { // what the user has chosen, within the server's limits; else the server's defaults
+export function settings() { // chosen by the user, limited by the server; by default the server's
   const chosen = store.read("settings") ?? {};
   return Object.fromEntries(Object.keys(FIELDS).map((field) => {
     const [low, high] = server.config.limits[field];

@@ -1,4 +1,4 @@
-// The conversations beside the page: their list, what can be done with them, and the drawer that they are in.
+// The sidebar: the list of conversations, their menu, and the drawer on narrow screens.
 
 import { $, download, icon, make, narrow, on, place, setFace } from "./dom.js";
 import { asJSON, asMarkdown, chats, save, store, titleOf } from "./chats.js";
@@ -25,18 +25,18 @@ function historyEntry(chat) {
 }
 
 export function drawHistory() {
-  if ($("history").querySelector("input")) return; // a name is being written
+  if ($("history").querySelector("input")) return; // while a conversation is being renamed
   const groups = Map.groupBy([...chats.values()].sort((a, b) => b.updated - a.updated), (chat) => ageOf(chat.updated));
   $("history").replaceChildren(...[...groups].flatMap(([age, list]) => [
     make("h2", { textContent: age }), make("ul", {}, ...list.map(historyEntry)),
   ]));
 }
 
-// ---------------------------------------------------------------- What can be done with a conversation
+// ---------------------------------------------------------------- The menu of a conversation
 
 const fileName = (chat, ending) => `${titleOf(chat).replace(/[^\p{L}\p{N}]+/gu, " ").trim().slice(0, 60) || "chat"}.${ending}`;
 
-const MENU = [ // icon, label, what it does
+const MENU = [ // icon, label, action
   ["edit", "Rename", (chat) => rename(chat)],
   ["download", "Save as Markdown", (chat) => download(fileName(chat, "md"), asMarkdown(chat), "text/markdown")],
   ["download", "Save as JSON", (chat) => download(fileName(chat, "json"), asJSON(chat), "application/json")],

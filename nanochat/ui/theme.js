@@ -1,4 +1,4 @@
-// Light or dark.
+// Light and dark colours.
 
 import { $, on, setFace } from "./dom.js";
 import { store } from "./chats.js";

@@ -1,4 +1,4 @@
-// The calculator: a sum that the model asked for, and its result.
+// A call of the model's calculator and its result.
 
 import { icon, make } from "./dom.js";
 

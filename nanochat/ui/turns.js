@@ -1,4 +1,4 @@
-// Questions and answers as they are seen, and the buttons on them.
+// Views of questions and answers, and their buttons.
 
 import { $, copyFrom, iconButton, make, on, pill, speak } from "./dom.js";
 import { plainText, save, shownAnswer } from "./chats.js";
@@ -9,7 +9,7 @@ import { openChat, send, state } from "./page.js";
 import { drawComposer, focusInput, grow, isTooLong, sendsOnEnter } from "./composer.js";
 
 const views = new WeakMap(); // message → its view
-const owners = new WeakMap(); // element of a view → message
+const owners = new WeakMap(); // element of its view → message
 
 export function viewOf(message) {
   if (!views.has(message)) {
@@ -61,12 +61,12 @@ class Question {
   }
 }
 
-// One of the answers to a question.
+// One answer to a question.
 class Version {
   constructor(answer) {
     this.answer = answer;
-    this.pieces = []; // one a part; a tool call and its result share theirs
-    this.spoken = answer.end ? Infinity : 0; // characters read out so far
+    this.pieces = []; // one per part; a tool call and its result share one
+    this.spoken = answer.end ? Infinity : 0; // characters announced to screen readers
     this.body = make("div", { className: "body" });
     this.note = make("div", { className: "note" });
     this.element = make("div", { className: "version" }, this.body, this.note);
@@ -86,7 +86,7 @@ class Version {
     this.explain();
   }
 
-  explain() { // how the answer ended, unless it is simply complete
+  explain() { // why an answer ended early
     const { parts, end, limit, error } = this.answer;
     const cut = end === "stopped" || end === "length";
     this.note.className = "note";
@@ -117,7 +117,7 @@ class Version {
     if (seconds > 0) setTimeout(() => this.countDown(text, button), 250);
   }
 
-  readOut() { // whole sentences, as they become complete
+  readOut() { // announce whole sentences
     const { parts, end } = this.answer;
     const text = parts.map((part) => (part.type === "python" ? ` ${part.text} = ` : part.text)).join("");
     const whole = end ? text.length : Math.max(...[". ", "? ", "! ", "\n"].map((mark) => text.lastIndexOf(mark))) + 1;
@@ -127,7 +127,7 @@ class Version {
   }
 }
 
-// All answers to a question: one at a time, or side by side.
+// All answers to a question, one at a time or side by side.
 class Reply {
   constructor(message) {
     this.message = message;
@@ -169,7 +169,7 @@ class Reply {
     if (state.current.messages.at(-1) === this.message) this.versions.get(answers[shown]).readOut();
   }
 
-  show(index) { // what is shown is what the model will be told
+  show(index) { // the answer that is shown is the one sent to the model
     if (runs.has(state.current.id)) return;
     this.message.shown = Math.min(Math.max(index, 0), this.message.answers.length - 1);
     this.update();
@@ -182,7 +182,7 @@ class Reply {
   }
 }
 
-const actions = { // of the buttons in the log, by their data-act; a message may be asked for its view
+const actions = { // data-act of a button → action
   copy: (message, button) => copyFrom(button, viewOf(message).text),
   copyCode: (message, button) => copyFrom(button, button.closest(".codeblock").querySelector("pre").textContent),
   edit: (message) => viewOf(message).edit(),
@@ -202,7 +202,7 @@ const actions = { // of the buttons in the log, by their data-act; a message may
     focusInput();
   },
   fresh: () => openChat(null),
-  move(message) { // the conversation has become too long: take the question along to a new one
+  move(message) { // the conversation is too long: move the question to a new one
     const { messages } = state.current;
     const { content } = messages[messages.indexOf(message) - 1];
     openChat(null);
