@@ -154,7 +154,7 @@ def test_stop_and_length(serve, tokenizer):
     assert replies[-1] == {"done": True, "finish_reason": "stop"}
     replies = ask(server, max_tokens=2)
     assert said(replies) == "ab"
-    assert replies[-1] == {"done": True, "finish_reason": "length"}
+    assert replies[-1] == {"done": True, "finish_reason": "length", "limit": "max_tokens"}
 
 
 def test_context(serve, tokenizer):
@@ -164,7 +164,7 @@ def test_context(serve, tokenizer):
     replies = ask(server, [{"role": "user", "content": "y" * 29}])
     assert len(script.prompts[0]) == 33
     assert said(replies) == "x" * 7
-    assert replies[-1]["finish_reason"] == "length"
+    assert replies[-1] == {"done": True, "finish_reason": "length", "limit": "context"}
     ask(server, [{"role": "user", "content": "y" * 35}])
     response = server.client.post("/chat/completions", json={"messages": [{"role": "user", "content": "y" * 36}]})
     assert response.status_code == 400
@@ -652,7 +652,7 @@ def test_slow_reader(serve, tokenizer, monkeypatch):
     )
     reader.sendall(f"{head}\r\n\r\n".encode() + body)
     assert script.started.wait(10)
-    until(lambda: server.pool.totals["completed"] == 1)  # the answer is made, though nobody has read it
+    until(lambda: server.pool.totals["completed"] == 1, 60)  # the answer is made, though nobody has read it
     assert len(server.server.server_state.connections) == 1
     until(lambda: not server.server.server_state.connections)
     reader.close()
@@ -787,12 +787,17 @@ def test_a_thousand_at_once(serve, tokenizer, impatient, many_files):
 # The end of a server, and its beginning
 
 
+def one_runs_one_waits(server):
+    stats = server.pool.stats()
+    return (stats["busy_workers"], stats["queue"]["length"]) == (1, 1)
+
+
 def test_draining(serve, tokenizer):
     """After a signal: no new chat, health says so, what runs and what waits is finished, then the server ends."""
     go = threading.Event()
     server = serve(Script(tokenizer, go=go))
     asking = [in_background(httpx.post, f"{server.url}/chat/completions", json=chat(), timeout=30) for _ in range(2)]
-    until(lambda: server.pool.stats()["queue"]["length"] == 1)
+    until(lambda: one_runs_one_waits(server))
     server.server.handle_exit(signal.SIGTERM, None)
     until(lambda: server.pool.state == "draining")
     response = server.client.get("/health")
@@ -818,7 +823,7 @@ def test_the_end_of_patience(serve, tokenizer, signals):
         in_background(httpx.post, f"{server.url}/chat/completions", json=chat(max_tokens=4096), timeout=30)
         for _ in range(2)
     ]
-    until(lambda: server.pool.stats()["queue"]["length"] == 1)
+    until(lambda: one_runs_one_waits(server))
     for _ in range(signals):
         server.server.handle_exit(signal.SIGINT, None)
     for thread, results in asking:
@@ -879,7 +884,7 @@ def test_the_whole_program(base_dir, tokenizer):
                 next(lines)
                 process.send_signal(signal.SIGTERM)
                 rest = events(lines)
-        assert rest[-1] == {"done": True, "finish_reason": "length"}
+        assert rest[-1] == {"done": True, "finish_reason": "length", "limit": "max_tokens"}
         assert len(rest) > 500
         assert process.wait(30) == 0, process.stdout.read()
         assert "Traceback" not in process.stdout.read()
