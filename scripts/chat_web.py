@@ -173,7 +173,7 @@ def load(config, device, on_update=None):
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
 
 
-def describe(config, pool, limits, port, key):
+def describe(config, pool, limits, port, key=""):
     """What a person who starts the server wants to know."""
     model = pool.workers[0].engine.model
     where = ", ".join(str(worker.device) for worker in pool.workers)
