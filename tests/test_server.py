@@ -654,7 +654,7 @@ def test_slow_reader(serve, tokenizer, monkeypatch):
     assert script.started.wait(10)
     until(lambda: server.pool.totals["completed"] == 1, 60)  # the answer is made, though nobody has read it
     assert len(server.server.server_state.connections) == 1
-    until(lambda: not server.server.server_state.connections)
+    until(lambda: not server.server.server_state.connections, 60)
     reader.close()
     script.endless = False
     assert said(ask(server)) == "x"
