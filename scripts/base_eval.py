@@ -4,7 +4,7 @@ Score a base model on the CORE metric (22 in-context-learning tasks of DCLM).
     python -m scripts.base_eval
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
     python -m scripts.base_eval --hf-path openai-community/gpt2
-    python -m scripts.base_eval --mc                       # read from a working context
+    python -m scripts.base_eval --mc                       # read prompts through a working context
 
 The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle; --download fetches it.
 """
@@ -43,17 +43,17 @@ class Config(ModelOptions, DeviceOptions):
     hf_path: str | None = None
     """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
     max_per_task: int = -1
-    """look at this many examples of each task; -1 = all"""
+    """examples per task, at most; -1 for all"""
     download: bool = False
-    """fetch the evaluation bundle first if it is not there"""
+    """download the evaluation bundle first if it is missing"""
     mc: bool = False
-    """read what is asked from a working context; what is longer than the model's context is then not cut"""
+    """read prompts through a working context; prompts longer than the model's context are then not cut"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """what follows counts with --mc only"""
+    """these options have an effect with --mc only"""
 
 
 class HFModel:
-    """A causal language model of transformers as a function from ids [B, T] to logits [B, T, V]."""
+    """Wraps a causal language model of transformers as a function from ids [B, T] to logits [B, T, V]."""
 
     def __init__(self, model):
         self.model = model
@@ -64,14 +64,14 @@ class HFModel:
 
 
 class HFTokenizer:
-    """A tokenizer of transformers with the few methods that evaluation needs."""
+    """Wraps a tokenizer of transformers with the methods that the evaluation needs."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
     def get_bos_token_id(self) -> int:
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        bos = next((i for i in ids if i is not None), None)  # some models separate documents by eos alone
+        bos = next((i for i in ids if i is not None), None)  # some models separate documents by eos only
         if bos is None:
             raise UserError("the tokenizer has neither a bos nor an eos token: a document needs a beginning")
         return bos
@@ -92,13 +92,13 @@ def load_hf_model(path, device, dtype):
     except (
         OSError,
         ValueError,
-    ) as error:  # no such model, out of reach, unknown kind
+    ) as error:  # model not found, hub not reachable, or unknown architecture
         raise UserError(f"cannot load the Hugging Face model {path!r}: {error}") from error
     return HFModel(model), HFTokenizer(tokenizer)
 
 
 def evaluate_with_progress(model, tokenizer, device, max_per_task, show):
-    """evaluate_core under a progress bar with the time left."""
+    """evaluate_core with a progress bar and the time left."""
     columns = (
         bars.TextColumn("{task.description:<32}"),
         bars.BarColumn(),
@@ -112,7 +112,7 @@ def evaluate_with_progress(model, tokenizer, device, max_per_task, show):
 
         def step(label, done, total):
             nonlocal current
-            if label != current and show and not progress.console.is_terminal:  # a log file gets no bar
+            if label != current and show and not progress.console.is_terminal:  # no bar in a log file
                 print(f"CORE: {label} ({done - 1:,} of {total:,} examples done)", flush=True)
             current = label
             progress.update(bar, description=label, completed=done, total=total)
@@ -143,11 +143,13 @@ def print_table(name, core):
 def main(config):
     is_dist, rank, _, _, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    # Another project's model is a comparison, not the base model of this run's report
+    # A Hugging Face model is for comparison, it is not the base model of this report
     section = f"CORE evaluation of {config.hf_path}" if config.hf_path else "Base model evaluation"
     if config.mc:
         if config.hf_path:
-            raise UserError("--mc needs networks that a Hugging Face model has not: leave out one of the two")
+            raise UserError(
+                "--mc needs networks that a Hugging Face model does not have: leave out one of the two options"
+            )
         section += " with MegaContext"
 
     if config.download and rank == 0:
@@ -180,7 +182,7 @@ def main(config):
         print(f"written to {path}")
     summary = {"Model": name, "CORE metric": core["core_metric"]}
     if config.max_per_task > 0:
-        summary["Examples a task (at most)"] = config.max_per_task
+        summary["Examples per task (at most)"] = config.max_per_task
     get_report().log(section, [summary, core["centered_results"]])
     compute_cleanup()
 

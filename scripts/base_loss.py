@@ -1,5 +1,5 @@
 """
-Bits per byte of a base model on both splits, with samples and the yardsticks of gzip and xz.
+Bits per byte of a base model on both splits, compared with gzip and xz, and sample texts.
 
     python -m scripts.base_loss
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
@@ -23,23 +23,23 @@ from nanochat.report import compression_yardstick, get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes
 
-YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a second a megabyte
+YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a second per megabyte
 
 
 @dataclass
 class Config(ModelOptions, DeviceOptions):
     device_batch_size: int = 32
-    """sequences at once"""
+    """sequences per batch"""
     split_tokens: int = 20 * 524288
-    """tokens to evaluate on each split"""
+    """tokens to evaluate per split"""
     mc: bool = False
-    """the loss of the newest tokens in working contexts too, and samples by MegaContext"""
+    """also evaluate the newest tokens in working contexts, and generate the samples with MegaContext"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """what follows counts with --mc only"""
+    """these options have an effect with --mc only"""
 
 
 def validation_bytes(limit) -> bytes:
-    """The validation text, documents one after the other, up to about `limit` bytes."""
+    """The concatenated validation documents, up to about `limit` bytes."""
     parts, size = [], 0
     for documents in iter_documents("val"):
         for document in documents:

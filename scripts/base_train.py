@@ -6,7 +6,7 @@ Pretrain the base model.
     python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 --total_batch_size=512 \
         --num_iterations=20 --eval_tokens=512 --core_metric_every=-1        # a very small run
 
-The same command goes on where an interrupted run's newest checkpoint left off.
+Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
 import math
@@ -46,7 +46,7 @@ from nanochat.training import Training
 class Config(TrainingOptions, OptimizerOptions):
     # Model
     depth: int = 20
-    """layers; width, heads and the rest follow from it"""
+    """number of layers; width and heads follow from it"""
     max_seq_len: int = 2048
     """context length T"""
     model_tag: str = ""
@@ -60,24 +60,24 @@ class Config(TrainingOptions, OptimizerOptions):
     """train for this many tokens per parameter (Chinchilla: 20)"""
     # Optimization
     device_batch_size: int = 32
-    """sequences a process handles at once; lower it when memory runs out"""
+    """sequences per process in a micro-batch; lower it if memory runs out"""
     total_batch_size: int = 524288
-    """tokens per step, over all processes; reached by accumulation"""
+    """tokens per step over all processes, reached by gradient accumulation"""
     streams: int = 1
-    """streams of text that a micro-batch is put together from; more mix more documents into short batches"""
+    """streams of text that make up a micro-batch; more streams mix more documents into small batches"""
     grad_clip: float = 1.0
     """largest global gradient norm; 0 for no clipping"""
     warmup_ratio: float = 0.0
-    """part of the steps in which the rate rises"""
+    """fraction of the steps in which the learning rate rises"""
     warmdown_ratio: float = 0.2
-    """part of the steps in which it falls"""
+    """fraction of the steps, at the end, in which the learning rate falls"""
     final_lr_frac: float = 0.0
-    """what remains of the rate at the end"""
+    """fraction of the learning rate at the last step"""
     # Evaluation
     eval_every: int = 250
     """steps between validations; -1 for never"""
     eval_tokens: int = 20 * 524288
-    """tokens of one validation"""
+    """tokens per validation"""
     core_metric_every: int = 2000
     """steps between CORE evaluations; -1 for never"""
     core_metric_max_per_task: int = 500
@@ -86,13 +86,13 @@ class Config(TrainingOptions, OptimizerOptions):
     """steps between samples; -1 for never"""
     # MegaContext
     mc: bool = False
-    """train the model to read gists too, and GistNet and LensNet with it"""
+    """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
-    """what follows counts with --mc only"""
+    """these options have an effect with --mc only"""
 
 
 def horizon(config, flops_per_token, num_params) -> int:
-    """Steps to take, from the first of num_iterations, target_flops and target_param_data_ratio that is set."""
+    """Number of steps, by the first of num_iterations, target_flops and target_param_data_ratio that is set."""
     if steps_asked_for(config.num_iterations):
         return config.num_iterations
     if config.target_flops > 0:
@@ -115,12 +115,12 @@ def main(config: Config):
 
     if config.mc and config.megacontext.mc_freeze_base:
         raise UserError(
-            "--mc_freeze_base: expected a trained model to freeze, and this one is new: train it first, then use "
+            "--mc_freeze_base: expected a trained model, but this one is new: train it first, then use "
             "scripts.mc_train, or scripts.mid_train with this option"
         )
     if config.depth < 1:
         raise UserError(f"depth must be 1 or more, got {config.depth}")
-    # Everything that could be missing is looked for before anything long begins
+    # Check all inputs before anything long begins
     T = config.max_seq_len
     B, streams = config.device_batch_size, config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
@@ -142,7 +142,7 @@ def main(config: Config):
     tag = config.model_tag or f"d{config.depth}"
     companion, make_objective = attach(config, model_config, device, tokenizer.get_bos_token_id())
     if config.mc and config.sample_every > 0:
-        config.megacontext.resolve(T).check_session(T)  # now, not when the first samples are due
+        config.megacontext.resolve(T).check_session(T)  # checked now, not when the first samples are due
 
     def rate(step, total):
         return lr_multiplier(step, total, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)

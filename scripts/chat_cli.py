@@ -3,12 +3,12 @@ Chat with a model in the terminal.
 
     python -m scripts.chat_cli                        # the SFT model
     python -m scripts.chat_cli -i mid -t 0.2 -k 20
-    python -m scripts.chat_cli -p "Who are you?"      # one answer, then the end
-    python -m scripts.chat_cli <letter.txt            # the same for a text of any number of lines
-    python -m scripts.chat_cli --mc --mc_show_focus   # as long as you like, with a view of where the model looks
+    python -m scripts.chat_cli -p "Who are you?"      # one answer
+    python -m scripts.chat_cli <letter.txt            # one answer to the text of a file
+    python -m scripts.chat_cli --mc --mc_show_focus   # conversations of any length, with a view of the focus
 
-Arrow keys edit the line and go through earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the
-program; "clear" begins a new conversation.
+Arrow keys edit the line and recall earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the program;
+"clear" starts a new conversation.
 """
 
 import secrets
@@ -38,25 +38,25 @@ class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
     prompt: Annotated[str, short("-p")] = ""
-    """answer this and end"""
+    """answer this prompt and exit"""
     temperature: Annotated[float, short("-t")] = 0.6
-    """0 for always the likeliest token"""
+    """sampling temperature; 0 always takes the most likely token"""
     top_k: Annotated[int, short("-k")] = 50
-    """sample among this many; 0 for all"""
+    """sample from the most likely tokens, this many; 0 for all"""
     max_tokens: Annotated[int, short("-m")] = 256
-    """of one answer"""
+    """tokens per answer, at most"""
     seed: int = -1
-    """of the sampling; -1 for another one each time"""
+    """random seed of the sampling; -1 for a different one each time"""
     mc: bool = False
-    """MegaContext: conversations of any length, of which the model reads a working context"""
+    """MegaContext: conversations of any length, read through a working context"""
     mc_show_focus: bool = False
-    """after each answer, the conversation as a strip coloured by level of detail; counts with --mc only"""
+    """with --mc, show the conversation after each answer as a strip coloured by level of detail"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """what follows counts with --mc only"""
+    """these options have an effect with --mc only"""
 
 
 class Stop:
-    """While in use, Ctrl-C sets `asked` instead of raising KeyboardInterrupt wherever the program happens to be."""
+    """Within this context Ctrl-C sets `asked` instead of raising KeyboardInterrupt."""
 
     def __enter__(self):
         self.asked = False
@@ -71,7 +71,7 @@ class Stop:
 
 
 def show(console, pieces, stop):
-    """Print (type, text) pieces as they come, until they end or `stop` is asked for; returns those shown."""
+    """Print (type, text) pieces as they come, until they end or `stop` is set; returns the printed pieces."""
     shown, kind = [], "text"
     for now, text in pieces:
         if now != kind:
@@ -88,20 +88,20 @@ def show(console, pieces, stop):
 
 
 def read_line():
-    """A line from the person; None at the end of the input."""
+    """A line from the user; None at the end of the input."""
     try:
         return input("\nUser: ").strip()
     except EOFError:
         return None
-    except KeyboardInterrupt:  # at the prompt it throws away what was typed
+    except KeyboardInterrupt:  # at the prompt it discards the line
         return ""
 
 
 def remember_lines():
-    """Line editing and a history across sessions, where there is a readline."""
+    """Line editing and a history across sessions, if readline is available."""
     try:
         import readline
-    except ImportError:  # Python builds without it: lines can still be typed
+    except ImportError:  # not in all builds of Python; input works without it
         return
     import atexit
 
@@ -118,7 +118,7 @@ def main(config: Config):
     if config.top_k < 0 or config.max_tokens < 1:
         raise UserError(f"expected top_k >= 0 and max_tokens >= 1, got {config.top_k} and {config.max_tokens}")
     text = config.prompt
-    if not text and not (sys.stdin and sys.stdin.isatty()):  # what comes through a pipe is one message
+    if not text and not (sys.stdin and sys.stdin.isatty()):  # a pipe is read as one message
         text = decode_text(sys.stdin.buffer.read() if sys.stdin else b"", "standard input").strip()
         if not text:
             raise UserError("expected a message on the standard input, got none: type one in a terminal, or use -p")
@@ -131,11 +131,11 @@ def main(config: Config):
         networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
         with autocast(device, dtype):
             make_session = session_maker(model, networks, settings)
-    session = make_session() if make_session else None  # a conversation's own
+    session = make_session() if make_session else None  # one per conversation
     messages, answers = [], 0
 
     def answer(text):
-        """Add the person's text and the model's answer to the conversation."""
+        """Add the user's text and the model's answer to the conversation."""
         nonlocal answers
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.render_for_completion({"messages": messages})
@@ -144,7 +144,7 @@ def main(config: Config):
             messages.pop()
             raise UserError(
                 f"the conversation has {len(prompt):,} tokens and the model reads {context:,}: "
-                "type clear for a new one, or say it in fewer words"
+                "type clear for a new one, or write a shorter message"
             )
         columns = engine.generate(
             prompt,
@@ -157,7 +157,7 @@ def main(config: Config):
         try:
             with Stop() as stop, autocast(device, dtype):
                 shown = show(console, stream_parts(tokenizer, columns), stop)
-        except UserError:  # the session has no room for it
+        except UserError:  # it does not fit into the session
             messages.pop()
             raise
         columns.close()

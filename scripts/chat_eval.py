@@ -4,10 +4,10 @@ Evaluate a chat model on tasks.
     python -m scripts.chat_eval -i sft                       # all tasks
     python -m scripts.chat_eval -- -i mid -a 'ARC-Easy|GSM8K'
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
-    python -m scripts.chat_eval -i sft --tasks=local         # what a small model trained on local tasks can do
-    python -m scripts.chat_eval -i sft --mc                  # answers are generated from a working context
+    python -m scripts.chat_eval -i sft --tasks=local         # tasks generated on this machine, for small models
+    python -m scripts.chat_eval -i sft --mc                  # generate answers through a working context
 
-Over all tasks there is one figure, ChatCORE: 0 for guessing, 1 for knowing.
+ChatCORE summarizes all tasks: 0 for guessing, 1 for perfect.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -33,25 +33,25 @@ class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
     task_name: Annotated[str, short("-a")] = ""
-    """tasks with | between them; empty for all"""
+    """tasks, separated by |; empty for all"""
     tasks: str = "full"
-    """full (the hub's datasets), local or recall"""
+    """full (datasets of the hub), local or recall"""
     temperature: Annotated[float, short("-t")] = 0.0
-    """of generated answers"""
+    """sampling temperature of generated answers"""
     max_new_tokens: Annotated[int, short("-m")] = 512
-    """of one answer"""
+    """tokens per answer, at most"""
     num_samples: Annotated[int, short("-n")] = 1
     """answers per problem; one right answer is enough"""
     top_k: Annotated[int, short("-k")] = 50
-    """sample among this many; 0 for all"""
+    """sample from the most likely tokens, this many; 0 for all"""
     batch_size: Annotated[int, short("-b")] = 8
-    """multiple choice questions at once"""
+    """multiple choice questions per batch"""
     max_problems: Annotated[OptionalInt, short("-x")] = None
-    """of each task; -1 for all"""
+    """problems per task, at most; -1 for all"""
     mc: bool = False
-    """generate by MegaContext; multiple choice stays as it is: it scores prompts at full detail"""
+    """generate with MegaContext; multiple choice questions are always read at full detail"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """what follows counts with --mc only"""
+    """these options have an effect with --mc only"""
 
 
 def fenced(text) -> str:
@@ -59,7 +59,7 @@ def fenced(text) -> str:
 
 
 def transcript(score) -> str:
-    """Answers as they came, tool calls and all, for the report."""
+    """Sample answers for the report, including tool calls."""
     parts = []
     for conversation, answer, right in score.samples:
         question = conversation["messages"][-2]["content"]
@@ -68,7 +68,7 @@ def transcript(score) -> str:
 
 
 def talk(model, tokenizer, make_session=None) -> str:
-    """What the model says to some common questions. make_session(rows): what it attends to."""
+    """The model's answers to some common questions. make_session(rows): the session to generate with."""
     engine, parts = Engine(model, tokenizer), []
     for question in QUESTIONS:
         prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
@@ -92,7 +92,7 @@ def main(config: Config):
         except SandboxUnavailable as error:
             print0(f"HumanEval is left out: {error}")
             names.remove("HumanEval")
-    tasks = {name: available[name]() for name in names}  # now, so that missing data is known at once
+    tasks = {name: available[name]() for name in names}  # created now, so that missing data is reported at once
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
     print0(f"model: {config.source} {meta['model_tag']}, step {meta['step']}")
 

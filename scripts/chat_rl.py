@@ -1,14 +1,14 @@
 """
-Reinforcement learning on problems whose answers can be checked.
+Reinforcement learning on problems with checkable answers.
 
     python -m scripts.chat_rl
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --run=default
     python -m scripts.chat_rl --tasks=local --max_new_tokens=48        # sums, on a CPU
 
-REINFORCE, on policy: each step samples several answers to each of a few problems, and raises the probability of
-those that did better than the mean of their problem's answers. The sum over tokens is divided by the number of
-tokens in the whole step (as in DAPO, arXiv:2503.14476). No reference model, no ratios, no clipping: every sample
-is used once, by the model that wrote it.
+On-policy REINFORCE: each step samples several answers to each of a few problems and raises the probability of those
+with a reward above the mean for their problem. The sum over tokens is divided by the number of tokens in the step (as
+in DAPO, arXiv:2503.14476). There is no reference model, no ratio and no clipping: each sample is used once, by the
+model that generated it.
 """
 
 from dataclasses import asdict, dataclass
@@ -44,34 +44,34 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     source: str = "sft"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     compile: str = "off"
-    """off, or on: torch.compile (answers differ in length, so that it compiles often)"""
+    """off, or on: torch.compile (answers differ in length, so it compiles often)"""
     num_epochs: int = 1
     """passes over the problems"""
     num_iterations: int = -1
     """optimization steps; -1 for num_epochs passes"""
     save_every: int = 60
-    """steps between checkpoints; -1 for only the last"""
+    """steps between checkpoints; -1 for one at the end only"""
     # Sampling
     examples_per_step: int = 16
     """problems per step, over all processes"""
     num_samples: int = 16
-    """answers to each problem"""
+    """answers sampled per problem"""
     device_batch_size: int = 8
-    """answers that a process samples, or learns from, at once"""
+    """answers per process in a batch, for sampling and for learning"""
     max_new_tokens: int = 256
-    """of one answer"""
+    """tokens per answer, at most"""
     temperature: float = 1.0
-    """of the answers"""
+    """sampling temperature"""
     top_k: int = 50
-    """sample among this many; 0 for all"""
+    """sample from the most likely tokens, this many; 0 for all"""
     # Optimization
     init_lr_frac: float = 0.05
-    """part of the learning rates to begin with; they fall to 0 in a straight line"""
+    """fraction of the learning rates at the start; they fall linearly to 0"""
     # Evaluation
     eval_every: int = 60
     """steps between evaluations of pass@k, k up to device_batch_size; -1 for never"""
     eval_examples: int = 400
-    """problems of one evaluation"""
+    """problems per evaluation"""
 
 
 def main(config: Config):
@@ -96,7 +96,7 @@ def main(config: Config):
     training = Training(
         *("rl", parent["model_tag"], config, model, tokenizer, device, num_iterations, rate),
         parent=parent,
-        carried=networks,  # MegaContext's go on as they are
+        carried=networks,  # MegaContext's networks are saved unchanged
     )
     if training.finished:
         compute_cleanup()
@@ -122,7 +122,7 @@ def main(config: Config):
             rows, masks = engine.generate_batch(
                 prompt,
                 min(B, count - start),
-                keep_end=True,  # to end is to be learned too
+                keep_end=True,  # the end token is learned too
                 max_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
@@ -137,7 +137,7 @@ def main(config: Config):
         return sum_over_ranks(torch.tensor(value, dtype=sum_dtype(device), device=device)).item()
 
     def evaluate():
-        """pass@k for k = 1 … device_batch_size on problems that are not trained on."""
+        """pass@k for k = 1 … device_batch_size on held-out problems."""
         model.eval()
         total = min(config.eval_examples, len(val_set))
         right = []
@@ -179,11 +179,11 @@ def main(config: Config):
         for start in range(0, len(rows), B):
             x, y = pad_rows(rows[start : start + B], pad_id, device)
             advantage = torch.tensor(advantages[start : start + B], device=device)
-            if not advantage.any():  # all right or all wrong: nothing to learn, also not after the model ran
+            if not advantage.any():  # all right or all wrong: nothing to learn
                 continue
             with autocast(device, dtype):
                 nll = compiled(x, y, loss_reduction="none").view_as(y)
-            part = (nll * advantage[:, None]).sum() / tokens * world_size  # ranks are averaged
+            part = (nll * advantage[:, None]).sum() / tokens * world_size  # gradients are averaged over ranks
             part.backward()
             read += x.numel()
             loss += part.detach()
@@ -191,7 +191,7 @@ def main(config: Config):
         training.optimize(lrm)
         training.end_step(loss, round(tokens), summed(read) / tokens)  # without the work of sampling
         reward, length = summed(sum(rewards)) / (examples * samples), tokens / (examples * samples)
-        training.show(f"reward {reward:.4f}", f"{length:.1f} tokens an answer")
+        training.show(f"reward {reward:.4f}", f"{length:.1f} tokens per answer")
         metrics = {"train/reward": reward, "train/answer_tokens": length, "train/lrm": lrm, **training.speed()}
         training.record(metrics)
 

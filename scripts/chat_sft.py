@@ -1,12 +1,11 @@
 """
-Supervised finetuning: one conversation per row, as they come when people chat; the loss counts what the assistant
-has to produce and nothing else.
+Supervised finetuning: one conversation per row, with the loss on the assistant's tokens only.
 
     python -m scripts.chat_sft
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
     python -m scripts.chat_sft --tasks=local --device_batch_size=32
 
-The same command goes on where an interrupted run's newest checkpoint left off.
+Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,38 +30,42 @@ from nanochat.training import Training, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
 from tasks.scoring import evaluate
 
-METRICS = {"full": ["MMLU", "ARC-Easy"], "local": ["Arithmetic"], "recall": ["Recall"]}  # what training is watched by
+METRICS = {
+    "full": ["MMLU", "ARC-Easy"],
+    "local": ["Arithmetic"],
+    "recall": ["Recall"],
+}  # tasks for the evaluations during training
 
 
 @dataclass
 class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
-    """full (the hub's datasets), local (made here, for a CPU) or recall (too; of up to 6,000 characters)"""
+    """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
     source: str = "mid"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     compile: str = "off"
-    """off, or on: torch.compile (rows differ in length, so that it compiles often)"""
+    """off, or on: torch.compile (rows differ in length, so it compiles often)"""
     num_epochs: int = 1
     """passes over the conversations"""
     num_iterations: int = -1
     """optimization steps; -1 for num_epochs passes"""
     # Optimization
     device_batch_size: int = 4
-    """conversations a process handles at once"""
+    """conversations per process in a micro-batch"""
     target_examples_per_step: int = 32
-    """conversations per step, over all processes; reached by accumulation"""
+    """conversations per step over all processes, reached by gradient accumulation"""
     init_lr_frac: float = 0.02
-    """part of the learning rates to begin with; they fall to 0 in a straight line"""
+    """fraction of the learning rates at the start; they fall linearly to 0"""
     # Evaluation
     eval_every: int = 100
     """steps between validations; -1 for never"""
     eval_steps: int = 100
-    """micro-batches of one validation, on each process"""
+    """micro-batches per validation, on each process"""
     eval_metrics_every: int = 200
     """steps between evaluations on tasks; -1 for never"""
     eval_metrics_max_problems: int = 1024
-    """problems of each task"""
+    """problems per task"""
 
 
 def main(config: Config):
@@ -90,7 +93,7 @@ def main(config: Config):
     training = Training(
         *("sft", parent["model_tag"], config, model, tokenizer, device, num_iterations, rate),
         parent=parent,
-        carried=networks,  # MegaContext's go on as they are
+        carried=networks,  # MegaContext's networks are saved unchanged
     )
     if training.finished:
         compute_cleanup()
@@ -106,12 +109,12 @@ def main(config: Config):
     print_facts(facts)
 
     def batches_of(conversations, indices):
-        """The rows of this rank among these conversations."""
+        """This rank's rows of these conversations."""
         own = [conversations[i % len(conversations)] for i in indices[rank::world_size]]
         return padded_batches(own, tokenizer, B, T, device)
 
     def loss_of(batches):
-        """(sum of the losses over all tokens that count, a tensor; number of those tokens); this rank's."""
+        """(sum of the losses over this rank's targets, a tensor; number of targets)."""
         with autocast(device, dtype):
             losses = [compiled(x, y, loss_reduction="sum") for x, y in batches]
         return torch.stack(losses).sum(), sum((y >= 0).sum() for _, y in batches)

@@ -1,9 +1,9 @@
 """
-Take over a tokenizer and checkpoints that nanochat trained: checked, and with checksums from now on.
+Import nanochat's tokenizer and checkpoints: check them, copy them, add checksums.
 
     python -m scripts.import_nanochat --from ~/.cache/nanochat
 
-They go to $NANOCHAT_BASE_DIR. Nothing in the files is run, and nothing that is there is overwritten.
+They are copied to $NANOCHAT_BASE_DIR. No code in the files is run, and no existing file is overwritten.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from nanochat.importing import import_cache
 @dataclass
 class Config:
     source: Annotated[Path, tyro.conf.arg(name="from")]
-    """nanochat's cache folder"""
+    """cache folder of nanochat"""
 
 
 def main(config: Config):
     import_cache(config.source, get_base_dir())
-    print("talk to a chat model among them: python -m scripts.chat_cli")
+    print("to talk to an imported chat model: python -m scripts.chat_cli")
 
 
 if __name__ == "__main__":

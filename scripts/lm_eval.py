@@ -5,8 +5,8 @@ Score a model on tasks of EleutherAI's lm-evaluation-harness.
     python -m scripts.lm_eval -i sft --chat --tasks=gsm8k --limit=100
     python -m scripts.lm_eval -i base --include_path=my_tasks --tasks=mine
 
-Needs `uv sync --extra lm-eval`. Most tasks fetch their data from the Hugging Face hub; a YAML file of your own names
-any other. Like everything in such a file, Python functions that it names are run: read what you did not write.
+Needs `uv sync --extra lm-eval`. Most tasks download their data from the Hugging Face hub; YAML files of your own can
+use other data. Python functions named in such a file are run: read files that you did not write.
 """
 
 import json
@@ -23,7 +23,7 @@ from nanochat.report import get_report
 @dataclass
 class Config:
     tasks: str
-    """names of tasks with commas between them; * stands for anything"""
+    """names of tasks, separated by commas; * matches anything"""
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
@@ -31,17 +31,17 @@ class Config:
     step: Annotated[OptionalInt, short("-s", "--model_step")] = None
     """checkpoint to load; -1 for the newest"""
     include_path: Path | None = None
-    """take tasks from this folder of YAML files instead of the harness's own"""
+    """folder of YAML files to take tasks from, instead of those of the harness"""
     num_fewshot: int | None = None
-    """solved examples before each question (default: as the task has it)"""
+    """solved examples before each question (default: as defined by the task)"""
     limit: int | None = None
-    """look at this many examples of each task"""
+    """examples per task, at most"""
     chat: bool = False
-    """put questions in the chat format, for mid, sft and rl"""
+    """ask in the chat format, for mid, sft and rl"""
     gen_kwargs: str = ""
-    """options of generated answers, such as max_gen_toks=64,temperature=0"""
+    """options for generated answers, such as max_gen_toks=64,temperature=0"""
     batch_size: int = 8
-    """rows scored at once"""
+    """rows per batch"""
     device_type: str = ""
     """cuda, cpu or mps; empty for the best there is"""
     dtype: str = "auto"
@@ -62,7 +62,7 @@ def main(config: Config):
     own = config.include_path
     if own is not None and not own.is_dir():
         raise UserError(f"--include_path takes a folder of YAML files, got {own}")
-    # To read all of the harness's own takes half a minute, so only when they are wanted
+    # Loading the harness's own tasks takes half a minute, so only when they are needed
     manager = TaskManager(include_path=None if own is None else str(own), include_defaults=own is None)
     wanted = [name.strip() for name in config.tasks.split(",") if name.strip()]
     unknown = [name for name in wanted if not manager.match_tasks([name])]
@@ -78,7 +78,7 @@ def main(config: Config):
             limit=config.limit,
             apply_chat_template=config.chat,
             gen_kwargs=config.gen_kwargs or None,
-            bootstrap_iters=1000,  # of the standard errors; the default takes a minute
+            bootstrap_iters=1000,  # iterations for the standard errors; the default takes a minute
             task_manager=manager,
             log_samples=False,
         )
@@ -94,7 +94,7 @@ def main(config: Config):
         for metric, value in metrics.items()
         if isinstance(value, float) and "stderr" not in metric
     }
-    facts = {"Model": f"{meta['model_tag']} (step {meta['step']:,})", "Examples of a task (at most)": config.limit}
+    facts = {"Model": f"{meta['model_tag']} (step {meta['step']:,})", "Examples per task (at most)": config.limit}
     get_report().log(f"Harness evaluation {config.source}", [facts, scores])
 
 

@@ -1,15 +1,15 @@
 """
 How much of its context a model with MegaContext keeps when it reads gists instead of tokens.
 
-    python -m scripts.mc_eval                       # the largest base model trained with --mc
+    python -m scripts.mc_eval                       # the deepest base model trained with --mc
     python -m scripts.mc_eval -i sft --ratios 8,32
-    python -m scripts.mc_eval --max_seq_len 4096    # sequences longer than those of the training
+    python -m scripts.mc_eval --max_seq_len 4096    # sequences longer than in training
 
-On validation text, always scored on the same newest tokens: context gain recovered by compression ratio and by
-distance, the loss at each level of detail, with controls (history cut off, gists of another text, means in
-GistNet's place), and how many tokens of a block can be read back from its gist. On recall documents also: how often
-an answer is found when LensNet, other policies, or an oracle choose what is at full detail. With --stream_tokens,
-what a session of so many tokens costs. Tables and plots go to the report, all figures to
+On validation text, scored on the same newest tokens throughout: context gain recovered by compression ratio and by
+distance, the loss at each level of detail, with controls (truncated history, gists of another text, means in place of
+GistNet), and how many tokens of a block can be read back from its gist. On recall documents also: how often an answer
+is found when LensNet, other policies, or an oracle choose the blocks at full detail. With --stream_tokens: the cost of
+a session of that length. Tables and plots go to the report, all figures to
 $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 """
 
@@ -50,7 +50,7 @@ COLUMNS = {  # of the tables: key → head
     "tokens": "tokens",
     "first_token_s": "first token, s",
     "next_turn_ms": "next turn, ms",
-    "token_ms": "ms a token",
+    "token_ms": "ms per token",
     "tree_mb": "tree, MiB",
     "cache_mb": "cache, MiB",
     "swap_rate": "swap rate",
@@ -68,7 +68,7 @@ COLUMNS = {  # of the tables: key → head
     "focus": "focus",
     "mean": "means",
     "shuffled": "shuffled",
-    "truncated": "cut off",
+    "truncated": "truncated",
     "none": "none",
     "random": "random",
     "recency": "recency",
@@ -93,23 +93,23 @@ class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     max_seq_len: int = -1
-    """tokens of a sequence; -1 for the model's own"""
+    """tokens per sequence; -1 for the context length of the model"""
     sequences: int = 256
-    """to read"""
+    """number of sequences"""
     device_batch_size: int = 8
-    """sequences at once"""
+    """sequences per batch"""
     ratios: str = "4,8,16,32"
-    """compression of the history"""
+    """compression ratios of the history"""
     recall: int = 128
-    """questions a length, where the data came from nanochat.dataset --source recall; 0 for none"""
+    """questions per length, if the data was made by nanochat.dataset --source recall; 0 for none"""
     recall_lengths: str = ""
-    """tokens before an answer; empty for half, once, twice and four times max_seq_len"""
+    """numbers of tokens before an answer; empty for 0.5, 1, 2 and 4 times max_seq_len"""
     open_blocks: int = 2
-    """blocks at full detail that a policy may choose"""
+    """number of blocks at full detail that a policy chooses"""
     stream_tokens: int = 0
-    """grow a session to so many tokens and measure what it costs on the way; 0 for none"""
+    """grow a session to this many tokens and measure its cost; 0 for none"""
     probe_steps: int = 300
-    """training of the decoder that reads blocks back from gists; 0 for none"""
+    """training steps of the decoder that reads blocks back from gists; 0 for none"""
 
 
 def numbers(option, text) -> list[int]:
@@ -124,7 +124,7 @@ def numbers(option, text) -> list[int]:
 
 
 def table(title, rows) -> str:
-    """Markdown; losses in nats a token, shares in percent with their standard error."""
+    """Markdown; losses in nats per token, shares in percent with their standard error."""
     keys = [key for key in COLUMNS if key in rows[0]]
     lines = [f"### {title}\n", "| " + " | ".join(COLUMNS[key] for key in keys) + " |", "|" + " ---: |" * len(keys)]
     for row in rows:
@@ -183,8 +183,8 @@ def main(config: Config):
         mc.check_session(T)
     figures = {
         "by_ratio": measured("By compression of the history", lambda e: e.by_ratio(ratios)),
-        "by_distance": measured("By distance of what is compressed (tokens ago)", Evaluator.by_distance),
-        "by_level": measured("All of the history at one level", Evaluator.by_level),
+        "by_distance": measured("By distance of the compressed part (tokens ago)", Evaluator.by_distance),
+        "by_level": measured("The whole history at one level", Evaluator.by_level),
     }
     if config.probe_steps > 0:
         figures["reconstruction"] = reconstruction(config, tokenizer, reader, dtype, T)
@@ -201,19 +201,19 @@ def main(config: Config):
                 config.open_blocks,
                 B,
             )
-        print0(table("Answers found by what is at full detail", figures["focus"]["by_length"]))
+        print0(table("Answers found, by choice of the blocks at full detail", figures["focus"]["by_length"]))
     if config.stream_tokens > 0:
         with autocast(device, dtype):
             session = MCSession(model, networks, mc)
         figures["stream"] = stream_cost(session, stream(tokenizer, session, config.stream_tokens), doublings(config))
-        print0(table("What a stream costs as it grows", figures["stream"]))
+        print0(table("Cost of a growing stream", figures["stream"]))
 
     facts = {
         "Model": f"{config.source} {meta['model_tag']}, step {meta['step']}",
         "Sequences": steps * B,
-        "Tokens of a sequence": T,
-        "Scored tokens of each, the newest": max(1, mc.allocator_recent_tokens),
-        "Tokens a gist": mc.block_size,
+        "Tokens per sequence": T,
+        "Scored tokens per sequence, the newest": max(1, mc.allocator_recent_tokens),
+        "Tokens per gist": mc.block_size,
     }
     name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}"
     path = get_base_dir() / "mc_eval" / f"{name}.json"
@@ -228,16 +228,18 @@ def main(config: Config):
         f"MegaContext evaluation {config.source}",
         [
             facts | gained,
-            "Losses in nats a token on the scored tokens. Recovered: what part of the gain of the full history over "
-            "one that is cut off, to as many entries, is won back. Kept: the same against no history at all.\n",
+            "Losses in nats per token on the scored tokens. Recovered: share of the gain of the full history over one "
+            "truncated to as many entries. Kept: the same, compared with no history.\n",
             table("By compression of the history", figures["by_ratio"]),
-            table("By distance of what is compressed (tokens ago)", figures["by_distance"]),
-            table("All of the history at one level", figures["by_level"]),
+            table("By distance of the compressed part (tokens ago)", figures["by_distance"]),
+            table("The whole history at one level", figures["by_level"]),
             table("Tokens of a block read back from its gist", figures["reconstruction"])
             if "reconstruction" in figures
             else None,
-            table("Answers found by what is at full detail", figures["focus"]["by_length"]) if like else None,
-            table("What a stream costs as it grows", figures["stream"]) if "stream" in figures else None,
+            table("Answers found, by choice of the blocks at full detail", figures["focus"]["by_length"])
+            if like
+            else None,
+            table("Cost of a growing stream", figures["stream"]) if "stream" in figures else None,
         ],
         plots={
             "Context gain": plot,
@@ -250,7 +252,7 @@ def main(config: Config):
 
 
 def doublings(config) -> list[int]:
-    """1,024 tokens, four times as many, and so on, up to stream_tokens."""
+    """Lengths to measure: 1,024 tokens, four times as many, and so on, up to stream_tokens."""
     lengths = [1024]
     while lengths[-1] * 4 < config.stream_tokens:
         lengths.append(lengths[-1] * 4)
@@ -258,20 +260,20 @@ def doublings(config) -> list[int]:
 
 
 def stream(tokenizer, session, n) -> list[int]:
-    """n tokens of the training split, and those that come after each length that is measured."""
+    """n tokens of the training split, and the tokens that follow each measured length."""
     with TokenLoader(tokenizer, 1, n + 64 + STEPS_IN_INTERVALS * session.interval, "train") as batches:
         return next(batches)[0][0].tolist()
 
 
 def recall_sizes() -> dict | None:
-    """What the documents that the model was trained on are like; None if they are no recall documents."""
+    """Sizes of the recall documents that the model was trained on; None for other data."""
     path = get_data_dir() / "source.json"
     record = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return record.get("sizes") if record.get("source") == "recall" else None
 
 
 def reconstruction(config, tokenizer, reader, dtype, T) -> list[dict]:
-    """Rows: the gists of GistNet, and plain means; on blocks of text, and of tokens drawn at random."""
+    """Rows for GistNet and for plain means, on blocks of text and on random tokens."""
     device, K = reader.device, reader.config.block_size
     generator = torch.Generator(device).manual_seed(0)
     with ExitStack() as stack:

@@ -1,12 +1,12 @@
 """
-Attach MegaContext to a trained model: the model stays as it is, GistNet and LensNet learn to serve it.
+Train GistNet and LensNet for a finished model, which stays unchanged.
 
     python -m scripts.mc_train                                   # the largest base model → <tag>-mc
     python -m scripts.mc_train -i sft -g d20 --num_iterations=2000
     torchrun --standalone --nproc_per_node=8 -m scripts.mc_train -- -i base
 
-The text is that of pretraining. The result is a checkpoint of the same stage, of the same weights with the two
-networks beside them. The same command goes on where an interrupted run's newest checkpoint left off.
+It trains on the pretraining text. The result is a checkpoint of the same stage, with the same weights and the two
+networks beside them. Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
 import math
@@ -30,30 +30,30 @@ class Config(TrainingOptions, ModelOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     output_tag: str = ""
-    """folder of the result; empty for <model_tag>-mc"""
+    """folder of the new checkpoints; empty for <model_tag>-mc"""
     # Training
     num_iterations: int = 1000
     """optimization steps"""
     max_seq_len: int = -1
-    """context length T; -1 for the model's own"""
+    """context length T; -1 for that of the model"""
     device_batch_size: int = 32
-    """sequences a process handles at once; lower it when memory runs out"""
+    """sequences per process in a micro-batch; lower it if memory runs out"""
     total_batch_size: int = 524288
-    """tokens per step, over all processes; reached by accumulation"""
+    """tokens per step over all processes, reached by gradient accumulation"""
     streams: int = 1
-    """streams of text that a micro-batch is put together from"""
+    """streams of text that make up a micro-batch"""
     grad_clip: float = 1.0
     """largest global gradient norm; 0 for no clipping"""
     warmdown_ratio: float = 0.2
-    """part of the steps in which the rate falls to 0"""
+    """fraction of the steps, at the end, in which the learning rate falls to 0"""
     # Evaluation
     eval_every: int = 100
     """steps between validations; -1 for never"""
     eval_tokens: int = 20 * 524288
-    """tokens of one validation"""
+    """tokens per validation"""
     # MegaContext
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
-    """its settings"""
+    """settings of MegaContext"""
 
 
 def main(config: Config):
@@ -75,7 +75,7 @@ def main(config: Config):
 
     tag = config.output_tag or f"{parent['model_tag']}-mc"
     if tag == parent["model_tag"]:
-        raise UserError(f"output_tag must differ from the model's own, {tag!r}, whose checkpoints stay as they are")
+        raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id())
 
     def rate(step, total):
@@ -92,7 +92,7 @@ def main(config: Config):
         return
     objective = make_objective(training.compiled)
     observe(config, "mc_train", training)
-    model = training.model  # after a resume, the parent's weights would stay in memory
+    model = training.model  # free the parent's weights after a resume
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
         "Parameters of the model, frozen": model.num_params(),

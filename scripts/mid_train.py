@@ -3,10 +3,10 @@ Midtraining: teach a base model the format of chats, multiple choice, and the us
 
     python -m scripts.mid_train
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --device_batch_size=16
-    python -m scripts.mid_train --tasks=local          # conversations made on this machine, for small models
+    python -m scripts.mid_train --tasks=local          # conversations generated on this machine, for small models
 
-One pass over a mixture of conversations, packed into rows of max_seq_len. The same command goes on where an
-interrupted run's newest checkpoint left off.
+One pass over a mixture of conversations, packed into rows of max_seq_len. Run the same command again
+to resume an interrupted run from its newest checkpoint.
 """
 
 import math
@@ -34,32 +34,32 @@ from tasks.mixtures import mid_mixture, mid_val
 class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
-    """full (the hub's datasets), local (made here, for a CPU) or recall (too; of up to 6,000 characters)"""
+    """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
     source: str = "base"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     num_iterations: int = -1
     """optimization steps; -1 for one pass over the mixture"""
     # Optimization
     max_seq_len: int = -1
-    """context length T; -1 for the model's own"""
+    """context length T; -1 for that of the model"""
     device_batch_size: int = 32
-    """rows a process handles at once; lower it when memory runs out"""
+    """rows per process in a micro-batch; lower it if memory runs out"""
     total_batch_size: int = 524288
-    """tokens per step, over all processes; reached by accumulation"""
+    """tokens per step over all processes, reached by gradient accumulation"""
     init_lr_frac: float = 1.0
-    """part of the learning rates to use"""
+    """fraction of the learning rates to use"""
     warmdown_ratio: float = 0.2
-    """part of the run at its end in which the rates fall to 0"""
+    """fraction of the run, at its end, in which the learning rates fall to 0"""
     # Evaluation
     eval_every: int = 150
     """steps between validations; -1 for never"""
     eval_tokens: int = 20 * 524288
-    """tokens of one validation"""
+    """tokens per validation"""
     # MegaContext
     mc: bool = False
-    """train the model to read gists too, and GistNet and LensNet with it"""
+    """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
-    """what follows counts with --mc only"""
+    """these options have an effect with --mc only"""
 
 
 def main(config: Config):
@@ -98,7 +98,7 @@ def main(config: Config):
     compiled = training.compiled
     objective = make_objective(compiled)
     observe(config, "mid_train", training)
-    model = training.model  # after a resume, the parent's weights would stay in memory
+    model = training.model  # free the parent's weights after a resume
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
         "Conversations": len(train_set),
@@ -120,7 +120,7 @@ def main(config: Config):
         return bpb, others
 
     def part_done():
-        """The part of the run that is done, the same on every rank."""
+        """Completed fraction of the run, the same on every rank."""
         if total:
             return training.step / total
         done = torch.tensor(batches.progress, device=device)

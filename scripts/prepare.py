@@ -1,10 +1,10 @@
 """
-Fetch and check what the chat stages and evaluations need, before hours are spent on pretraining.
+Download and check the data of the chat stages and evaluations, before hours are spent on pretraining.
 
     python -m scripts.prepare                   # the hub's datasets, and the CORE bundle
-    python -m scripts.prepare --tasks=local     # what is made on this machine
+    python -m scripts.prepare --tasks=local     # data generated on this machine
 
-Says how many conversations each stage has. What is there already is not fetched again.
+Prints the number of conversations of each stage. Existing data is not downloaded again.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from tasks.mixtures import eval_tasks, mid_mixture, mid_val, rl_tasks, sft_mixtu
 @dataclass
 class Config:
     tasks: str = "full"
-    """full (the hub's datasets) or local"""
+    """full (datasets of the hub) or local"""
     core: bool = True
-    """with --tasks full: fetch the CORE bundle for base_eval too"""
+    """with --tasks full: download the CORE bundle for base_eval too"""
 
 
 def main(config: Config):

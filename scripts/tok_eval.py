@@ -50,18 +50,18 @@ membrane powers ATP synthase, while NADP+ is reduced to NADPH for the Calvin–B
 @dataclass
 class Config:
     download_timeout: float = 30.0
-    """seconds to wait for the vocabularies of GPT-2 and GPT-4"""
+    """seconds to wait for the download of the vocabularies of GPT-2 and GPT-4"""
 
 
 def fetch_reference(name, timeout) -> RustBPETokenizer | None:
-    """One of OpenAI's vocabularies, fetched or from tiktoken's cache; None when it cannot be had in time."""
+    """One of OpenAI's vocabularies, downloaded or from tiktoken's cache; None if that fails or takes too long."""
     found = []
 
     def fetch():
         try:
             found.append(RustBPETokenizer.from_pretrained(name))
         except (requests.RequestException, OSError) as error:
-            print(f"the vocabulary {name} cannot be had ({type(error).__name__}): left out of the comparison")
+            print(f"the vocabulary {name} is not available ({type(error).__name__}): left out of the comparison")
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
@@ -93,12 +93,12 @@ def main(config: Config):
         size = len(text.encode())
         rows.append([name, f"{size:,}", *(f"{size / len(t.encode(text)):.2f}" for t in tokenizers.values())])
 
-    table = Table(*header, title=f"Compression: bytes a token, higher is better (vocabularies: {sizes})")
+    table = Table(*header, title=f"Compression: bytes per token, higher is better (vocabularies: {sizes})")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
     markdown = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-    note = f"Not compared, as they could not be had: {', '.join(missing)}." if missing else None
+    note = f"Not compared, because not available: {', '.join(missing)}." if missing else None
     get_report().log(section="Tokenizer evaluation", data=[f"Vocabularies: {sizes}.", markdown, note])
 
 

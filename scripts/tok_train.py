@@ -1,5 +1,5 @@
 """
-Train the tokenizer on the training shards, and write how many bytes each token stands for.
+Train the tokenizer on the training shards, and save the number of bytes of each token.
 
     python -m scripts.tok_train --max_chars=2000000000
 """
@@ -25,11 +25,11 @@ Unicode: 你好 🌍 café naïve — "quotes" <|bos|> is ordinary text here."""
 @dataclass
 class Config:
     max_chars: int = 10_000_000_000
-    """characters to train on, at most"""
+    """characters of training text, at most"""
     doc_cap: int = 10_000
-    """characters of one document, at most"""
+    """characters per document, at most"""
     vocab_size: int = 65536
-    """tokens: bytes, merges and special tokens"""
+    """size of the vocabulary: bytes, merges and special tokens"""
 
 
 def training_texts(max_chars, doc_cap):
@@ -71,16 +71,16 @@ def main(config: Config):
     counts = count_token_bytes(tokenizer)
     with atomic_write(folder / BYTES_FILE) as file:
         torch.save(counts, file)
-    tokenizer.save(folder)  # last: a tokenizer that is there is complete
+    tokenizer.save(folder)  # written last, so that an existing tokenizer is complete
     print(f"{config.vocab_size:,} tokens learned in {seconds:.1f} s; written to {folder}")
 
     sizes = counts[counts > 0].float()
     facts = {
         "Training time (s)": seconds,
         "Special tokens": int((counts == 0).sum()),
-        "Bytes a token, mean": sizes.mean().item(),
-        "Bytes a token, standard deviation": sizes.std().item(),
-        "Bytes a token, longest": int(sizes.max()),
+        "Bytes per token, mean": sizes.mean().item(),
+        "Bytes per token, standard deviation": sizes.std().item(),
+        "Bytes per token, longest": int(sizes.max()),
     }
     get_report().log(section="Tokenizer training", data=[asdict(config), facts])
 
