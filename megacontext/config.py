@@ -10,74 +10,74 @@ from nanochat.common import UserError
 
 @dataclass(frozen=True)
 class MCConfig:
-    """Checked when made: raises UserError. `resolve` puts numbers in the place of every -1."""
+    """All settings, checked on construction (UserError). `resolve` replaces each -1 by a number."""
 
     # Tree
     block_size: int = 32
-    """K: tokens that one gist of level 1 stands for, and gists that one of the next level stands for"""
+    """K: number of tokens, or of gists of the level below, that one gist stands for"""
     mc_tree: Literal["ram"] = "ram"
-    """where the tree is kept"""
+    """where the tree is stored"""
     mc_positional: Literal["gaussian", "simple"] = "gaussian"
-    """rotary positions of gists: faded by the width of the span, or simply at its centre"""
+    """rotary positions of gists: faded according to their span, or at its centre without fading"""
     # GistNet
     gistnet_type: Literal["transformer", "mean"] = "transformer"
-    """what makes gists: a learned network, or the plain mean"""
+    """how gists are made: by a learned network, or as the mean"""
     gistnet_layers: Literal[2, 4] = 2
-    """layers of the GistNet"""
+    """layers of GistNet"""
     gistnet_pooling: Literal["mean", "query", "cls"] = "mean"
-    """how the GistNet's outputs become one vector"""
+    """how GistNet pools its outputs into one vector"""
     gistnet_head: Literal["linear", "mlp"] = "mlp"
-    """last layer of the GistNet"""
+    """last layer of GistNet"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
-    """what scores the entries of a working context"""
+    """network that scores the entries of a working context"""
     lensnet_layers: Literal[2, 4, 8] = 2
-    """layers of the LensNet"""
+    """layers of LensNet"""
     lensnet_head: Literal["linear", "mlp"] = "mlp"
-    """last layer of the LensNet"""
+    """last layer of LensNet"""
     # Focus allocator
     allocator: Literal["greedy", "stochastic_greedy"] = "greedy"
-    """take the best edits, or draw among the best"""
+    """take the best edits, or draw at random among the best"""
     allocator_sample_top_k: int = 4
-    """stochastic_greedy: candidates that an edit is drawn from"""
+    """stochastic_greedy: number of candidates from which an edit is drawn"""
     allocator_sample_temperature: float = 1.0
     """stochastic_greedy: temperature of the draw"""
     allocator_soft_max: int = -1
-    """entries that a working context may have; -1 for max_seq_len"""
+    """budget: most entries of a working context; -1 for max_seq_len"""
     allocator_recent_tokens: int = -1
-    """newest tokens that always stay tokens; -1 for 1/16 of max_seq_len in whole blocks"""
+    """newest tokens that are never compressed; -1 for 1/16 of max_seq_len in whole blocks"""
     allocator_expand_threshold: float = 0.1
-    """least score of an entry that is expanded, 0 to 1"""
+    """minimum score for expanding an entry, 0 to 1"""
     allocator_collapse_threshold: float = 0.1
-    """siblings collapse when the best of their scores is at most minus this, 0 to 1"""
+    """siblings collapse if their highest score is at most minus this, 0 to 1"""
     allocator_max_replacements: int = 4
-    """edits per round at most"""
+    """edits per round, at most"""
     allocator_iterations: int = 1
     """rounds of scoring and editing per refocus"""
     # Training
     mc_num_random_variants: int = 2
-    """random working contexts that the model reads of each compressed sequence; the others are read in full"""
+    """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
     mc_train_wc_length: int = -1
-    """entries that variants shrink to by the end of training; -1 for 20% of max_seq_len, or two blocks open"""
+    """entries per variant at the end of training; -1 for 20% of max_seq_len, or for two open blocks"""
     mc_max_counterfactuals: int = 4
-    """random working contexts that LensNet learns to judge of each sequence that is read in full"""
+    """random working contexts on which LensNet is trained, per sequence that is read in full"""
     mc_lens_loss_weight: float = 1.0
     """weight of LensNet's loss in the sum; it also multiplies LensNet's learning rates. 0: LensNet is not trained"""
     mc_auto_batch: bool = True
-    """read micro-batches in parts where MegaContext would need more memory for them than the plain model"""
+    """split micro-batches for which MegaContext needs more memory than the plain model"""
     mc_aux_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """precision of GistNet and LensNet; auto is bf16 where that is faster"""
+    """precision of GistNet and LensNet; auto is bf16 on hardware where that is faster"""
     mc_freeze_base: bool = False
-    """train GistNet and LensNet only"""
+    """train GistNet and LensNet only, and leave the model unchanged"""
     # Evaluation and inference
     mc_eval_soft_max_length: int = -1
-    """entries of a working context in validation; -1 for what a session's refocus may leave"""
+    """budget of working contexts in validation; -1 for what a refocus of a session may leave"""
     mc_infer_allocator_max_replacements: int = -1
-    """edits per round at most; -1 for allocator_max_replacements"""
+    """edits per round in inference, at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: int = -1
-    """rounds per refocus; -1 for allocator_iterations"""
+    """rounds per refocus in inference; -1 for allocator_iterations"""
     mc_infer_refocus_interval: int = 32
-    """tokens between two refocuses"""
+    """generated tokens between two refocuses"""
 
     def __post_init__(self):
         for field in fields(self):
@@ -97,9 +97,9 @@ class MCConfig:
 
     def resolve(self, max_seq_len: int) -> "MCConfig":
         """
-        These settings for a model of context length max_seq_len, with a value in place of every -1.
+        These settings for a model of context length max_seq_len, with each -1 replaced by a value.
 
-        Raises UserError where max_seq_len tokens cannot be made into a working context as short as is asked.
+        Raises UserError if max_seq_len tokens do not fit into a working context of the given length.
         """
         K = self.block_size
         _expect("block_size", K, max_seq_len >= K, f"at most max_seq_len, {max_seq_len}")
@@ -112,7 +112,7 @@ class MCConfig:
         recent = config.allocator_recent_tokens
         finest = WorkingContext.finest(1, max_seq_len, K)
         smallest = finest.smallest_length(recent)
-        # Two blocks stay open, somewhere: the model is to read mixtures, as it will meet them
+        # Room for two open blocks, so that the model learns to read mixtures, as in inference
         two_open = max_seq_len - (K - 1) * max(0, finest.old_blocks(recent) - 2)
         config = config._derive(
             mc_train_wc_length=max(max_seq_len // 5, two_open),
@@ -134,7 +134,7 @@ class MCConfig:
         return self.allocator_soft_max - self.mc_infer_refocus_interval
 
     def check_session(self, max_seq_len: int):
-        """Raises UserError when a session of a model of this context length could not keep to the budget."""
+        """Raises UserError if a session of a model of this context length cannot keep to the budget."""
         K, levels, blocks = self.block_size, 0, max_seq_len // self.block_size
         while blocks:
             levels, blocks = levels + 1, blocks // K
@@ -142,14 +142,14 @@ class MCConfig:
         least = recent + (K - 1) * (1 + levels) + interval
         if self.allocator_soft_max < least:
             raise UserError(
-                f"--allocator_soft_max: expected at least {least} entries to answer with: {recent} recent tokens, up "
-                f"to {K - 1} of an unfinished block, up to {K - 1} gists of each of {levels} levels, and {interval} "
+                f"--allocator_soft_max: expected at least {least} entries: {recent} recent tokens, up "
+                f"to {K - 1} of an incomplete block, up to {K - 1} gists of each of {levels} levels, and {interval} "
                 f"tokens until the next refocus; got {self.allocator_soft_max}. Raise it, or lower "
                 f"--allocator_recent_tokens, --mc_infer_refocus_interval or --block_size"
             )
 
     def _derive(self, **values):
-        """These settings with the values given for those that are -1."""
+        """These settings with the given values for those that are -1."""
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) == -1})
 
 

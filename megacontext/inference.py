@@ -1,4 +1,4 @@
-"""MegaContext in scripts that generate: what a checkpoint brings along, and the options that may change it."""
+"""MegaContext in scripts that generate: the networks of a checkpoint, and options for inference."""
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -14,33 +14,33 @@ from nanochat.decode import Decoder
 
 @dataclass
 class MCInference:
-    """Options of MCConfig that count while generating. -1 or empty: as the checkpoint was trained with."""
+    """Options of MCConfig for inference. -1 or empty: the value of the training."""
 
     allocator: Literal["", "greedy", "stochastic_greedy"] = ""
-    """take the best edits, or draw among the best"""
+    """take the best edits, or draw at random among the best"""
     allocator_sample_top_k: int = -1
-    """stochastic_greedy: candidates that an edit is drawn from"""
+    """stochastic_greedy: number of candidates from which an edit is drawn"""
     allocator_sample_temperature: float = -1.0
     """stochastic_greedy: temperature of the draw"""
     allocator_soft_max: int = -1
-    """entries of the working context, never more"""
+    """budget: most entries of the working context"""
     allocator_recent_tokens: int = -1
-    """newest tokens that always stay tokens"""
+    """newest tokens that are never compressed"""
     allocator_expand_threshold: float = -1.0
-    """least score of an entry that is expanded, 0 to 1"""
+    """minimum score for expanding an entry, 0 to 1"""
     allocator_collapse_threshold: float = -1.0
-    """siblings collapse when the best of their scores is at most minus this, 0 to 1"""
+    """siblings collapse if their highest score is at most minus this, 0 to 1"""
     mc_infer_allocator_max_replacements: int = -1
-    """edits per round at most"""
+    """edits per round, at most"""
     mc_infer_allocator_iterations: int = -1
     """rounds of scoring and editing per refocus"""
     mc_infer_refocus_interval: int = -1
-    """tokens between two refocuses"""
+    """generated tokens between two refocuses"""
     mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""
     """precision of GistNet and LensNet"""
 
     def apply(self, config):
-        """A checkpoint's MCConfig with what is given here in its place. Raises UserError for values out of range."""
+        """A checkpoint's MCConfig with the options given here. Raises UserError for values out of range."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         config = replace(config, **{name: value for name, value in given.items() if value not in (-1, "")})
         return replace(config, mc_eval_soft_max_length=max(1, config.budget_of_a_refocus))
@@ -48,15 +48,15 @@ class MCInference:
 
 def load_for_inference(source, meta, device, options: MCInference):
     """
-    (networks in eval mode, resolved config) of the checkpoint of which `meta` came from `load_model(source, …)`.
+    (networks in eval mode, resolved config) of a checkpoint; meta: its meta data, from `load_model(source, …)`.
 
-    Raises UserError when the checkpoint has none.
+    Raises UserError if the checkpoint has no networks.
     """
     networks, config = load_networks(source, meta, device)
     if networks is None:
         raise UserError(
             f"--mc: the checkpoint {meta['model_tag']}, step {meta['step']} ({source}) has no GistNet and LensNet. "
-            f"Train with --mc, or give a trained base model its own with scripts.mc_train"
+            f"Train with --mc, or add them to a trained model with scripts.mc_train"
         )
     return networks.eval(), options.apply(config)
 
