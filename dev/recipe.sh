@@ -221,10 +221,11 @@ recipe_setup() {
     if [ "$DRY_RUN" = 1 ]; then
         echo "dry run: the commands, none of them run"
         echo "+ uv sync --extra $1"
-        return
+    else
+        mkdir -p "$NANOCHAT_BASE_DIR"
+        activate_environment "$1" --no-dev --inexact # without what only tests need; what is there stays
     fi
-    mkdir -p "$NANOCHAT_BASE_DIR"
-    activate_environment "$1" --no-dev --inexact # without what only tests need; what is there stays
+    [ "$WANDB_RUN" = dummy ] || stage python -m scripts.prepare --tasks=none --run="$WANDB_RUN" # now, not after hours
 }
 
 # mc_evaluation TAG [OPTIONS]: what the gists of the base model keep, if it has some.

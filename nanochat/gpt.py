@@ -200,6 +200,8 @@ class GPT(nn.Module):
         matrix_params = self.num_params() - self.transformer.wte.weight.numel()
         return 6 * matrix_params + 12 * c.n_layer * c.n_embd * c.sequence_len
 
+    estimate_flops = flops_per_token  # nanochat's name for it
+
     def setup_optimizers(
         self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0
     ) -> list[torch.optim.Optimizer]:

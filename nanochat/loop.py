@@ -175,6 +175,21 @@ def open_wandb(project, run, config, wandb_id=None):
         print0(f"W&B: {error}\nW&B: nothing is kept for it")
 
 
+def check_wandb(run):
+    """UserError when a W&B run is asked for and cannot be had: better known before the first stage of a recipe."""
+    if run == "dummy" or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    try:
+        wandb.Api(timeout=WANDB_TIMEOUT).viewer  # noqa: B018 (asks the server who we are)
+    except Exception as error:  # of many kinds, each to be shown
+        raise UserError(
+            f"W&B cannot be used ({error}): log in with `wandb login`, leave W&B out, or set WANDB_MODE=offline, "
+            "which keeps the log on this machine"
+        ) from error
+
+
 class RunLog:
     """
     Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl, and to W&B unless run is "dummy".

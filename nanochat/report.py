@@ -118,9 +118,10 @@ class Report:
     def __init__(self, folder=None):
         self.folder = Path(folder or get_base_dir() / "report")
 
-    def log(self, section: str, data: list, plots: dict | None = None) -> Path:
+    def log(self, section: str, data: list, plots: dict | None = None) -> Path | None:
         """
-        Write a section, replacing an older one of that name; returns the path of its Markdown file.
+        Write a section, replacing an older one of that name; returns the path of its Markdown file, or None with a
+        warning where it cannot be written: what the section reports on is done, and must not fail for that.
 
         data: dicts become lists of figures and are saved in the JSON file too; strings are Markdown; None is skipped.
         plots: title → PNG, shown at the end of the section.
@@ -132,20 +133,24 @@ class Report:
                 parts.append(format_facts(item))
             elif item is not None:
                 parts.append(f"{str(item).rstrip()}\n")
-        for title, png in (plots or {}).items():
-            name = f"{slugify(section)}-{slugify(title)}.png"
-            with atomic_write(self.folder / PLOT_FOLDER / name) as file:
-                file.write(png)
-            parts.append(_image(title, name, png))
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        text = "\n".join([f"## {section}\n", f"timestamp: {stamp}\n", *parts])
-        return self._write(slugify(section), section, text, figures)
+        try:
+            for title, png in (plots or {}).items():
+                name = f"{slugify(section)}-{slugify(title)}.png"
+                with atomic_write(self.folder / PLOT_FOLDER / name) as file:
+                    file.write(png)
+                parts.append(_image(title, name, png))
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            text = "\n".join([f"## {section}\n", f"timestamp: {stamp}\n", *parts])
+            return self._write(slugify(section), section, text, figures)
+        except OSError as error:
+            print(f"the report has no section {section!r}: {error.filename}: {error.strerror}")
 
     def reset(self) -> Path:
         """Delete all sections and plots and write the header; the total wall clock time counts from here."""
         for pattern in ("*.md", "*.json", f"{PLOT_FOLDER}/*.png"):
             for path in self.folder.glob(pattern):
-                path.unlink()
+                if path.is_file():
+                    path.unlink()
         parts = header_info()
         text = "# Report card\n\n" + "\n".join(
             f"### {title}\n\n{format_facts(facts)}" for title, facts in parts.items()
@@ -162,18 +167,21 @@ class Report:
         return path
 
     def figures(self, slug: str) -> dict | None:
-        """{"section", "time" (seconds since the epoch), "data"} of a section; None if it does not exist."""
+        """{"section", "time" (seconds since the epoch), "data"} of a section; None if there is no such file of ours."""
         path = self.folder / f"{slug}.json"
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
+            if slug not in STAGES:
+                return None
             raise UserError(f"{path} is not valid JSON ({error}): run that stage's script again") from error
+        return record if isinstance(record, dict) and record.keys() >= {"section", "time", "data"} else None
 
     def slugs(self) -> list[str]:
         """Names of the existing sections, in the order of the report."""
-        found = {path.stem for path in self.folder.glob("*.md")} - {"header", "report"}
+        found = {path.stem for path in self.folder.glob("*.md") if path.is_file()} - {"header", "report"}
         return [slug for slug in STAGES if slug in found] + sorted(found - set(STAGES))
 
     def generate(self, copy_to=None) -> Path:
@@ -208,7 +216,7 @@ class Report:
         return self.folder / "report.md"
 
     def _section(self, slug):
-        return (self.folder / f"{slug}.md").read_text(encoding="utf-8")
+        return (self.folder / f"{slug}.md").read_text(encoding="utf-8", errors="replace")
 
     def _plots(self):
         """(stage, title, file name, PNG bytes) of each training log that has a curve."""
@@ -227,7 +235,8 @@ class Report:
         lines = [format_facts(header["data"].get("Size of the project", {}))] if header else []
         lines.append(self._table())
         if header:
-            end = max(record["time"] for slug in slugs if (record := self.figures(slug)))
+            ends = (record["time"] for slug in slugs if (record := self.figures(slug)))
+            end = max(ends, default=header["time"])
             lines.append(f"Total wall clock time: {format_duration(end - header['time'])}\n")
         else:
             lines.append("Total wall clock time: unknown (no `python -m nanochat.report reset` at the start)\n")

@@ -81,6 +81,10 @@ def talk(model, tokenizer, make_session=None) -> str:
 def main(config: Config):
     _, rank, _, _, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
+    if min(config.num_samples, config.max_new_tokens, config.batch_size) < 1:
+        raise UserError("num_samples, max_new_tokens and batch_size must be at least 1")
+    if not config.temperature >= 0 or config.top_k < 0:
+        raise UserError(f"temperature and top_k must be 0 or more, got {config.temperature} and {config.top_k}")
     available = eval_tasks(config.tasks)
     names = [name.strip() for name in config.task_name.split("|")] if config.task_name else list(available)
     unknown = [name for name in names if name not in available]

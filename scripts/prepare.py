@@ -2,7 +2,8 @@
 Download and check the data of the chat stages and evaluations, before hours are spent on pretraining.
 
     python -m scripts.prepare                   # the hub's datasets, and the CORE bundle
-    python -m scripts.prepare --tasks=local     # data generated on this machine
+    python -m scripts.prepare --tasks=local     # what is made on this machine
+    python -m scripts.prepare --tasks=none --run=mine     # whether W&B can be reached
 
 Prints the number of conversations of each stage. Existing data is not downloaded again.
 """
@@ -13,19 +14,25 @@ from nanochat.common import print0
 from nanochat.configurator import run
 from nanochat.core_bundle import download_bundle
 from nanochat.execution import SandboxUnavailable, find_sandbox
+from nanochat.loop import check_wandb
 from tasks.mixtures import eval_tasks, mid_mixture, mid_val, rl_tasks, sft_mixture, sft_val
 
 
 @dataclass
 class Config:
     tasks: str = "full"
-    """full (datasets of the hub) or local"""
+    """full (the hub's datasets), local, or none"""
+    run: str = "dummy"
+    """name of a W&B run that is to follow: checks that W&B accepts it"""
     core: bool = True
     """with --tasks full: download the CORE bundle for base_eval too"""
 
 
 def main(config: Config):
+    check_wandb(config.run)
     which = config.tasks
+    if which == "none":
+        return
     rl_train, rl_val = rl_tasks(which)
     sizes = {
         "midtraining": mid_mixture(which),

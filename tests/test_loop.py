@@ -130,6 +130,19 @@ def test_wandb_ends_no_training(fails, base_dir, monkeypatch, capsys):
     assert [json.loads(line)["step"] for line in log_file.read_text().splitlines()] == [1, 2]
 
 
+def test_wandb_is_checked_before_a_recipe(monkeypatch):
+    class Api:
+        def __init__(self, timeout):
+            raise ConnectionError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Api=Api))
+    loop.check_wandb("mine")  # WANDB_MODE=disabled in tests
+    monkeypatch.delenv("WANDB_MODE")
+    loop.check_wandb("dummy")
+    with pytest.raises(UserError, match=r"W&B cannot be used \(no API key\): log in .* WANDB_MODE=offline"):
+        loop.check_wandb("mine")
+
+
 def test_the_real_wandb_without_a_key(tmp_path):
     code = "from nanochat import loop; log = loop.RunLog('base', 'd1', 'mine', {}, False)"
     code += "; log.log({'step': 1, 'train/loss': 2.0}); log.finish()"

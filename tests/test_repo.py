@@ -102,6 +102,12 @@ def test_recipes_of_eight_gpus(script, depth, shards):
     assert places == sorted(places)
 
 
+def test_wandb_is_checked_first():
+    out = dry_run("speedrun.sh", "--wandb", "mine")
+    assert out.index("scripts.prepare --tasks=none --run=mine") < out.index("report reset") < out.index("base_train")
+    assert "--tasks=none" not in dry_run("speedrun.sh")
+
+
 def test_profiles_of_run10():
     cpu = dry_run("run10.sh", "--gpu", "cpu")
     assert "--source stdlib" in cpu

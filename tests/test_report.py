@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -157,6 +158,35 @@ def test_failing_write_leaves_the_old_section(base):
     assert path.read_text() == before
     assert report.figures("chat-sft")["data"] == {"loss": 1}
     assert sorted(p.name for p in path.parent.iterdir()) == ["chat-sft.json", "chat-sft.md"]
+
+
+def test_a_full_disk_fails_no_stage(base, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert get_report().log("Chat SFT", [{"loss": 1}], {"Loss": b"png"}) is None
+    assert "the report has no section 'Chat SFT': " in capsys.readouterr().out
+
+
+def test_stray_files(base, tmp_path, capsys):
+    """Notes in any encoding, JSON of others, folders, sections of nanochat, which has no JSON."""
+    main(Config("reset"))
+    folder = base / "report"
+    (folder / "mine.md").write_bytes("Straße".encode("latin-1"))
+    (folder / "mine.json").write_text("[1, 2")
+    (folder / "other.md").write_text("## Other\n")
+    (folder / "other.json").write_text('["not a section"]')
+    (folder / "midtraining.md").write_text("## Midtraining\n\n- loss: 2.5\n")
+    (folder / "folder.md").mkdir()
+    path = get_report().generate(tmp_path)
+    text = path.read_text()
+    assert "Stra" in text
+    assert "- loss: 2.5" in text
+    assert "Total wall clock time: 0m0" in text
+    main(Config("reset"))
+    assert not (folder / "mine.md").exists()
+    assert (folder / "folder.md").exists()
 
 
 def test_other_processes_write_nothing(base, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
+from nanochat import report
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.tokenizer import RustBPETokenizer
@@ -152,6 +154,42 @@ def test_evaluation_and_its_report(trained, capsys):
 def test_wrong_options(stage, options, message, trained):
     with pytest.raises(UserError, match=message):
         run(stage, *options)
+
+
+@pytest.mark.parametrize(
+    "option", ["--num_samples=0", "--max_new_tokens=0", "--batch_size=0", "--temperature=-1", "--top_k=-1"]
+)
+def test_options_of_chat_eval(option, trained):
+    with pytest.raises(UserError, match=option.split("=")[0].strip("-")):
+        chat_eval.main(parse(chat_eval.Config, ["--tasks=local", option]))
+
+
+def test_a_cache_folder_of_nanochat_trains_on(trained, tmp_path, monkeypatch, capsys):
+    """As it left them: a pickled tokenizer, models without checksums, its own midtraining to train over, its report."""
+    base = tmp_path / "nanochat"
+    (base / "tokenizer").mkdir(parents=True)
+    for name in ("tokenizer.pkl", "token_bytes.pt"):
+        shutil.copy(trained / "tokenizer" / name, base / "tokenizer" / name)
+    for name in ("base_data", "identity_conversations.jsonl"):
+        (base / name).symlink_to(trained / name)
+    (base / "report").mkdir()
+    (base / "report" / "midtraining.md").write_text("## Midtraining\n\n- loss: 2.5\n")
+    for source in ("base", "mid"):
+        folder = base / cm.SOURCES[source] / "d1"
+        folder.mkdir(parents=True)
+        weights, _, meta, _ = cm.load_checkpoint(trained / "base_checkpoints" / "d1", 7)
+        torch.save({f"_orig_mod.{name}": weight for name, weight in weights.items()}, folder / "model_000700.pt")
+        torch.save([{}, {}], folder / "optim_000700.pt")
+        facts = {"step": 700, "val_bpb": 1.0, "model_config": meta["model_config"], "user_config": {"depth": 1}}
+        (folder / "meta_000700.json").write_text(json.dumps(facts))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    run("mid")  # no --resume=0: its users know none
+    assert "starting again; the earlier checkpoints are now in" in capsys.readouterr().out
+    run("sft")
+    chat_eval.main(parse(chat_eval.Config, ["-i", "sft", "--tasks=local", "-x", "1", "-m", "4", "--model_step=12"]))
+    monkeypatch.chdir(tmp_path)
+    report.main(report.Config("generate"))
+    assert "Chat SFT" in (tmp_path / "report.md").read_text()
 
 
 def test_full_without_data_stops_at_once(trained):
