@@ -313,14 +313,12 @@ def test_gists_carry_the_context(K, blocks, goal):
     T = blocks * K + tail
     model = GPT(GPTConfig(T, 64, 2, 1, 1, 64))
     model.init_weights()
-    config = MCConfig(
-        block_size=K, allocator_recent_tokens=tail, mc_num_random_variants=1, mc_train_wc_length=blocks + tail
-    ).resolve(T)
+    config = MCConfig(block_size=K, allocator_recent_tokens=tail, mc_train_wc_length=blocks + tail).resolve(T)
     networks = MCNetworks(64, config)
     objective = MCObjective(model, networks, config, BOS)
     optimizers = model.setup_optimizers() + networks.setup_optimizers()
     for step in range(steps):
-        x, y = documents(16, T, generator)
+        x, y = documents(32, T, generator)  # half of them are read as gists
         objective.process_batch(x, y, 2 * step / steps, generator).loss.backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:

@@ -404,7 +404,7 @@ def test_loading(checkpoints):
     assert sessions.limit == 3
     pool = WorkerPool()
     pool.start([engine], served, [sessions])
-    shown = chat_web.describe(config, pool, chat_web.limits_of(config), 80)
+    shown = chat_web.describe(config, pool, chat_web.limits_of(config), 80, "")
     pool.close()
     assert "focus   a working context of 64 entries, blocks of 4 tokens, 3 conversations a worker at hand" in shown
     assert "2,000,000 in all" in shown
