@@ -309,7 +309,7 @@ def test_gists_carry_the_context(K, blocks, goal):
     """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    tail, steps = 16, 150
+    tail, steps = 16, 200
     T = blocks * K + tail
     model = GPT(GPTConfig(T, 64, 2, 1, 1, 64))
     model.init_weights()
