@@ -33,9 +33,10 @@ from dev.bench_mc import bench_mc
 from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import run
 from nanochat.dataloader import TokenLoader
-from nanochat.decode import Decoder, KVCache
+from nanochat.decode import Decoder
 from nanochat.engine import CacheSession
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.sampling import Sampler, Sampling
 from nanochat.sharding import clip_gradients

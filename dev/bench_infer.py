@@ -8,8 +8,9 @@ from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from nanochat.common import UserError, compute_init, resolve_dtype
-from nanochat.decode import Decoder, KVCache
+from nanochat.decode import Decoder
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampler, Sampling
 
 

@@ -21,7 +21,8 @@ from megacontext.reader import Reader
 from megacontext.tree import STORES, MegaContextTree
 from megacontext.working_context import WorkingContext
 from nanochat.common import Stopwatch, UserError, autocast
-from nanochat.decode import Decoder, KVCache, RowCaches
+from nanochat.decode import Decoder
+from nanochat.kv_cache import KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
 
@@ -118,10 +119,23 @@ class MCSession:
             self._become_many()
         return logits.expand(self.rows, -1)
 
+    def reading(self, tokens):
+        """`prefill` for a shared batch, which takes it in parts: this is one."""
+        yield self.prefill(tokens)
+
     @torch.inference_mode()
     def step(self, ids):
         """
         Logits [B, V] after one more token per row, ids [B]; None if there is no room for it, and nothing has changed.
+        """
+        entered = self.enter(ids)
+        return self._step(ids) if isinstance(entered, int) else entered
+
+    @torch.inference_mode()
+    def enter(self, ids):
+        """
+        What a step does before the model reads the token, which it may then read together with others' tokens: the
+        position; or logits, if a refocus had to be read, this token with it; or None, as `step`.
         """
         self._check_begun()
         due = self._since + 1 >= self.interval
@@ -135,12 +149,11 @@ class MCSession:
             context = self._refocused(before)
             if context is not before:
                 self._adopt(context)
-        if self._up_to_date:
-            logits = self._step(ids)
-            if due:
-                self._tell(self.rows, watch)
-            return logits
-        return self._read(watch)
+        if not self._up_to_date:
+            return self._read(watch)
+        if due:
+            self._tell(self.rows, watch)
+        return self.num_tokens - 1
 
     # -----------------------------------------------------------------------------------------------------
     # Back and forth
@@ -237,7 +250,8 @@ class MCSession:
         self.tree.repeat(self.rows)
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)
-        self.cache, self._stepper = RowCaches(self.cache, self.rows, self.budget), None
+        cache, self.cache, self._stepper = self.cache, RowCaches(), None
+        self.cache.join(cache, self.rows, self.budget)
 
     def _embed(self, ids):
         with autocast(self.device, torch.float32):  # what goes into the decoder is rounded as the decoder does

@@ -16,109 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.gpt import LOGIT_SOFTCAP, norm, positioned, rotary_cos_sin
-
-
-class KVCache:
-    """
-    Keys and values of all layers, [2, L, B, K, capacity, d], filled up to `pos`. Grows when it must, up to `limit`.
-
-    `insert` and `advance` are called by the forward pass.
-    """
-
-    def __init__(self, n_layer, capacity, limit=None):
-        self.n_layer, self.capacity, self.limit = n_layer, capacity, limit
-        self.data = None  # made at the first insert, in the precision that the model computes in
-        self.pos = 0
-
-    def insert(self, layer, k, v):
-        """Put k, v [B, K, T, d] after what is there; returns all keys and all values so far."""
-        B, K, T, d = k.shape
-        end = self.pos + T
-        if self.data is None:
-            self._hold(k.new_empty(2, self.n_layer, B, K, max(self.capacity, end), d))
-        self.reserve(end)
-        keys, values = self.layers[layer]
-        keys[:, :, self.pos : end] = k
-        values[:, :, self.pos : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def advance(self, T):
-        self.pos += T
-
-    @property
-    def longest(self) -> int:
-        """Positions filled in the fullest row: here all are alike."""
-        return self.pos
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.data is None else self.data.nbytes
-
-    def truncate(self, pos):
-        """Forget everything from position `pos` on."""
-        self.pos = min(self.pos, pos)
-
-    def repeat(self, rows):
-        """Turn a cache of one row into one of `rows` equal rows."""
-        self._move(rows, self.capacity)
-
-    def reserve(self, end):
-        """Make room for `end` positions in all."""
-        if end > self.capacity:
-            capacity = max(end, 2 * self.capacity)
-            self._move(self.data.size(2), capacity if self.limit is None else max(end, min(capacity, self.limit)))
-
-    def _move(self, rows, capacity):
-        old = self.data
-        self._hold(old.new_empty(2, self.n_layer, rows, old.size(3), capacity, old.size(5)))
-        self.data[..., : self.pos, :] = old[..., : self.pos, :]
-
-    def _hold(self, data):
-        self.data, self.capacity = data, data.size(4)
-        self.layers = [pair.unbind() for pair in data.unbind(1)]  # (keys, values), taken apart once and for all
-
-
-class RowCaches:
-    """
-    A KVCache a row, `rows`, each filled as far as it likes, side by side in data [2, L, B, K, capacity, d].
-
-    Keys carry their positions, so a row may be cut and read on alone; one step of all rows together writes each row's
-    key behind its own last. The capacity stays as it is.
-    """
-
-    def __init__(self, cache, rows, capacity):
-        """Each row begins as a copy of `cache`, which has one row."""
-        shape = list(cache.data.shape)
-        shape[2], shape[4] = rows, capacity
-        self.data = cache.data.new_zeros(shape)  # what is hidden counts 0 times: it must not be infinite or NaN
-        self.data[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
-        self.rows = []
-        for row in range(rows):
-            view = KVCache(cache.n_layer, capacity, limit=capacity)
-            view._hold(self.data[:, :, row : row + 1])
-            view.pos = cache.pos
-            self.rows.append(view)
-
-    @property
-    def pos(self):
-        """Where each row's next key goes, [B], on the CPU."""
-        return torch.tensor([row.pos for row in self.rows])
-
-    @property
-    def longest(self) -> int:
-        return max(row.pos for row in self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
-
-    def advance(self, T):
-        for row in self.rows:
-            row.advance(T)
-
-    def reserve(self, end):
-        if end > self.data.size(4):
-            raise ValueError(f"expected at most {self.data.size(4)} positions a row, got {end}")
+from nanochat.kv_cache import RowCaches
 
 
 def compute_dtype(model):
@@ -236,30 +134,59 @@ class Decoder:
         return self.extend(ids[:, None], cache, positions)
 
     def stepper(self, cache):
-        """The fastest step for this cache, a KVCache or RowCaches: a function (ids, positions=None) -> logits."""
+        """
+        The fastest step for this cache: a function (ids [B], positions=None) -> logits [B, V]; for RowCaches (ids,
+        positions, rows=None), with positions an int or a list of them, and the numbers of the rows that take part: what
+        comes of others means nothing, and they stay as they are.
+        """
         if self.graph:
             return StaticStep(self, cache)
         return partial(self._step_rows if isinstance(cache, RowCaches) else self.step, cache=cache)
 
-    def _step_rows(self, ids, positions, cache):
-        """A step for RowCaches, on no more of them than is filled; positions: an int."""
-        cache.reserve(cache.longest + 1)
-        positions = torch.full_like(ids, positions)
-        logits = self.static_step(ids, cache.pos.to(self.device), positions, cache.data[..., : cache.longest + 1, :])
-        cache.advance(1)
+    @torch.inference_mode()
+    def _step_rows(self, ids, positions, rows=None, *, cache):
+        """A step for RowCaches, on no more of them than is filled."""
+        n, longest = len(ids), cache.longest + 1
+        cache.reserve(longest)
+        data, lengths = cache.data[:, :, :n, :, :longest], [row.pos + 1 for row in cache.rows]
+        slot = cache.pos.to(self.device)
+        cos_sin = self._rotary([positions] * n if isinstance(positions, int) else positions, 1)
+        if n * longest <= 2 * sum(lengths):
+            logits = self._run(ids[:, None], cos_sin, self._attend_masked(slot, data))
+        else:  # one is much longer than others: each is read as far as it goes
+            logits = self._run(ids[:, None], cos_sin, self._attend_one_by_one(slot, data, lengths))
+        cache.advance(1, rows)
         return logits
 
-    @torch.inference_mode()
-    def static_step(self, ids, slot, positions, data):
+    def _attend_masked(self, slot, data):
         """
-        A step without a shape that changes: ids and positions [B]; slot [1], or [B] where rows differ: where to write
-        in the cache's data [2, L, B, K, capacity, d], of which what lies beyond is hidden.
+        One query a row, on what is in the cache's data [2, L, B, K, capacity, d] up to the slot in which its own key
+        goes; slot [1], or [B] where rows differ.
         """
         hidden = (torch.arange(data.size(4), device=self.device) > slot[:, None])[:, None, None]
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
-        rows = torch.arange(len(ids), device=self.device)
+        put = self._put(slot, data)
 
         def attend(layer, q, k, v):
+            return attend_to_all(q, *put(layer, k, v), mask)
+
+        return attend
+
+    def _attend_one_by_one(self, slot, data, lengths):
+        put = self._put(slot, data)
+
+        def attend(layer, q, k, v):
+            keys, values = put(layer, k, v)
+            rows = zip(q.split(1), keys.split(1), values.split(1), lengths, strict=True)
+            return torch.cat([attend_to_all(q, k[:, :, :n], v[:, :, :n]) for q, k, v, n in rows])
+
+        return attend
+
+    def _put(self, slot, data):
+        """A function that puts k, v [B, K, 1, d] of a layer into their slots and returns all its keys and values."""
+        rows = torch.arange(data.size(2), device=self.device)
+
+        def put(layer, k, v):
             keys, values = data[:, layer]
             if len(slot) == 1:
                 keys.index_copy_(2, slot, k)
@@ -267,9 +194,14 @@ class Decoder:
             else:
                 keys[rows, :, slot] = k[:, :, 0]
                 values[rows, :, slot] = v[:, :, 0]
-            return attend_to_all(q, keys, values, mask)
+            return keys, values
 
-        return self._run(ids[:, None], self._rotary(positions[:, None], 1), attend)
+        return put
+
+    @torch.inference_mode()
+    def static_step(self, ids, slot, positions, data):
+        """A step without a shape that changes: ids and positions [B]; slot [1], or [B] where rows differ."""
+        return self._run(ids[:, None], self._rotary(positions[:, None], 1), self._attend_masked(slot, data))
 
     def checked(self, positions, cache, T):
         """The positions of T more tokens: those given, or those that come next, if there are so many."""
@@ -285,6 +217,11 @@ class Decoder:
             if 0 <= positions <= self.max_seq_len - T:
                 return self.cos[:, positions : positions + T], self.sin[:, positions : positions + T]
             positions = torch.arange(positions, positions + T, device=self.device)[None]
+        if isinstance(positions, list):  # one a row
+            known = min(positions) >= 0 and max(positions) < self.max_seq_len
+            positions = torch.tensor(positions, device=self.device)[:, None]
+            if known:
+                return self.cos[0][positions], self.sin[0][positions]
         cos_sin = rotary_cos_sin(positions.flatten(), 2 * self.cos.size(-1))
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
@@ -342,27 +279,31 @@ class StaticStep:
         self.decoder, self.cache, self.data, self.graph = decoder, cache, None, None
 
     @torch.inference_mode()
-    def __call__(self, ids, positions=None):
-        cache = self.cache
-        positions = self.decoder.checked(positions, cache, 1)
+    def __call__(self, ids, positions=None, rows=None):
+        cache, n = self.cache, len(ids)
+        several = isinstance(cache, RowCaches)
+        if not several:
+            positions = self.decoder.checked(positions, cache, 1)
         cache.reserve(cache.longest + 1)
         if self.data is not cache.data:
-            self._record(len(ids))
-        self.ids[:] = ids
-        self.slot[:] = cache.pos  # one for all rows, or one a row
-        self.positions[:] = positions
+            self._record(several)
+        self.ids[:n] = ids
+        self.slot[:n] = cache.pos
+        self.positions[:n] = torch.as_tensor(positions, device=ids.device)
         if self.graph:
             self.graph.replay()
         else:
             self._step()
-        cache.advance(1)
-        return self.logits.clone()  # the next step writes over it
+        cache.advance(1, rows) if several else cache.advance(1)
+        return self.logits[:n].clone()  # the next step writes over it
 
-    def _record(self, B):
+    def _record(self, several):
         device, self.data = self.decoder.device, self.cache.data
-        self.data[..., self.cache.longest :, :] = 0  # masked values count 0 times: they must not be infinite or NaN
+        if not several:  # masked values count 0 times: they must not be infinite or NaN
+            self.data[..., self.cache.longest :, :] = 0
+        B = self.data.size(2)
         self.ids, self.positions = torch.zeros(2, B, dtype=torch.long, device=device)
-        self.slot = torch.as_tensor(self.cache.pos, device=device).reshape(-1).clone()
+        self.slot = torch.zeros(B if several else 1, dtype=torch.long, device=device)
         if device.type == "cuda":
             side = torch.cuda.Stream(device)  # a first run, unrecorded: libraries set themselves up in it
             side.wait_stream(torch.cuda.current_stream(device))

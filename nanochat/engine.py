@@ -3,58 +3,14 @@ Generation: prefill once, then decode all rows together, a token a row at a time
 
 The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
 two methods: `prefill(tokens) -> logits [rows, V]` and `step(ids [rows]) -> logits [rows, V]`, or None when there
-is no room for more. CacheSession, here, is the plain one: all tokens so far, in a KV cache.
+is no room for more. CacheSession is the plain one: all tokens so far, in a KV cache.
 """
-
-from collections import deque
 
 import torch
 
-from nanochat.calculator import calculate
-from nanochat.common import UserError
-from nanochat.decode import Decoder, KVCache, compute_dtype, weights_version
+from nanochat.batch import Batch, CacheSession, Row
+from nanochat.decode import Decoder, compute_dtype, weights_version
 from nanochat.sampling import Sampler, Sampling, row_seed
-
-
-class CacheSession:
-    """The plain context: every token, at full detail, as far as the model's positions go."""
-
-    def __init__(self, decoder, rows=1, max_tokens=None):
-        self.decoder, self.rows, self.max_tokens = decoder, rows, max_tokens or 0
-        self.cache = self._step = None
-
-    def prefill(self, tokens):
-        """
-        Logits [rows, V] after the prompt (a list of ids), read once and shared by all rows.
-
-        Raises UserError when the prompt has more tokens than the model has positions.
-        """
-        decoder, limit = self.decoder, self.decoder.max_seq_len
-        if len(tokens) > limit:
-            raise UserError(
-                f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model "
-                f"(10 × sequence_len {decoder.config.sequence_len:,}): shorten it"
-            )
-        self._step = None  # it holds the cache of an earlier prompt
-        self.cache = KVCache(decoder.config.n_layer, min(len(tokens) + self.max_tokens, limit))
-        logits = decoder.extend(torch.tensor([tokens], device=decoder.device), self.cache)
-        if self.rows > 1:
-            self.cache.repeat(self.rows)
-        self._step = decoder.stepper(self.cache)
-        return logits.expand(self.rows, -1)
-
-    def step(self, ids):
-        """Logits [rows, V] after one more token a row, ids [rows]; None when the model's positions are used up."""
-        return self._step(ids) if self.cache.pos < self.decoder.max_seq_len else None
-
-
-class _Row:
-    """What is known of one row while it is generated."""
-
-    def __init__(self):
-        self.done = False
-        self.forced = deque()  # ids that must come next: what a tool answered
-        self.call = None  # ids of the tool call being written, None outside of one
 
 
 class Engine:
@@ -113,10 +69,7 @@ class Engine:
         sampler = Sampler(self.model.config.vocab_size, self.model.get_device())
         for row in range(num_samples):
             sampler.add(Sampling(temperature, top_k, seed=row_seed(seed, row), **settings), tokens)
-        special = self.tokenizer.encode_special
-        ends = self.tokenizer.turn_ends
-        call_start, call_end = special("<|python_start|>"), special("<|python_end|>")
-        rows = [_Row() for _ in range(num_samples)]
+        rows = [Row(self.tokenizer) for _ in range(num_samples)]
         logits = session.prefill(tokens)
         if len(logits) != num_samples:
             raise ValueError(f"the session has {len(logits)} rows, num_samples is {num_samples}")
@@ -124,20 +77,7 @@ class Engine:
         while logits is not None:
             ids = sampler(logits)
             sampled = ids.tolist()  # the one time a step that the host waits for the device
-            column, mask = [], []
-            for row, token in zip(rows, sampled, strict=True):
-                mask.append(0 if row.forced else 1)
-                token = row.forced.popleft() if row.forced else token
-                column.append(token)
-                if token in ends:
-                    row.done = True
-                elif token == call_start:
-                    row.call = []
-                elif token == call_end and row.call is not None:
-                    row.forced.extend(self._tool_answer(row.call))
-                    row.call = None
-                elif row.call is not None:
-                    row.call.append(token)
+            column, mask = map(list, zip(*(row.take(id) for row, id in zip(rows, sampled, strict=True)), strict=True))
             if column != sampled:
                 ids = torch.tensor(column, device=ids.device)
             if on_logits:
@@ -149,12 +89,9 @@ class Engine:
             sampler.observe(ids)
             logits = session.step(ids)
 
-    def _tool_answer(self, call):
-        """The ids that the calculator puts after a tool call; none when the call is not for it."""
-        answer = calculate(self.tokenizer.decode(call))
-        if answer is None:
-            return []
-        return self.tokenizer.encode(answer, prepend="<|output_start|>", append="<|output_end|>")
+    def batch(self) -> Batch:
+        """For prompts that come one by one and share their steps."""
+        return Batch(self)
 
     def generate_batch(self, tokens, num_samples=1, keep_end=False, **kwargs):
         """

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError, autocast
-from nanochat.decode import Decoder, KVCache, Matrix, StaticStep, compute_dtype
+from nanochat.decode import Decoder, Matrix, StaticStep, compute_dtype
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig, rotary_cos_sin
+from nanochat.kv_cache import KVCache
 from nanochat.streaming import stream_parts
 from tests.helpers import CLOSE, make_model
 
@@ -256,7 +257,9 @@ def test_any_history_equals_reading_what_is_left_of_it(edits, name, static, seed
 def test_static_step_is_recorded_again_only_when_the_cache_has_moved(model, monkeypatch):
     recorded = []
     record = StaticStep._record
-    monkeypatch.setattr(StaticStep, "_record", lambda self, B: (recorded.append(self.cache.pos), record(self, B)))
+    monkeypatch.setattr(
+        StaticStep, "_record", lambda self, *args: (recorded.append(self.cache.pos), record(self, *args))
+    )
     cache, ids = KVCache(2, 8), torch.randint(0, V, (3, 40))
     decoder = Decoder(model, graph=True)
     decoder.extend(ids[:, :5], cache)
@@ -492,7 +495,7 @@ def test_closing_frees_the_cache(model, tokenizer, monkeypatch, graph):
     def alive():
         return [cache() is not None for cache in caches]
 
-    monkeypatch.setattr("nanochat.engine.KVCache", Watched)
+    monkeypatch.setattr("nanochat.batch.KVCache", Watched)
     engine = Engine(model, tokenizer, graph=graph)
     gc.disable()  # at once, not when the collector comes by
     try:

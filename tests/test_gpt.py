@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common import autocast, has_fast_bf16
 from nanochat.cross_entropy import softcap_cross_entropy
-from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin
+from nanochat.kv_cache import KVCache
 from tests.helpers import CLOSE, make_model
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)

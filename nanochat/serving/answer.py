@@ -6,7 +6,8 @@ from itertools import accumulate
 import torch
 
 from nanochat.common import autocast
-from nanochat.decode import KVCache, compute_dtype
+from nanochat.decode import compute_dtype
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import logprobs
 from nanochat.serving.job import Piece, Token
 from nanochat.streaming import Parts

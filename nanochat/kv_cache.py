@@ -1,0 +1,165 @@
+"""
+Caches of keys and values: of one stream, and of several that share their steps.
+
+Shapes: B or R rows, T tokens, K = n_kv_head, d = D / n_head, L layers.
+"""
+
+import torch
+
+
+class KVCache:
+    """
+    Keys and values of all layers, [2, L, B, K, capacity, d], filled up to `pos`. Grows when it must, up to `limit`.
+
+    `insert` and `advance` are called by the forward pass.
+    """
+
+    def __init__(self, n_layer, capacity, limit=None):
+        self.n_layer, self.capacity, self.limit = n_layer, capacity, limit
+        self.data = None  # made at the first insert, in the precision that the model computes in
+        self.pos = 0
+        self.shared = None  # the RowCaches in which it is a row
+
+    def insert(self, layer, k, v):
+        """Put k, v [B, K, T, d] after what is there; returns all keys and all values so far."""
+        B, K, T, d = k.shape
+        end = self.pos + T
+        if self.data is None:
+            self.hold(k.new_empty(2, self.n_layer, B, K, max(self.capacity, end), d))
+        self.reserve(end)
+        keys, values = self.layers[layer]
+        keys[:, :, self.pos : end] = k
+        values[:, :, self.pos : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, T):
+        self.pos += T
+
+    @property
+    def longest(self) -> int:
+        """Positions filled in the fullest row: here all are alike."""
+        return self.pos
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.data is None else self.data.nbytes
+
+    def truncate(self, pos):
+        """Forget everything from position `pos` on."""
+        self.pos = min(self.pos, pos)
+
+    def repeat(self, rows):
+        """Turn a cache of one row into one of `rows` equal rows."""
+        self.hold(self._copied(rows, self.capacity))
+
+    def reserve(self, end):
+        """Make room for `end` positions in all."""
+        if end <= self.capacity:
+            return
+        capacity = max(end, 2 * self.capacity if self.limit is None else min(2 * self.capacity, self.limit))
+        if self.shared:
+            self.shared.grow(capacity)
+        else:
+            self.hold(self._copied(self.data.size(2), capacity))
+
+    def _copied(self, rows, capacity):
+        old = self.data
+        new = old.new_empty(2, self.n_layer, rows, old.size(3), capacity, old.size(5))
+        new[..., : self.pos, :] = old[..., : self.pos, :]
+        return new
+
+    def hold(self, data, shared=None):
+        """Be the cache in this memory, a row of `shared` or one's own, to which all that is filled has been copied."""
+        self.data, self.capacity, self.shared = data, data.size(4), shared
+        self.layers = [pair.unbind() for pair in data.unbind(1)]  # (keys, values), taken apart once and for all
+
+    def leave(self):
+        """Have memory of one's own again."""
+        self.hold(self._copied(1, self.capacity))
+
+
+ROOM = 64  # positions that a row has left when it joins others
+
+
+class RowCaches:
+    """
+    KVCaches of one row each, `rows`, side by side in data [2, L, R, K, capacity, d], each filled as far as it likes.
+
+    Keys carry their positions, so that a row may be cut, edited and read on alone; one step of all rows together writes
+    each row's key behind its own last. Rows come and go between two steps; R >= len(rows) and the capacity grow.
+    """
+
+    def __init__(self):
+        self.rows, self.data = [], None
+
+    @torch.inference_mode()
+    def join(self, cache, copies=1, capacity=0):
+        """
+        Take a KVCache of one row in as the last row: itself and, for more copies, others like it. capacity: if it is
+        known how many positions a row will need.
+        """
+        self._make_room(len(self.rows) + copies, max(self.capacity, capacity, cache.pos + ROOM), like=cache.data)
+        for copy in [cache, *(KVCache(cache.n_layer, cache.capacity, cache.limit) for _ in range(copies - 1))]:
+            row = self._row(len(self.rows))
+            row[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
+            row[..., cache.pos :, :] = 0  # what is hidden counts 0 times: it must not be infinite or NaN
+            copy.pos = cache.pos
+            copy.hold(row, self)
+            self.rows.append(copy)
+
+    @torch.inference_mode()
+    def leave(self, row, keep):
+        """Row number `row` leaves, and the last one takes its place. keep: what it holds goes with it."""
+        cache, last = self.rows[row], self.rows.pop()
+        if keep:
+            cache.leave()
+        if last is not cache:
+            place = self._row(row)
+            place[..., : last.pos, :] = last.data[..., : last.pos, :]
+            last.hold(place, self)
+            self.rows[row] = last
+
+    def grow(self, capacity):
+        """Have room for so many positions in each row."""
+        self._make_room(len(self.rows), capacity, self.data)
+
+    def _make_room(self, rows, capacity, like):
+        old = self.data
+        if old is not None and rows <= old.size(2) and capacity <= old.size(4):
+            return
+        if old is not None:  # twice the rows: else each that joins would move all
+            rows = old.size(2) if rows <= old.size(2) else max(rows, 2 * old.size(2))
+        self.data = like.new_zeros(2, like.size(1), rows, like.size(3), capacity, like.size(5))
+        for i, cache in enumerate(self.rows):
+            self._row(i)[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
+            cache.hold(self._row(i), self)
+
+    def _row(self, i):
+        return self.data[:, :, i : i + 1]
+
+    @property
+    def pos(self):
+        """Where each row's next key goes, [B], on the CPU."""
+        return torch.tensor([cache.pos for cache in self.rows])
+
+    @property
+    def longest(self) -> int:
+        return max(cache.pos for cache in self.rows)
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.data is None else self.data.size(4)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.data is None else self.data.nbytes
+
+    def advance(self, T, rows=None):
+        """The rows of these numbers, or all, have T more positions filled."""
+        for cache in self.rows if rows is None else [self.rows[i] for i in rows]:
+            cache.advance(T)
+
+    def reserve(self, end):
+        """Make room for `end` positions in all, in each row."""
+        if end > self.capacity:
+            max(self.rows, key=lambda cache: cache.pos).reserve(end)
