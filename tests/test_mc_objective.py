@@ -300,7 +300,7 @@ def documents(B, T, generator, words=64, used=8):
     return ids[:, :-1], ids[:, 1:]
 
 
-@pytest.mark.parametrize(("K", "blocks", "goal"), [(8, 8, 0.95), (32, 4, 0.85)])
+@pytest.mark.parametrize(("K", "blocks", "goal"), [(8, 8, 0.93), (32, 4, 0.85)])
 def test_gists_carry_the_context(K, blocks, goal):
     """
     Context gain recovered, (truncated − gists) / (truncated − full) in loss on the newest 16 tokens, with all of the
