@@ -461,8 +461,9 @@ def count_token_bytes(tokenizer: RustBPETokenizer) -> torch.Tensor:
 
 
 def get_token_bytes(device="cpu") -> torch.Tensor:
-    """token_bytes.pt of the base folder, int [vocab]: bytes of each token, for bits per byte."""
-    path = get_base_dir() / "tokenizer" / BYTES_FILE
-    if not path.exists():
-        raise UserError(f"{path} is missing: run python -m scripts.tok_train")
-    return torch.load(path, map_location=device, weights_only=True)
+    """
+    Bytes of each token of the base folder's tokenizer, int32 [vocab], for bits per byte.
+
+    Counted anew: token_bytes.pt is for nanochat, and one that nanochat wrote has wrong entries.
+    """
+    return count_token_bytes(get_tokenizer()).to(device)

@@ -77,6 +77,7 @@ def main(config: Config):
         results |= compression_yardstick(text)
         for name in ("gzip -9 (bpb)", "xz -9 (bpb)"):
             print0(f"{name}: {results[name]:.4f}")
+        get_report().log(section="Base model loss", data=[results])  # samples may fail
         with autocast(device, dtype):
             make_session = session_maker(model, *mc) if mc else None
             samples = sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session)

@@ -90,10 +90,12 @@ def main(config: Config):
     unknown = [name for name in names if name not in available]
     if unknown:
         raise UserError(f"unknown task {', '.join(unknown)}: --tasks {config.tasks} has {', '.join(available)}")
-    if not config.task_name and "HumanEval" in names:
+    if "HumanEval" in names:
         try:
             find_sandbox()
         except SandboxUnavailable as error:
+            if config.task_name:
+                raise
             print0(f"HumanEval is left out: {error}")
             names.remove("HumanEval")
     tasks = {name: available[name]() for name in names}  # created now, so that missing data is reported at once
@@ -102,9 +104,12 @@ def main(config: Config):
 
     mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
 
+    facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
+    facts["megacontext"] = asdict(mc[1]) if mc else None
     accuracies, transcripts = {}, []
     with autocast(device, dtype):
         make_session = session_maker(model, *mc) if mc else None
+        conversation = talk(model, tokenizer, make_session) if rank == 0 else ""
         for name, task in tasks.items():
             progress = ProgressLine(name, None)
             score = evaluate(
@@ -125,17 +130,14 @@ def main(config: Config):
             accuracies[name] = score.accuracy
             print0(f"{name}: {100 * score.accuracy:.2f}% ({score.passed:,} of {score.total:,})")
             transcripts.append(f"### {name}\n\n{transcript(score)}")
-        conversation = talk(model, tokenizer, make_session) if rank == 0 else ""
-
-    results = dict(accuracies)
-    if set(names) == set(available):
-        results["ChatCORE"] = chat_core(accuracies)
+            results = dict(accuracies)
+            if set(accuracies) == set(available):
+                results["ChatCORE"] = chat_core(accuracies)
+            sections = [facts, results, f"### Conversation\n\n{conversation}", *transcripts]
+            get_report().log(section=f"Chat evaluation {config.source}", data=sections)  # the next task may fail
+    if "ChatCORE" in results:
         print0(f"ChatCORE: {results['ChatCORE']:.4f}")
     print0(conversation)
-    facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
-    facts["megacontext"] = asdict(mc[1]) if mc else None
-    sections = [facts, results, f"### Conversation\n\n{conversation}", *transcripts]
-    get_report().log(section=f"Chat evaluation {config.source}", data=sections)
     compute_cleanup()
 
 

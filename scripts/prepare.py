@@ -2,7 +2,7 @@
 Download and check the data of the chat stages and evaluations, before hours are spent on pretraining.
 
     python -m scripts.prepare                   # the hub's datasets, and the CORE bundle
-    python -m scripts.prepare --tasks=local     # what is made on this machine
+    python -m scripts.prepare --tasks=local     # data generated on this machine
     python -m scripts.prepare --tasks=none --run=mine     # whether W&B can be reached
 
 Prints the number of conversations of each stage. Existing data is not downloaded again.
@@ -21,9 +21,9 @@ from tasks.mixtures import eval_tasks, mid_mixture, mid_val, rl_tasks, sft_mixtu
 @dataclass
 class Config:
     tasks: str = "full"
-    """full (the hub's datasets), local, or none"""
+    """full (datasets of the hub), local, or none"""
     run: str = "dummy"
-    """name of a W&B run that is to follow: checks that W&B accepts it"""
+    """name of the W&B run to come; other than "dummy": check that W&B can be reached"""
     core: bool = True
     """with --tasks full: download the CORE bundle for base_eval too"""
 

@@ -164,12 +164,29 @@ def test_options_of_chat_eval(option, trained):
         chat_eval.main(parse(chat_eval.Config, ["--tasks=local", option]))
 
 
+def test_an_evaluation_keeps_the_tasks_that_are_done(trained, monkeypatch):
+    """The second of two fails: the report has the first."""
+    calls = []
+
+    def evaluate(*args, **options):
+        calls.append(args[0])
+        if len(calls) == 2:
+            raise UserError("the second task is broken")
+        return real(*args, **options)
+
+    real = chat_eval.evaluate
+    monkeypatch.setattr(chat_eval, "evaluate", evaluate)
+    with pytest.raises(UserError, match="second task is broken"):
+        chat_eval.main(parse(chat_eval.Config, ["-i", "mid", "--tasks=local", "-x", "2", "-m", "4"]))
+    assert report.Report().figures("chat-evaluation-mid")["data"]["Arithmetic"] >= 0
+
+
 def test_a_cache_folder_of_nanochat_trains_on(trained, tmp_path, monkeypatch, capsys):
     """As it left them: a pickled tokenizer, models without checksums, its own midtraining to train over, its report."""
     base = tmp_path / "nanochat"
     (base / "tokenizer").mkdir(parents=True)
-    for name in ("tokenizer.pkl", "token_bytes.pt"):
-        shutil.copy(trained / "tokenizer" / name, base / "tokenizer" / name)
+    shutil.copy(trained / "tokenizer" / "tokenizer.pkl", base / "tokenizer")
+    torch.save(torch.full((600,), 7), base / "tokenizer" / "token_bytes.pt")  # nanochat's counts were wrong
     for name in ("base_data", "identity_conversations.jsonl"):
         (base / name).symlink_to(trained / name)
     (base / "report").mkdir()
@@ -185,6 +202,8 @@ def test_a_cache_folder_of_nanochat_trains_on(trained, tmp_path, monkeypatch, ca
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     run("mid")  # no --resume=0: its users know none
     assert "starting again; the earlier checkpoints are now in" in capsys.readouterr().out
+    bpb, right = (next(r["val/bpb"] for r in log_of(folder, "mid") if "val/bpb" in r) for folder in (base, trained))
+    assert bpb == right
     run("sft")
     chat_eval.main(parse(chat_eval.Config, ["-i", "sft", "--tasks=local", "-x", "1", "-m", "4", "--model_step=12"]))
     monkeypatch.chdir(tmp_path)
