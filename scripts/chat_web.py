@@ -15,7 +15,7 @@ POST /focus                  {"conversation"}: the last of these
 POST /focus/text             {"conversation", "start", "end"}: the tokens from start to end, as text
 POST /render                 {"texts": […]}: Markdown as safe HTML
 GET /health, /stats, /config
-POST /v1/chat/completions, /v1/completions    as OpenAI's, streaming or not; also GET /v1/models
+POST /v1/chat/completions, /v1/completions, /v1/responses; GET /v1/models: OpenAI's API
 GET /openapi.json            a description of these endpoints
 
 SIGTERM and Ctrl-C let running answers finish first.

@@ -522,6 +522,35 @@ def test_openai_error_in_a_stream(client, tokenizer):
         list(stream)
 
 
+def test_openai_responses(client, tokenizer):
+    """The newer API, for text: whole and as events; what it would have to remember is refused."""
+    openai_client, _ = client(script := Script(tokenizer))
+    create = openai_client.responses.create
+    whole = create(model=MODEL.id, input="hi", instructions="Be brief.", tools=[])
+    assert spoken(tokenizer, script).endswith("<|user_start|>Be brief.\n\nhi<|user_end|><|assistant_start|>")
+    assert (whole.output_text, whole.status, whole.error) == ("Hello there.", "completed", None)
+    assert whole.usage.input_tokens == len(script.prompts[-1])
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
+    cut = create(model=MODEL.id, input=[*parts, *whole.output, *USER], max_output_tokens=2)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert len(script.prompts[-1]) > len(script.prompts[-2])
+    chunks = list(create(model=MODEL.id, input=parts, stream=True))
+    assert [chunk.sequence_number for chunk in chunks] == list(range(len(chunks)))
+    assert "".join(chunk.delta for chunk in chunks if chunk.type == "response.output_text.delta") == "Hello there."
+    assert (chunks[0].type, chunks[-1].type) == ("response.created", "response.completed")
+    assert chunks[-1].response.output_text == "Hello there."
+    with openai_client.responses.stream(model=MODEL.id, input="hi") as stream:
+        assert stream.until_done().get_final_response().output_text == "Hello there."
+    for refused in ({"previous_response_id": "resp_1"}, {"text": {"format": {"type": "json_object"}}}):
+        with pytest.raises(openai.BadRequestError):
+            create(model=MODEL.id, input="hi", **refused)
+    script.fault = RuntimeError("broken")
+    *_, last = create(model=MODEL.id, input="hi", stream=True)
+    assert (last.type, last.message) == ("error", "the model failed on this request")
+    with pytest.raises(openai.InternalServerError):
+        create(model=MODEL.id, input="hi")
+
+
 def test_openai_models(client, tokenizer):
     openai_client, _ = client(Script(tokenizer))
     assert [(model.id, model.object) for model in openai_client.models.list()] == [(MODEL.id, "model")]
@@ -641,7 +670,13 @@ def test_schemathesis(serve, tokenizer):
     server = serve(Script(tokenizer), queue_size=100)
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in described.get_all_operations()]
-    assert {operation.path for operation in operations} >= {CHATS, TEXTS, "/v1/models", "/chat/completions", "/render"}
+    assert {operation.path for operation in operations} >= {
+        CHATS,
+        TEXTS,
+        "/v1/responses",
+        "/v1/models",
+        "/chat/completions",
+    }
 
     for operation in operations:
 

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from nanochat.markdown import render_markdown
 from nanochat.serving import openai_api, schema
 from nanochat.serving.job import Done, Failed, Focus, Piece
+from nanochat.serving.openai_format import error_body
 from nanochat.serving.page import page_files
 from nanochat.serving.schema import ApiError, Defaults, Limits
 from nanochat.serving.service import Service
@@ -33,7 +34,7 @@ class AsciiJSON(JSONResponse):
 
 def _complain(status, message, code=None, param=None, headers=None):
     """An error response in the formats of nanochat's and of OpenAI's clients."""
-    return AsciiJSON({**openai_api.error_body(status, message, code, param), "detail": message}, status, headers)
+    return AsciiJSON({**error_body(status, message, code, param), "detail": message}, status, headers)
 
 
 def create_app(
