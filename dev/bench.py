@@ -5,6 +5,7 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
     python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
+    python dev/bench.py sample --vocab_size 65536        # microseconds to sample one token per row
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
     python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and the whole step
 
@@ -298,12 +299,53 @@ def bench_decode(config):
     )
 
 
+def bench_sample(config):
+    device = compute_init(config.device_type)[-1]
+    ways = {
+        "top_k 50": {"top_k": 50},
+        "all tokens": {},
+        "top_p 0.5": {"top_p": 0.5},
+        "top_k 50, top_p 0.9": {"top_k": 50, "top_p": 0.9},
+        "top_k 50, penalties": {"top_k": 50, "frequency_penalty": 0.5},
+        "greedy": {"temperature": 0},
+    }
+
+    def multinomial(logits, top_k):
+        values, ids = logits.topk(top_k)
+        return ids.gather(-1, torch.multinomial(values.softmax(dim=-1), 1)).tolist()
+
+    def step(sampler, logits):
+        ids = sampler(logits)
+        sampler.observe(ids)
+        return ids.tolist()
+
+    rows = []
+    for B in (1, 8, 32):
+        # A few tokens have most of the probability, as in a language model
+        logits = (
+            2 * torch.randn(B, config.vocab_size, device=device)
+            + 8 * torch.rand(B, config.vocab_size, device=device) ** 40
+        )
+        calls = {
+            "torch.multinomial, top_k 50": partial(multinomial, logits, 50),
+            "torch.multinomial, all tokens": partial(lambda x: torch.multinomial(x.softmax(-1), 1).tolist(), logits),
+        }
+        for name, settings in ways.items():
+            sampler = Sampler(config.vocab_size, device, [Sampling(**settings, seed=row) for row in range(B)])
+            calls[name] = partial(step, sampler, logits)
+        for name, call in calls.items():
+            with torch.inference_mode():
+                rows.append({"rows": B, "sampling": name, "µs/step": 1e6 * best(30 * config.repeat, call)})
+    show(f"sampling: vocabulary {config.vocab_size:,}, {device}", rows)
+
+
 def main(config: Config):
     benchmarks = {
         "tokenizer": bench_tokenizer,
         "loader": bench_loader,
         "train": bench_train,
         "decode": bench_decode,
+        "sample": bench_sample,
         "mc": lambda config: bench_mc(config, show),
         "mc-infer": lambda config: bench_mc_infer(config, show),
     }
