@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import nanochat.muon
 from megacontext.networks import load_networks
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
@@ -55,8 +56,14 @@ def test_resumed_equals_unbroken(mc_trained, capsys):
         assert_equal(one, two)
 
 
+def base_train_in_float32(options):
+    """Newton–Schulz in bf16 would make large differences of the rounding of gradients that are almost zero."""
+    nanochat.muon.has_fast_bf16 = lambda device_type: False
+    call_script("base_train", options)
+
+
 def test_two_processes_equal_one(mc_trained):
-    """The same step over two processes trains the same networks, up to rounding."""
+    """The same steps over two processes train the same networks, up to rounding."""
     options = [
         *QUICK_BASE,
         *WITH_MC,
@@ -67,13 +74,14 @@ def test_two_processes_equal_one(mc_trained):
         "--save_every=1",
     ]
     for world, tag in ((1, "lone"), (2, "pair")):
-        in_ranks(world, call_script, "base_train", [*options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"])
+        in_ranks(world, base_train_in_float32, [*options, f"--model_tag={tag}", "--mc_lens_loss_weight=1"])
     lone, pair = (cm.load_companion(mc_trained / "base_checkpoints" / tag, 4) for tag in ("lone", "pair"))
     first = cm.load_companion(mc_trained / "base_checkpoints" / "lone", 1)
     assert lone.keys() == pair.keys()
     for name, end in lone.items():
-        if end.is_floating_point():  # Newton–Schulz in bf16 amplifies the rounding of small gradients
-            assert (end - pair[name]).norm() <= 0.3 * (end - first[name]).norm(), name
+        if end.is_floating_point():
+            assert (end - pair[name]).abs().mean() < 2e-3, name
+            assert (end - pair[name]).norm() <= 0.15 * (end - first[name]).norm(), name
     losses = [
         [record[name] for record in log_of(mc_trained, "base", tag) for name in ("train/loss",) if name in record]
         for tag in ("lone", "pair")
