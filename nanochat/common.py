@@ -203,6 +203,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def autocast_dtype(device_type: str, otherwise: torch.dtype) -> torch.dtype:
+    """The precision of a surrounding autocast on this type of device; `otherwise` where there is no autocast."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else otherwise
+
+
 # Dense bf16 peak FLOP/s by a part of the device name, first match wins. Sources: the vendors' data sheets.
 PEAK_FLOPS = [
     ("H200", 989e12),

@@ -12,6 +12,8 @@ Shapes: N = B·T rows, D width, V vocabulary (the weight may have more rows than
 import torch
 import torch.nn.functional as F
 
+from nanochat.common import autocast_dtype
+
 BLOCK_ELEMENTS = {"cpu": 2**21}  # logits per block: they fit into the caches of a CPU
 BLOCK_ELEMENTS_GPU = 2**29  # 2 GiB in float32
 
@@ -92,8 +94,7 @@ def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean",
         row_weights = row_weights.reshape(-1)
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if with_gradient and (reduction != "none" or row_weights is not None):
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+        dtype = autocast_dtype(device_type, x.dtype)
         loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights)
         if row_weights is not None:
             return loss, losses

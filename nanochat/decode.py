@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nanochat.common import autocast_dtype
 from nanochat.gpt import LOGIT_SOFTCAP, norm, positioned, rotary_cos_sin
 from nanochat.kv_cache import RowCaches
 
 
 def compute_dtype(model):
     """The precision in which the model computes: autocast's where it is on, else that of its matrices."""
-    device = model.get_device().type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
+    return autocast_dtype(model.get_device().type, model.lm_head.weight.dtype)
 
 
 _optimizer_steps = 0  # of all optimizers of the process

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
-from nanochat.common import get_dist_info
+from nanochat.common import autocast_dtype, get_dist_info
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.muon import DistMuon, Muon
 from nanochat.sampling import Sampler, Sampling
@@ -73,8 +73,8 @@ def rotary_cos_sin(positions, head_dim, base=10000.0):
 
 
 def activation_dtype(x):
-    """The precision of what the layers make of x: autocast's where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """The precision of what the layers make of x."""
+    return autocast_dtype(x.device.type, x.dtype)
 
 
 def positioned(x, cos, sin, fade=None):
