@@ -42,6 +42,7 @@ class LensNet(nn.Module):
         self.max_levels = max_levels
         self.embed = nn.Linear(n_embd, width, bias=False)
         self.embed_place = nn.Linear(1 + len(SCALES), width, bias=False)
+        self.register_buffer("scales", torch.empty(len(SCALES)), persistent=False)  # on the device: no copy per call
         self.lod_embed = nn.Embedding(max_levels + 1, width)
         self.encoder = Encoder(layers, width, HEAD_DIM)
         self.head = Head(head, width, 1)
@@ -51,6 +52,7 @@ class LensNet(nn.Module):
     def init_weights(self):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
+        self.scales.copy_(torch.tensor(SCALES))
         nn.init.zeros_(self.lod_embed.weight)
         for attn in self.encoder.attn:
             attn.c_k.weight.copy_(attn.c_q.weight)
@@ -65,7 +67,7 @@ class LensNet(nn.Module):
         """
         length = num_tokens.view(-1, 1) if isinstance(num_tokens, torch.Tensor) else num_tokens
         distance = (length - start - span).clamp(min=0).float()  # [B, W]; 0 for the newest entry
-        d, scales = distance[..., None], 4.0 ** torch.arange(len(SCALES), device=x.device)
+        d, scales = distance[..., None], self.scales
         place = torch.cat((span.float().log2()[..., None] / 10, d / (d + scales)), dim=-1)
         h = self.embed(x) + self.embed_place(place.to(x.dtype)) + self.lod_embed(lod.clamp(max=self.max_levels))
 

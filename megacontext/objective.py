@@ -17,7 +17,7 @@ from megacontext.evaluation.validation import validate
 from megacontext.losses import attention_to_blocks, beyond_place, lens_loss
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
-from megacontext.variants import DENSE_SHARE, auto_batch_size, random_variants, step_work, target_length
+from megacontext.variants import auto_batch_size, dense_share, random_variants, step_work, target_length
 from nanochat.common import Stopwatch
 
 
@@ -63,7 +63,7 @@ class MCObjective:
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
         length = target_length(progress, T, K, c.mc_train_wc_length)
-        dense = self._dense_sequences(B, generator)
+        dense = int(B * dense_share(c) + torch.rand((), generator=generator).item())  # sequences; rounded by chance
         order = torch.randperm(B, generator=generator)  # the dense ones first; each stream of text gets both roles
         names = [i if session_ids is None else session_ids[i] for i in order.tolist()]
         order = order.to(x.device, non_blocking=True)
@@ -100,15 +100,6 @@ class MCObjective:
 
         stats = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in stats.items()}
         return MCBatchResult(loss, stats, embeds[order.argsort()], caches)
-
-    def _dense_sequences(self, B, generator) -> int:
-        """How many of B sequences are read in full; a remainder is rounded by chance."""
-        c = self.config
-        if c.mc_freeze_base and c.gistnet_type == "mean":
-            return B  # only LensNet learns
-        if c.mc_freeze_base and c.mc_lens_loss_weight == 0:
-            return 0  # only GistNet learns
-        return int(B * DENSE_SHARE + torch.rand((), generator=generator))
 
     def rows_at_once(self, B) -> int:
         """Rows of a micro-batch of B that are put through the model together: see auto_batch_size."""

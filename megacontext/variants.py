@@ -70,14 +70,23 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
 # What a batch of them costs
 
 
+def dense_share(config: MCConfig) -> float:
+    """The part of the sequences that are read in full; all or none where only one of the two networks learns."""
+    if config.mc_freeze_base and config.gistnet_type == "mean":
+        return 1.0  # only LensNet learns
+    if config.mc_freeze_base and config.mc_lens_loss_weight == 0:
+        return 0.0  # only GistNet learns
+    return DENSE_SHARE
+
+
 def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, float]:
     """Inputs that the model, GistNet and LensNet are trained on, per sequence of T tokens."""
-    c, compressed = config, 1 - DENSE_SHARE
+    c, dense = config, dense_share(config)
     length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
     children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
-    dense = DENSE_SHARE if c.mc_lens_loss_weight > 0 else 0
-    trunk = compressed * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else DENSE_SHARE * T)
-    return trunk, (compressed + dense) * children, dense * c.mc_max_counterfactuals * length
+    trunk = (1 - dense) * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else dense * T)
+    judged = dense if c.mc_lens_loss_weight > 0 else 0
+    return trunk, (1 - dense + judged) * children, judged * c.mc_max_counterfactuals * length
 
 
 def step_work(model, networks, config: MCConfig, progress, T) -> float:
@@ -88,7 +97,7 @@ def step_work(model, networks, config: MCConfig, progress, T) -> float:
     trunk, gists, entries = inputs_per_sequence(config, progress, T)
     small = {networks.gistnet: gists, networks.lensnet: entries}
     flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
-    looks = DENSE_SHARE / 3 if config.mc_lens_loss_weight > 0 else 0
+    looks = dense_share(config) / 3 if config.mc_lens_loss_weight > 0 else 0
     return trunk / T + looks + flops / (T * model.flops_per_token())
 
 

@@ -75,9 +75,9 @@ def test_lengths_go_down_in_few_steps():
 def test_inputs_are_what_a_batch_puts_in():
     """Counted at the networks themselves, over a batch of as many dense sequences as compressed ones."""
     options = {"mc_num_random_variants": 3, "mc_max_counterfactuals": 2}
-    for frozen in (False, True):
+    for more in ({}, {"mc_freeze_base": True}, {"mc_freeze_base": True, "mc_lens_loss_weight": 0.0}):
         model = make_model()
-        objective = make_objective(model, mc_freeze_base=frozen, **options)
+        objective = make_objective(model, **options, **more)
         networks, counts = objective.reader.networks, dict.fromkeys(("trunk", "gistnet", "lensnet"), 0)
 
         def counting(name, size, counts=counts):
