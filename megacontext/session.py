@@ -272,14 +272,17 @@ class MCSession:
     def _read(self, watch=None):
         """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more per row."""
         context = self._context_now()
-        x, cos_sin = self.tree.materialize(context), self.reader.positions(context)
-        logits, read = [], 0
-        for row, (cache, length) in enumerate(zip(self._caches, context.lengths().tolist(), strict=True)):
-            read += length - cache.pos
-            for start in range(cache.pos, length, READ_ENTRIES):
-                part = slice(row, row + 1), slice(start, min(length, start + READ_ENTRIES))
-                after = self.decoder.extend(x[part], cache, tuple(t[part] for t in cos_sin))
-            logits.append(after)
+        x, positions = self.tree.materialize(context), self.reader.positions(context)
+        caches, lengths, logits = self._caches, context.lengths().tolist(), [None] * context.num_rows
+        read = sum(lengths) - sum(cache.pos for cache in caches)
+        while unread := [row for row in range(len(caches)) if caches[row].pos < lengths[row]]:  # all of them at once
+            parts = [range(caches[row].pos, lengths[row])[: READ_ENTRIES // len(caches)] for row in unread]
+            index = torch.tensor([(row, i) for row, part in zip(unread, parts, strict=True) for i in part])
+            index = index.to(self.device, non_blocking=True).unbind(1)
+            of_rows, counts = [caches[row] for row in unread], list(map(len, parts))
+            after = self.decoder.extend_rows(x[index], of_rows, counts, [t[index] for t in positions])
+            for row, last in zip(unread, after.split(1), strict=True):
+                logits[row] = last
         self._up_to_date = True
         if watch is not None:
             self._tell(read, watch)

@@ -120,11 +120,31 @@ class Decoder:
         positions = self.checked(positions, cache, T)
 
         def attend(layer, q, k, v):
-            k, v = cache.insert(layer, k, v)
-            return attend_to_all(q, k, v) if T == 1 else attend_causally(q, k, v)
+            return attend_causally(q, *cache.insert(layer, k, v))
 
         logits = self._run(inputs, self._rotary(positions, T), attend)
         cache.advance(T)
+        return logits
+
+    @torch.inference_mode()
+    def extend_rows(self, inputs, caches, counts, positions):
+        """
+        Logits [R, V] in float32 after each of R rows has read inputs of its own, in one pass.
+
+        inputs: embeddings [N, D], those of one row after the other: counts[r] >= 1 for KVCache caches[r], N in all.
+        positions: their (cos, sin) or (cos, sin, fade), each [N, 1, ...].
+        """
+
+        def attend(layer, q, k, v):
+            rows = zip(caches, q.split(counts, 2), k.split(counts, 2), v.split(counts, 2), strict=True)
+            return torch.cat([attend_causally(q, *cache.insert(layer, k, v)) for cache, q, k, v in rows])
+
+        last = (torch.tensor(counts).cumsum(0) - 1).to(self.device, non_blocking=True)
+        logits = self._run(
+            inputs[None], self._rotary(tuple(t[None] for t in positions), len(inputs)), attend, (0, last)
+        )
+        for cache, n in zip(caches, counts, strict=True):
+            cache.advance(n)
         return logits
 
     def step(self, ids, cache, positions=None):
@@ -225,14 +245,17 @@ class Decoder:
         cos_sin = rotary_cos_sin(positions.flatten(), 2 * self.cos.size(-1))
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
-    def _run(self, inputs, cos_sin, attend):
+    def _run(self, *arguments):
         """The network in its own precision."""
         device = self.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return self._network(inputs, cos_sin, attend)
+            return self._network(*arguments)
 
-    def _network(self, inputs, cos_sin, attend):
-        """attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is the network's only memory."""
+    def _network(self, inputs, cos_sin, attend, last=(slice(None), -1)):
+        """
+        attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is the network's only memory. last: index of the
+        inputs that the logits come after, one per row.
+        """
         B, T = inputs.shape[:2]
         H, K = self.config.n_head, self.config.n_kv_head
         x = inputs.flatten(0, 1)  # [B·T, D]
@@ -244,7 +267,7 @@ class Decoder:
             q, k = positioned(qk, *cos_sin).transpose(1, 2).split((H, K), dim=1)
             x = x + attn_proj(attend(layer, q, k, v.transpose(1, 2)))
             x = x + mlp_proj(F.relu(fc(norm(x).to(self.dtype))).square_())
-        last = norm(x.view(B, T, -1)[:, -1]).to(self.dtype)
+        last = norm(x.view(B, T, -1)[last]).to(self.dtype)
         logits = self.head(last)[:, : self.config.vocab_size].float()
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
 
@@ -252,6 +275,8 @@ class Decoder:
 def attend_causally(q, k, v):
     """[B·T, D]. The T queries are at the last T of k's positions; each sees all up to its own."""
     B, H, T, d = q.shape
+    if T == 1:
+        return attend_to_all(q, k, v)
     past = k.size(2) - T
     mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past) if past else None
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=k.size(1) != H)

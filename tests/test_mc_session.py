@@ -223,6 +223,28 @@ def test_only_what_changed_is_read_again(model):
             assert entries_read == session.cache.pos - int(first[0])
 
 
+@pytest.mark.parametrize("piece", [4096, 9])  # entries read at once; 3 of each row
+def test_rows_are_read_again_together(model, piece, monkeypatch):
+    session = session_of(model, rows=3)
+    session.prefill(ids(150))
+    monkeypatch.setattr("megacontext.session.READ_ENTRIES", piece)
+    passes, read, several = [], [], False
+    network = session.decoder._network
+    session.decoder._network = lambda x, *rest: passes.append(x.shape[1]) or network(x, *rest)
+    session.on_update = lambda session, entries_read, watch: read.append(entries_read)
+    for i in range(40):
+        passes.clear()
+        read.clear()
+        logits = session.step(torch.tensor(ids(3, seed=i)))
+        assert_fresh(model, session, logits)
+        assert max(passes) <= max(3 * (piece // 3), 3)
+        assert piece < 4096 or len(passes) == 1
+        if read:
+            assert sum(passes) == sum(read)
+            several |= sum(read) > 3
+    assert several
+
+
 def test_positions_far_beyond_the_models_table(model):
     session = session_of(model)
     logits = session.prefill(ids(5000))
