@@ -51,7 +51,8 @@ def atomic_write(path, mode="wb"):
         finally:
             os.close(folder)
     except OSError as error:
-        error.filename = error.filename or str(path)  # the error of a full disk does not name the file
+        if error.errno and not error.filename:  # the error of a full disk does not name the file
+            error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):  # in a folder without write permission there is nothing to remove

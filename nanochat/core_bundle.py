@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from nanochat.common import UserError, get_base_dir
-from nanochat.download import download
+from nanochat.download import fetch
 from nanochat.sources import read_text
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -52,7 +52,7 @@ def has_bundle(bundle_dir=None) -> bool:
 
 def how_to_get_bundle(bundle_dir=None) -> str:
     folder = Path(bundle_dir or get_bundle_dir())
-    return f"run `python -m scripts.base_eval --download`, or unpack {BUNDLE_URL} so that {folder / 'core.yaml'} exists"
+    return f"run `python -m scripts.prepare`, or unpack {BUNDLE_URL} so that {folder / 'core.yaml'} exists"
 
 
 def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
@@ -67,10 +67,9 @@ def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
     if bundle_dir.exists():
         raise UserError(f"{bundle_dir} is there but has no core.yaml: move it away, then download again")
     archive = bundle_dir.with_name(f"{bundle_dir.name}.zip")
-    failed = download({archive: url}, workers=1)
-    if failed:
+    if reason := fetch(url, archive):
         raise UserError(
-            f"could not download the evaluation bundle ({failed[archive]}): try again, "
+            f"could not download the evaluation bundle ({reason}): try again, "
             f"or fetch it elsewhere and unpack it to {bundle_dir}"
         )
     with tempfile.TemporaryDirectory(prefix=f".{bundle_dir.name}.", dir=bundle_dir.parent) as folder:

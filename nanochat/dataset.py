@@ -25,14 +25,12 @@ from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import hf_hub_url
-from huggingface_hub.utils import build_hf_headers
 from rich import progress
 
 from nanochat import recall, sources
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run, short
-from nanochat.download import download, locked
+from nanochat.download import fetch_from_hub, locked
 
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
 VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
@@ -131,18 +129,6 @@ parquets_iter_batched = iter_documents  # its name in nanochat
 # What the folder holds
 
 
-@contextlib.contextmanager
-def _locked_folder(folder: Path):
-    """Hold a folder against other processes that fill it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with locked(descriptor):
-            yield
-    finally:
-        os.close(descriptor)
-
-
 def check_source(data_dir: Path, source: str) -> dict:
     """
     What `source.json` says of the shards; {} when there are none. Shards without the file came from the hub.
@@ -180,15 +166,15 @@ def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
 
     Raises UserError naming the shards that failed; the others are kept.
     """
-    with _locked_folder(data_dir):
-        check_source(data_dir, "hub")
-        write_source(data_dir, {"source": "hub", "dataset": HUB_DATASET})
     count = VAL_SHARD if num_files == -1 else min(num_files, VAL_SHARD)
     names = [shard_name(index) for index in (VAL_SHARD, *range(count))]  # validation first: training needs it
-    urls = {data_dir / name: hf_hub_url(HUB_DATASET, name, repo_type="dataset") for name in names}
-    failed = download(urls, workers, headers=build_hf_headers())
+    with locked(data_dir):
+        check_source(data_dir, "hub")
+        write_source(data_dir, {"source": "hub", "dataset": HUB_DATASET})
+        missing = [name for name in names if not (data_dir / name).exists()]
+        failed = fetch_from_hub(HUB_DATASET, missing, data_dir, workers) if missing else {}
     if failed:
-        reasons = [f"  {path.name}: {reason}\n" for path, reason in failed.items()]
+        reasons = [f"  {name}: {reason}\n" for name, reason in failed.items()]
         more = f"  and {len(reasons) - 20} more\n" if len(reasons) > 20 else ""
         raise UserError(
             f"expected {len(names)} shards, {len(failed)} could not be downloaded:\n"
@@ -221,7 +207,7 @@ def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]
             raise UserError(f"{error}{_left_out(Counter(skipped.values()))}") from error
         return made | {"skipped": dict(Counter(skipped.values()))}
 
-    with _locked_folder(data_dir):
+    with locked(data_dir):
         have = check_source(data_dir, str(folder or source))
         if _has_enough(have, num_files, data_dir):
             return have, True
@@ -240,7 +226,7 @@ def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, 
     Returns what `make_local` does. Raises UserError if the folder holds documents that were made otherwise.
     """
     record = {"source": "recall", "seed": seed, "documents": documents, "sizes": asdict(sizes)}
-    with _locked_folder(data_dir):
+    with locked(data_dir):
         have = check_source(data_dir, "recall")
         if have and not record.items() <= have.items():
             raise UserError(

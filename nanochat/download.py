@@ -1,197 +1,89 @@
-"""Files over HTTP: several at a time, resumed, verified, retried, under one progress bar."""
+"""
+Files from the Hugging Face hub and from other servers, by huggingface_hub: it goes on where a cut connection ended,
+checks sizes, and waits as it is told when there are too many requests.
+"""
 
 import contextlib
 import fcntl
-import hashlib
 import os
-import re
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import shutil
+import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import requests
-from requests.structures import CaseInsensitiveDict
 from rich import progress
 
-RETRIES = 5  # in a row without a byte received
+from nanochat.common import atomic_write
+
+RETRIES = 5  # of a server that is out of order
 BACKOFF_SECONDS = 1.0  # before the first retry; doubles with each
-TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
-BLOCK = 1 << 16  # bytes at a time; a broken connection loses what has come of the last block
-PASSING_FAULTS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-
-
-class TryAgain(Exception):
-    """A fault that may pass: the connection, a busy server, bytes that do not fit their hash."""
-
-    def __init__(self, reason, wait=0.0):
-        super().__init__(reason)
-        self.wait = wait  # seconds the server asked for
-
-
-def download(files: dict[Path, str], workers: int = 4, headers: dict | None = None) -> dict[Path, str]:
-    """
-    Fetch each URL to its path, in order, and return what failed: path -> reason.
-
-    A file appears under its name only when it is whole. Until then its bytes are in `<name>.part`, which a
-    later call goes on with. Several processes may fetch the same file: one does, the others wait and find it.
-    When the first `workers` files all fail, the server counts as out of reach and the rest is not tried.
-    """
-    files = {path: url for path, url in files.items() if not path.exists()}
-    failed, done, stop = {}, 0, threading.Event()
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns) as display, ThreadPoolExecutor(workers) as pool:
-        bar = _Bar(display, len(files))
-        jobs = {pool.submit(_fetch, url, path, headers or {}, bar, stop): path for path, url in files.items()}
-        try:
-            for job in as_completed(jobs):
-                if reason := job.result():
-                    failed[jobs[job]] = reason
-                else:
-                    done += 1
-                if not done and len(failed) == workers:
-                    stop.set()
-        finally:
-            stop.set()  # after Ctrl-C the workers must not go on to the end of the list
-    return failed
-
-
-class _Bar:
-    """One bar in bytes. Sizes become known as transfers begin; files not yet begun count as their mean."""
-
-    def __init__(self, display, count):
-        self.display, self.count, self.sizes = display, count, {}
-        self.task = display.add_task(f"0/{count} files", total=None)
-        self.finished, self.lock = 0, threading.Lock()
-
-    def begin(self, path, received, size):
-        """`received` bytes are here from before and not part of the transfer."""
-        with self.lock:
-            self.sizes.setdefault(path, max(size - received, 0))
-            total = sum(self.sizes.values()) * self.count / len(self.sizes)
-            self.display.update(self.task, total=total)
-
-    def advance(self, count):
-        self.display.advance(self.task, count)
-
-    def end(self):
-        with self.lock:
-            self.finished += 1
-            self.display.update(self.task, description=f"{self.finished}/{self.count} files")
-
-
-def _fetch(url, path, headers, bar, stop):
-    """Fetch one file with retries; returns None, or why it failed."""
-    part = path.with_name(f"{path.name}.part")
-    if stop.is_set():
-        return "not tried"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The part itself is locked and then renamed, so that no lock files are left over.
-        with open(part, "ab+") as file, locked(file, stop):
-            if path.exists():  # another process was faster; this part is a new, empty file
-                part.unlink(missing_ok=True)
-            else:
-                _fetch_part(url, file, headers, path, bar, stop)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(part, path)
-        bar.end()
-    except (OSError, TryAgain) as error:  # requests' exceptions are OSErrors too
-        return str(error)
-    return None
-
-
-def _fetch_part(url, file, headers, path, bar, stop):
-    failures = 0
-    while True:
-        before = file.seek(0, os.SEEK_END)
-        try:
-            return _attempt(url, file, headers, path, bar, stop)
-        except PASSING_FAULTS as error:
-            again = TryAgain(f"connection to {url} broke ({error})")
-        except TryAgain as error:
-            again = error
-        failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
-        if failures > RETRIES or stop.wait(max(again.wait, BACKOFF_SECONDS * 2 ** (failures - 1))):
-            raise again
-
-
-def _attempt(url, file, headers, path, bar, stop):
-    """One request for what `file` lacks. Returns when it is whole; raises TryAgain, or OSError for good."""
-    start = file.seek(0, os.SEEK_END)
-    headers = headers | {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file itself
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            wait = response.headers.get("Retry-After", "")
-            wait = min(int(wait), 300) if wait.isdigit() else 0  # it can be a date, which is not worth it
-            raise TryAgain(f"HTTP {response.status_code} from {url}", wait)
-        if response.status_code != 416:  # 416: there is nothing after `start`, the part is whole or wrong
-            response.raise_for_status()
-        if start and response.status_code == 200:  # the server does not know ranges
-            file.truncate(0)
-            start = 0
-        size, sha256 = _expected(response)
-        if response.status_code == 416 and size is None:
-            file.truncate(0)
-            raise TryAgain(f"{url} does not have byte {start:,}")
-        if response.status_code != 416:
-            bar.begin(path, start, size or start)
-            for block in response.iter_content(BLOCK):
-                file.write(block)
-                bar.advance(len(block))
-                if stop.is_set():
-                    raise TryAgain("stopped")
-    _verify(file, url, size, sha256)
-
-
-def _expected(response):
-    """(size, SHA-256) of the whole file as the server states them; None for what it does not state."""
-    stated = CaseInsensitiveDict(response.headers)
-    for hop in response.history:  # the hub says it where it redirects to the storage
-        stated.update({name: value for name, value in hop.headers.items() if "x-linked" in name.lower()})
-    length = stated.get("Content-Length", "") if response.status_code == 200 else ""
-    size = stated.get("X-Linked-Size") or stated.get("Content-Range", "").rpartition("/")[2] or length
-    sha256 = stated.get("X-Linked-ETag", "").strip('"').lower()
-    return int(size) if size.isdigit() else None, sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None
-
-
-def _verify(file, url, size, sha256):
-    """Raise TryAgain unless the file has this size and hash; drop bytes that more bytes cannot mend."""
-    received = file.seek(0, os.SEEK_END)
-    if size is not None and received < size:
-        raise TryAgain(f"{url} ended after {received:,} of {size:,} bytes")
-    file.seek(0)
-    got = hashlib.file_digest(file, "sha256").hexdigest()
-    if received == (size or received) and got == (sha256 or got):
-        return
-    file.truncate(0)
-    expected = f"{size or received:,} bytes with SHA-256 {sha256 or 'of any value'}"
-    raise TryAgain(f"expected {expected} from {url}, got {received:,} bytes with {got}")
 
 
 @contextlib.contextmanager
-def locked(file, stop=None):
-    """
-    Hold the lock of an open file, or of a folder's descriptor, against other processes and threads.
-
-    The kernel frees it however the process ends. Raises TryAgain when the event `stop` is set meanwhile.
-    """
-    while True:  # polling, so that a waiting thread can be told to give up
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if (stop or threading.Event()).wait(0.1):
-                raise TryAgain("stopped") from None
+def locked(folder: Path):
+    """Hold a folder, made if need be, against other processes that fill it. The kernel frees it however they end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def fetch(url: str, path: Path) -> str | None:
+    """Fetch a URL to a path, unless there is a file; returns why that failed, if it did."""
+    from huggingface_hub.file_download import http_get  # here: it is slow to import, and seldom needed
+
+    def transfer():
+        with atomic_write(path) as file:
+            http_get(url, file, displayed_filename=path.name)
+
+    with locked(path.parent):
+        return None if path.exists() else _attempts(transfer)
+
+
+def fetch_from_hub(repo: str, names: list[str], folder: Path, workers: int) -> dict[str, str]:
+    """
+    Fetch files of a dataset on the hub to a folder that is locked, in order; returns what failed: name -> reason.
+
+    When the first `workers` files all fail, the hub counts as out of reach and the rest is not tried.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # one bar is enough
+    failed, done = {}, 0
+
+    def attempt(name):
+        return name, _attempts(lambda: hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
+
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # what killed processes left
+    try:
+        with ThreadPool(workers) as pool:  # its threads are no reason to wait after Ctrl-C
+            for name, reason in progress.track(pool.imap_unordered(attempt, names), "downloading", len(names)):
+                if reason is None:
+                    done += 1
+                    continue
+                failed[name] = reason
+                if not done and len(failed) == workers:
+                    return failed | {name: "not tried" for name in names if name not in failed}
+    finally:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return failed
+
+
+def _attempts(transfer) -> str | None:
+    """Call transfer() until it ends well or there is no hope; returns why it failed, if it did."""
+    from huggingface_hub.errors import HTTPError
+
+    for attempt in range(RETRIES + 1):
+        try:
+            transfer()
+            return None
+        except (OSError, HTTPError, RuntimeError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            # RuntimeError: after a fault in one thread, huggingface_hub closes the connections of all
+            if attempt == RETRIES or not (status >= 500 or isinstance(error, RuntimeError)):
+                return str(error.__cause__ or error).partition("\n")[0]  # huggingface_hub says it in its cause
+            time.sleep(BACKOFF_SECONDS * 2**attempt)

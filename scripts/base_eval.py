@@ -6,7 +6,7 @@ Score a base model on the CORE metric (22 in-context-learning tasks of DCLM).
     python -m scripts.base_eval --hf-path openai-community/gpt2
     python -m scripts.base_eval --mc                       # read prompts through a working context
 
-The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle; --download fetches it.
+The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle, which is fetched if it is not there.
 """
 
 import csv
@@ -32,10 +32,12 @@ from nanochat.common import (
     resolve_dtype,
 )
 from nanochat.configurator import group, run
-from nanochat.core_bundle import download_bundle, has_bundle, how_to_get_bundle
+from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.report import get_report
+
+evaluate_model = evaluate_core  # its name in nanochat
 
 
 @dataclass
@@ -44,8 +46,6 @@ class Config(ModelOptions, DeviceOptions):
     """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
     max_per_task: int = -1
     """examples per task, at most; -1 for all"""
-    download: bool = False
-    """download the evaluation bundle first if it is missing"""
     mc: bool = False
     """read prompts through a working context; prompts longer than the model's context are then not cut"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
@@ -152,12 +152,16 @@ def main(config):
             )
         section += " with MegaContext"
 
-    if config.download and rank == 0:
-        download_bundle()
+    reason = ""
+    if rank == 0:
+        try:
+            download_bundle()
+        except UserError as error:
+            reason = str(error)
     if is_dist:
         dist.barrier()
     if not has_bundle():
-        print0(f"CORE: not run, there is no evaluation bundle. To get it: {how_to_get_bundle()}")
+        print0(f"CORE: not run, {reason}")
         get_report().log(section, ["CORE: not run (there was no evaluation bundle)"])
         compute_cleanup()
         return

@@ -13,7 +13,7 @@ class ARC(Task):
         super().__init__(**slicing)
         if subset not in ("ARC-Easy", "ARC-Challenge") or split not in ("train", "validation", "test"):
             raise ValueError(f"ARC has no subset {subset!r} with a split {split!r}")
-        self.rows = load_split("allenai/ai2_arc", subset, split, ("question", "choices", "answerKey")).shuffled()
+        self.rows = load_split("allenai/ai2_arc", subset, split, ("question", "choices", "answerKey"))
 
     def num_examples(self):
         return len(self.rows)

@@ -37,7 +37,7 @@ class HumanEval(Task):
 
     def __init__(self, **slicing):
         super().__init__(**slicing)
-        self.rows = load_split("openai/openai_humaneval", "openai_humaneval", "test", COLUMNS).shuffled()
+        self.rows = load_split("openai/openai_humaneval", "openai_humaneval", "test", COLUMNS)
 
     def num_examples(self):
         return len(self.rows)

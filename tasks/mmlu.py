@@ -16,7 +16,7 @@ class MMLU(Task):
         super().__init__(**slicing)
         if split not in SPLITS.get(subset, ()):
             raise ValueError(f"MMLU has no subset {subset!r} with a split {split!r}")
-        self.rows = load_split("cais/mmlu", subset, split).shuffled()
+        self.rows = load_split("cais/mmlu", subset, split)
 
     def num_examples(self):
         return len(self.rows)

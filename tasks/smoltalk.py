@@ -11,7 +11,7 @@ class SmolTalk(Task):
         super().__init__(**slicing)
         if split not in ("train", "test"):
             raise ValueError(f"SmolTalk has no split {split!r}")
-        self.rows = load_split("HuggingFaceTB/smol-smoltalk", "default", split, ("messages",)).shuffled()
+        self.rows = load_split("HuggingFaceTB/smol-smoltalk", "default", split, ("messages",))
 
     def num_examples(self):
         return len(self.rows)

@@ -4,11 +4,10 @@ from collections import Counter
 from zlib import crc32
 
 import regex
-from huggingface_hub import constants
 
 from nanochat.common import UserError, atomic_write, get_base_dir, print0
 from nanochat.dataset import iter_documents
-from nanochat.download import download
+from nanochat.download import fetch
 
 LARGE_LIST = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 # Lower-case letters, or letters of a script without cases; without marks, so that a letter is a character
@@ -35,7 +34,7 @@ def word_list(source: str) -> list[str]:
         path = get_base_dir() / "words_alpha.txt"
         reason = None
         if not path.exists():
-            reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else download({path: LARGE_LIST}).get(path)
+            reason = fetch(LARGE_LIST, path)
         if reason is None:
             return [word for word in path.read_text(encoding="utf-8").split() if regex.fullmatch("[a-z]+", word)]
         print0(f"spelling tasks use words of the training text: the large word list is not here ({reason})")

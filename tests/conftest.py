@@ -1,10 +1,13 @@
 import os
+import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # the cache of `datasets`
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +18,10 @@ from nanochat.dataset import main as dataset_main
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import QUICK_BASE, ROOT, TEXT, WITH_MC, call_script, write_tokenizer
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import core_bundle, download
+from nanochat import core_bundle
 from nanochat.common import UserError
 from nanochat.core_bundle import TaskMeta, download_bundle, load_bundle
 from nanochat.core_eval import centered, evaluate_core, evaluate_task, is_correct, render_prompts, scored_rows
@@ -312,7 +313,7 @@ def test_line_separators_inside_strings(bundle):
 
 
 def test_missing_bundle_says_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"base_eval --download.*eval_bundle\.zip"):
+    with pytest.raises(UserError, match=r"scripts.prepare`.*eval_bundle\.zip"):
         load_bundle(tmp_path / "nowhere")
 
 
@@ -323,7 +324,7 @@ def test_missing_bundle_says_how_to_get_it(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A folder, and the address under which it is served."""
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     folder = tmp_path / "served"
     folder.mkdir()
 
@@ -407,11 +408,19 @@ def test_script(bundle, monkeypatch, capsys):
     }
 
 
+def test_script_fetches_the_bundle(server, bundle, monkeypatch, capsys):
+    folder, url = server
+    shutil.make_archive(str(folder / "b"), "zip", bundle.parent, bundle.name)
+    shutil.rmtree(bundle)
+    monkeypatch.setattr(base_eval, "download_bundle", lambda: download_bundle(f"{url}/b.zip"))
+    test_script(bundle, monkeypatch, capsys)
+
+
 def test_script_without_bundle(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     base_eval.main(base_eval.Config(device_type="cpu"))
     out = capsys.readouterr().out
-    assert "CORE: not run" in out
+    assert "CORE: not run, could not download" in out
     assert core_bundle.BUNDLE_URL in out
     assert "CORE: not run" in (tmp_path / "report" / "base-model-evaluation.md").read_text()
 
