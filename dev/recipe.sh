@@ -280,15 +280,15 @@ report_reset() {
     fi
 }
 
-# hub_data TRAIN_SHARDS: the first 8 shards now, for the tokenizer; the others in the background.
+# hub_data FIRST TRAIN_SHARDS: the first shards now, for the tokenizer; the others in the background.
 DOWNLOAD_PID=""
 hub_data() {
     [ "$NODE_RANK" = 0 ] || return 0
-    stage python -m nanochat.dataset -n 8
+    stage python -m nanochat.dataset -n "$1"
     if [ "$DRY_RUN" = 1 ]; then
-        echo "+ python -m nanochat.dataset -n $1   (in the background)"
+        echo "+ python -m nanochat.dataset -n $2   (in the background)"
     else
-        python -m nanochat.dataset -n "$1" >"$NANOCHAT_BASE_DIR/download.log" 2>&1 &
+        python -m nanochat.dataset -n "$2" >"$NANOCHAT_BASE_DIR/download.log" 2>&1 &
         DOWNLOAD_PID=$!
     fi
 }
@@ -316,7 +316,7 @@ hub_recipe() {
     recipe_setup gpu
     install_sandbox
     report_reset
-    hub_data "$shards"
+    hub_data $((chars / 250000000)) "$shards" # a shard has about 250M characters
     tokenizer_stage 65536 --max_chars="$chars"
     identity_stage
     stage python -m scripts.prepare

@@ -42,6 +42,9 @@ def shard_name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
 
 
+index_to_filename = shard_name  # its name in nanochat
+
+
 def get_data_dir() -> Path:
     return get_base_dir() / "base_data"
 

@@ -73,3 +73,14 @@ def test_recipes_in_bash_3_2(command, tmp_path):
     ]
     assert run[0].returncode == 0, run[0].stderr
     assert run[0].stdout == run[1].stdout
+
+
+@pytest.mark.parametrize(("recipe", "shards"), [("run10.sh --gpu=h100", 4), ("speedrun.sh", 8), ("run1000.sh", 16)])
+def test_the_tokenizer_starts_when_its_shards_are_there(recipe, shards):
+    """A shard has 250M characters; what else pretraining needs arrives in the background."""
+    out = subprocess.run(["bash", *recipe.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True).stdout
+    commands = re.findall(r"\+ (.*?)(?:\x1b|\n)", out)
+    data = commands.index(f"python -m nanochat.dataset -n {shards}")
+    tokenizer = next(i for i, command in enumerate(commands) if "tok_train" in command)
+    assert data < tokenizer
+    assert re.search(r"--max_chars=(\d+)", commands[tokenizer])[1] == str(shards * 250_000_000)
