@@ -171,11 +171,17 @@ def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
     """
     count = VAL_SHARD if num_files == -1 else min(num_files, VAL_SHARD)
     names = [shard_name(index) for index in (VAL_SHARD, *range(count))]  # validation first: training needs it
+
+    def missing():
+        return [name for name in names if not (data_dir / name).exists()]
+
+    check_source(data_dir, "hub")
+    if not missing():  # without waiting for a process that fetches more
+        return len(names)
     with locked(data_dir):
         check_source(data_dir, "hub")
         write_source(data_dir, {"source": "hub", "dataset": HUB_DATASET})
-        missing = [name for name in names if not (data_dir / name).exists()]
-        failed = fetch_from_hub(HUB_DATASET, missing, data_dir, workers) if missing else {}
+        failed = fetch_from_hub(HUB_DATASET, missing(), data_dir, workers)
     if failed:
         reasons = [f"  {name}: {reason}\n" for name, reason in failed.items()]
         more = f"  and {len(reasons) - 20} more\n" if len(reasons) > 20 else ""

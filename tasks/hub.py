@@ -5,7 +5,13 @@ memory-mapped from there, so that many processes share them. A file that you put
     $NANOCHAT_BASE_DIR/task_data/<repo, "/" as "__">/<config>/<split>.parquet (or .jsonl)
 """
 
+import io
+
+import pyarrow as pa
+import pyarrow.json
+
 from nanochat.common import UserError, get_base_dir
+from nanochat.sources import read_text
 
 SHUFFLE_SEED = 42
 
@@ -20,13 +26,19 @@ def load_split(repo: str, config: str, split: str, columns=()):
     from huggingface_hub.errors import HTTPError
 
     folder = get_base_dir() / "task_data" / repo.replace("/", "__") / config
-    kinds = {folder / f"{split}.parquet": "parquet", folder / f"{split}.jsonl": "json"}
-    path = next((path for path in kinds if path.exists()), None)
+    paths = [folder / f"{split}.parquet", folder / f"{split}.jsonl"]
+    path = next((path for path in paths if path.exists()), None)
+    content = read_text(path).encode() if path == paths[1] else None
     try:
-        if path:
-            rows = datasets.load_dataset(kinds[path], data_files=str(path), split="train")
+        if content is not None:
+            options = pa.json.ReadOptions(block_size=len(content) + 1)  # no row is longer than a block
+            rows = datasets.Dataset(pa.json.read_json(io.BytesIO(content), options))
+        elif path:
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(repo, config, split=split)
+        if not len(rows):
+            raise ValueError("it is empty")
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         if path:

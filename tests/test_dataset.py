@@ -418,9 +418,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply(404)
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         linked = {"X-Linked-Etag": etag, "X-Linked-Size": len(content), "X-Repo-Commit": "0" * 40}
-        cdn = self.server.url.replace(
-            "127.0.0.1", "localhost"
-        )  # another host: huggingface_hub follows its own redirects
+        # Another host, since huggingface_hub follows redirects within its own.
+        cdn = self.server.url.replace("127.0.0.1", "localhost")
         self.reply(302, Location=f"{cdn}/cdn/{self.path.rpartition('/')[2]}", **linked)
 
     def do_GET(self):
@@ -524,6 +523,13 @@ def test_download(hub, data_dir, capsys):
     assert {path.suffix for path in data_dir.iterdir()} == {".parquet", ".json"}  # nothing is left over
     assert json.loads((data_dir / "source.json").read_text())["source"] == "hub"
     assert "5 shards" in capsys.readouterr().out
+
+
+def test_what_is_there_is_no_reason_to_wait(hub, data_dir):
+    """A recipe that is started again, while its first attempt still fetches the shards of pretraining."""
+    main(Config(num_files=1))
+    with download.locked(data_dir):
+        main(Config(num_files=1))
 
 
 def test_a_cut_connection_is_resumed_by_range(hub, data_dir):

@@ -218,6 +218,11 @@ class TestHub:
         assert sorted(row["x"] for row in rows) == ["2", "one\u2028line"]
         with pytest.raises(UserError, match="train.jsonl: expected columns w"):
             hub.load_split("a/b", "c", "train", ["w"])
+        path.write_text('{"x": "é"}', encoding="utf-16")
+        assert list(hub.load_split("a/b", "c", "train")) == [{"x": "é"}]
+        path.write_text('{"x": "1"}\n{"x": "é"}', encoding="cp1252")
+        with pytest.raises(UserError, match=r"train.jsonl:2: expected UTF-8"):
+            hub.load_split("a/b", "c", "train")
         for content in ('{"x": 1}\n{', '{"x": 1}\n[1]', "\n"):
             path.write_text(content)
             with pytest.raises(UserError, match="expected rows in .*train.jsonl, cannot read it"):
