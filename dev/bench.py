@@ -3,7 +3,8 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
 
     python dev/bench.py tokenizer [--vocab_size 8192]    # training our tokenizer and Hugging Face's
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
-    python dev/bench.py train --depth 4                  # tokens/s, memory and MFU of training steps
+    python dev/bench.py train --depth 4 [--mc 1]         # tokens/s, memory and MFU of training steps
+    python dev/bench.py loss --vocab_size 65536          # our cross-entropy beside others
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
     python dev/bench.py sample --vocab_size 65536        # microseconds to sample one token per row
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
@@ -12,14 +13,16 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
 The text is the source code of the standard library, so no data is needed.
 """
 
+import importlib.util
 import json
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,12 +34,15 @@ from rich.table import Table
 
 from dev.bench_infer import bench_mc_infer
 from dev.bench_mc import bench_mc
+from megacontext.attach import attach
+from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
-from nanochat.configurator import run
+from nanochat.configurator import group, run
+from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.dataloader import TokenLoader
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.sampling import Sampler, Sampling
@@ -48,19 +54,21 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, decode, mc or mc-infer; can also be given as the first word"""
+    """tokenizer, loader, train, loss, decode, sample, mc or mc-infer; can also be given as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
     """repetitions, of which the fastest counts"""
     device_batch_size: int = 8
-    """loader, train: B"""
+    """loader, train, loss: B"""
     max_seq_len: int = 512
-    """loader, train: T; mc-infer: entries of the working context"""
+    """loader, train, loss: T; mc-infer: entries of the working context"""
     total_batch_size: int = -1
     """train: tokens per step; -1 for B × T"""
     depth: int = 4
-    """train, decode: layers"""
+    """train, loss, decode: layers"""
+    mc: bool = False
+    """train: with MegaContext, half-way through the training"""
     steps: int = 10
     """train: steps to measure, after 3 for warm-up"""
     prompt_tokens: int = 64
@@ -75,6 +83,8 @@ class Config:
     """train, decode: auto, bf16, fp32, or both for a comparison"""
     compile: str = "auto"
     """train: compile the model, auto, on or off; decode: the same for CUDA graphs"""
+    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
+    """train: these options have an effect with --mc only"""
 
 
 def texts() -> list[str]:
@@ -153,47 +163,110 @@ def bench_train(config):
     for name in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
         _, _, _, world_size, device = compute_init(config.device_type)
         dtype = resolve_dtype(name, device.type)
+        cuda = device.type == "cuda"
         B, T = config.device_batch_size, config.max_seq_len
         total = B * T if config.total_batch_size == -1 else config.total_batch_size
         accumulation = accumulation_steps(total, B, T, world_size)
         model = GPT(GPTConfig.from_depth(config.depth, T, config.vocab_size)).to(device)
         model.init_weights()
-        compiled = maybe_compile(model, config.compile, device)
-        optimizers = model.setup_optimizers()
+        networks, make_objective = attach(config, model.config, device, bos=0)
+        objective = make_objective(maybe_compile(model, config.compile, device))
+        optimizers = model.setup_optimizers() + ([] if networks is None else networks.setup_optimizers())
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         ids = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
+        B_once = objective.rows_at_once(B)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
 
-        def step(compiled=compiled, model=model, optimizers=optimizers, ids=ids, dtype=dtype, n=accumulation):
-            for _ in range(n):
+        def gradients(objective=objective, ids=ids, dtype=dtype, passes=accumulation * B // B_once, B_once=B_once):
+            for i in range(passes):
+                rows = slice(i * B_once % len(ids), i * B_once % len(ids) + B_once)
                 with autocast(ids.device, dtype):
-                    loss = compiled(ids[:, :-1], ids[:, 1:])
-                (loss / n).backward()
-            clip_gradients(optimizers, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad(set_to_none=True)
+                    loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, seed=i)
+                (loss / passes).backward()
             return loss.item()  # waits for the device
 
-        for _ in range(3):
-            step()
-        seconds = []
-        for _ in range(config.steps):
-            seconds.append(best(1, step))
-        typical = sorted(seconds)[len(seconds) // 2]
-        flops = model.flops_per_token() * total / typical
+        def update(optimizers=optimizers, parameters=parameters):
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            norm = clip_gradients(optimizers, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            for p in parameters:
+                p.grad = None
+            return (norm + parameters[-1].flatten()[0]).item()
+
+        start = [best(1, gradients) + best(1, update) for _ in range(3)]
+        seconds = [(best(1, gradients), best(1, update)) for _ in range(config.steps)]
+        typical = sorted(map(sum, seconds))[len(seconds) // 2]
+        flops = model.flops_per_token() * total * objective.work(0.5, T) / typical
         peak = peak_flops(device)
-        cuda = device.type == "cuda"
         rows.append(
             {
                 "precision": str(dtype).removeprefix("torch."),
                 "parameters": model.num_params(),
+                "rows at once": B_once,
+                "first step s": start[0],
                 "s/step": typical,
+                "optimizer %": 100 * min(update for _, update in seconds) / typical,
                 "tokens/s": total / typical,
                 "GFLOP/s": flops / 1e9,
                 "MFU %": 100 * flops / peak if peak else "-",
                 "memory MiB": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "-",
             }
         )
-    show(f"train: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", rows)
+    mc = " --mc" if config.mc else ""
+    show(f"train{mc}: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", rows)
+    return rows
+
+
+def bench_loss(config):
+    """Ours, torch's own on all logits at once, and liger-kernel's where it is installed; forward and backward."""
+    *_, device = compute_init(config.device_type)
+    dtype = resolve_dtype("auto" if config.dtype == "both" else config.dtype, device.type)
+    c = GPTConfig.from_depth(config.depth, config.max_seq_len, config.vocab_size)
+    N, V = config.device_batch_size * config.max_seq_len, c.vocab_size
+    x = torch.randn(N, c.n_embd, device=device, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(V, c.n_embd, device=device) * c.n_embd**-0.5).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=device)
+    weights = torch.full((N,), 1 / N, device=device)
+
+    def ours():
+        return softcap_cross_entropy(x, weight, targets, V, LOGIT_SOFTCAP, row_weights=weights)[0]
+
+    def plain():
+        logits = LOGIT_SOFTCAP * torch.tanh((x @ weight.to(dtype).T).float() / LOGIT_SOFTCAP)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    ways = {"ours": ours, "torch": plain}
+    if device.type == "cuda":
+        ways["torch, compiled"] = torch.compile(plain, dynamic=False)
+        if importlib.util.find_spec("liger_kernel"):
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            liger = LigerFusedLinearCrossEntropyLoss(softcap=LOGIT_SOFTCAP)
+            ways["liger-kernel"] = lambda: liger(weight.to(dtype), x, targets)
+    rows = []
+    for name, way in ways.items():
+
+        def once(way=way):
+            x.grad = weight.grad = None
+            with autocast(device, dtype):
+                loss = way()
+            loss.backward()
+            return loss.item(), weight.grad[0, 0].item()  # waits for the device
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            loss, _ = once()
+            seconds = best(config.repeat, once)
+        except torch.OutOfMemoryError:
+            loss = seconds = float("nan")
+        flops = 6 * N * V * c.n_embd / seconds
+        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else "-"
+        rows.append({"way": name, "loss": loss, "ms": 1e3 * seconds, "GFLOP/s": flops / 1e9, "memory MiB": memory})
+    show(f"loss: {N:,} rows of {c.n_embd}, vocabulary {V:,}, {dtype}, {device}", rows)
 
 
 # Peak memory bandwidth in bytes/s by a part of the device name, first match wins. Sources: vendors' data sheets.
@@ -344,6 +417,7 @@ def main(config: Config):
         "tokenizer": bench_tokenizer,
         "loader": bench_loader,
         "train": bench_train,
+        "loss": bench_loss,
         "decode": bench_decode,
         "sample": bench_sample,
         "mc": lambda config: bench_mc(config, show),
@@ -351,7 +425,7 @@ def main(config: Config):
     }
     if config.benchmark not in benchmarks:
         raise SystemExit(f"error: name a benchmark, one of {', '.join(benchmarks)}; got {config.benchmark!r}")
-    benchmarks[config.benchmark](config)
+    return benchmarks[config.benchmark](config)
 
 
 if __name__ == "__main__":
