@@ -15,8 +15,8 @@ class MCConfig:
     # Tree
     block_size: int = 32
     """K: number of tokens, or of gists of the level below, that one gist stands for"""
-    mc_tree: Literal["ram"] = "ram"
-    """where the tree is stored"""
+    mc_tree: Literal["ram", "disk"] = "ram"
+    """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
     mc_positional: Literal["gaussian", "simple"] = "gaussian"
     """rotary positions of gists: faded according to their span, or at its centre without fading"""
     # GistNet

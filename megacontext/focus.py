@@ -4,7 +4,7 @@ Focus at inference: LensNet's scores become edits, some rest, and what was done 
 Shapes: B rows, W entries, n_blocks = ceil(N / K) blocks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -120,6 +120,32 @@ class Focus:
         self.records = list(records)
         self.generator.set_state(state)
 
+    def state(self, context) -> dict:
+        """Of one row, ready for JSON: its context, and what the next refocus depends on."""
+        record = replace(self.records[0], scores=None)
+        return {
+            "num_tokens": context.num_tokens,
+            "lod": _runs(context, 0),
+            "record": asdict(record) | {"changes": [list(change) for change in record.changes]},
+            "draws": self.generator.get_state().tolist() if self.settings.allocator == "stochastic_greedy" else None,
+        }
+
+    def resume(self, state, context):
+        """Be as in this state. Returns its context, made as long as the given one. Raises ValueError if it is none."""
+        try:
+            lods, runs = torch.tensor(state["lod"]).T
+            N, K = state["num_tokens"], context.block_size
+            found = type(context)(lods.to(torch.int8).repeat_interleave(runs)[None], N, K)
+            found.check()
+            changes = tuple(Change(*change) for change in state["record"]["changes"])
+            self.records = [Record(**state["record"] | {"changes": changes})]
+            if state["draws"]:
+                self.generator.set_state(torch.tensor(state["draws"], dtype=torch.uint8))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"expected the state of a focus, got {str(state)[:80]!r} ({error!r})") from error
+        n = context.num_tokens
+        return found.truncate(n) if n < N else found.append(n - N) if n > N else found
+
 
 def _directions(changes, n_blocks):
     """int8 [n_blocks]: 1 where the last of the changes expanded a block, −1 where it collapsed it, 0 elsewhere."""
@@ -145,6 +171,12 @@ def lod_counts(context, row=0) -> dict[int, int]:
     return dict(zip(lods.tolist(), counts.tolist(), strict=True))
 
 
+def _runs(context, row):
+    """The blocks' levels in runs [level, number of blocks]."""
+    lods, runs = context.lod_map[row].unique_consecutive(return_counts=True)
+    return [list(run) for run in zip(lods.tolist(), runs.tolist(), strict=True)]
+
+
 def focus_state(context, record: Record, budget, row=0) -> dict:
     """
     What a view of the focus shows of a row, small and ready for JSON, however long the stream.
@@ -153,7 +185,6 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
     refocus becomes another one than in the block before. expanded, collapsed: [first block, number of blocks, new
     level] of the last refocus. swap_rate, residency (None before any edit): see Record.
     """
-    lods, runs = context.lod_map[row].unique_consecutive(return_counts=True)
     scores = []
     if record.scores is not None:
         rounded, lengths = (100 * record.scores).round().int().unique_consecutive(return_counts=True)
@@ -164,7 +195,7 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
         "block_size": context.block_size,
         "budget": budget,
         "entries": int(context.lengths()[row]),
-        "lod": [list(run) for run in zip(lods.tolist(), runs.tolist(), strict=True)],
+        "lod": _runs(context, row),
         "lod_counts": lod_counts(context, row),
         "scores": scores,
         "expanded": [change.as_list() for change in record.changes if change.new_lod < change.old_lod],

@@ -36,6 +36,8 @@ class MCInference:
     """rounds of scoring and editing per refocus"""
     mc_infer_refocus_interval: int = -1
     """generated tokens between two refocuses"""
+    mc_tree: Literal["", "ram", "disk"] = ""
+    """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
     mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""
     """precision of GistNet and LensNet"""
 

@@ -18,7 +18,8 @@ import torch
 from megacontext.config import MCConfig
 from megacontext.focus import Focus, focus_state
 from megacontext.reader import Reader
-from megacontext.tree import STORES, MegaContextTree
+from megacontext.streams import STORES
+from megacontext.tree import MegaContextTree
 from megacontext.working_context import WorkingContext
 from nanochat.common import Stopwatch, UserError, autocast
 from nanochat.decode import Decoder
@@ -47,10 +48,26 @@ class MCSession:
     Stopwatch of what it took.
 
     A session keeps what it has read: a prompt that begins with it goes on where it was, and only what is new is read.
+    store: where its tree is kept, for one row; what is in it has been read. The first `past` tokens of it come before
+    all prompts. state: of the session that wrote it, see `state`. Without a store it has one of its own, of the kind
+    that mc_tree names.
+
     Raises UserError when the budget is too small for what has to be in it.
     """
 
-    def __init__(self, model, networks, config: MCConfig, rows=1, decoder=None, seed=0, on_update=None):
+    def __init__(
+        self,
+        model,
+        networks,
+        config: MCConfig,
+        rows=1,
+        decoder=None,
+        seed=0,
+        on_update=None,
+        store=None,
+        past=0,
+        state=None,
+    ):
         self.model, self.config, self.rows, self.on_update = model, config, rows, on_update
         self.reader, self.device = Reader(model, networks, config), model.get_device()
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
@@ -59,13 +76,14 @@ class MCSession:
         config.check_session(model.config.sequence_len)
         self.decoder = decoder or Decoder(model)
         self.seed = seed
-        self.closed = False
+        self.closed, self.past, self._store = False, past, store
         self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
         self._reset()
+        if self.num_tokens:
+            self._resume(state)
 
     def _reset(self):
-        # Gists in the precision in which the model reads them
-        store = STORES[self.config.mc_tree](self.decoder.dtype)
+        store = self._store or STORES[self.config.mc_tree](self.config.block_size)
         self.tree = MegaContextTree(self.reader.gist, self.config.block_size, store, self._embed)
         self.focus = Focus(self.config, 1, self.seed)
         self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)
@@ -89,7 +107,7 @@ class MCSession:
         if not tokens:
             raise ValueError("expected at least one token, got none")
         watch = Stopwatch(self.device)
-        N = len(tokens)
+        N = self.past + len(tokens)
         finest = WorkingContext.finest(1, N, self.config.block_size)
         smallest = finest.smallest_length(self.recent)
         if smallest > self.room:
@@ -102,9 +120,8 @@ class MCSession:
         if kept:
             self._cut(kept)
         else:
-            self._forget(0)
-            self._reset()
-        self.tree.append(ids[:, kept:])
+            self._begin_anew()
+        self.tree.append(ids[:, kept - self.past :])
 
         first_new = min(kept, max(0, N - self.recent)) // self.config.block_size  # first block that is new or recent
         context = finest
@@ -176,16 +193,30 @@ class MCSession:
         if any(cut < num_tokens for cut in self._cuts[snapshot.cuts :]):
             raise ValueError(f"the session has forgotten some of the {num_tokens} tokens of this snapshot")
         if not num_tokens:
-            self._forget(0)
-            self._reset()
+            self._begin_anew()
             return
         self._cut(num_tokens)
         self._adopt(snapshot.context)
         self._since = snapshot.since
         self.focus.restore(snapshot.focus)
 
+    def state(self) -> dict:
+        """Where the session looks, ready for JSON: with the store, all that another needs to go on (of one row)."""
+        return {"since": self._since, **self.focus.state(self._context_now())}
+
+    def _resume(self, state):
+        for _ in self.tree.complete():
+            pass
+        self._context = WorkingContext.initial(self.num_tokens, self.config.block_size, self.room, self.recent)
+        if state:
+            self._context = self.focus.resume(state, self._context)
+            self._since = state["since"]
+        self._up_to_date = False
+
     def close(self):
         """Free the memory. Any further use is an error."""
+        if not self.closed:
+            self.tree.store.close()
         self.closed = True
         self.tree = self.focus = self.cache = self.decoder = self._context = self._stepper = None
 
@@ -199,13 +230,20 @@ class MCSession:
             raise ValueError("expected a session that has read something: call prefill first")
 
     def _common_prefix(self, ids) -> int:
-        """How many tokens of the prompt [1, N] this session holds already; the last one of the prompt never counts."""
-        n = min(self.num_tokens, ids.size(1) - 1)
+        """
+        How many tokens of past and prompt [1, N] this session holds already; the last one of the prompt never counts.
+        """
+        n = min(self.num_tokens - self.past, ids.size(1) - 1)
         if self.rows > 1 or n < 1:
-            return 0
-        held = self.tree.store.get(0, torch.arange(n, device=self.device)[None])
+            return self.past
+        held = self.tree.store.get(0, self.past + torch.arange(n, device=self.device)[None])
         differs = (held != ids[:, :n])[0].nonzero()
-        return int(differs[0]) if len(differs) else n
+        return self.past + (int(differs[0]) if len(differs) else n)
+
+    def _begin_anew(self):
+        self._forget(0)
+        self.tree.truncate(0)
+        self._reset()
 
     def _forget(self, num_tokens):
         if num_tokens < self.num_tokens:

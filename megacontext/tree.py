@@ -74,6 +74,12 @@ class Store(Protocol):
     def repeat(self, rows: int) -> None:
         """Make each row into `rows` equal ones."""
 
+    def settle(self) -> None:
+        """Called when there is a moment to put away what was appended; the values stay what they are."""
+
+    def close(self) -> None:
+        """Let go of files; no call may follow."""
+
 
 class RamStore:
     """A tensor per level, on the device of what is appended; its room doubles when it is full."""
@@ -116,6 +122,12 @@ class RamStore:
     def truncate(self, level, count):
         self._counts[level] = count
 
+    def settle(self):
+        pass
+
+    def close(self):
+        pass
+
     @property
     def nbytes(self) -> int:
         """Bytes in use and kept ready."""
@@ -124,9 +136,6 @@ class RamStore:
     def repeat(self, rows):
         with torch.inference_mode(False):
             self._buffers = [buffer.repeat_interleave(rows, dim=0) for buffer in self._buffers]
-
-
-STORES = {"ram": RamStore}  # --mc_tree
 
 
 class MegaContextTree:
@@ -150,11 +159,21 @@ class MegaContextTree:
         """Add tokens [B, n] to every row, and the nodes that they complete."""
         for piece in tokens.split(INGEST_TOKENS, dim=1):
             self.store.append(0, piece)
-            level, K = 1, self.block_size
+            for _ in self.complete(tokens.size(0)):
+                pass
+
+    def complete(self, rows=1):
+        """Add the nodes that are missing, of `rows` rows; a generator that rests between pieces of INGEST_TOKENS."""
+        most, K, cut = INGEST_TOKENS // self.block_size + 1, self.block_size, True
+        while cut:
+            level, cut = 1, False
             while (done := self.store.count(level)) < (ready := self.store.count(level - 1) // K):
-                index = torch.arange(done * K, ready * K, device=tokens.device).expand(tokens.size(0), -1)
+                ready, cut = min(ready, done + most), cut or ready > done + most
+                index = torch.arange(done * K, ready * K, device=self.store.device).expand(rows, -1)
                 self.store.append(level, _gists(self.gist_fn, self._get(level - 1, index), K, level))
                 level += 1
+            self.store.settle()
+            yield
 
     def _get(self, level, index):
         values = self.store.get(level, index)

@@ -209,12 +209,12 @@ def has_optimizer_state(folder, step) -> bool:
     return _file(folder, "state", step).exists()
 
 
-def weights_checksum(folder, step) -> str:
-    """SHA-256 of a step's model file: what its weights are known by."""
+def weights_checksum(folder, step, kind="model") -> str:
+    """SHA-256 of a step's model file, or of another kind: what its weights are known by."""
     manifest = _file(folder, "manifest", step)
     if manifest.exists():
-        return json.loads(manifest.read_text("utf-8"))[_file(folder, "model", step).name]["sha256"]
-    return _sha256(_file(folder, "model", step))
+        return json.loads(manifest.read_text("utf-8"))[_file(folder, kind, step).name]["sha256"]
+    return _sha256(_file(folder, kind, step))
 
 
 def load_checkpoint(folder, step, device="cpu", load_optimizer=False):

@@ -71,7 +71,7 @@ def test_names_and_defaults_are_frozen():
         ("allocator_collapse_threshold", float("nan"), "a number from 0 to 1"),
         ("allocator_max_replacements", -1, "1 or more"),
         ("allocator_iterations", 0, "1 or more"),
-        ("mc_tree", "disk", "one of ram"),
+        ("mc_tree", "cloud", "one of ram, disk"),
         ("mc_num_random_variants", 0, "1 or more"),
         ("mc_train_wc_length", -5, "1 or more, or -1"),
         ("mc_max_counterfactuals", 0, "1 or more"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import megacontext.tree
 from megacontext.gaussian_rope import entry_positions
-from megacontext.tree import STORES, MegaContextTree, RamStore, build_table
+from megacontext.tree import MegaContextTree, RamStore, build_table
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import GPT, GPTConfig
 from tests import reference_mc as reference
@@ -210,7 +210,7 @@ def test_entries_come_in_the_precision_of_the_embeddings(dtype, stored):
 
 def test_trees_work_across_inference_mode_and_keep_no_graph():
     weight = torch.eye(D, dtype=torch.float64, requires_grad=True)
-    tree = MegaContextTree(lambda x, level: gist(x, level) @ weight, 2, STORES["ram"](), embedding())
+    tree = MegaContextTree(lambda x, level: gist(x, level) @ weight, 2, RamStore(), embedding())
     ids = random_ids(1, 24)
     with torch.inference_mode():
         tree.append(ids[:, :9])
@@ -249,6 +249,9 @@ class ListStore:
     def truncate(self, level, count):
         for row in self.levels[level]:
             del row[count:]
+
+    def settle(self):
+        pass
 
 
 def test_tree_needs_nothing_of_its_store_but_the_interface():

@@ -1,0 +1,362 @@
+"""
+Append-only arrays in a folder. What was committed survives a kill, a torn write and a full disk; damage is named.
+
+    NAME.bin   rows of little-endian numbers, one after the other
+    NAME.crc   CRC-32 (uint32) of each full chunk of rows, one after the other
+    manifest   twice the same page of PAGE_BYTES: CRC-32 of the rest (8 hex digits), a space, JSON, a newline, zeros
+
+The JSON has `format`, `sequence`, a number that each commit raises, `facts`, whatever the owner wants to know again,
+and `arrays`: name → dtype, width (numbers per row), chunk_rows, rows, and crc, of the rows after the last full chunk.
+What is in a file beyond its rows does not count.
+
+A commit flushes the data, then writes and flushes the first page, then the second. So one whole page is always there,
+and once a commit has returned, both say the same: the loss of either loses nothing. Rows are checked when they are
+first read, a chunk at a time, with pread and not mapped: a file that shrinks is an error and no signal, and the
+process's memory does not grow with the arrays.
+
+Files are private (0600, folders 0700). One process may write, under a lock (flock) on the manifest; others may read.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.common import UserError
+
+FORMAT = "megacontext arrays 1"
+CHUNK_BYTES = 65536  # of the chunks of new arrays, if a row is not longer
+PAGE_BYTES = 8192
+DTYPES = {"uint16": "<u2", "uint32": "<u4", "float32": "<f4", "bfloat16": "<u2"}  # numpy has no bfloat16: its bits
+
+
+class Damaged(UserError):
+    """A file that is not what was committed. The message names it."""
+
+
+@dataclass
+class _Array:
+    """One array's entry in the manifest."""
+
+    dtype: str
+    width: int
+    chunk_rows: int
+    rows: int = 0
+    crc: int = 0
+
+    @classmethod
+    def new(cls, dtype, width):
+        return cls(dtype, width, max(1, CHUNK_BYTES // cls(dtype, width, 1).row_bytes))
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+class Arrays:
+    """
+    The arrays of a folder, opened for reading or (write=True) for reading and writing.
+
+    `append` and `truncate` count for this object at once, for others and for good after `commit`. A write that the disk
+    refuses raises UserError, and the object is at its last commit again.
+    """
+
+    def __init__(self, folder, write=False):
+        self.folder, self.write, self._manifest = Path(folder), write, None
+        self._folder_grew = False
+        self._files = {}  # name → descriptors of the two files
+        self._checked, self._tail_checked = {}, {}  # name → a byte per full chunk; how many rows the last check saw
+        path = self.folder / "manifest"
+        try:
+            self._manifest = os.open(path, os.O_RDWR if write else os.O_RDONLY)
+        except FileNotFoundError:
+            raise UserError(f"there is nothing to read in {self.folder}: {path.name} is missing") from None
+        except OSError as error:
+            raise UserError(f"cannot open {path} ({error.strerror}): have its permissions changed") from error
+        try:
+            if write:
+                self._lock()
+            self.refresh()
+            for name in self._arrays:
+                self._check_tail(name)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, folder, facts=None) -> "Arrays":
+        """A new folder without arrays, open for writing. Raises UserError if there is one already."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            fd = os.open(folder / "manifest", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise UserError(f"{folder} is there already: choose another name") from None
+        except OSError as error:
+            raise UserError(f"cannot create {folder} ({error.strerror}): free some space or change it") from error
+        page = _page({"format": FORMAT, "sequence": 0, "facts": facts or {}, "arrays": {}})
+        try:
+            _write(fd, page + page, 0)
+            os.fsync(fd)
+            _sync_folder(folder)
+        except OSError as error:
+            (folder / "manifest").unlink()
+            raise UserError(f"cannot create {folder} ({error.strerror}): free some space") from error
+        finally:
+            os.close(fd)
+        return cls(folder, write=True)
+
+    def close(self):
+        """Let go of the files, and of the lock. Does nothing a second time."""
+        fds = [self._manifest, *(fd for pair in self._files.values() for fd in pair)]
+        self._files, self._manifest = {}, None
+        for fd in fds:
+            if fd is not None:
+                os.close(fd)
+
+    __del__ = close
+
+    # -----------------------------------------------------------------------------------------------------
+    # Reading
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._arrays)
+
+    def rows(self, name) -> int:
+        """Rows of an array, those that are not yet committed included; 0 if there is no such array."""
+        return self._arrays[name].rows if name in self._arrays else 0
+
+    def dtype(self, name) -> str:
+        return self._arrays[name].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.rows * array.row_bytes for array in self._arrays.values())
+
+    def refresh(self):
+        """Be at the last commit, of this or another process."""
+        content = os.pread(self._manifest, 2 * PAGE_BYTES, 0)
+        pages = [_read_page(content[i : i + PAGE_BYTES]) for i in (0, PAGE_BYTES)]
+        latest = max((page for page in pages if page), key=lambda page: page["sequence"], default=None)
+        if latest is None or latest.get("format") != FORMAT:
+            what = "both copies of it are damaged" if latest is None else f"it says {latest.get('format')!r}"
+            raise Damaged(f"{self.folder / 'manifest'}: expected one of {FORMAT!r}, but {what}")
+        self.sequence, self.facts = latest["sequence"], latest["facts"]
+        self._arrays = {name: _Array(**entry) for name, entry in latest["arrays"].items()}
+        self._to_sync = set()
+
+    def read(self, name, index) -> np.ndarray:
+        """Rows [n, width] at index [n]. Raises Damaged if they are not what was committed."""
+        array = self._arrays[name]
+        if not len(index):
+            return np.empty((0, array.width), DTYPES[array.dtype])
+        unique, inverse = np.unique(index, return_inverse=True)
+        if not 0 <= unique[0] <= unique[-1] < array.rows:
+            raise ValueError(f"{name}: expected indices from 0 to {array.rows - 1}, got {unique[0]} to {unique[-1]}")
+        self._check(name, np.unique(unique // array.chunk_rows))
+        out = np.empty((len(unique), array.width), DTYPES[array.dtype])
+        starts = np.flatnonzero(np.diff(unique, prepend=-2) != 1).tolist()  # of runs of neighbours
+        for start, end in zip(starts, [*starts[1:], len(unique)], strict=True):
+            self._read_into(name, out[start:end], int(unique[start]))
+        return out[inverse]
+
+    def slice(self, name, start, end) -> np.ndarray:
+        """Rows [start, end)."""
+        return self.read(name, np.arange(start, end))
+
+    def check(self):
+        """Read everything. Raises Damaged at the first chunk that is not what was committed."""
+        self._checked, self._tail_checked = {}, {}
+        for name, array in self._arrays.items():
+            self._check(name, range(-(-array.rows // array.chunk_rows)))
+
+    def _open(self, name):
+        """File descriptors of an array's rows and of its chunks' checksums."""
+        if name not in self._files:
+            flags = os.O_RDWR | os.O_CREAT if self.write else os.O_RDONLY
+            fds = []
+            try:
+                for ending in ("bin", "crc"):
+                    fds.append(os.open(self.folder / f"{name}.{ending}", flags, 0o600))
+            except FileNotFoundError as error:
+                for fd in fds:
+                    os.close(fd)
+                raise Damaged(f"{error.filename} is missing") from None
+            self._files[name] = fds
+            self._folder_grew |= self.write
+        return self._files[name]
+
+    def _read_into(self, name, out, first):
+        fd, size = self._open(name)[0], self._arrays[name].row_bytes
+        view, offset = _bytes_of(out), first * size
+        while view:
+            n = os.preadv(fd, [view], offset)
+            if not n:
+                raise Damaged(f"{self.folder / name}.bin: expected {self.rows(name):,} rows of {size} bytes, it is cut")
+            view, offset = view[n:], offset + n
+
+    def _check(self, name, chunks):
+        checked = self._checked.setdefault(name, bytearray())  # a byte per chunk
+        array = self._arrays[name]
+        for chunk in chunks:
+            first = int(chunk) * array.chunk_rows
+            full = first + array.chunk_rows <= array.rows
+            if (chunk < len(checked) and checked[chunk]) or (not full and self._tail_checked.get(name) == array.rows):
+                continue
+            expected = self._chunk_crc(name, chunk) if full else array.crc
+            if self._crc(name, first, min(first + array.chunk_rows, array.rows)) != expected:
+                raise Damaged(
+                    f"{self.folder / name}.bin: rows {first:,} and following are damaged: their checksum differs from "
+                    f"that in {'the .crc file' if full else 'the manifest'}"
+                )
+            if full:
+                self._mark(name, chunk)
+            else:
+                self._tail_checked[name] = array.rows
+
+    def _mark(self, name, chunk):
+        checked = self._checked.setdefault(name, bytearray())
+        checked.extend(bytes(max(0, chunk + 1 - len(checked))))
+        checked[chunk] = 1
+
+    def _chunk_crc(self, name, chunk):
+        content = os.pread(self._open(name)[1], 4, 4 * int(chunk))
+        if len(content) != 4:
+            raise Damaged(f"{self.folder / name}.crc: expected the checksum of chunk {chunk}, the file is cut")
+        return int.from_bytes(content, "little")
+
+    def _crc(self, name, start, end):
+        array = self._arrays[name]
+        rows = np.empty((end - start, array.width), DTYPES[array.dtype])
+        self._read_into(name, rows, start)
+        return zlib.crc32(rows)
+
+    def _check_tail(self, name):
+        """What a torn write would have hit; and whether the files are as long as they should be."""
+        array = self._arrays[name]
+        for fd, size, ending in zip(
+            self._open(name),
+            (array.rows * array.row_bytes, array.rows // array.chunk_rows * 4),
+            ("bin", "crc"),
+            strict=True,
+        ):
+            there = os.fstat(fd).st_size
+            if there < size:
+                raise Damaged(f"{self.folder / name}.{ending}: expected {size:,} bytes or more, got {there:,}")
+        if array.rows:
+            self._check(name, [(array.rows - 1) // array.chunk_rows])
+
+    # -----------------------------------------------------------------------------------------------------
+    # Writing
+
+    def _lock(self):
+        try:
+            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder} is being written to by another process or session: wait for its end, or stop it"
+            ) from None
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            self.refresh()
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}): free some space or have that changed; what was "
+                "kept until now is whole"
+            ) from error
+
+    def append(self, name, values, dtype=None):
+        """Add rows [n, width]. dtype: of a new array, one of DTYPES, if it is not the values' own."""
+        if name not in self._arrays:
+            self._arrays[name] = _Array.new(dtype or str(values.dtype), values.shape[1])
+        array = self._arrays[name]
+        data = _bytes_of(np.ascontiguousarray(values, DTYPES[array.dtype]))
+        crcs, first = [], array.rows // array.chunk_rows
+        with self._writing():
+            _write(self._open(name)[0], data, array.rows * array.row_bytes)
+            while data:
+                n = min(array.chunk_rows - array.rows % array.chunk_rows, len(data) // array.row_bytes)
+                array.crc = zlib.crc32(data[: n * array.row_bytes], array.crc)
+                array.rows, data = array.rows + n, data[n * array.row_bytes :]
+                if array.rows % array.chunk_rows == 0:
+                    crcs.append(array.crc)
+                    array.crc = 0
+            if crcs:
+                _write(self._open(name)[1], np.array(crcs, "<u4").tobytes(), 4 * first)
+        for chunk in range(first, first + len(crcs)):
+            self._mark(name, chunk)
+        self._tail_checked[name] = array.rows
+        self._to_sync.add(name)
+
+    def truncate(self, rows: dict[str, int]):
+        """Keep the first rows only of these arrays, and commit: the next rows go where others were."""
+        for name, count in rows.items():
+            array = self._arrays[name]
+            chunk = count // array.chunk_rows
+            self._check(name, [chunk])
+            array.rows, array.crc = count, self._crc(name, chunk * array.chunk_rows, count)
+            del self._checked[name][chunk:]
+            self._tail_checked[name] = count
+        self.commit()
+
+    def commit(self, durable=True, **facts):
+        """
+        Keep all that was done, and these facts. durable: also when the power fails, not only when the process dies.
+        """
+        self.facts, self.sequence = self.facts | facts, self.sequence + 1
+        arrays = {name: asdict(array) for name, array in self._arrays.items()}
+        page = _page({"format": FORMAT, "sequence": self.sequence, "facts": self.facts, "arrays": arrays})
+        with self._writing():
+            if durable:
+                for fd in [fd for name in self._to_sync for fd in self._open(name)]:
+                    os.fsync(fd)
+                if self._folder_grew:
+                    _sync_folder(self.folder)
+            for offset in (0, PAGE_BYTES):
+                _write(self._manifest, page, offset)
+                if durable:
+                    os.fsync(self._manifest)
+        self._to_sync, self._folder_grew = set(), self._folder_grew and not durable
+
+
+def _bytes_of(rows):
+    return rows.reshape(-1).view(np.uint8).data
+
+
+def _page(content: dict) -> bytes:
+    text = json.dumps(content).encode() + b"\n"
+    page = b"%08x " % zlib.crc32(text) + text
+    if len(page) > PAGE_BYTES:
+        raise ValueError(f"expected facts and arrays of at most {PAGE_BYTES} bytes, got {len(page)}")
+    return page.ljust(PAGE_BYTES, b"\0")
+
+
+def _read_page(page: bytes) -> dict | None:
+    """None if it is damaged or only partly written."""
+    crc, _, text = page.rstrip(b"\0").partition(b" ")
+    return json.loads(text) if crc == b"%08x" % zlib.crc32(text) else None
+
+
+def _write(fd, data, offset):
+    """All of it: a write may be cut short by a disk that is nearly full."""
+    data = memoryview(data)
+    while data:
+        n = os.pwrite(fd, data, offset)
+        data, offset = data[n:], offset + n
+
+
+def _sync_folder(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,298 @@
+"""
+Streams: trees on disk, which outlive the process. `--mc_tree disk`.
+
+    NAME/                  Arrays of the tokens; facts: the tokenizer's checksum, and what the owner notes
+    NAME/gists-<id>/       Arrays level_1, level_2, …: gists of these tokens as one model's networks make them
+    NAME/focus.json        where a conversation looked last, see MCSession.state
+
+The tokens are what is kept; gists can always be made from them. Appending commits tokens before their gists and
+truncating the gists first, so that gists may be behind, never ahead; who opens a stream makes those that are missing.
+A model that was trained further has an <id> of its own: its gists are made beside the old ones, which serve meanwhile.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megacontext.arrays import Arrays, Damaged
+from megacontext.tree import MegaContextTree, RamStore
+from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
+from nanochat.common import UserError, get_base_dir
+
+GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
+SPILL_TOKENS = 16384  # in memory before they are put away
+
+
+def _name(level):
+    return f"level_{level}" if level else "tokens"
+
+
+class DiskStore:
+    """
+    A tree.Store of one stream: in files what was committed, in memory what came since.
+
+    tokens, gists: Arrays; what cannot be written to them stays in memory and is gone at the end. So do the values of
+    several rows (`repeat`), which share what was committed before. device: where values are asked for.
+    """
+
+    def __init__(self, tokens: Arrays, gists: Arrays, block_size: int, device="cpu"):
+        self.tokens, self.gists, self.block_size, self.device = tokens, gists, block_size, torch.device(device)
+        self._keeps, self.end = True, lambda: None  # end: called by `close`
+        self._new = []  # a RamStore per level, of the values after the committed ones
+        num_tokens = tokens.rows("tokens")
+        self._kept = [num_tokens]  # committed values per level
+        while (level := len(self._kept)) <= len(gists.names):
+            self._kept.append(min(gists.rows(_name(level)), num_tokens // block_size**level))
+
+    def append(self, level, values):
+        self.device = values.device
+        self._level(level).append(0, values)
+
+    def _level(self, level):
+        while level >= len(self._new):
+            self._new.append(RamStore(GIST_DTYPE))
+        if level == len(self._kept):
+            self._kept.append(0)
+        return self._new[level]
+
+    def count(self, level):
+        if level >= len(self._kept):
+            return 0
+        return self._kept[level] + (self._new[level].count(0) if level < len(self._new) else 0)
+
+    def get(self, level, index):
+        kept, new = self._kept[level], self._level(level)
+        if not new.count(0):
+            return self._committed(level, index)
+        if not kept or not (old := index < kept).any():
+            return new.get(0, index - kept)
+        values = self._committed(level, index.where(old, 0))
+        newer = new.get(0, (index - kept).clamp(min=0))
+        return values.where(old.view(*old.shape, *[1] * (values.dim() - 2)), newer)
+
+    def _committed(self, level, index):
+        places = index.cpu().numpy().ravel()
+        if level == 0:
+            ids = self.tokens.read("tokens", places).astype(np.int64)
+            return torch.from_numpy(ids).view(index.shape).to(self.device)
+        rows = torch.from_numpy(self.gists.read(_name(level), places))
+        rows = rows.view(torch.bfloat16) if self.gists.dtype(_name(level)) == "bfloat16" else rows
+        return rows.view(*index.shape, -1).to(self.device)
+
+    def truncate(self, level, count):
+        new = self._level(level)
+        new.truncate(0, max(0, count - self._kept[level])) if new.count(0) else None
+        self._kept[level] = min(self._kept[level], count)
+
+    def repeat(self, rows):
+        self._keeps = False
+        for new in self._new:
+            new.repeat(rows)
+
+    def settle(self):
+        spans = zip(self._new[:2], (1, self.block_size), strict=False)
+        if self._keeps and self.gists.write and any(new.count(0) * span >= SPILL_TOKENS for new, span in spans):
+            self.commit(durable=False)
+
+    def commit(self, durable=True, **facts):
+        """
+        Keep all values, and these facts with the tokens. Raises UserError if the disk refuses; nothing is lost then.
+        """
+        for arrays, levels in ((self.gists, range(1, len(self._kept))), (self.tokens, range(1))):
+            cut = {_name(level): self._kept[level] for level in levels if self._kept[level] < arrays.rows(_name(level))}
+            if cut and arrays.write:
+                arrays.truncate(cut)
+        self._keep(self.tokens, range(1), durable, facts)
+        self._keep(self.gists, range(1, len(self._new)), durable, {})
+
+    def _keep(self, arrays, levels, durable, facts):
+        grown = [level for level in levels if self._level(level).count(0)]
+        for level in grown:
+            values = self._new[level].get(0, torch.arange(self._new[level].count(0), device=self.device)[None])
+            arrays.append(_name(level), *_as_rows(values[0].cpu()))
+        if grown or facts:
+            arrays.commit(durable, **facts)
+        for level in grown:
+            self._kept[level] = arrays.rows(_name(level))
+            self._new[level].truncate(0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(new.nbytes for new in self._new)
+
+    def close(self):
+        self.tokens.close()
+        self.gists.close()
+        self.end()
+
+
+def _as_rows(values):
+    """Values as numpy rows [n, width], and the name of their type in the files."""
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.uint16).numpy(), "bfloat16"
+    return (values if values.is_floating_point() else values[:, None]).numpy(), None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def streams_dir() -> Path:
+    """Where streams with a name are."""
+    return private_folder(get_base_dir() / "streams")
+
+
+def private_folder(path) -> Path:
+    path.mkdir(parents=True, mode=0o700, exist_ok=True)
+    return path
+
+
+def stream_folder(name) -> Path:
+    """The folder of a stream. UserError unless the name can be one."""
+    if not re.fullmatch(r"\w[\w.+=@-]{0,99}", name):
+        raise UserError(f"a stream's name is of letters, digits and _ . + = @ -, at most 100, got {name!r}")
+    return streams_dir() / name
+
+
+def reading_of(source, meta, tokenizer, config) -> dict:
+    """
+    What gists depend on, and where they can be read: of a checkpoint (meta: from `load_model`) and its MCConfig.
+    """
+    folder = checkpoint_root(source) / meta["model_tag"]
+    return {
+        "tokenizer": tokenizer.checksum(),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "model": weights_checksum(folder, meta["step"]),
+        "networks": weights_checksum(folder, meta["step"], "mc"),
+        "n_embd": meta["model_config"]["n_embd"],
+        "block_size": config.block_size,
+    }
+
+
+def create_stream(folder, reading, **facts):
+    """An empty stream for texts in the reading's tokens. Raises UserError if there is one."""
+    private_folder(Path(folder).parent)
+    _create_tokens(folder, reading["vocab_size"], tokenizer=reading["tokenizer"], **facts).close()
+
+
+def _create_tokens(folder, vocab_size, **facts):
+    tokens = Arrays.create(folder, facts)
+    tokens.append("tokens", np.empty((0, 1)), "uint16" if vocab_size <= 65536 else "uint32")
+    tokens.commit()
+    return tokens
+
+
+def open_store(folder, reading, device="cpu", write=False) -> DiskStore:
+    """
+    The store of a stream, with the gists of this reading; while those are being made, with others of the same shape.
+
+    Raises UserError if the stream is another tokenizer's, damaged, or being written to by another (write=True).
+    """
+    tokens = Arrays(folder, write)
+    try:
+        if tokens.facts.get("tokenizer") != reading["tokenizer"]:
+            raise UserError(f"{folder} was written with another tokenizer: choose the model that it was made with")
+        own = _gists_folder(folder, reading)
+        best = max([own, *gist_sets(folder, reading)], key=lambda path: (_covered(path), path == own))
+        gists = _open_or_create(best, reading) if write or not best.exists() else Arrays(best)
+        return DiskStore(tokens, gists, reading["block_size"], device)
+    except BaseException:
+        tokens.close()
+        raise
+
+
+def _gists_folder(folder, reading):
+    return Path(folder) / f"gists-{hashlib.sha256(json.dumps(reading, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def _open_or_create(path, reading):
+    return Arrays(path, write=True) if path.exists() else Arrays.create(path, reading)
+
+
+def gist_sets(folder, reading=None) -> list[Path]:
+    """The folders of a stream's gists: all, or those that a model of this reading can use."""
+    found = []
+    for path in sorted(Path(folder).glob("gists-*")):
+        gists = Arrays(path)
+        if reading is None or all(gists.facts.get(key) == reading[key] for key in ("n_embd", "block_size")):
+            found.append(path)
+        gists.close()
+    return found
+
+
+def _covered(path) -> int:
+    """How many gists there are in a folder; −1 for one that is not there."""
+    if not path.exists():
+        return -1
+    gists = Arrays(path)
+    gists.close()
+    return gists.rows(_name(1))
+
+
+def missing_gists(folder, reading) -> int:
+    """How many blocks of a stream have no gist of this reading."""
+    tokens = Arrays(folder)
+    tokens.close()
+    return tokens.rows("tokens") // reading["block_size"] - max(0, _covered(_gists_folder(folder, reading)))
+
+
+def make_gists(folder, reading, gist_fn, embed_fn, device="cpu"):
+    """
+    Make the gists of this reading that are missing, beside whoever uses the stream; a generator of the blocks that
+    have theirs. Goes on where it was ended.
+    """
+    tokens, gists = Arrays(folder), _open_or_create(_gists_folder(folder, reading), reading)
+    store = DiskStore(tokens, gists, reading["block_size"], device)
+    try:
+        with torch.no_grad():
+            for _ in MegaContextTree(gist_fn, reading["block_size"], store, embed_fn).complete():
+                yield store.count(1)
+        store.commit()
+    finally:
+        store.close()
+
+
+def drop_gists(folder, reading):
+    """Delete the gists of all other readings; their readers keep what they have open."""
+    for path in Path(folder).glob("gists-*"):
+        if path != _gists_folder(folder, reading):
+            shutil.rmtree(path)
+
+
+def delete_stream(folder):
+    """Raises UserError if somebody is writing to it."""
+    with contextlib.suppress(Damaged):  # nobody can be using it
+        Arrays(folder, write=True).close()
+    shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stores by the names of --mc_tree
+
+
+def _scratch_store(block_size):
+    """A store on disk that is gone with the session."""
+    root = private_folder(get_base_dir() / "scratch")
+    for left in root.iterdir():  # by processes that were killed
+        try:
+            if time.time() - left.stat().st_mtime > 60:
+                delete_stream(left)
+        except UserError:  # in use
+            pass
+    folder = Path(tempfile.mkdtemp(dir=root))
+    store = DiskStore(_create_tokens(folder, 2**32), Arrays.create(folder / "gists"), block_size)
+    store.end = weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    return store
+
+
+STORES = {"ram": lambda block_size: RamStore(GIST_DTYPE), "disk": _scratch_store}

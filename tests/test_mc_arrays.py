@@ -1,0 +1,327 @@
+"""Arrays on disk: after a kill, a power failure, a full disk or damage there is what was committed, or a refusal."""
+
+import os
+import random
+import stat
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacontext import arrays
+from megacontext.arrays import Arrays, Damaged
+from nanochat.common import UserError
+from tests.helpers import start, until
+
+CHUNK = 40  # bytes: a few rows
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", CHUNK)
+
+
+def rows_of(seed, n, width=3):
+    return np.random.default_rng(seed).integers(0, 65536, (n, width), dtype=np.uint16)
+
+
+def everything(store):
+    return {name: store.slice(name, 0, store.rows(name)) for name in store.names}
+
+
+def filled(folder, n=50):
+    store = Arrays.create(folder, {"owner": "test"})
+    store.append("a", rows_of(1, n))
+    store.append("b", rows_of(2, 7, 1), "uint32")
+    store.commit(n=n)
+    return store
+
+
+def test_what_was_committed_is_read_back(tmp_path):
+    filled(tmp_path / "x").close()
+    store = Arrays(tmp_path / "x")
+    assert store.facts == {"owner": "test", "n": 50}
+    assert np.array_equal(store.slice("a", 0, 50), rows_of(1, 50))
+    assert np.array_equal(store.slice("b", 0, 7), rows_of(2, 7, 1))
+    index = np.random.default_rng(0).integers(0, 50, 200)
+    assert np.array_equal(store.read("a", index), rows_of(1, 50)[index])
+    assert store.rows("c") == 0
+    with pytest.raises(ValueError, match="expected indices from 0 to 49, got 3 to 50"):
+        store.read("a", np.array([3, 50]))
+    for path in (tmp_path / "x").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o700
+
+
+@given(st.lists(st.one_of(st.integers(0, 40), st.floats(0, 1)), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_appends_and_cuts_equal_a_list(tmp_path_factory, steps):
+    """Integers append so many rows, fractions keep that part; each step is committed, opened anew or neither."""
+    folder, expected = tmp_path_factory.mktemp("arrays") / "x", rows_of(0, 0)
+    store = Arrays.create(folder)
+    store.append("a", expected)
+    for i, step in enumerate(steps):
+        if isinstance(step, int):
+            more = rows_of(i, step)
+            store.append("a", more)
+            expected = np.concatenate((expected, more))
+        else:
+            expected = expected[: int(step * len(expected))]
+            store.truncate({"a": len(expected)})
+        if i % 3 == 0:
+            store.commit()
+        if i % 3 == 1:
+            store.commit()
+            store.close()
+            store = Arrays(folder, write=True)
+        assert np.array_equal(store.slice("a", 0, store.rows("a")), expected)
+    store.commit()
+    reader = Arrays(folder)
+    reader.check()
+    assert np.array_equal(reader.slice("a", 0, reader.rows("a")), expected)
+    store.close()
+    reader.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kills and power failures
+
+
+class Disk:
+    """Notes all writes and flushes, so that the folder can be made as it would be after a failure at any of them."""
+
+    def __init__(self, patch):
+        self.log, pwrite, fsync = [], os.pwrite, os.fsync
+
+        def note_write(fd, data, offset):
+            self.log.append((os.readlink(f"/proc/self/fd/{fd}"), offset, bytes(data)))
+            return pwrite(fd, data, offset)
+
+        def note_sync(fd):
+            self.log.append((os.readlink(f"/proc/self/fd/{fd}"), None, None))
+            fsync(fd)
+
+        patch.setattr(os, "pwrite", note_write)
+        patch.setattr(os, "fsync", note_sync)
+
+    def fail_at(self, at, folder, rng=None):
+        """
+        Files as after the first `at` operations. rng: what was not flushed is there or not, whole or in part, at random
+        (a power failure), else all of it is (a kill), the last one in part.
+        """
+        files, log = {}, self.log[:at]
+        for i, (path, offset, data) in enumerate(log):
+            content = files.setdefault(os.path.basename(path), bytearray())
+            if data is None or os.path.isdir(path):
+                continue
+            flushed = any(p == path and d is None for p, _, d in log[i + 1 :])
+            if rng and not flushed:
+                data = data[: rng.choice((0, rng.randrange(len(data) + 1), len(data)))]
+            elif not rng and i == at - 1:
+                data = data[: len(data) // 2]
+            content.extend(bytes(max(0, offset + len(data) - len(content))))
+            content[offset : offset + len(data)] = data
+        folder.mkdir()
+        for name, content in files.items():
+            if name != folder.name and name != "original":
+                (folder / name).write_bytes(content)
+
+
+def write_a_history(folder, kept):
+    """Appends, commits and cuts; kept: after each commit, the number of writes until then, and all that there is."""
+    store = Arrays.create(folder)
+    kept.append(everything(store))
+    for seed, n in enumerate((3, 20, 0, 9)):
+        store.append("a", rows_of(seed, n))
+        store.append("b", rows_of(seed, n // 3 + 1, 1))
+        store.commit(step=seed)
+        kept.append(everything(store))
+        if seed == 1:
+            store.truncate({"a": 11, "b": 2})
+            kept.append(everything(store))
+    store.close()
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_failure_at_every_write_leaves_the_last_commit_or_the_next(tmp_path, power):
+    with pytest.MonkeyPatch.context() as patch:
+        disk, moments = Disk(patch), []
+
+        class Kept(list):
+            def append(self, state):
+                moments.append((len(disk.log), state))
+
+        write_a_history(tmp_path / "original", Kept())
+    assert len(disk.log) > 40
+    for at in range(moments[0][0], len(disk.log) + 1):
+        done = max(i for i, (n, _) in enumerate(moments) if n <= at)
+        for attempt in range(5 if power else 1):
+            folder = tmp_path / f"{at}-{attempt}"
+            disk.fail_at(at, folder, random.Random(at * 10 + attempt) if power else None)
+            store = Arrays(folder, write=True)
+            found = everything(store)
+            allowed = [state for _, state in moments[done : done + 2]]
+            assert any(
+                found.keys() == state.keys() and all(np.array_equal(found[k], state[k]) for k in state)
+                for state in allowed
+            ), at
+            store.append("a", rows_of(99, 30))  # and it goes on
+            store.commit()
+            store.check()
+            store.close()
+
+
+def append_forever(folder, reports):
+    store, fd, n = Arrays.create(folder), os.open(reports, os.O_WRONLY | os.O_CREAT), 0
+    while True:
+        store.append("a", rows_of(n, 100))
+        n += 1
+        store.commit(batches=n)
+        os.pwrite(fd, n.to_bytes(4, "little"), 0)
+
+
+def test_sigkill_loses_nothing_that_was_reported(tmp_path):
+    for attempt in range(3):
+        folder, reports = tmp_path / str(attempt), tmp_path / f"reports-{attempt}"
+        process = start(append_forever, folder, reports)
+        until(lambda reports=reports: reports.exists() and reports.stat().st_size == 4)
+        time.sleep(0.1 + 0.07 * attempt)
+        process.kill()
+        process.join()
+        store = Arrays(folder, write=True)
+        store.check()
+        n = store.facts["batches"]
+        assert int.from_bytes(reports.read_bytes(), "little") <= n
+        assert np.array_equal(store.slice("a", 0, store.rows("a")), np.concatenate([rows_of(i, 100) for i in range(n)]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What else a disk does
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A disk of 256 KiB, mounted with the options it is called with."""
+    mounted = []
+
+    def mount(options="size=256k"):
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(tmp_path / "disk")]
+        (tmp_path / "disk").mkdir(exist_ok=True)
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount")
+        mounted.append(1)
+        return tmp_path / "disk"
+
+    yield mount
+    for _ in mounted:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+def test_full_disk_keeps_what_was_committed_and_can_go_on(tmpfs):
+    disk = tmpfs()
+    (disk / "ballast").write_bytes(bytes(100_000))
+    store = Arrays.create(disk / "x")
+
+    def fill():
+        while True:
+            kept = store.rows("a") // 500
+            store.append("a", rows_of(kept, 500))
+            store.commit(kept=kept + 1)
+
+    with pytest.raises(UserError, match="No space left on device.*free some space"):
+        fill()
+    kept = store.facts["kept"]
+    assert kept > 1
+    assert store.rows("a") == 500 * kept
+    store.check()
+    (disk / "ballast").unlink()
+    store.append("a", rows_of(kept, 500))
+    store.commit()
+    store.close()
+    store = Arrays(disk / "x")
+    expected = np.concatenate([rows_of(i, 500) for i in range(kept + 1)])
+    assert np.array_equal(store.slice("a", 0, store.rows("a")), expected)
+
+
+def test_a_disk_that_cannot_be_written_to(tmpfs):
+    disk = tmpfs()
+    filled(disk / "x").close()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(UserError, match="cannot open .*manifest .Read-only"):
+        Arrays(disk / "x", write=True)
+    with pytest.raises(UserError, match="cannot create .*Read-only"):
+        Arrays.create(disk / "y")
+    store = Arrays(disk / "x")  # it can be read
+    store.check()
+    store.close()
+
+
+DAMAGE = {
+    "bit": lambda content, at: content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :],
+    "cut": lambda content, at: content[:at],
+    "empty": lambda content, at: b"",
+    "zeros": lambda content, at: content[:at] + bytes(len(content) - at),
+    "foreign": lambda content, at: b"PK" + content[2:],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["a.bin", "a.crc", "manifest"])
+def test_damage_is_named_and_nothing_wrong_is_ever_read(tmp_path, name, kind):
+    filled(tmp_path / "x").close()
+    path = tmp_path / "x" / name
+    content = path.read_bytes()
+    for at in range(0, len(content), max(1, len(content) // 40)):
+        path.unlink(missing_ok=True)
+        if DAMAGE[kind]:
+            path.write_bytes(DAMAGE[kind](content, at))
+        found, error = outcome(tmp_path / "x")
+        if error:
+            assert name.split(".")[0] in str(error)
+            assert isinstance(error, Damaged) or kind == "missing"
+        else:  # the second page of the manifest is a copy
+            assert np.array_equal(found, rows_of(1, 50))
+            assert name == "manifest" or path.read_bytes() == content
+
+
+def outcome(folder):
+    try:
+        store = Arrays(folder)
+        return np.concatenate([store.slice("a", i, i + 1) for i in range(50)]), None
+    except UserError as error:
+        return None, error
+
+
+def test_either_page_of_the_manifest_will_do_and_not_none(tmp_path):
+    filled(tmp_path / "x").close()
+    path = tmp_path / "x" / "manifest"
+    whole = path.read_bytes()
+    for first in (0, arrays.PAGE_BYTES):
+        path.write_bytes(whole[:first] + bytes(arrays.PAGE_BYTES) + whole[first + arrays.PAGE_BYTES :])
+        assert Arrays(tmp_path / "x").facts["n"] == 50
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(Damaged, match="manifest.*both copies of it are damaged"):
+        Arrays(tmp_path / "x")
+
+
+def test_one_writes_and_others_read(tmp_path):
+    writer = filled(tmp_path / "x")
+    with pytest.raises(UserError, match="x is being written to by another process or session"):
+        Arrays(tmp_path / "x", write=True)
+    reader = Arrays(tmp_path / "x")
+    writer.append("a", rows_of(3, 4))
+    reader.refresh()
+    assert reader.rows("a") == 50
+    writer.commit()
+    reader.refresh()
+    assert np.array_equal(reader.slice("a", 50, 54), rows_of(3, 4))
+    writer.close()
+    Arrays(tmp_path / "x", write=True).close()
+    with pytest.raises(UserError, match="there is nothing to read in .*nowhere"):
+        Arrays(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="there already"):
+        Arrays.create(tmp_path / "x")

@@ -1,0 +1,316 @@
+"""Trees on disk against trees in memory; sessions over them, before and after a restart; another model's gists."""
+
+import dataclasses
+import gc
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacontext import streams
+from megacontext.config import MCConfig
+from megacontext.networks import MCNetworks
+from megacontext.session import MCSession
+from megacontext.streams import create_stream, make_gists, missing_gists, open_store
+from megacontext.tree import MegaContextTree, RamStore
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig
+from tests.helpers import make_model
+
+V, K = 300, 4
+SETTINGS = MCConfig(
+    block_size=K,
+    allocator_soft_max=48,
+    allocator_recent_tokens=8,
+    mc_infer_refocus_interval=6,
+    mc_infer_allocator_iterations=2,
+    allocator_expand_threshold=0.0,
+    allocator_collapse_threshold=0.0,
+).resolve(64)
+READING = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "block_size": K}
+
+
+@pytest.fixture(autouse=True)
+def here(base_dir, monkeypatch):
+    monkeypatch.setattr(streams, "SPILL_TOKENS", 40)
+    monkeypatch.setattr("megacontext.tree.INGEST_TOKENS", 100)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GPTConfig(sequence_len=64, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    return make_model(config).eval()
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(3)
+    networks = MCNetworks(32, SETTINGS).eval()
+    with torch.no_grad():
+        for p in networks.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    networks.gistnet.trained_levels.fill_(8)
+    return networks
+
+
+def gist(children, level):
+    return torch.tanh(children.float().mean(1) + 0.1 * level).roll(1, -1)
+
+
+def embed(ids):
+    return torch.sin(ids[..., None] * torch.linspace(0.1, 1, 32))
+
+
+def ids(n, seed=0):
+    return torch.randint(0, V - 9, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def tree_of(store):
+    return MegaContextTree(gist, K, store, embed)
+
+
+def levels_of(store):
+    out = []
+    while count := store.count(len(out)):
+        out.append(store.get(len(out), torch.arange(count)[None]))
+    return out
+
+
+def new_stream(tmp_path, reading=READING):
+    create_stream(tmp_path / "s", reading)
+    return open_store(tmp_path / "s", reading, write=True)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "cut", "commit", "reopen"]), st.integers(0, 90)), max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_a_tree_on_disk_equals_one_in_memory(tmp_path_factory, steps):
+    tmp_path = tmp_path_factory.mktemp("streams")
+    disk, ram = tree_of(new_stream(tmp_path)), tree_of(RamStore(torch.bfloat16))
+    for seed, (step, n) in enumerate(steps):
+        if step == "add":
+            for tree in (disk, ram):
+                tree.append(ids(n, seed))
+        elif step == "cut":
+            n = min(n, disk.num_tokens)
+            for tree in (disk, ram):
+                tree.truncate(n)
+        else:
+            disk.store.commit(durable=False)
+        if step == "reopen":
+            disk.store.close()
+            disk = tree_of(open_store(tmp_path / "s", READING, write=True))
+        assert all(map(torch.equal, levels_of(disk.store), levels_of(ram.store)))
+        assert disk.num_tokens == ram.num_tokens
+    disk.store.close()
+
+
+def test_what_is_in_memory_stays_bounded(tmp_path):
+    store = new_stream(tmp_path)
+    tree = tree_of(store)
+    for seed in range(30):
+        tree.append(ids(100, seed))
+    assert store.nbytes < 8 * 300 + 64 * 100
+    assert store.tokens.rows("tokens") > 2900  # by itself
+
+
+def test_gists_that_are_behind_are_made_at_the_next_opening(tmp_path, monkeypatch):
+    store = new_stream(tmp_path)
+    tree = tree_of(store)
+    tree.append(ids(500))
+    expected = levels_of(store)
+
+    def refuse(*args):
+        raise UserError("no space")
+
+    monkeypatch.setattr(store.gists, "commit", refuse)
+    with pytest.raises(UserError, match="no space"):
+        tree.append(ids(500, 1))
+    store.close()
+    store = open_store(tmp_path / "s", READING, write=True)
+    assert store.count(0) > 500
+    assert store.count(1) == 125 < store.count(0) // K
+    for _ in tree_of(store).complete():
+        pass
+    for found, before in zip(levels_of(store), expected, strict=False):
+        assert torch.equal(found[:, : before.size(1)], before)
+
+
+def test_another_models_gists_are_made_beside_the_old_ones(tmp_path):
+    store = new_stream(tmp_path)
+    tree_of(store).append(ids(1000))
+    store.commit()
+    old = levels_of(store)
+    newer = READING | {"model": "m2"}
+
+    def other(children, level):
+        return gist(children, level).roll(1, -1)
+
+    assert missing_gists(tmp_path / "s", newer) == 250
+    work = make_gists(tmp_path / "s", newer, other, embed)  # while the first store is open for writing
+    assert 0 < next(work) < 250
+    work.close()
+    reader = open_store(tmp_path / "s", newer)  # is served by the old ones meanwhile
+    assert all(map(torch.equal, levels_of(reader), old))
+    reader.close()
+    left = missing_gists(tmp_path / "s", newer)
+    for _ in make_gists(tmp_path / "s", newer, other, embed):
+        pass
+    assert missing_gists(tmp_path / "s", newer) == 0 < left
+    store.close()
+    reader = open_store(tmp_path / "s", newer)
+    tree = MegaContextTree(other, K, RamStore(torch.bfloat16), embed)
+    tree.append(ids(1000))
+    assert all(map(torch.equal, levels_of(reader), levels_of(tree.store)))
+    streams.drop_gists(tmp_path / "s", newer)
+    assert len(streams.gist_sets(tmp_path / "s")) == 1
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_store(tmp_path / "s", READING | {"tokenizer": "other"})
+    wider = READING | {"n_embd": 64}  # which the old ones do not fit
+    assert open_store(tmp_path / "s", wider).count(1) == 0
+
+
+def test_deleting_needs_that_nobody_writes(tmp_path):
+    store = new_stream(tmp_path)
+    with pytest.raises(UserError, match="is being written to"):
+        streams.delete_stream(tmp_path / "s")
+    store.close()
+    (tmp_path / "s" / "manifest").write_bytes(b"")
+    streams.delete_stream(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def read_as_the_page_says(folder):
+    """A reader written from the page on the format: name → rows, and the facts."""
+    manifest, pages = (folder / "manifest").read_bytes(), []
+    for page in (manifest[:8192], manifest[8192:]):
+        crc, line = page[:8], page[9:].rstrip(b"\0")
+        if int(crc, 16) == zlib.crc32(line):
+            pages.append(json.loads(line))
+    latest, rows = max(pages, key=lambda page: page["sequence"]), {}
+    for name, array in latest["arrays"].items():
+        content = (folder / f"{name}.bin").read_bytes()
+        crcs = np.fromfile(folder / f"{name}.crc", "<u4")
+        size = array["width"] * {"uint16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}[array["dtype"]]
+        content, chunk = content[: array["rows"] * size], array["chunk_rows"] * size
+        full = array["rows"] // array["chunk_rows"]
+        for i in range(full):
+            assert zlib.crc32(content[i * chunk : (i + 1) * chunk]) == crcs[i]
+        assert zlib.crc32(content[full * chunk :]) == array["crc"]
+        numbers = np.frombuffer(content, {2: "<u2", 4: "<u4"}[size // array["width"]]).reshape(-1, array["width"])
+        if array["dtype"] == "bfloat16":
+            numbers = (numbers.astype("<u4") << 16).view("<f4")
+        rows[name] = numbers
+    return rows, latest["facts"]
+
+
+def test_the_format_is_what_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacontext.arrays.CHUNK_BYTES", 1000)
+    store = new_stream(tmp_path)
+    tree_of(store).append(ids(1003))
+    store.commit(noted="x")
+    tokens, facts = read_as_the_page_says(tmp_path / "s")
+    assert facts == {"tokenizer": "t", "noted": "x"}
+    [folder] = (tmp_path / "s").glob("gists-*")
+    gists, facts = read_as_the_page_says(folder)
+    assert facts == READING
+    for name, level in zip(["tokens", "level_1", "level_2", "level_3", "level_4"], levels_of(store), strict=True):
+        assert np.array_equal((tokens | gists)[name], level[0].float().view(level.size(1), -1).numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sessions
+
+
+def turns(model, tokenizer, session, prompts, after=lambda session: session, past=()):
+    """The greedy answers to prompts that each go on from the last answer; after each, the session for the next."""
+    history, answers = [], []
+    for prompt in prompts:
+        history += prompt
+        tokens = Engine(model, tokenizer).generate(history, max_tokens=30, temperature=0.0, session=session)
+        answers.append([column[0] for column, _ in tokens])
+        history += answers[-1]
+        session = after(session)
+    return answers, session
+
+
+PROMPTS = [ids(150, 7)[0].tolist(), ids(40, 8)[0].tolist(), ids(400, 9)[0].tolist(), ids(3, 10)[0].tolist()]
+
+
+@pytest.mark.parametrize("allocator", ["greedy", "stochastic_greedy"])
+def test_greedy_tokens_are_those_of_a_tree_in_memory_before_and_after_restarts(
+    model, networks, tokenizer, tmp_path, allocator
+):
+    config = dataclasses.replace(SETTINGS, allocator=allocator)
+    expected, _ = turns(model, tokenizer, MCSession(model, networks, config), PROMPTS)
+
+    scratch = MCSession(model, networks, dataclasses.replace(config, mc_tree="disk"))
+    assert turns(model, tokenizer, scratch, PROMPTS)[0] == expected
+    scratch.close()
+
+    def restart(session):
+        session.tree.store.commit()
+        state = json.loads(json.dumps(session.state()))
+        session.close()
+        store = open_store(tmp_path / "s", READING, write=True)
+        return MCSession(model, networks, config, store=store, state=state)
+
+    first = MCSession(model, networks, config, store=new_stream(tmp_path))
+    found, last = turns(model, tokenizer, first, PROMPTS, restart)
+    assert found == expected
+    assert last.tree.store.tokens.rows("tokens") == last.num_tokens
+
+
+def test_several_rows_and_samples_on_a_scratch_disk(model, networks, tokenizer, base_dir):
+    def run(mc_tree):
+        session = MCSession(model, networks, dataclasses.replace(SETTINGS, mc_tree=mc_tree), rows=3)
+        found = list(Engine(model, tokenizer).generate(PROMPTS[2], 3, max_tokens=40, seed=4, session=session))
+        return found, session
+
+    found, session = run("disk")
+    assert found == run("ram")[0]
+    [folder] = (base_dir / "scratch").iterdir()
+    session.close()
+    assert not folder.exists()
+    found, session = run("disk")
+    del session
+    gc.collect()
+    assert not list((base_dir / "scratch").iterdir())
+
+
+def test_a_stream_is_the_past_of_many_chats_and_not_changed_by_them(model, networks, tokenizer, tmp_path):
+    past = ids(700, 3)
+    store = new_stream(tmp_path)
+    MegaContextTree(MCSession(model, networks, SETTINGS).reader.gist, K, store, model.embed).append(past)
+    store.commit()
+    size = store.tokens.rows("tokens")
+
+    whole = MCSession(model, networks, SETTINGS)
+    for _ in range(2):
+        chat = MCSession(model, networks, SETTINGS, store=open_store(tmp_path / "s", READING), past=700)
+        answers, chat = turns(model, tokenizer, chat, PROMPTS)
+        assert chat.num_tokens > 700
+        chat.prefill(PROMPTS[1])  # another conversation over the same past
+        held = chat.tree.store.get(0, torch.arange(chat.num_tokens)[None])[0].tolist()
+        assert held == past[0].tolist() + PROMPTS[1]
+        chat.close()
+    store.tokens.refresh()
+    assert store.tokens.rows("tokens") == size
+    # What they say is what a session says that has read the stream itself: the first working contexts are equal
+    expected = list(Engine(model, tokenizer).generate(past[0].tolist() + PROMPTS[0], max_tokens=1, session=whole))
+    assert len(answers) == len(PROMPTS)
+    assert expected
+
+
+def test_a_state_that_is_none_is_refused(model, networks, tmp_path):
+    store = new_stream(tmp_path)
+    session = MCSession(model, networks, SETTINGS, store=store)
+    session.prefill(PROMPTS[0])
+    good = session.state()
+    for bad in ({}, {**good, "lod": [[5, 38]]}, {**good, "lod": "x"}, {**good, "record": {"changes": [[1]]}}):
+        with pytest.raises(ValueError, match="expected"):
+            session.focus.resume(bad, session.context)
