@@ -7,6 +7,7 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
     python dev/bench.py loss --vocab_size 65536          # our cross-entropy beside others
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
     python dev/bench.py sample --vocab_size 65536        # microseconds to sample one token per row
+    python dev/bench.py serve --depth 4                  # a chat server with 1, 8 and 32 clients, without and with --mc
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
     python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and the whole step
 
@@ -34,6 +35,7 @@ from rich.table import Table
 
 from dev.bench_infer import bench_mc_infer
 from dev.bench_mc import bench_mc
+from dev.bench_serve import bench_serve
 from megacontext.attach import attach
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
@@ -54,7 +56,7 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, loss, decode, sample, mc or mc-infer; can also be given as the first word"""
+    """tokenizer, loader, train, loss, decode, sample, serve, mc or mc-infer; can also be given as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
@@ -62,25 +64,25 @@ class Config:
     device_batch_size: int = 8
     """loader, train, loss: B"""
     max_seq_len: int = 512
-    """loader, train, loss: T; mc-infer: entries of the working context"""
+    """loader, train, loss, serve: T; mc-infer: entries of the working context"""
     total_batch_size: int = -1
     """train: tokens per step; -1 for B × T"""
     depth: int = 4
-    """train, loss, decode: layers"""
+    """train, loss, decode, serve: layers"""
     mc: bool = False
     """train: with MegaContext, half-way through the training"""
     steps: int = 10
     """train: steps to measure, after 3 for warm-up"""
     prompt_tokens: int = 64
-    """decode: length of the prompt"""
+    """decode, serve: length of the prompt"""
     new_tokens: int = 100
-    """decode, mc-infer: tokens per row to measure, after some for warm-up"""
+    """decode, mc-infer: tokens per row to measure, after some for warm-up; serve: tokens per answer"""
     stream_tokens: int = 65536
     """mc-infer: tokens in the tree of the longer of two streams"""
     device_type: str = ""
-    """train, decode: cuda, cpu or mps"""
+    """train, decode, serve: cuda, cpu or mps"""
     dtype: str = "auto"
-    """train, decode: auto, bf16, fp32, or both for a comparison"""
+    """train, decode, serve: auto, bf16, fp32; of train and decode also both, for a comparison"""
     compile: str = "auto"
     """train: compile the model, auto, on or off; decode: the same for CUDA graphs"""
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
@@ -420,6 +422,7 @@ def main(config: Config):
         "loss": bench_loss,
         "decode": bench_decode,
         "sample": bench_sample,
+        "serve": lambda config: bench_serve(config, show),
         "mc": lambda config: bench_mc(config, show),
         "mc-infer": lambda config: bench_mc_infer(config, show),
     }

@@ -7,7 +7,7 @@ what the session holds is cut off before anything is read, so no session can tel
 looked stays, so that an answer without a name may depend a little on what others with the same beginning asked. The
 least recently used one makes room for a new one; its conversation is read again at its next turn, nothing is lost.
 
-A worker has one thread and so one job at a time: a session never serves two.
+A worker has one thread, and a session answers one job at a time: another one of its conversation waits.
 """
 
 import threading
@@ -19,7 +19,7 @@ from functools import partial
 
 from megacontext.session import MCSession
 from megacontext.working_context import WorkingContext
-from nanochat.serving.job import Focus, Job
+from nanochat.serving.job import FocusState, Job
 
 
 @dataclass(eq=False)
@@ -69,12 +69,14 @@ class ChatSessions:
         """The session for this job, now the most recently used."""
         prompt = array("i", job.prompt)
         with self.lock:
-            held = self._find(prompt, job.conversation)
+            held = self._find(prompt, job.conversation, idle=True)
             if held:
                 self.held.remove(held)
             else:
                 if len(self.held) == self.limit:
-                    self.held.pop(0).session.close()
+                    unused = next(held for held in self.held if held.job is None)
+                    self.held.remove(unused)
+                    unused.session.close()
                     self.evicted += 1
                 held = Held(conversation=job.conversation)
                 held.session = self.make_session(on_update=partial(self._on_update, held))
@@ -82,11 +84,12 @@ class ChatSessions:
             self.held.append(held)
         return held
 
-    def _find(self, prompt, conversation):
+    def _find(self, prompt, conversation, idle=False):
+        """What is held of a conversation, or of what this prompt goes on with; idle: if it is not answering."""
+        held = [held for held in self.held if held.job is None or not idle]
         if conversation:
-            return next((held for held in self.held if held.conversation == conversation), None)
-        unnamed = (held for held in self.held if not held.conversation)
-        known = [held for held in unnamed if prompt[: len(held.prompt)] == held.prompt]
+            return next((one for one in held if one.conversation == conversation), None)
+        known = [one for one in held if not one.conversation and prompt[: len(one.prompt)] == one.prompt]
         return max(known, key=lambda held: len(held.prompt), default=None)
 
     def _drop(self, held):
@@ -106,7 +109,7 @@ class ChatSessions:
         held.num_bytes = sum(held.session.memory().values())
         if held.job.focus:
             held.state = held.session.focus_state()
-            held.job.emit(Focus(held.state))
+            held.job.emit(FocusState(held.state))
 
     # -----------------------------------------------------------------------------------------------------
     # From any thread
@@ -115,6 +118,14 @@ class ChatSessions:
         with self.lock:
             held = self._find(array("i", prompt), conversation)
             return held.used if held else 0.0
+
+    def free(self, job):
+        with self.lock:
+            if job.conversation:
+                held = self._find((), job.conversation)
+                if held:
+                    return held.job is None
+            return len(self.held) < self.limit or any(held.job is None for held in self.held)
 
     def fits(self, num_tokens):
         finest = WorkingContext.finest(1, num_tokens, self.config.block_size)

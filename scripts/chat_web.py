@@ -75,6 +75,8 @@ class Config(ModelOptions, DeviceOptions):
     """key that clients must send, or @FILE that contains it; empty for $NANOCHAT_API_KEY, or none if that is not set"""
     allow_origin: str = ""
     """comma-separated origins of other web pages that may send requests (CORS); * for all"""
+    batch_size: int = 32
+    """answers that a worker generates at once; with --mc, at most --mc_sessions"""
     queue_size: int = 64
     """requests that may wait for a worker; more get 503"""
     max_messages: int = -1
@@ -100,6 +102,7 @@ def check(config):
         "top_k": schema.TOP_K,
         "max_tokens": schema.MAX_TOKENS,
         "num_gpus": (1, 1024),
+        "batch_size": (1, 1024),
         "queue_size": (0, 100_000),
         "max_messages": (1, 100_000),
         "max_message_chars": (1, 10_000_000),
@@ -250,7 +253,7 @@ def main(config: Config):
         )
         telemetry.event("chat", attributes, time.monotonic() - job.created)
 
-    pool = WorkerPool(config.queue_size, on_end)
+    pool = WorkerPool(config.queue_size, on_end, config.batch_size)
     defaults = Defaults(config.temperature, config.top_k, config.max_tokens)
     app = create_app(pool, limits, defaults, key, origins)
     workers = devices(config)

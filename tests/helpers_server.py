@@ -59,6 +59,9 @@ class Script:
             config=SimpleNamespace(sequence_len=self.context), get_device=lambda: torch.device("cpu")
         )
 
+    def batch(self):
+        return ScriptBatch(self)
+
     def generate(self, tokens, max_tokens, **settings):
         self.prompts.append(tokens)
         self.settings.append(settings)
@@ -78,10 +81,39 @@ class Script:
             self.closed.set()
 
 
+class ScriptBatch:
+    """Stands in for a Batch: each stream of it is a generator of the script, of which a step takes one token."""
+
+    def __init__(self, script):
+        self.script, self.streams = script, {}
+
+    def add(self, prompt, max_tokens, sampling, session=None, with_logits=False):
+        stream = type("Stream", (), {"ended": None})()
+        self.streams[stream] = self.script.generate(prompt, max_tokens, **vars(sampling))
+        return stream
+
+    def remove(self, stream):
+        if stream in self.streams:
+            self.streams.pop(stream).close()
+
+    def step(self):
+        news = []
+        for stream, columns in list(self.streams.items()):
+            try:
+                news.append((stream, next(columns)[0][0], None))
+            except StopIteration:
+                stream.ended = "length"
+                news.append((stream, None, None))
+            except Exception as error:  # as Batch does, it ends this stream alone
+                stream.ended = error
+                news.append((stream, None, None))
+        return news
+
+
 @contextlib.contextmanager
-def serving(*engines, queue_size=64, drain_seconds=30.0, sndbuf=None, **options):
+def serving(*engines, queue_size=64, batch_size=1, drain_seconds=30.0, sndbuf=None, **options):
     """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
-    pool = WorkerPool(queue_size)
+    pool = WorkerPool(queue_size, batch_size=batch_size)
     app = create_app(pool, **options)
     server = Server(app, pool, drain_seconds)
     listener = open_socket("127.0.0.1", 0)
@@ -191,8 +223,8 @@ class Watched(MCSession):
             raise self.fault
         return self._alone(super().prefill, tokens)
 
-    def step(self, ids):
-        return self._alone(super().step, ids)
+    def enter(self, ids):
+        return self._alone(super().enter, ids)
 
     def _alone(self, method, argument):
         assert self.inside.acquire(blocking=False), "two at once"
@@ -203,9 +235,9 @@ class Watched(MCSession):
 
 
 @contextlib.contextmanager
-def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_update=None, on_end=None, queue_size=64):
+def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_update=None, on_end=None, queue_size=64, batch_size=4):
     """A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made)."""
-    made, pool = [], WorkerPool(queue_size, on_end)
+    made, pool = [], WorkerPool(queue_size, on_end, batch_size)
     server = Server(create_app(pool, LIMITS), pool)
     listener = open_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

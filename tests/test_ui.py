@@ -12,19 +12,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-import uvicorn
 from playwright.sync_api import expect
 
 from nanochat.markdown import render_markdown
-from nanochat.serving.app import create_app
 from nanochat.serving.page import page_files
-from nanochat.serving.worker_pool import ServedModel, WorkerPool
-from tests.helpers import until
 from tests.helpers_browser import ask, finished
+from tests.helpers_server import Script, serving
 
 FILES = page_files()
 CONFIG = {
@@ -912,35 +907,8 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(visit, server):
     assert page.evaluate("document.querySelector('#sidebar').inert"), "the keyboard does not go where nothing is seen"
 
 
-class Parrot:
-    """An engine that says the same every time, with a tool call."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=300), get_device=lambda: torch.device("cpu"))
-
-    def generate(self, tokens, max_tokens, **settings):
-        pieces = ["I use a **tool**: ", "<|python_start|>", "12*3", "<|python_end|>"]
-        pieces += ["<|output_start|>", "36", "<|output_end|>", "It is 36 \N{BANANA}.", "<|assistant_end|>"]
-        for piece in pieces:
-            special = piece.startswith("<|")
-            for token in [self.tokenizer.encode_special(piece)] if special else self.tokenizer.encode(piece):
-                time.sleep(0.005)
-                yield [token], [1]
-
-
-@contextlib.contextmanager
-def real_server(tokenizer, **options):
-    pool = WorkerPool()
-    pool.start([Parrot(tokenizer)], ServedModel("sft", "d4", 600))
-    server = uvicorn.Server(uvicorn.Config(create_app(pool, **options), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    pool.close()
+TOOL_CALL = ["I use a **tool**: ", "<|python_start|>", "12*3", "<|python_end|>"]
+TOOL_CALL += ["<|output_start|>", "36", "<|output_end|>", "It is 36 \N{BANANA}."]
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -987,7 +955,11 @@ def behind_a_proxy(url):
 @pytest.mark.parametrize("proxy", [contextlib.nullcontext, behind_a_proxy])
 def test_with_the_real_server(tokenizer, open_page, proxy, key):
     """At a root and under a path, with a key and without."""
-    with real_server(tokenizer, api_key=key) as url, proxy(url) as url:
+    ids = []
+    for text in TOOL_CALL:
+        ids += [tokenizer.encode_special(text)] if text.startswith("<|") else tokenizer.encode(text)
+    script = Script(tokenizer, ids, each=0.005, context=300)
+    with serving(script, api_key=key) as server, proxy(server.url) as url:
         page = open_page(url, expected="status of 40[01]", ready=not key)
         if key:
             field = page.locator("#key-input")
@@ -999,7 +971,7 @@ def test_with_the_real_server(tokenizer, open_page, proxy, key):
             page.keyboard.press("Enter")
             expect(page.locator("#key-dialog")).to_be_hidden()
             page.reload()
-        expect(page.locator("#model")).to_contain_text("d4")
+        expect(page.locator("#model")).to_contain_text("d1")
         expect(page.locator("#key-dialog")).to_be_hidden()
         expect(page.locator("#welcome img")).to_have_js_property("naturalWidth", 150)  # it is there
         ask(page, "What is 12 * 3?")

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanochat.markdown import render_markdown
 from nanochat.serving import openai_api, schema
-from nanochat.serving.job import Done, Failed, Focus, Piece
+from nanochat.serving.job import Done, Failed, FocusState, Piece
 from nanochat.serving.openai_format import error_body
 from nanochat.serving.page import page_files
 from nanochat.serving.schema import ApiError, Defaults, Limits
@@ -168,7 +168,7 @@ async def _native_stream(service, jobs, most):
                 yield PING
             case Piece(kind=kind, text=text, worker=worker):
                 yield sse({"token": text, "gpu": worker} | ({} if kind == "text" else {"kind": kind}))
-            case Focus(state):
+            case FocusState(state):
                 yield sse({"focus": state}, event="focus")
             case Done("length"):
                 limit = "max_tokens" if jobs[0].tokens >= most else "context"

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nanochat.sampling import Sampling
 
@@ -58,10 +58,52 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Focus:
+class FocusState:
     """The current focus of the session. state: JSON values."""
 
     state: dict
+
+
+GATHER = 0.01  # seconds for which pieces of text may be kept back, to go out as one
+
+
+class Outbox:
+    """
+    Events that a thread hands over together, at the end of a step.
+
+    To wake the event loop and to write an event to a socket takes longer than to make a token, and holds the
+    interpreter's lock: so pieces of text that come fast are put together.
+    """
+
+    def __init__(self):
+        self.kept = {}  # job → its events
+        self.urgent = False
+        self.sent = 0.0  # time.monotonic()
+
+    def put(self, job, event):
+        """A job's next event. Only pieces of an answer that has begun may wait."""
+        events = self.kept.setdefault(job, [])
+        last = events[-1] if events else None
+        if isinstance(last, Piece) and isinstance(event, Piece) and last.kind == event.kind:
+            events[-1] = replace(last, text=last.text + event.text, tokens=[*last.tokens, *event.tokens])
+        else:
+            events.append(event)
+        self.urgent |= job.first is None or not isinstance(event, Piece)
+
+    def send(self):
+        """Hand over what is kept, each event to its job's loop, unless it may wait a little."""
+        now = time.monotonic()
+        if not self.kept or not (self.urgent or now - self.sent >= GATHER):
+            return
+        kept, self.kept, self.urgent, self.sent = self.kept, {}, False, now
+        for loop in {job.loop for job in kept}:
+            pairs = [(job, event) for job, events in kept.items() if job.loop is loop for event in events]
+            loop.call_soon_threadsafe(_deliver, pairs)
+
+
+def _deliver(pairs):
+    for job, event in pairs:
+        job.events.put_nowait((job, event))
 
 
 @dataclass(eq=False)
@@ -72,9 +114,9 @@ class Job:
 
     logprobs: number of likeliest tokens to report per position; None for no log probabilities. score: whether to report
     those of the prompt. index: position of the answer among those of its request. conversation: secret name of the
-    conversation, None if the client gave none. focus: whether `events` also gets Focus events. created, first: times of
+    conversation, None if the client gave none. focus: whether `events` also gets FocusStates. created, first: times of
     the request and of the first Piece, by time.monotonic(). compacted: whether the session used compressed tokens.
-    home: the Worker that holds the session of this conversation, if any.
+    home: the Worker that holds the session of this conversation, if any. outbox: of the thread that generates.
     """
 
     prompt: list[int]
@@ -92,6 +134,7 @@ class Job:
     compacted: bool = False
     first: float | None = None
     home: object = None
+    outbox: Outbox | None = None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
 
     def __post_init__(self):
@@ -99,7 +142,11 @@ class Job:
         self.created = time.monotonic()
 
     def emit(self, event):
-        """Pass an event to the event loop. Thread-safe."""
+        """Pass an event to the event loop, through the outbox if there is one. Thread-safe."""
+        outbox = self.outbox  # another thread may take it away
+        if outbox is None:
+            self.loop.call_soon_threadsafe(_deliver, [(self, event)])
+        else:
+            outbox.put(self, event)
         if self.first is None and isinstance(event, Piece):
             self.first = time.monotonic()
-        self.loop.call_soon_threadsafe(self.events.put_nowait, (self, event))

@@ -1,25 +1,24 @@
 """
-Workers: a thread a device, each with its own model, and one bounded queue in front of them all.
+Workers: a thread per device, each with its own model, and one bounded queue in front of them all.
 
-Nothing that a client does holds a worker: what is made waits in the job's own queue, which max_tokens bounds, and a
-job that was cancelled ends at the next token.
+The answers that a worker makes share the steps of its model. Nothing that a client does holds a worker: what is made
+waits in the job's own queue, which max_tokens bounds, and a job that was cancelled ends before the next step.
 """
 
-import contextlib
 import logging
 import math
 import threading
 import time
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from nanochat.serving.answer import Answer, ranked, score
-from nanochat.serving.job import Done, Failed, Job, Scored
+from nanochat.serving.job import Done, Failed, Job, Outbox, Scored
 
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER = 60  # seconds
@@ -49,6 +48,9 @@ class ServedModel:
 class Sessions(Protocol):
     """Contexts of one worker that outlive an answer; only `serve` is for the worker's thread alone."""
 
+    def free(self, job: Job) -> bool:
+        """Whether there is a session for this job now: not if its own is answering, or all are."""
+
     def serve(self, job: Job) -> AbstractContextManager:
         """The session that the Engine answers this job with; it is the job's until the end of the `with`."""
 
@@ -65,60 +67,120 @@ class Sessions(Protocol):
         """What GET /stats tells of them."""
 
     def focus(self, conversation: str) -> dict | None:
-        """The Focus that was told last in this conversation; None where there is none."""
+        """The FocusState that was told last in this conversation; None where there is none."""
 
     def tokens(self, conversation: str, start: int, end: int) -> list[int] | None:
         """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
 
 
+class _Making(NamedTuple):
+    """An answer that is being made, from when on, and what is to be left at its end."""
+
+    answer: Answer
+    started: float
+    stack: ExitStack
+
+
 class Worker:
-    """One engine, the sessions of its conversations if it keeps any, and the numbers that /stats shows of it."""
+    """
+    One engine, the sessions of its conversations if it keeps any, and the jobs that it is answering, at most `size`.
 
-    def __init__(self, number, engine, sessions: Sessions | None = None):
-        self.number, self.engine, self.sessions = number, engine, sessions
+    For the worker's thread alone, but for the numbers that /stats shows. ended(job, reason, seconds): called for each
+    job that is over, with "stop", "length", "cancelled" or "failed".
+    """
+
+    def __init__(self, number, engine, size, ended, sessions: Sessions | None = None):
+        self.number, self.engine, self.size, self.ended, self.sessions = number, engine, size, ended, sessions
         self.device = engine.model.get_device()
-        self.job = None
+        self.batch = None
+        self.making = {}  # stream → _Making
+        self.jobs = []  # of these, and one that is about to be
         self.served = self.failed = 0
+        self.outbox = Outbox()
 
-    def answer(self, job):
-        """Generate, handing pieces to the job; returns the finish reason, or None if the job was cancelled."""
-        if self.sessions is None:
-            return self._answer(job)
-        with self.sessions.serve(job) as session:
-            return self._answer(job, session=session)
+    def load(self):
+        """Whoever has the least takes what anyone can take."""
+        return len(self.jobs), self.served + self.failed
 
-    def _answer(self, job, **options):
-        if job.score:
-            job.emit(Scored(score(self.engine, job.prompt, job.logprobs or 0)))
-        answer, rank = Answer(job, self.engine.tokenizer, self.number), ()
+    def can_take(self, job) -> bool:
+        return len(self.jobs) < self.size and (self.sessions is None or self.sessions.free(job))
 
-        def on_logits(logits, ids):
-            nonlocal rank
-            [rank] = ranked(logits, ids, job.logprobs)
+    def begin(self, job):
+        """Start on an answer. Whatever goes wrong with it costs this job, never the worker."""
+        job.outbox, answer = self.outbox, Answer(job, self.engine.tokenizer, self.number)
+        making = _Making(answer, time.monotonic(), ExitStack())
+        try:
+            if job.score:
+                job.emit(Scored(score(self.engine, job.prompt, job.logprobs or 0)))
+            if not job.max_tokens:  # only the prompt was asked about
+                self._end(making, answer.end())
+                self.outbox.send()
+                return
+            session = making.stack.enter_context(self.sessions.serve(job)) if self.sessions else None
+            if self.batch is None:
+                self.batch = self.engine.batch()
+            with_logits = job.logprobs is not None
+            stream = self.batch.add(job.prompt, job.max_tokens, job.sampling, session, with_logits)
+            self.making[stream] = making
+        except Exception as error:
+            self._end(making, error)
+            self.outbox.send()
 
-        if job.logprobs is not None:
-            options["on_logits"] = on_logits
-        columns = self.engine.generate(job.prompt, max_tokens=job.max_tokens, **vars(job.sampling), **options)
-        # Closed here and now: a generator that is merely dropped keeps its cache until it is collected
-        with contextlib.closing(columns):
-            for column, _ in columns:
-                if job.cancelled:
-                    return None
-                if reason := answer.take(column[0], *rank):
-                    return reason
-        return answer.end()
+    def step(self):
+        """A step of all answers; their clients hear of it at its end."""
+        for stream in [stream for stream, making in self.making.items() if making.answer.job.cancelled]:
+            self.batch.remove(stream)
+            self._end(self.making.pop(stream), "cancelled")
+        try:
+            for stream, id, logits in self.batch.step() if self.making else ():
+                self._take(stream, id, logits)
+        except Exception as error:  # nobody knows what the batch holds
+            self.batch = None
+            for stream in list(self.making):
+                self._end(self.making.pop(stream), error)
+        self.outbox.send()
+
+    def _take(self, stream, id, logits):
+        """What a step brought to one answer: another token, or its end, or both."""
+        answer, why, rank = self.making[stream].answer, stream.ended, ()
+        try:
+            if logits is not None:
+                [rank] = ranked(logits, torch.tensor([id], device=logits.device), answer.job.logprobs)
+            if id is not None:
+                why = answer.take(id, *rank) or why
+            if why == "length":
+                why = answer.end()
+        except Exception as error:
+            why = error
+        if why is not None:
+            self.batch.remove(stream)
+            self._end(self.making.pop(stream), why)
+
+    def _end(self, making, why):
+        """The end of one answer. why: "stop", "length", "cancelled", or an exception."""
+        job, error = making.answer.job, why if isinstance(why, Exception) else None
+        try:
+            making.stack.__exit__(type(error) if error else None, error, None)
+        except Exception as fault:
+            error = error or fault
+        if error:
+            logger.error("worker %d failed on a request", self.number, exc_info=error)
+            why = "failed"
+        self.ended(self, job, why, time.monotonic() - making.started)
+        if not job.cancelled:
+            job.emit(Failed("the model failed on this request") if error else Done(why))
 
 
 class WorkerPool:
     """
     state: "loading" until `start`, then "ready", "draining" after `drain`, and "closed".
 
-    on_end(job, outcome): called by the worker when it is done with a job; outcome: "stop", "length", "cancelled" or
-    "failed".
+    batch_size: answers that a worker makes at once. on_end(job, outcome): called by the worker when it is done with a
+    job; outcome: "stop", "length", "cancelled" or "failed".
     """
 
-    def __init__(self, queue_size=64, on_end=None):
-        self.queue_size, self.on_end = queue_size, on_end
+    def __init__(self, queue_size=64, on_end=None, batch_size=1):
+        self.queue_size, self.on_end, self.batch_size = queue_size, on_end, batch_size
         self.state = "loading"
         self.model = None
         self.workers = []
@@ -138,7 +200,8 @@ class WorkerPool:
         cores = max(1, torch.get_num_threads() // len(engines))
         with self.changed:
             self.model = model
-            self.workers = [Worker(i, *both) for i, both in enumerate(zip_longest(engines, sessions))]
+            both = zip_longest(engines, sessions)
+            self.workers = [Worker(i, e, self.batch_size, self._ended, s) for i, (e, s) in enumerate(both)]
             if self.state == "loading":  # else it is to end before it began
                 self.state = "ready"
         for worker in self.workers:
@@ -161,14 +224,18 @@ class WorkerPool:
         return [worker.sessions for worker in self.workers if worker.sessions]
 
     def _idle(self):
-        return sum(worker.job is None for worker in self.workers)
+        return sum(not worker.jobs for worker in self.workers)
+
+    def _running(self):
+        return [job for worker in self.workers for job in worker.jobs]
 
     def _check_open(self):
         self.check_ready()
-        if len(self.waiting) >= self.queue_size + self._idle():
+        places = self.batch_size * len(self.workers)
+        if len(self.waiting) + len(self._running()) >= self.queue_size + places:
             self.totals["requests"] += 1
             self.totals["rejected"] += 1
-            wait = math.ceil(self.seconds * (len(self.waiting) + 1) / len(self.workers))
+            wait = math.ceil(self.seconds * (len(self.waiting) + 1) / places)
             raise Unavailable(
                 f"the server is busy: {len(self.waiting)} requests are waiting already", min(wait, MAX_RETRY_AFTER)
             )
@@ -210,20 +277,20 @@ class WorkerPool:
 
     def is_idle(self) -> bool:
         with self.changed:
-            return not self.waiting and self._idle() == len(self.workers)
+            return not self.waiting and not self._running()
 
     def abort(self, message):
         """End all jobs, telling their clients why."""
         with self.changed:
-            running = [worker.job for worker in self.workers if worker.job and not worker.job.cancelled]
             self.totals["cancelled"] += len(self.waiting)
-            for job in [*running, *self.waiting]:
-                job.cancelled = True
-                job.emit(Failed(message))
+            for job in [*self._running(), *self.waiting]:
+                if not job.cancelled:
+                    job.cancelled, job.outbox = True, None
+                    job.emit(Failed(message))
             self.waiting.clear()
 
     def close(self):
-        """Stop the threads and wait for them: for a running job, unless `abort` came before, for the next token."""
+        """Stop the threads and wait for them: for running jobs, unless `abort` came before, for the next token."""
         with self.changed:
             self.state = "closed"
             self.changed.notify_all()
@@ -237,7 +304,8 @@ class WorkerPool:
                 {
                     "gpu_id": worker.number,
                     "device": str(worker.device),
-                    "busy": worker.job is not None,
+                    "busy": bool(worker.jobs),
+                    "answers": len(worker.jobs),
                     "served": worker.served,
                     "failed": worker.failed,
                     **({"sessions": worker.sessions.stats()} if worker.sessions else {}),
@@ -256,41 +324,47 @@ class WorkerPool:
             }
 
     def _next(self, worker):
-        """The first waiting job that is not better left to another worker, idle and with its conversation at hand."""
-        return next((job for job in self.waiting if job.home in (None, worker) or job.home.job), None)
+        """The first waiting job that is this worker's: it has the conversation at hand, or else the least to do."""
+        for job in self.waiting:
+            able = [other for other in self.workers if other.can_take(job)]
+            home = job.home if job.home in able else min(able, key=Worker.load, default=None)
+            if worker is home:
+                return job
+        return None
 
     def _work(self, worker, cores):
         if worker.device.type == "cuda":
             torch.cuda.set_device(worker.device)  # a thread's own setting
         elif len(self.workers) > 1:
             torch.set_num_threads(cores)  # workers on the CPU share its cores
+        while self._begin(worker):
+            worker.step()
+
+    def _begin(self, worker) -> bool:
+        """Let a worker begin with all jobs that are its own, waiting for one if it has none. False at the end."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self._next(worker) or self.state == "closed")
-                job = worker.job = self._next(worker)
+                self.changed.wait_for(lambda: worker.jobs or self._next(worker) or self.state == "closed")
+                job = self._next(worker)
                 if job is None:
-                    return
+                    return bool(worker.jobs)
                 self.waiting.remove(job)
-                self.changed.notify_all()  # what was left to this worker is now for whoever is idle
-            start = time.monotonic()
+                worker.jobs.append(job)
+                self.changed.notify_all()  # others may have the least to do now
+            worker.begin(job)
+
+    def _ended(self, worker, job, why, seconds):
+        outcome = "completed" if why in ("stop", "length") else why
+        with self.changed:
+            self.totals[outcome] += 1
+            self.totals["tokens"] += job.tokens
+            worker.served += outcome == "completed"
+            worker.failed += outcome == "failed"
+            worker.jobs.remove(job)
+            self.seconds += 0.2 * (seconds - self.seconds)
+            self.changed.notify_all()
+        if self.on_end:
             try:
-                reason = worker.answer(job)
-                event, outcome = Done(reason), "completed" if reason else "cancelled"
-            except Exception:  # of whatever kind: it costs this job, never the worker
-                logger.exception("worker %d failed on a request", worker.number)
-                reason, event, outcome = None, Failed("the model failed on this request"), "failed"
-            with self.changed:
-                self.totals[outcome] += 1
-                self.totals["tokens"] += job.tokens
-                worker.served += outcome == "completed"
-                worker.failed += outcome == "failed"
-                worker.job = None
-                self.seconds += 0.2 * (time.monotonic() - start - self.seconds)
-                unheard = job.cancelled
-            if not unheard:
-                job.emit(event)
-            if self.on_end:
-                try:
-                    self.on_end(job, reason or outcome)
-                except Exception:  # whoever counts answers must not end them
-                    logger.exception("what happens after an answer failed")
+                self.on_end(job, why)
+            except Exception:  # whoever counts answers must not end them
+                logger.exception("what happens after an answer failed")

@@ -1,0 +1,250 @@
+"""A chat server whose answers share steps: each client gets its own, whoever comes and goes beside it."""
+
+import asyncio
+import contextlib
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from nanochat.batch import Batch
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.serving import job as jobs
+from nanochat.serving.answer import Answer
+from nanochat.serving.job import Done, Job, Outbox, Piece
+from nanochat.streaming import stream_parts
+from tests.helpers import until
+from tests.helpers_server import MODEL, Script, ask, said, send_raw, serving
+
+BATCH = 4
+
+
+@pytest.fixture
+def serve():
+    """serve(engine, …): a running server, stopped at the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *engines, **options: stack.enter_context(serving(*engines, **options))
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=256, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return Engine(model, tokenizer, dtype=torch.float64)  # so that no two tokens are as likely but for rounding
+
+
+def request(number):
+    """Requests that differ in all that is a row's own."""
+    pick = random.Random(number)
+    return {
+        "messages": [{"role": "user", "content": "word " * pick.randint(1, 30) + str(number)}],
+        "max_tokens": pick.randint(1, 40),
+        "temperature": pick.choice([0, 0.7, 1.0]),
+        "top_k": pick.choice([5, 50]),
+        "seed": number,
+    }
+
+
+def alone(engine, body):
+    settings = {name: body[name] for name in ("max_tokens", "temperature", "top_k", "seed")}
+    prompt = engine.tokenizer.render_for_completion({"messages": body["messages"]})
+    return "".join(text for _, text in stream_parts(engine.tokenizer, engine.generate(prompt, **settings)))
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """How many streams there were at each step."""
+    seen, step = [], Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self: (seen.append(len(self)), step(self))[1])
+    return seen
+
+
+def test_each_client_gets_its_own_answer(serve, engine, sizes):
+    server = serve(engine, batch_size=BATCH)
+    bodies = [request(number) for number in range(24)]
+    with ThreadPoolExecutor(12) as clients:
+        replies = list(clients.map(lambda body: ask(server, **body), bodies))
+    assert [said(one) for one in replies] == [alone(engine, body) for body in bodies]
+    assert max(sizes) == BATCH
+    assert sum(sizes) > 1.5 * len(sizes)  # steps were shared, and not now and then only
+
+
+def test_log_probabilities_are_of_ones_own_row(serve, engine):
+    """As many as each asks for, equal to those of a server that answers one at a time."""
+    prompts = ["once upon", "a time there", "was", "a row of four"]
+
+    def complete(server, number):
+        body = {"prompt": prompts[number], "max_tokens": 8, "logprobs": number, "temperature": 0, "model": MODEL.id}
+        choice = server.client.post("/v1/completions", json=body).json()["choices"][0]
+        return choice["text"], choice["logprobs"]
+
+    shared, single = serve(engine, batch_size=BATCH), serve(engine, batch_size=1)
+    with ThreadPoolExecutor(BATCH) as clients:
+        got = list(clients.map(lambda number: complete(shared, number), range(BATCH)))
+    for number, (text, probabilities) in enumerate(got):
+        expected_text, expected = complete(single, number)
+        assert text == expected_text
+        assert probabilities["tokens"] == expected["tokens"]
+        assert probabilities["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-4)
+        assert all(len(top) >= min(number, 1) for top in probabilities["top_logprobs"] or [])
+
+
+def test_clients_leave_at_every_moment(serve, engine):
+    """Those that stay are answered in full and as if they were alone; nothing of the others stays behind."""
+    server = serve(engine, batch_size=BATCH)
+    staying, pick = [request(number) for number in range(8)], random.Random(0)
+    done = threading.Event()
+
+    def leave():
+        while not done.is_set():
+            with send_raw(server, {**request(pick.randint(100, 200)), "max_tokens": 200}) as connection:
+                connection.settimeout(pick.choice([0.001, 0.005, 0.02, 0.1]))
+                try:
+                    for _ in range(pick.randint(0, 5)):
+                        connection.recv(1000)
+                except TimeoutError:
+                    pass
+
+    threads = [threading.Thread(target=leave) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        replies = [ask(server, **body) for body in staying]
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(30)
+    assert [said(one) for one in replies] == [alone(engine, body) for body in staying]
+    until(server.pool.is_idle)
+    [worker] = server.pool.workers
+    assert (len(worker.batch), worker.batch.caches.rows, worker.batch.sampler.rows, worker.making) == (0, [], [], {})
+    totals = server.pool.totals
+    assert totals["failed"] == 0
+    assert totals["cancelled"] > 3
+    assert totals["completed"] + totals["cancelled"] == totals["requests"]
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(serve, tokenizer):
+    script = Script(tokenizer, "x", endless=True, each=0.001)
+    server = serve(script, batch_size=2)
+    with send_raw(server, {"messages": [{"role": "user", "content": "long"}], "max_tokens": 4000}) as long:
+        long.recv(100)
+        assert said(ask(server, max_tokens=5)) == "xxxxx"
+        assert server.pool.stats()["workers"][0]["answers"] == 1  # the long one
+    until(server.pool.is_idle)
+
+
+def test_one_fault_costs_one_answer(serve, engine, monkeypatch, caplog):
+    """A row whose tokens cannot be shown fails; those that share its steps do not notice."""
+    server = serve(engine, batch_size=BATCH)
+    bodies, take = [request(number) for number in (3, 4, 5)], Answer.take
+    expected = [alone(engine, body) for body in bodies]
+    bad = {**request(9), "temperature": 0, "max_tokens": 3}
+
+    def broken_take(self, id, *rank):
+        if self.job.sampling.seed == 9:
+            raise RuntimeError("on purpose")
+        return take(self, id, *rank)
+
+    monkeypatch.setattr(Answer, "take", broken_take)
+    with ThreadPoolExecutor(4) as clients:
+        failing = clients.submit(ask, server, **bad)
+        replies = list(clients.map(lambda body: ask(server, **body), bodies))
+    assert failing.result()[-1] == {"error": "the model failed on this request"}
+    assert [said(one) for one in replies] == expected
+    assert caplog.text.count("RuntimeError: on purpose") == 1
+
+
+def test_a_step_that_fails_costs_its_answers_and_not_the_worker(serve, engine, monkeypatch, caplog):
+    server, real = serve(engine, batch_size=BATCH), Batch.step
+    broken = threading.Event()
+
+    def step(self):
+        if broken.is_set() and len(self) > 1:
+            raise MemoryError("on purpose")
+        return real(self)
+
+    monkeypatch.setattr(Batch, "step", step)
+    broken.set()
+    with ThreadPoolExecutor(4) as clients:
+        replies = list(clients.map(lambda number: ask(server, **{**request(number), "max_tokens": 200}), range(4)))
+    assert sum(reply[-1] == {"error": "the model failed on this request"} for reply in replies) >= 2
+    broken.clear()
+    assert said(ask(server, **request(1))) == alone(engine, request(1))
+    until(server.pool.is_idle)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What goes out together
+
+
+def heard(job):
+    """The events that have reached the job's queue."""
+    found = []
+    while True:
+        try:
+            found.append(job.events.get_nowait()[1])
+        except asyncio.QueueEmpty:
+            return found
+
+
+def test_pieces_that_come_fast_go_out_together(monkeypatch):
+    """The first piece and the end at once; what comes between, in order, kinds apart, after a hundredth of a second."""
+    now = [100.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+
+    async def run():
+        outbox = Outbox()
+        one, two = (Job([1], 9, outbox=outbox) for _ in range(2))
+
+        async def send():
+            outbox.send()
+            await asyncio.sleep(0)
+            return heard(one), heard(two)
+
+        one.emit(Piece("text", "a", 0))
+        assert await send() == ([Piece("text", "a", 0)], [])
+        one.emit(Piece("text", "b", 0, [1]))
+        one.emit(Piece("text", "c", 0, [2]))
+        one.emit(Piece("python", "d", 0))
+        assert await send() == ([], [])
+        now[0] += 0.02
+        assert await send() == ([Piece("text", "bc", 0, [1, 2]), Piece("python", "d", 0)], [])
+        one.emit(Piece("text", "e", 0))
+        two.emit(Piece("text", "x", 0))  # its first: nobody waits for that
+        assert await send() == ([Piece("text", "e", 0)], [Piece("text", "x", 0)])
+        two.emit(Piece("text", "y", 0))
+        two.emit(Done("stop"))
+        assert await send() == ([], [Piece("text", "y", 0), Done("stop")])
+        assert await send() == ([], [])
+
+    asyncio.run(run())
+
+
+def test_events_reach_their_own_loop():
+    """Jobs of two event loops share an outbox."""
+    outbox, results = Outbox(), []
+
+    async def wait(name, ready, go):
+        job = Job([1], 9, outbox=outbox)
+        job.emit(Piece("text", name, 0))
+        ready.set()
+        await asyncio.to_thread(go.wait)
+        results.append((await job.events.get())[1].text)
+
+    go, threads = threading.Event(), []
+    for name in "ab":
+        ready = threading.Event()
+        threads.append(threading.Thread(target=asyncio.run, args=(wait(name, ready, go),)))
+        threads[-1].start()
+        assert ready.wait(10)
+    outbox.send()
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(results) == ["a", "b"]
