@@ -48,7 +48,7 @@ def meta_of(config, T) -> dict:
 def observe(config, script, training):
     """Send all that is logged to where MC_OTEL_ENDPOINT says; training.close() ends it."""
     if is_on(config):
-        training.log.others.append(open_telemetry(script, training.tag, {"device": training.device.type}))
+        training.log.listen(open_telemetry(script, training.tag, {"device": training.device.type}))
 
 
 @contextmanager

@@ -194,12 +194,11 @@ class RunLog:
     """
     Metrics by step: always to $NANOCHAT_BASE_DIR/logs/<stage>_<tag>.jsonl, and to W&B unless run is "dummy".
 
-    others: objects with metrics(dict) and close() that also receive each record. A log that can no longer be written is
-    reported once and left out: it never ends a training.
+    A log that can no longer be written is reported once and left out: it never ends a training.
     """
 
     def __init__(self, stage, tag, run, config, resumed, wandb_id=None):
-        self.file, self.wandb, self.wandb_id, self.others = None, None, wandb_id, []
+        self.file, self.wandb, self.wandb_id, self._listeners = None, None, wandb_id, []
         if get_dist_info()[1] != 0:
             return
         path = get_base_dir() / "logs" / f"{stage}_{tag}.jsonl"
@@ -218,6 +217,10 @@ class RunLog:
         if self.wandb:
             self.wandb_id = self.wandb.id
 
+    def listen(self, listener):
+        """Let an object with metrics(dict) and close() receive each record, too, from now on."""
+        self._listeners.append(listener)
+
     def log(self, metrics: dict):
         """A record such as {"step": 1, "train/loss": 2.5}."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
@@ -233,8 +236,8 @@ class RunLog:
             except Exception as error:  # see open_wandb
                 print0(f"the log goes on without W&B: {error}")
                 self.wandb = None
-        for other in self.others:
-            other.metrics(metrics)
+        for listener in self._listeners:
+            listener.metrics(metrics)
 
     def _close_file(self):
         file, self.file = self.file, None
@@ -243,8 +246,8 @@ class RunLog:
                 file.close()
 
     def finish(self):
-        for other in self.others:
-            other.close()
+        for listener in self._listeners:
+            listener.close()
         self._close_file()
         if self.wandb:
             try:
