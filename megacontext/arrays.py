@@ -308,6 +308,14 @@ class Arrays:
             self._tail_checked[name] = count
         self.commit()
 
+    def trim(self):
+        """Cut off the files what was not committed."""
+        self.refresh()
+        for name, array in self._arrays.items():
+            data, crcs = self._open(name)
+            os.ftruncate(data, array.rows * array.row_bytes)
+            os.ftruncate(crcs, array.rows // array.chunk_rows * 4)
+
     def commit(self, durable=True, **facts):
         """
         Keep all that was done, and these facts. durable: also when the power fails, not only when the process dies.

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from megacontext import streams
 from megacontext.networks import load_networks
 from megacontext.session import MCSession
 from nanochat.common import UserError
@@ -66,6 +67,27 @@ def load_for_inference(source, meta, device, options: MCInference):
 def session_maker(model, networks, config, **options):
     """A function rows -> MCSession; the model's weights are laid out once, in the precision of the moment."""
     return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
+
+
+def about_stream(make_session, name, reading, device):
+    """
+    A function () -> MCSession whose past is the stream of this name, as it is then; it does not change the stream.
+
+    reading: see streams.reading_of. Raises UserError if there is no such stream, or gists are missing.
+    """
+    folder = streams.stream_folder(name)
+    if not folder.is_dir():
+        raise UserError(f"--stream: there is none called {name!r}: see python -m scripts.mc_stream list")
+    new = f"python -m scripts.mc_stream append {name}"
+
+    def make(**options):
+        store = streams.open_store(folder, reading, device)
+        missing = store.count(0) // reading["block_size"] - store.count(1)
+        if missing > streams.SPILL_TOKENS // reading["block_size"]:
+            raise UserError(f"--stream: {missing:,} blocks of {name} have no gists of this model yet: run {new}")
+        return make_session(store=store, past=store.count(0), **options)
+
+    return make
 
 
 class SessionScorer:

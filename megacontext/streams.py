@@ -12,13 +12,16 @@ A model that was trained further has an <id> of its own: its gists are made besi
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import tempfile
 import time
 import weakref
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +30,12 @@ from megacontext.arrays import Arrays, Damaged
 from megacontext.tree import MegaContextTree, RamStore
 from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
+from nanochat.tokenizer import get_tokenizer
 
 GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
 SPILL_TOKENS = 16384  # in memory before they are put away
+INGEST_CHARS = 100_000  # that are made tokens at a time
+PIECE_TOKENS = 65536  # that are made text at a time
 
 
 def _name(level):
@@ -200,8 +206,7 @@ def open_store(folder, reading, device="cpu", write=False) -> DiskStore:
     """
     tokens = Arrays(folder, write)
     try:
-        if tokens.facts.get("tokenizer") != reading["tokenizer"]:
-            raise UserError(f"{folder} was written with another tokenizer: choose the model that it was made with")
+        _check_tokenizer(tokens, reading["tokenizer"])
         own = _gists_folder(folder, reading)
         best = max([own, *gist_sets(folder, reading)], key=lambda path: (_covered(path), path == own))
         gists = _open_or_create(best, reading) if write or not best.exists() else Arrays(best)
@@ -262,10 +267,19 @@ def make_gists(folder, reading, gist_fn, embed_fn, device="cpu"):
         store.close()
 
 
-def drop_gists(folder, reading):
-    """Delete the gists of all other readings; their readers keep what they have open."""
-    for path in Path(folder).glob("gists-*"):
-        if path != _gists_folder(folder, reading):
+def compact(folder, reading):
+    """
+    Check all of a stream, cut off what was not committed, and delete the gists of other readings.
+
+    Those who have them open keep them. Raises Damaged, and UserError if somebody is writing.
+    """
+    own = _gists_folder(folder, reading)
+    for path in (Path(folder), own):
+        with contextlib.closing(Arrays(path, write=True)) as arrays:
+            arrays.check()
+            arrays.trim()
+    for path in gist_sets(folder):
+        if path != own:
             shutil.rmtree(path)
 
 
@@ -274,6 +288,114 @@ def delete_stream(folder):
     with contextlib.suppress(Damaged):  # nobody can be using it
         Arrays(folder, write=True).close()
     shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Text
+
+
+class Progress(NamedTuple):
+    """Of an ingestion: documents and characters that were read, tokens in the stream."""
+
+    documents: int
+    characters: int
+    tokens: int
+
+
+def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
+    """
+    Append documents, each after a BOS token, to a tree over a DiskStore; a generator of Progress, of what is kept.
+
+    source: what the documents are known by, the same for the same ones. If the stream's last ingestion was of this
+    source and did not come to its end, it goes on there; empty: it is never taken up again.
+    """
+    store, last = tree.store, tree.store.tokens.facts.get("ingested", {})
+    done = Progress(0, 0, tree.num_tokens)
+    if source and last.get("source") == source:
+        done = Progress(**last["progress"])
+        tree.truncate(done.tokens)  # the rest is part of a document
+        documents = iter(documents)
+        for _ in itertools.islice(documents, done.documents):
+            pass
+    store.commit(ingested={"source": source, "progress": done._asdict()})
+    committed, bos = time.monotonic(), np.array([tokenizer.get_bos_token_id()], np.uint32)
+    for texts in _batches(documents):
+        parts = [part for ids in tokenizer.encode_to_numpy(texts) for part in (bos, ids)]
+        ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+        tree.append(ids.to(store.device))
+        done = Progress(done.documents + len(texts), done.characters + sum(map(len, texts)), tree.num_tokens)
+        if time.monotonic() - committed >= commit_seconds:
+            store.commit(ingested={"source": source, "progress": done._asdict()})
+            committed = time.monotonic()
+            yield done
+    store.commit(ingested={"source": source, "progress": done._asdict()})
+    yield done
+
+
+def _batches(documents):
+    batch, size = [], 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= INGEST_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenizer_of(tokens: Arrays):
+    """The tokenizer of this machine, if it is the stream's. Raises UserError."""
+    tokenizer = get_tokenizer()
+    _check_tokenizer(tokens, tokenizer.checksum())
+    return tokenizer
+
+
+def _check_tokenizer(tokens, checksum):
+    if tokens.facts.get("tokenizer") != checksum:
+        raise UserError(f"{tokens.folder} was written with another tokenizer: put that back, or make a new stream")
+
+
+def find_text(tokens: Arrays, tokenizer, text, start=0):
+    """Where a text stands: yields (first token, end) for tokens from `start` on."""
+    needle, lengths = text.encode(), _byte_lengths(tokenizer)
+    overlap = len(needle)  # tokens of one byte, at the least
+    for first in range(start, tokens.rows("tokens"), PIECE_TOKENS):
+        ids = token_ids(tokens, first, first + PIECE_TOKENS + overlap)
+        content = tokenizer.enc.decode_bytes(ids)
+        ends = np.cumsum(lengths[ids])
+        at = content.find(needle)
+        while at >= 0:
+            token, end = (int(np.searchsorted(ends, byte, side="right")) for byte in (at, at + len(needle) - 1))
+            if token >= PIECE_TOKENS:
+                break
+            yield first + token, first + end + 1
+            at = content.find(needle, at + 1)
+
+
+@lru_cache(maxsize=1)
+def _byte_lengths(tokenizer):
+    return np.array([len(tokenizer.id_to_bytes(i)) for i in range(tokenizer.get_vocab_size())])
+
+
+def token_ids(tokens: Arrays, start, end) -> list[int]:
+    """The tokens from start to end, so far as they are there."""
+    return tokens.slice("tokens", start, min(end, tokens.rows("tokens")))[:, 0].tolist()
+
+
+def export_documents(tokens: Arrays, tokenizer):
+    """Yield the texts of the documents of a stream."""
+    bos, rest = tokenizer.get_bos_token_id(), []
+    for first in range(0, tokens.rows("tokens"), PIECE_TOKENS):
+        ids = token_ids(tokens, first, first + PIECE_TOKENS)
+        while bos in ids:
+            at = ids.index(bos)
+            if rest or at:
+                yield tokenizer.decode(rest + ids[:at])
+            rest, ids = [], ids[at + 1 :]
+        rest += ids
+    if rest:
+        yield tokenizer.decode(rest)
 
 
 # ---------------------------------------------------------------------------------------------------------

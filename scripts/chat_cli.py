@@ -6,6 +6,7 @@ Chat with a model in the terminal.
     python -m scripts.chat_cli -p "Who are you?"      # one answer
     python -m scripts.chat_cli <letter.txt            # one answer to the text of a file
     python -m scripts.chat_cli --mc --mc_show_focus   # conversations of any length, with a view of the focus
+    python -m scripts.chat_cli --mc --stream library  # about what scripts.mc_stream has read
 
 Arrow keys edit the line and recall earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the program;
 "clear" starts a new conversation.
@@ -20,7 +21,8 @@ from typing import Annotated
 from rich.console import Console
 
 from megacontext.focus_strip import focus_strip
-from megacontext.inference import MCInference, load_for_inference, session_maker
+from megacontext.inference import MCInference, about_stream, load_for_inference, session_maker
+from megacontext.streams import reading_of
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
@@ -51,6 +53,8 @@ class Config(ModelOptions, DeviceOptions):
     """MegaContext: conversations of any length, read through a working context"""
     mc_show_focus: bool = False
     """with --mc, show the conversation after each answer as a strip coloured by level of detail"""
+    stream: str = ""
+    """with --mc, name of a stream of scripts.mc_stream that the conversations are about"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
     """these options have an effect with --mc only"""
 
@@ -131,6 +135,11 @@ def main(config: Config):
         networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
         with autocast(device, dtype):
             make_session = session_maker(model, networks, settings)
+        if config.stream:
+            reading = reading_of(config.source, meta, tokenizer, settings)
+            make_session = about_stream(make_session, config.stream, reading, device)
+    elif config.stream:
+        raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
     session = make_session() if make_session else None  # one per conversation
     messages, answers = [], 0
 

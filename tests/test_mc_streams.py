@@ -166,7 +166,7 @@ def test_another_models_gists_are_made_beside_the_old_ones(tmp_path):
     tree = MegaContextTree(other, K, RamStore(torch.bfloat16), embed)
     tree.append(ids(1000))
     assert all(map(torch.equal, levels_of(reader), levels_of(tree.store)))
-    streams.drop_gists(tmp_path / "s", newer)
+    streams.compact(tmp_path / "s", newer)
     assert len(streams.gist_sets(tmp_path / "s")) == 1
     with pytest.raises(UserError, match="another tokenizer"):
         open_store(tmp_path / "s", READING | {"tokenizer": "other"})

@@ -1,0 +1,227 @@
+"""
+Streams: texts of any length, read once and kept on disk as trees, to be talked about.
+
+    python -m scripts.mc_stream create library ~/books notes.md    # a new stream of these folders and files
+    python -m scripts.mc_stream append library more.jsonl.gz       # ended too early? the same again goes on there
+    python -m scripts.mc_stream append log < server.log
+    python -m scripts.mc_stream list
+    python -m scripts.mc_stream show library --find "white whale"  # what it holds, and where a text stands
+    python -m scripts.mc_stream show library --at 120000           # the text from this token on
+    python -m scripts.mc_stream compact library                    # check all of it, delete other models' gists
+    python -m scripts.mc_stream export library > library.jsonl     # a document per line, as `append` reads them
+    python -m scripts.mc_stream delete library
+
+    python -m scripts.chat_cli --mc --stream library
+    python -m scripts.chat_web --mc --stream library
+
+A stream holds the tokens of a model's tokenizer, and gists by its networks. For a model that has been trained further,
+`append` without a text makes its gists, while chats go on with the old ones.
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich import progress
+from rich.console import Console
+
+from megacontext import streams
+from megacontext.arrays import Arrays
+from megacontext.inference import MCInference, load_for_inference
+from megacontext.reader import Reader
+from megacontext.tree import MegaContextTree
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, autocast, compute_init
+from nanochat.configurator import run, short
+from nanochat.options import ModelOptions
+from nanochat.sources import decode_text, folder_documents, folder_files
+
+
+@dataclass
+class Config(ModelOptions):
+    command: tyro.conf.Positional[Literal["create", "append", "list", "show", "compact", "delete", "export"]] = "list"
+    """what to do"""
+    name: tyro.conf.Positional[str] = ""
+    """of the stream"""
+    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders and files for create and append; none: what comes on the standard input, if it is not a terminal"""
+    source: Annotated[str, short("-i")] = "sft"
+    """stage of the model whose networks make the gists: sft, mid, rl or base"""
+    device_type: str = ""
+    """cuda, cpu or mps; empty for the best available"""
+    find: str = ""
+    """show: a text to look for"""
+    at: int = -1
+    """show: print the text from this token on"""
+    length: int = 500
+    """show --at: tokens to print"""
+
+
+class Model:
+    """What makes a stream's gists: a checkpoint and its networks."""
+
+    def __init__(self, config):
+        self.device = compute_init(config.device_type)[-1]
+        options = config.source, self.device, "eval", config.model_tag, config.step, True
+        model, self.tokenizer, meta = load_model(*options)
+        networks, settings = load_for_inference(config.source, meta, self.device, MCInference())
+        self.reader = Reader(model, networks, settings)
+        self.reading = streams.reading_of(config.source, meta, self.tokenizer, settings)
+
+    def embed(self, ids):
+        with autocast(self.device, torch.float32):
+            return self.reader.embed(ids)
+
+    def tree(self, folder, write=False):
+        store = streams.open_store(folder, self.reading, self.device, write)
+        return MegaContextTree(self.reader.gist, self.reading["block_size"], store, self.embed)
+
+
+def bar(*columns):
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        *columns,
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def list_files(inputs):
+    """The files named and those in the folders named, in order, and what is left out: path → reason."""
+    files, skipped = [], {}
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise UserError(f"{path} is not there: name folders or files")
+        found = folder_files(path, streams.streams_dir(), skipped) if path.is_dir() else [path]
+        files += sorted(found)
+    return files, skipped
+
+
+def append(config, folder):
+    """Read the inputs, and make what gists are missing."""
+    model = Model(config)
+    if config.command == "create":
+        streams.create_stream(folder, model.reading)
+    files, skipped = list_files(config.inputs)
+    if files:
+        sizes = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        source, total = hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), sum(size for _, size, _ in sizes)
+        documents = folder_documents(files, skipped)
+    elif not sys.stdin.isatty():
+        source, total, documents = "", None, standard_input()
+    else:
+        source, total, documents = "", 0, ()
+    make_gists(model, folder)
+    with torch.no_grad():
+        tree = model.tree(folder, write=True)
+        for _ in tree.complete():
+            pass
+        before, start = tree.num_tokens, time.monotonic()
+        with bar(progress.TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} per second")) as shown:
+            task = shown.add_task("reading", total=total, tokens=before, speed=0)
+            for done in streams.ingest(tree, documents, model.tokenizer, source):
+                speed = (done.tokens - before) / (time.monotonic() - start)
+                shown.update(task, completed=done.characters, tokens=done.tokens, speed=speed)
+            shown.update(task, completed=total)
+        tree.store.close()
+    reasons = sorted(set(skipped.values()))
+    for reason in reasons:
+        print(f"left out, {reason}: {sum(r == reason for r in skipped.values()):,}")
+    print(f"{config.name}: {done.tokens:,} tokens, {done.tokens - before:,} of them new, {speed:,.0f} per second")
+
+
+def standard_input():
+    """Documents of a few lines each."""
+    number = 0
+    while lines := list(itertools.islice(sys.stdin.buffer, 1000)):
+        yield decode_text(b"".join(lines), f"standard input, from line {number + 1}")
+        number += len(lines)
+
+
+def make_gists(model, folder):
+    """For another model than before: beside the old ones."""
+    if missing := streams.missing_gists(folder, model.reading):
+        with bar() as shown:
+            task, before = shown.add_task("gists", total=missing), None
+            for done in streams.make_gists(folder, model.reading, model.reader.gist, model.embed, model.device):
+                before = done if before is None else before
+                shown.update(task, completed=done - before)
+    return missing
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def show_list():
+    rows = []
+    for folder in sorted(path for path in streams.streams_dir().iterdir() if path.is_dir()):
+        try:
+            tokens = Arrays(folder)
+            rows.append((folder.name, f"{tokens.rows('tokens'):,} tokens, {size_of(folder) / 1e6:,.1f} MB"))
+            tokens.close()
+        except UserError as error:
+            rows.append((folder.name, f"cannot be read: {error}"))
+    width = max((len(name) for name, _ in rows), default=0)
+    print("\n".join(f"{name:{width}}  {text}" for name, text in rows) or "no streams: see mc_stream create")
+
+
+def show(config, folder):
+    tokens = Arrays(folder)
+    print(f"{config.name}: {tokens.rows('tokens'):,} tokens in {folder}, {size_of(folder) / 1e6:,.1f} MB")
+    for path in streams.gist_sets(folder):
+        gists = Arrays(path)
+        levels = ", ".join(f"{gists.rows(name):,}" for name in gists.names)
+        model, n_embd = gists.facts["model"][:12], gists.facts["n_embd"]
+        print(f"gists of the model {model}…, {n_embd} wide, blocks of {gists.facts['block_size']}: {levels}")
+    if config.at < 0 and not config.find:
+        return
+    tokenizer = streams.tokenizer_of(tokens)
+    if config.find:
+        for start, end in itertools.islice(streams.find_text(tokens, tokenizer, config.find), 20):
+            around = tokenizer.decode(streams.token_ids(tokens, max(0, start - 12), end + 12))
+            print(f"{start:>12,}  {' '.join(around.split())}")
+    if config.at >= 0:
+        print(tokenizer.decode(streams.token_ids(tokens, config.at, config.at + config.length)))
+
+
+def compact(config, folder):
+    """Read all of it once; keep what was committed, and the gists of one model."""
+    before, model = size_of(folder), Model(config)
+    make_gists(model, folder)
+    streams.compact(folder, model.reading)
+    print(f"{config.name}: {before / 1e6:,.1f} MB before, {size_of(folder) / 1e6:,.1f} MB now; all of it is whole")
+
+
+def main(config: Config):
+    if config.command == "list":
+        return show_list()
+    folder = streams.stream_folder(config.name)
+    if config.command != "create" and not folder.is_dir():
+        raise UserError(f"there is no stream {config.name!r}: see mc_stream list, or make it with mc_stream create")
+    if config.command in ("create", "append"):
+        append(config, folder)
+    elif config.command == "show":
+        show(config, folder)
+    elif config.command == "compact":
+        compact(config, folder)
+    elif config.command == "delete":
+        streams.delete_stream(folder)
+        print(f"{config.name} is deleted")
+    else:
+        tokens = Arrays(folder)
+        for text in streams.export_documents(tokens, streams.tokenizer_of(tokens)):
+            print(json.dumps({"text": text}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run(main, Config)
