@@ -101,7 +101,7 @@ def bench_mc_infer(config, show):
                 "plain ms/token": 1e3 * median(plain),
                 "MC ms/token between": 1e3 * median(own),
                 "refocus ms": 1e3 * median(refocus),
-                "edits a refocus": edits,
+                "edits per refocus": edits,
                 "MC ms/token": 1e3 * total / (rounds * interval),
                 "ratio": total / sum(plain),
                 "tree MiB": session.memory()["tree"] / 2**20,

@@ -31,7 +31,7 @@ ${USAGE_EXTRA}  --dry-run          print the commands instead of running them
                      --gistnet_*, --lensnet_*, --allocator*, --mc_*) goes to pretraining and midtraining
   --wandb NAME       log to W&B under this name (default: \$WANDB_RUN, else no W&B)
   --shards N         shards of web text to train on (a bigger model needs more; see the README)
-  --nproc N          processes, one a GPU (default $NPROC), on each machine
+  --nproc N          processes, one per GPU (default $NPROC), on each machine
   --nnodes N         machines; the same command runs on each, on one shared \$NANOCHAT_BASE_DIR, with
                      --node_rank K (0 to N - 1) and --master_addr HOST of machine 0 (see dev/cluster)
   --master_port P    port of the first stage between machines; each further stage takes the next (default 29500)

@@ -39,7 +39,7 @@ class Record:
 
     @property
     def swap_rate(self) -> float:
-        """Edits a refocus, as a share of the entries there are."""
+        """Edits per refocus, as a share of the entries there are."""
         return self.edits / self.entries if self.entries else 0.0
 
     @property

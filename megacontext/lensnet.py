@@ -15,7 +15,7 @@ Queries and keys start with the same projection: attention is at first a search 
 finding, among 64, the gist that holds the newest word: with unrelated projections or rotary positions it learns
 slower, with flat heads not at all.
 
-Parameters, P: about 12·layers·C² + D·C, and 4·C² for the mlp head. Forward FLOPs a row: 2·P·W + 4·layers·C·W².
+Parameters, P: about 12·layers·C² + D·C, and 4·C² for the mlp head. Forward FLOPs per row: 2·P·W + 4·layers·C·W².
 With 2 layers, D = 768 and W = 2,048 that is 2.0M and 17 GFLOP.
 """
 

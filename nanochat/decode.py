@@ -148,7 +148,7 @@ class Decoder:
         return logits
 
     def step(self, ids, cache, positions=None):
-        """Logits [B, V] after one more token a row, ids [B]; positions: None, an int or a tensor [B or 1]."""
+        """Logits [B, V] after one more token per row, ids [B]; positions: None, an int or a tensor [B or 1]."""
         if isinstance(positions, torch.Tensor):
             positions = positions[:, None]
         return self.extend(ids[:, None], cache, positions)
@@ -180,7 +180,7 @@ class Decoder:
 
     def _attend_masked(self, slot, data):
         """
-        One query a row, on what is in the cache's data [2, L, B, K, capacity, d] up to the slot in which its own key
+        One query per row, on what is in the cache's data [2, L, B, K, capacity, d] up to the slot in which its own key
         goes; slot [1], or [B] where rows differ.
         """
         hidden = (torch.arange(data.size(4), device=self.device) > slot[:, None])[:, None, None]
@@ -237,7 +237,7 @@ class Decoder:
             if 0 <= positions <= self.max_seq_len - T:
                 return self.cos[:, positions : positions + T], self.sin[:, positions : positions + T]
             positions = torch.arange(positions, positions + T, device=self.device)[None]
-        if isinstance(positions, list):  # one a row
+        if isinstance(positions, list):  # one per row
             known = min(positions) >= 0 and max(positions) < self.max_seq_len
             positions = torch.tensor(positions, device=self.device)[:, None]
             if known:
@@ -284,7 +284,7 @@ def attend_causally(q, k, v):
 
 
 def attend_to_all(q, k, v, mask=None):
-    """[B, D]. One query a head, q [B, H, 1, d], on all that the mask, added to the scores, leaves."""
+    """[B, D]. One query per head, q [B, H, 1, d], on all that the mask, added to the scores, leaves."""
     B, H, _, d = q.shape
     G = H // k.size(1)
     q = q.reshape(B, -1, G, d)  # heads that share keys are so many queries of one head
@@ -295,7 +295,7 @@ def attend_to_all(q, k, v, mask=None):
 
 class StaticStep:
     """
-    `Decoder.step` for one cache in static shapes, on CUDA recorded as a graph: one launch a token, not hundreds.
+    `Decoder.step` for one cache in static shapes, on CUDA recorded as a graph: one launch per token, not hundreds.
 
     Recorded at the first call, and again when the cache has moved because it grew.
     """

@@ -287,7 +287,7 @@ def token_spans(ids, token_bytes, spans) -> list[tuple[int, int]]:
     """
     The tokens [first, last) that cover each span of characters of a document.
 
-    ids: the document as tokens, with BOS or without; token_bytes: bytes a token, from get_token_bytes().
+    ids: the document as tokens, with BOS or without; token_bytes: bytes per token, from get_token_bytes().
     """
     ends = np.cumsum(np.asarray(token_bytes)[np.asarray(ids)])  # all characters of a document are ASCII
     starts, stops = np.array(spans).T

@@ -50,7 +50,7 @@ def chat(monkeypatch, lines, *options):
 
 
 def test_a_chat_beyond_the_context(trained, monkeypatch, capsys):
-    """Ten times the model's 64 tokens, and one session a conversation that is never over its budget."""
+    """Ten times the model's 64 tokens, and one session per conversation that is never over its budget."""
     sessions = []
 
     class Watched(MCSession):

@@ -1,4 +1,4 @@
-"""chat_web with --mc, over real sockets, on a tiny model of random weights: a session a conversation, never two's."""
+"""chat_web with --mc, over real sockets, on a tiny model of random weights: a session per conversation, never two's."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ class Chat:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A session a conversation
+# A session per conversation
 
 
 def test_far_beyond_the_context(serve, tokenizer):

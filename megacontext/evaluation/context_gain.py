@@ -3,7 +3,7 @@ How much of a long context survives compression, on the same scored tokens: the 
 
 Shapes: B sequences of T tokens, K = block_size, H = T − tail tokens of history.
 
-Losses are means over the scored tokens of a sequence, in nats a token, one value a sequence, in these contexts:
+Losses are means over the scored tokens of a sequence, in nats per token, one value per sequence, in these contexts:
 
 - full: all T tokens; none: the scored tokens alone, each with those before it; truncated: the last W tokens;
 - gists: a working context of W entries, the history's oldest blocks as gists, as few as will do;

@@ -96,7 +96,7 @@ def plot_focus(by_length, depths, right) -> bytes:
 
 
 def plot_stream(rows) -> bytes:
-    """A PNG: milliseconds a token, seconds to the first token, and memory, by the tokens in the tree."""
+    """A PNG: milliseconds per token, seconds to the first token, and memory, by the tokens in the tree."""
     figure, (each, first, memory) = new_figure("What a stream costs as it grows", 3)
     tokens = [row["tokens"] for row in rows]
     each.plot(tokens, [row["token_ms"] for row in rows], color=BLUE, marker="o", label="a token, refocuses included")

@@ -14,7 +14,7 @@ def stream_cost(session: MCSession, tokens, lengths) -> list[dict]:
     A row for each of the `lengths` (rising) to which the session, fresh and of one row, is grown with `tokens`, ids:
 
     tokens; entries (of the budget); first_token_s: seconds to read so many tokens from nothing, and the logits after
-    them; next_turn_ms: to read another 64; token_ms: mean milliseconds a token of the following, refocuses among them;
+    them; next_turn_ms: to read another 64; token_ms: mean milliseconds per token of the following, refocuses included;
     tree_mb and cache_mb; swap_rate and residency so far (see Record).
     """
     rows, reading = [], 0.0

@@ -193,7 +193,7 @@ class WorkerPool:
 
     def start(self, engines, model: ServedModel, sessions=()):
         """
-        Begin to work, one thread an engine; they hold the same model.
+        Begin to work, one thread per engine; they hold the same model.
 
         sessions: Sessions for each engine; none for contexts that are gone after an answer.
         """
