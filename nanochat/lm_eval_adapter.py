@@ -4,6 +4,8 @@ Adapter for EleutherAI's lm-evaluation-harness: the three kinds of requests that
 Needs the package lm-eval (`uv sync --extra lm-eval`); only scripts.lm_eval imports this.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
@@ -21,15 +23,16 @@ class HarnessLM(TemplateLM):
     """
     A GPT and its tokenizer as a model of the harness. Texts begin with <|bos|>, as in training.
 
-    batch_size: rows scored at once. Contexts longer than the model was trained on lose their beginning.
+    batch_size: rows scored at once. Contexts longer than the model was trained on lose their beginning, unless they are
+    read in sessions: `sessions` has make_session(rows) and logits_of_ends(rows), as SessionScorer in megacontext.
     Run it under autocast for a precision other than that of the weights.
     """
 
-    def __init__(self, model, tokenizer, name="", batch_size=8):
+    def __init__(self, model, tokenizer, name="", batch_size=8, sessions=None):
         super().__init__()
-        self.model, self.bpe, self.batch_size = model, tokenizer, batch_size
+        self.model, self.bpe, self.batch_size, self.sessions = model, tokenizer, batch_size, sessions
         self.name = name
-        self.max_length = model.config.sequence_len
+        self.max_length = sys.maxsize if sessions else model.config.sequence_len
         self.engine = Engine(model, tokenizer)
         self.special_ids = {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
 
@@ -72,20 +75,25 @@ class HarnessLM(TemplateLM):
         answers = [None] * len(rows)
         for start in tqdm(range(0, len(order), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
             chosen = order[start : start + self.batch_size]
-            # Padding after the end of a row cannot influence a causal model's logits within it
-            ids = torch.full((len(chosen), len(rows[chosen[0]][0])), self.eot_token_id)
-            for row, i in enumerate(chosen):
-                ids[row, : len(rows[i][0])] = torch.tensor(rows[i][0])
-            logits = self.model(ids.to(self.model.get_device()))
-            for row, i in enumerate(chosen):
-                inputs, continuation = rows[i]
-                scores = logits[row, len(inputs) - len(continuation) : len(inputs)]  # [n, V]
+            for i, scores in zip(chosen, self._logits_of_ends([rows[i] for i in chosen]), strict=True):
+                continuation = rows[i][1]
                 targets = torch.tensor(continuation, device=scores.device)
                 nats = F.cross_entropy(scores.float(), targets, reduction="sum").item()
                 answers[i] = (-nats, bool((scores.argmax(dim=-1) == targets).all()))
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         return answers
+
+    def _logits_of_ends(self, rows) -> list[torch.Tensor]:
+        """Logits [n, V] about the n ids at the end of each row (input ids, ids to predict), the longest row first."""
+        if self.sessions:
+            return self.sessions.logits_of_ends([(ids + end[-1:], len(ids) + 1 - len(end)) for ids, end in rows])
+        # Padding after the end of a row cannot influence a causal model's logits within it
+        padded = torch.full((len(rows), len(rows[0][0])), self.eot_token_id)
+        for row, (ids, _) in zip(padded, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        logits = self.model(padded.to(self.model.get_device()))
+        return [row[len(ids) - len(end) : len(ids)] for row, (ids, end) in zip(logits, rows, strict=True)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         """Log-likelihood in nats of whole texts, each token once, in windows as long as the model's context."""
@@ -115,7 +123,11 @@ class HarnessLM(TemplateLM):
         temperature = kwargs.get("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
         text, said = "", []
         for (token,), _ in self.engine.generate(
-            prompt, max_tokens=kwargs["max_gen_toks"], temperature=temperature, top_k=kwargs.get("top_k")
+            prompt,
+            max_tokens=kwargs["max_gen_toks"],
+            temperature=temperature,
+            top_k=kwargs.get("top_k"),
+            session=self.sessions and self.sessions.make_session(1),
         ):
             said += [token] if token not in self.special_ids else []
             text = self.bpe.decode(said)

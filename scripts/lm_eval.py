@@ -4,19 +4,21 @@ Score a model on tasks of EleutherAI's lm-evaluation-harness.
     python -m scripts.lm_eval -i base --tasks=hellaswag,arc_easy
     python -m scripts.lm_eval -i sft --chat --tasks=gsm8k --limit=100
     python -m scripts.lm_eval -i base --include_path=my_tasks --tasks=mine
+    python -m scripts.lm_eval -i base --mc --tasks=niah_single_1   # contexts of any length
 
 Needs `uv sync --extra lm-eval`. Most tasks download their data from the Hugging Face hub; YAML files of your own can
 use other data. Python functions named in such a file are run: read files that you did not write.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from megacontext.inference import MCInference, SessionScorer, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import OptionalInt, run, short
+from nanochat.configurator import OptionalInt, group, run, short
 from nanochat.report import get_report
 
 
@@ -46,6 +48,10 @@ class Config:
     """cuda, cpu or mps; empty for the best there is"""
     dtype: str = "auto"
     """auto, bf16 or fp32: precision of the matrix products"""
+    mc: bool = False
+    """read with MegaContext, contexts of any length, a row at a time; otherwise they lose their beginning"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """these options have an effect with --mc only"""
 
 
 def main(config: Config):
@@ -68,11 +74,13 @@ def main(config: Config):
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown or not wanted:
         raise UserError(f"there is no task {', '.join(unknown) or 'without a name'}: see `lm-eval ls tasks`")
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step)
-    name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}"
+    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
+    mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
+    name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}{'_mc' if mc else ''}"
     with autocast(device, resolve_dtype(config.dtype, device.type)):
+        sessions = SessionScorer(session_maker(model, *mc)) if mc else None
         results = simple_evaluate(
-            HarnessLM(model, tokenizer, name, config.batch_size),
+            HarnessLM(model, tokenizer, name, config.batch_size, sessions),
             tasks=manager.match_tasks(wanted),
             num_fewshot=config.num_fewshot,
             limit=config.limit,
@@ -95,6 +103,7 @@ def main(config: Config):
         if isinstance(value, float) and "stderr" not in metric
     }
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']:,})", "Examples per task (at most)": config.limit}
+    facts["MegaContext"] = config.mc
     get_report().log(f"Harness evaluation {config.source}", [facts, scores])
 
 

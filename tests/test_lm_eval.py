@@ -2,19 +2,23 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megacontext.config import MCConfig
+from megacontext.inference import SessionScorer, session_maker
+from megacontext.networks import MCNetworks
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.hf_export import export_hf
+from nanochat.lm_eval_adapter import HarnessLM
 from scripts import lm_eval as script
 from tests.helpers import make_model, write_tokenizer
 from tests.helpers_server import MODEL, serving
@@ -48,8 +52,6 @@ class Request:
 
 @pytest.fixture(scope="module")
 def adapter(tokenizer):
-    from nanochat.lm_eval_adapter import HarnessLM
-
     return lambda batch_size=4: HarnessLM(make_model(CONFIG, spread=0.5).eval(), tokenizer, batch_size=batch_size)
 
 
@@ -111,6 +113,32 @@ def test_batches_and_padding_change_nothing(adapter):
         assert [s for s, _ in together] == pytest.approx([s for s, _ in alone], abs=NATS)
     shuffled = adapter(3).loglikelihood(requests[::-1], disable_tqdm=True)[::-1]
     assert [s for s, _ in shuffled] == pytest.approx([s for s, _ in alone], abs=NATS)
+
+
+@torch.no_grad()
+def test_in_sessions_nothing_is_cut(adapter, tokenizer):
+    """With room for all tokens at full detail, contexts far beyond T are read as by the model; with less, they fit."""
+    model = adapter().model
+    config = MCConfig(block_size=4, allocator_soft_max=300, allocator_recent_tokens=8, mc_infer_refocus_interval=8)
+    networks = MCNetworks(model.config.n_embd, config.resolve(T)).eval()
+    lm = HarnessLM(model, tokenizer, sessions=SessionScorer(session_maker(model, networks, config.resolve(T))))
+    pairs = [pair for pair in PAIRS if pair[0]]
+    answers = lm.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    for pair, (score, greedy) in zip(pairs, answers, strict=True):
+        expected = reference(model, *split(tokenizer, *pair))
+        assert score == pytest.approx(expected[0], abs=NATS)
+        assert greedy == expected[1]
+    ids = tokenizer.encode(LONG, prepend="<|bos|>")
+    assert len(ids) > 3 * T
+    [rolled] = lm.loglikelihood_rolling([Request(LONG)], disable_tqdm=True)
+    assert rolled == pytest.approx(reference(model, ids, len(ids) - 1)[0], abs=NATS)
+    greedy = {"max_gen_toks": 8, "do_sample": False, "until": []}
+    [text] = lm.generate_until([Request(LONG, greedy)], disable_tqdm=True)
+    assert text == tokenizer.decode([id for id in model.generate(ids, 8, temperature=0.0) if id not in lm.special_ids])
+
+    lm.sessions = SessionScorer(session_maker(model, networks, replace(config, allocator_soft_max=40).resolve(T)))
+    [(compressed, _)] = lm.loglikelihood([Request(LONG, " print")], disable_tqdm=True)
+    assert compressed != pytest.approx(answers[pairs.index((LONG, " print"))][0], abs=NATS)
 
 
 @torch.no_grad()
