@@ -5,7 +5,8 @@ A conversation is known by a name that its client gives, or else by its tokens: 
 prompt is how the new prompt begins. A session with a name serves that name only. What a prompt does not share with
 what the session holds is cut off before anything is read, so no session can tell of another conversation; where it
 looked stays, so that an answer without a name may depend a little on what others with the same beginning asked. The
-least recently used one makes room for a new one; its conversation is read again at its next turn, nothing is lost.
+least recently used one makes room for a new one; its conversation is read again at its next turn, nothing is lost; or
+it goes on from the disk, where conversations with a name are kept if there is a KeptChats.
 
 A worker has one thread, and a session answers one job at a time: another one of its conversation waits.
 """
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+from megacontext import streams
+from megacontext.kept_chats import KeptChats
 from megacontext.session import MCSession
 from megacontext.working_context import WorkingContext
 from nanochat.serving.job import FocusState, Job
@@ -35,6 +38,8 @@ class Held:
     used: float = 0.0  # when it was taken last, by time.monotonic()
     num_tokens: int = 0
     num_bytes: int = 0
+    is_kept: bool = False  # after a restart, too
+    forgotten: bool = False  # once it has answered
 
     def tokens(self, start, end):
         n = len(self.prompt)
@@ -44,11 +49,13 @@ class Held:
 class ChatSessions:
     """
     nanochat.serving.worker_pool.Sessions. make_session(on_update=…) -> MCSession of one row; config: resolved, the
-    same. on_update(session, entries_read, watch): told of each session's updates, see MCSession.
+    same. on_update(session, entries_read, watch): told of each session's updates, see MCSession. kept: where sessions
+    with a name are found again after a restart, or None. past: Arrays of the tokens that are before all conversations.
     """
 
-    def __init__(self, make_session, config, limit, on_update=None):
+    def __init__(self, make_session, config, limit, on_update=None, kept: KeptChats | None = None, past=None):
         self.make_session, self.config, self.limit, self.on_update = make_session, config, limit, on_update
+        self.kept, self.past = kept, past
         self.held = []  # least recently used first
         self.evicted = 0
         self.lock = threading.Lock()  # guards `held`
@@ -63,7 +70,13 @@ class ChatSessions:
             raise
         if held.session.num_tokens > held.num_tokens:
             self._tell(held)  # where it is at the end, between two refocuses
-        held.job = None
+        if held.is_kept:
+            held.session.note(job.prompt + job.ids)
+            self.kept.save(held.conversation, held.session, held.session.focus_state())
+        with self.lock:
+            held.job = None
+            if held.forgotten:
+                self._forget(held)
 
     def _take(self, job):
         """The session for this job, now the most recently used."""
@@ -79,10 +92,18 @@ class ChatSessions:
                     unused.session.close()
                     self.evicted += 1
                 held = Held(conversation=job.conversation)
-                held.session = self.make_session(on_update=partial(self._on_update, held))
+                self._make_session(held)
             held.job, held.prompt, held.answer, held.used = job, prompt, job.ids, time.monotonic()
             self.held.append(held)
         return held
+
+    def _make_session(self, held):
+        store = state = None
+        if self.kept and held.conversation:
+            store, state = self.kept.open(held.conversation)
+        options = {"store": store, "state": state} if store else {}
+        held.is_kept = bool(store)
+        held.session = self.make_session(on_update=partial(self._on_update, held), **options)
 
     def _find(self, prompt, conversation, idle=False):
         """What is held of a conversation, or of what this prompt goes on with; idle: if it is not answering."""
@@ -128,11 +149,14 @@ class ChatSessions:
             return len(self.held) < self.limit or any(held.job is None for held in self.held)
 
     def fits(self, num_tokens):
+        num_tokens += self.past.rows("tokens") if self.past else 0
         finest = WorkingContext.finest(1, num_tokens, self.config.block_size)
         return finest.smallest_length(self.config.allocator_recent_tokens) <= self.config.budget_of_a_refocus
 
     def describe(self):
         return {
+            **({"kept": True} if self.kept else {}),
+            **({"past": self.past.rows("tokens")} if self.past else {}),
             "budget": self.config.allocator_soft_max,
             "block_size": self.config.block_size,
             "sessions": self.limit,
@@ -147,14 +171,39 @@ class ChatSessions:
                 "evicted": self.evicted,
                 "tokens": sum(held.num_tokens for held in self.held),
                 "bytes": sum(held.num_bytes for held in self.held),
+                **({"kept": self.kept.stats()} if self.kept else {}),
             }
 
     def focus(self, conversation):
         with self.lock:
             held = self._find(array("i"), conversation)
-            return held.state if held else None
+        return held.state if held else self.kept.view(conversation) if self.kept else None
 
     def tokens(self, conversation, start, end):
+        """With the past, if there is one."""
+        n = self.past.rows("tokens") if self.past else 0
+        before = streams.token_ids(self.past, start, min(end, n)) if start < n else []
         with self.lock:
             held = self._find(array("i"), conversation)
-            return held.tokens(start, end) if held else None
+            own = held.tokens(max(0, start - n), max(0, end - n)) if held else None
+        if own is None and self.kept:
+            own = self.kept.tokens(conversation, start, end)
+        return own if own is None else before + own
+
+    def forget(self, conversation):
+        """Delete a conversation: now, or, if it is answering, when that has ended."""
+        with self.lock:
+            held = self._find(array("i"), conversation)
+            if held and held.job:
+                held.forgotten = True
+                return
+            if held:
+                self._forget(held)
+        if self.kept:
+            self.kept.delete(conversation)
+
+    def _forget(self, held):
+        self.held.remove(held)
+        held.session.close()
+        if held.is_kept:
+            self.kept.delete(held.conversation)

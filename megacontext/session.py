@@ -200,6 +200,14 @@ class MCSession:
         self._since = snapshot.since
         self.focus.restore(snapshot.focus)
 
+    def note(self, tokens):
+        """Keep the tokens after those that the session holds, if these are how they begin, to be read at need."""
+        if self._common_prefix(torch.tensor([[*tokens, -1]], device=self.device)) == self.num_tokens:
+            rest = tokens[self.num_tokens - self.past :]
+            if rest:
+                self.tree.append(torch.tensor([rest], device=self.device))
+                self._up_to_date = False
+
     def state(self) -> dict:
         """Where the session looks, ready for JSON: with the store, all that another needs to go on (of one row)."""
         return {"since": self._since, **self.focus.state(self._context_now())}

@@ -5,6 +5,8 @@ Serve a model: a chat page for browsers, and an API for OpenAI's clients.
     python -m scripts.chat_web -i rl -n 4          # the RL model on four GPUs
     python -m scripts.chat_web --host 0.0.0.0 --api_key @key.txt    # open to the network, for those with the key
     python -m scripts.chat_web --mc                # chats as long as you like, with a view of where the model looks
+    python -m scripts.chat_web --mc --mc_tree disk # … that go on after a restart
+    python -m scripts.chat_web --mc --stream library    # … about what scripts.mc_stream has read
 
 GET /                        the page
 POST /chat/completions       {"messages": [{"role", "content"}], "temperature", "top_k", "max_tokens", "seed"}; answers
@@ -13,6 +15,7 @@ POST /chat/completions       {"messages": [{"role", "content"}], "temperature", 
                              event: focus, data: {"focus": {…}}; the name, 22 characters or more, is the key to
 POST /focus                  {"conversation"}: the last of these
 POST /focus/text             {"conversation", "start", "end"}: the tokens from start to end, as text
+POST /forget                 {"conversation"}: delete it
 POST /render                 {"texts": […]}: Markdown as safe HTML
 GET /health, /stats, /config
 POST /v1/chat/completions, /v1/completions, /v1/responses; GET /v1/models: OpenAI's API
@@ -35,13 +38,16 @@ from typing import Annotated
 
 import torch
 
+from megacontext.arrays import Arrays
 from megacontext.chat_sessions import ChatSessions
-from megacontext.inference import MCInference, load_for_inference
+from megacontext.inference import MCInference, about_stream, load_for_inference
+from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.session import MCSession
+from megacontext.streams import reading_of, stream_folder
 from megacontext.telemetry.endpoint import open_telemetry
 from megacontext.telemetry.events import tell_session
 from nanochat.checkpoint_manager import checkpoint_root, load_model
-from nanochat.common import UserError, compute_init, resolve_dtype
+from nanochat.common import UserError, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions, ModelOptions
@@ -91,6 +97,14 @@ class Config(ModelOptions, DeviceOptions):
     """MegaContext: conversations of any length, of which the model reads a working context"""
     mc_sessions: int = 8
     """conversations that a worker keeps at hand, with --mc; others are read again at their next turn"""
+    stream: str = ""
+    """with --mc, name of a stream of scripts.mc_stream that the conversations are about"""
+    mc_keep_chats: int = 1000
+    """conversations that are kept on disk, with --mc_tree disk; the least recently used go first"""
+    mc_keep_gigabytes: float = 10.0
+    """of all conversations that are kept on disk"""
+    mc_keep_days: float = 30.0
+    """that a conversation is kept after its last answer, when room is made for another"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
     """what follows counts with --mc only"""
 
@@ -109,6 +123,9 @@ def check(config):
         "max_conversation_chars": (1, 10_000_000),
         "drain_seconds": (0, 3600),
         "mc_sessions": (1, 10_000),
+        "mc_keep_chats": (1, 10_000_000),
+        "mc_keep_gigabytes": (0.001, 1e9),
+        "mc_keep_days": (0.001, 1e6),
     }
     for name, (low, high) in bounds.items():
         if name in ("max_messages", "max_message_chars", "max_conversation_chars") and getattr(config, name) == -1:
@@ -172,7 +189,15 @@ def load(config, device, on_update=None):
         networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
         make_session = partial(MCSession, model, networks, settings, decoder=engine.decoder)
         make_session().close()  # complains now of a budget that is too small
-        sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update)
+        reading, kept, past = reading_of(config.source, meta, tokenizer, settings), None, None
+        if config.stream:
+            make_session = about_stream(make_session, config.stream, reading, device)
+            make_session().close()  # complains now of gists that are missing
+            past = Arrays(stream_folder(config.stream))
+        elif settings.mc_tree == "disk":
+            bounds = Bounds(config.mc_keep_chats, config.mc_keep_gigabytes, config.mc_keep_days)
+            kept = KeptChats(get_base_dir() / "kept_chats", reading, device, bounds)
+        sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update, kept, past)
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
 
 

@@ -14,6 +14,7 @@ import torch
 
 from megacontext.chat_sessions import ChatSessions
 from megacontext.config import MCConfig
+from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from nanochat.engine import Engine
@@ -210,6 +211,12 @@ def tiny(tokenizer):
     return Engine(model, tokenizer), networks, SETTINGS.resolve(CONTEXT)
 
 
+def reading(tokenizer, networks="n"):
+    """Of the tiny model: see streams.reading_of."""
+    facts = {"tokenizer": tokenizer.checksum(), "vocab_size": tokenizer.get_vocab_size(), "model": "m"}
+    return {**facts, "networks": networks, "n_embd": 16, "block_size": K}
+
+
 class Watched(MCSession):
     """Adds itself to the sessions `made`, and says when two jobs are in it at a time."""
 
@@ -235,8 +242,23 @@ class Watched(MCSession):
 
 
 @contextlib.contextmanager
-def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_update=None, on_end=None, queue_size=64, batch_size=4):
-    """A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made)."""
+def serving_mc(
+    tokenizer,
+    workers=1,
+    limit=8,
+    model=MODEL,
+    on_update=None,
+    on_end=None,
+    queue_size=64,
+    batch_size=4,
+    keep_in=None,
+    bounds=None,
+):
+    """
+    A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made).
+
+    keep_in: a folder for conversations that outlive it.
+    """
     made, pool = [], WorkerPool(queue_size, on_end, batch_size)
     server = Server(create_app(pool, LIMITS), pool)
     listener = open_socket("127.0.0.1", 0)
@@ -247,7 +269,8 @@ def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_update=None, on_en
         engine, networks, config = tiny(tokenizer)
         make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
         engines.append(engine)
-        kept.append(ChatSessions(make, config, limit, on_update))
+        on_disk = KeptChats(keep_in, reading(tokenizer), bounds=bounds or Bounds()) if keep_in else None
+        kept.append(ChatSessions(make, config, limit, on_update, on_disk))
     pool.start(engines, model, kept)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
@@ -258,4 +281,6 @@ def serving_mc(tokenizer, workers=1, limit=8, model=MODEL, on_update=None, on_en
         server.should_exit = True
         thread.join(30)
         listener.close()
+        for session in made:  # as the end of a process does
+            session.close()
         assert not thread.is_alive()

@@ -138,6 +138,12 @@ def create_app(
         ids = service.sessions_of(body.conversation).tokens(body.conversation, body.start, end)
         return {"text": None if ids is None else readable(pool.tokenizer, ids)}
 
+    @app.post("/forget")
+    async def forget(body: schema.FocusRequest):
+        for sessions in pool.sessions:
+            await asyncio.to_thread(sessions.forget, body.conversation)
+        return {}
+
     rendering = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too
 
     @app.post("/render")

@@ -26,6 +26,13 @@ def create_router(service):
             raise ApiError(404, f"there is no model {name[:60]!r} here, only {model.id!r}", "model_not_found", "model")
         return model
 
+    def prompts_of(conversation, messages):
+        """The function that makes the prompt of a chat: these messages, after what is kept of the conversation."""
+        if conversation:
+            return lambda: [service.go_on(conversation, messages)]
+        turns = service.conversation(messages)
+        return lambda: [service.render(turns)]
+
     @router.get("/models")
     async def models():
         return {"object": "list", "data": [card(service.model())]}
@@ -37,10 +44,12 @@ def create_router(service):
     @router.post("/chat/completions")
     async def complete_chat(body: ChatCompletionRequest, request: Request):
         body.check()
-        model, turns = known(body.model), service.conversation(body.messages)
+        model, conversation = known(body.model), body.conversation_name
+        prompts = prompts_of(conversation, body.messages)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        jobs = await service.submit(body, lambda: [service.render(turns)], most, body.n or 1, logprobs=logprobs)
+        options = {"logprobs": logprobs, "conversation": conversation}
+        jobs = await service.submit(body, prompts, most, body.n or 1, **options)
         return await Reply(service, jobs, ChatShape(), model, body).give(request)
 
     @router.post("/completions")
@@ -57,8 +66,10 @@ def create_router(service):
     @router.post("/responses")
     async def respond(body: ResponseRequest, request: Request):
         body.check()
-        model, turns = known(body.model), service.conversation(body.messages())
-        jobs = await service.submit(body, lambda: [service.render(turns)], body.max_output_tokens, param="input")
+        model, conversation = known(body.model), body.conversation_name
+        prompts = prompts_of(conversation, body.messages())
+        options = {"param": "input", "conversation": conversation}
+        jobs = await service.submit(body, prompts, body.max_output_tokens, **options)
         return await ResponseReply(service, jobs, ResponseShape(), model, body).give(request)
 
     return router

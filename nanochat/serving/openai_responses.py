@@ -9,7 +9,7 @@ from nanochat.serving.openai_schema import NO_GRAMMAR, OpenAIRequest
 from nanochat.serving.schema import ApiError, Message
 from nanochat.serving.transport import PING, sse
 
-NO_MEMORY = "this server keeps no responses: send the whole conversation as input"
+NO_MEMORY = "this server keeps no responses: name a conversation, or send all of it as input"
 
 
 class ResponseRequest(OpenAIRequest):
@@ -20,13 +20,11 @@ class ResponseRequest(OpenAIRequest):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: dict[str, Any] | None = None
     previous_response_id: str | None = None
-    conversation: Any = None
 
     def check(self):
         super().check()
-        for name in ("previous_response_id", "conversation"):
-            if getattr(self, name) is not None:
-                raise ApiError(400, f"{name}: {NO_MEMORY}", "unsupported_value", name)
+        if self.previous_response_id is not None:
+            raise ApiError(400, f"previous_response_id: {NO_MEMORY}", "unsupported_value", "previous_response_id")
         if (self.text or {}).get("format") not in (None, {"type": "text"}):
             raise ApiError(400, f"text.format: {NO_GRAMMAR}", "unsupported_value", "text.format")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nanochat.serving.schema import ApiError, Message, Request
+from nanochat.serving.schema import ApiError, ConversationId, Message, Request
 
 TOP_LOGPROBS = (0, 20)
 CHOICES = (1, 128)
@@ -30,6 +30,10 @@ REFUSED = {  # parameter → (values that have no effect, why other values are r
 }
 
 
+class ConversationObject(BaseModel):
+    id: ConversationId
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
     include_usage: bool | None = None
@@ -40,6 +44,12 @@ class OpenAIRequest(Request):
     n: Annotated[int, Field(ge=CHOICES[0], le=CHOICES[1])] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # Its secret name: what the server keeps under it comes before the messages of the request, as in /v1/responses
+    conversation: ConversationId | ConversationObject | None = None
+
+    @property
+    def conversation_name(self) -> str | None:
+        return getattr(self.conversation, "id", self.conversation)
 
     @property
     def with_usage(self) -> bool:
@@ -47,6 +57,8 @@ class OpenAIRequest(Request):
 
     def check(self):
         """Raise ApiError (400) for parameters that are refused."""
+        if self.conversation and (self.n or 1) > 1:
+            raise ApiError(400, "n: a conversation goes on with one answer", "unsupported_value", "n")
         for name, (neutral, reason) in REFUSED.items():
             value = self.model_extra.get(name)
             if value is not None and value not in neutral:

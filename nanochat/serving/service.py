@@ -86,6 +86,25 @@ class Service:
             return self.pool.tokenizer.render_for_completion(conversation)
         return self.pool.tokenizer.render_conversation(conversation, max_tokens=None)[0][:-1]
 
+    def go_on(self, conversation, messages) -> list[int]:
+        """
+        Token ids of a conversation that the server keeps, with these messages after what it has; a name that it does
+        not know begins a new one. Raises ApiError (400) where none are kept.
+        """
+        sessions = self.sessions_of(conversation) if self.pool.sessions else None
+        if sessions is None or not sessions.describe().get("kept"):
+            raise ApiError(
+                400,
+                "conversation: this server keeps none; start it with --mc --mc_tree disk, or send all messages",
+                "unsupported_value",
+                "conversation",
+            )
+        said, more = sessions.tokens(conversation, 0, 2**62), self.render(self.conversation(messages))
+        if not said:
+            return more
+        end = [self.pool.tokenizer.encode_special("<|assistant_end|>")]
+        return said + end * (said[-1] != end[0]) + more[1:]
+
     def sessions_of(self, conversation):
         """The Sessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
         if not self.pool.sessions:

@@ -72,6 +72,9 @@ class Sessions(Protocol):
     def tokens(self, conversation: str, start: int, end: int) -> list[int] | None:
         """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
 
+    def forget(self, conversation: str) -> None:
+        """Delete a conversation, at the end of its answer if there is one now."""
+
 
 class _Making(NamedTuple):
     """An answer that is being made, from when on, and what is to be left at its end."""

@@ -8,6 +8,8 @@ import { drawComposer, focusInput } from "./composer.js";
 import { closeDrawer, drawHistory } from "./sidebar.js";
 import { toLatest } from "./scroll.js";
 import { showFocus } from "./focus.js";
+import { ask } from "./server.js";
+import { server } from "./settings.js";
 
 export const state = { current: newChat() };
 
@@ -52,6 +54,7 @@ export function send(text) {
 export function deleteChat(chat) {
   stopAnswer(chat);
   forget(chat);
+  if (server.config?.mc) ask("forget", { conversation: chat.conversation }).catch(() => {}); // it reads it again if it must
   if (chat === state.current) openChat(null, false);
   else drawHistory();
   focusInput();

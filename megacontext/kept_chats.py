@@ -1,0 +1,128 @@
+"""
+Conversations that outlive the server: a stream each, in a folder named by a hash of the conversation's secret name.
+
+Whoever reads the folder learns no names, and who has a name gets that conversation alone. Several workers may share
+one object; each conversation is written by one session at a time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacontext import streams
+from megacontext.arrays import Arrays, Damaged
+from nanochat.common import UserError, atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of what is kept; the conversations that were used least recently go first."""
+
+    count: int = 1000
+    gigabytes: float = 10.0
+    days: float = 30.0
+
+
+class KeptChats:
+    """reading: see streams.reading_of. bounds: looked after when a conversation is new."""
+
+    def __init__(self, root, reading, device="cpu", bounds: Bounds = Bounds()):
+        self.root, self.reading, self.device, self.bounds = streams.private_folder(Path(root)), reading, device, bounds
+        self.lock = threading.Lock()  # guards the making and the deleting of folders
+        self.refused = 0  # answers that the disk did not take
+
+    def _folder(self, name) -> Path:
+        return self.root / hashlib.sha256(name.encode()).hexdigest()[:40]
+
+    def open(self, name):
+        """
+        (store, state) for a session to go on with, empty and None for a new conversation; None for both where there is
+        no room, or another session has it.
+        """
+        folder = self._folder(name)
+        try:
+            with self.lock:
+                if not folder.exists():
+                    self._make_room()
+                    streams.create_stream(folder, self.reading)
+            store = streams.open_store(folder, self.reading, self.device, write=True)
+        except Damaged as error:  # the client may still have all of it
+            logger.error("a conversation is set aside: %s", error)
+            folder.rename(folder.with_name(f"{folder.name}-damaged-{time.time():.0f}"))
+            return self.open(name)
+        except UserError as error:
+            logger.error("a conversation is not kept: %s", error)
+            return None, None
+        return store, self._read(folder).get("session")
+
+    def save(self, name, session, view):
+        """Keep what the session holds; view: what `view` is to answer."""
+        try:
+            session.tree.store.commit()
+            path = self._folder(name) / "focus.json"
+            with atomic_write(path, "w") as file:
+                os.fchmod(file.fileno(), 0o600)
+                json.dump({"session": session.state(), "view": view}, file)
+        except (UserError, OSError) as error:  # the answer has been given; the next one may find room
+            self.refused += 1
+            logger.error("an answer is not kept: %s", error)
+
+    def _read(self, folder):
+        try:
+            return json.loads((folder / "focus.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            logger.error("where a conversation looked is forgotten: %s: %s", folder / "focus.json", error)
+            return {}
+
+    def view(self, name):
+        """The focus at the end of the last answer; None where there is no such conversation."""
+        return self._read(self._folder(name)).get("view")
+
+    def tokens(self, name, start, end) -> list[int] | None:
+        """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
+        if not self._folder(name).exists():
+            return None
+        with closing(Arrays(self._folder(name))) as tokens:
+            return streams.token_ids(tokens, start, end)
+
+    def delete(self, name):
+        """Raises UserError while a session has it."""
+        with self.lock:
+            if self._folder(name).exists():
+                streams.delete_stream(self._folder(name))
+
+    def folders(self) -> list[Path]:
+        """Of all conversations, the least recently used first."""
+        return sorted(self.root.iterdir(), key=lambda folder: (folder / "manifest").stat().st_mtime)
+
+    def stats(self):
+        folders = self.folders()
+        return {"kept": len(folders), "bytes": sum(map(_size, folders)), "refused": self.refused}
+
+    def _make_room(self):
+        folders = self.folders()
+        sizes = list(map(_size, folders))
+        count, size = len(folders) + 1, sum(sizes)
+        for folder, its in zip(folders, sizes, strict=True):
+            age = time.time() - (folder / "manifest").stat().st_mtime
+            if count <= self.bounds.count and size <= 1e9 * self.bounds.gigabytes and age <= 86400 * self.bounds.days:
+                break
+            try:
+                streams.delete_stream(folder)
+                count, size = count - 1, size - its
+            except UserError:  # in use
+                continue
+
+
+def _size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*.*"))
