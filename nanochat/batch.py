@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.kv_cache import KVCache, RowCaches
 from nanochat.sampling import Sampler, Sampling
 
-PART = 256  # tokens of a prompt that are read at once, where others wait for their next token
+PART = 256  # tokens of prompts that are read at once, where others wait for their next token
 
 
 class CacheSession:
@@ -162,14 +162,14 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[tuple[Stream, int | None, torch.Tensor | None]]:
         """
-        Read a part of one prompt, the prompts in turn, and then make a token of each stream that has read its own.
+        Read some tokens of the prompts, in turn, and then make a token of each stream that has read its own.
 
         Returns (stream, id, logits [1, V] if it asks for them) of each that has something new: a token, or, with id
         None, the news that it has ended.
         """
-        self.news = []
-        if self.reading:
-            self._read()
+        self.news, budget = [], PART
+        while self.reading and budget > 0:
+            budget -= self._read()
         logits = self._logits()
         if self.streams:
             self._sample(logits)
@@ -181,8 +181,10 @@ class Batch:
         self.news.append((stream, None, None))
 
     def _read(self):
-        """A part of the prompt whose turn it is; with the last one its stream gets a row."""
-        stream = self.reading[0]
+        """
+        A part of the prompt whose turn it is; with the last one its stream gets a row. Returns its number of tokens.
+        """
+        stream = self.reading.popleft()
         try:
             parts = stream.parts = stream.parts or stream.session.reading(stream.prompt)
             stream.logits = next(parts)
@@ -190,12 +192,13 @@ class Batch:
                 self.caches.join(stream.session.cache)
         except Exception as error:  # whatever it is, the others go on
             self._end(stream, error)
-            return
-        self.reading.rotate(-1)
-        if stream.logits is not None:
-            self.reading.remove(stream)
-            self.streams.append(stream)
-            self.sampler.add(stream.sampling, stream.prompt)
+            return PART
+        if stream.logits is None:
+            self.reading.append(stream)
+            return PART
+        self.streams.append(stream)
+        self.sampler.add(stream.sampling, stream.prompt)
+        return min(len(stream.prompt), PART)
 
     def _logits(self):
         """What the next token of each stream comes from, [B, V]; those whose session has no room for more end here."""

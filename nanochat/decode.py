@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, norm, positioned, rotary_cos_sin
+from nanochat.gpt import LOGIT_SOFTCAP, rotary_cos_sin
 from nanochat.kv_cache import RowCaches
 
 
@@ -259,17 +259,31 @@ class Decoder:
         B, T = inputs.shape[:2]
         H, K = self.config.n_head, self.config.n_kv_head
         x = inputs.flatten(0, 1)  # [B·T, D]
+        cos, sin, *fade = cos_sin
+        rotation = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1), *fade
         if not x.is_floating_point():
             x = norm(F.embedding(x, self.embedding))
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
             heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
-            q, k = positioned(qk, *cos_sin).transpose(1, 2).split((H, K), dim=1)
+            q, k = positioned(qk, *rotation).transpose(1, 2).split((H, K), dim=1)
             x = x + attn_proj(attend(layer, q, k, v.transpose(1, 2)))
             x = x + mlp_proj(F.relu(fc(norm(x).to(self.dtype))).square_())
         last = norm(x.view(B, T, -1)[last]).to(self.dtype)
         logits = self.head(last)[:, : self.config.vocab_size].float()
-        return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
+        # C·tanh(x / C), by a function that is several times as fast on the CPU
+        return logits.mul_(2 / LOGIT_SOFTCAP).sigmoid_().mul_(2 * LOGIT_SOFTCAP).sub_(LOGIT_SOFTCAP)
+
+
+def norm(x):
+    """GPT's norm, where autocast is known to be off."""
+    return torch.rms_norm(x, (x.size(-1),))
+
+
+def positioned(x, cos, sin, fade=None):
+    """GPT's `positioned` in half as many operations, with (cos, cos) for its cos and (sin, −sin) for its sin."""
+    x = norm(torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin))
+    return x if fade is None else x * fade
 
 
 def attend_causally(q, k, v):

@@ -214,7 +214,7 @@ def test_a_step_that_fails_ends_those_that_shared_it(engine):
     batch.stepper = lambda *_: (_ for _ in ()).throw(fault)
     news = {stream: id for stream, id, _ in batch.step()}
     assert [stream.ended for stream in shared] == [fault] * 2
-    assert [news[stream] for stream in [*shared, lone]] == [None, None, prompt(9)[2]]
+    assert [news[stream] for stream in [*shared, lone]] == [None, None, prompt(9)[3]]
     batch.stepper = real
     later = prompt(5), 7, Sampling(temperature=0)
     got = []

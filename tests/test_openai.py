@@ -572,7 +572,8 @@ def reference(engine, ids):
 def test_score(engine):
     """Of each token given those before it, in pieces as in one; the first has none."""
     ids = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    tokens, expected = score(engine, ids, 3), reference(engine, ids)
+    (*parts, tokens), expected = score(engine, ids, 3), reference(engine, ids)
+    assert parts == [None] * 3
     assert [token.id for token in tokens] == ids
     assert (tokens[0].logprob, tokens[0].top) == (None, [])
     for token, row in zip(tokens[1:], expected, strict=True):

@@ -12,6 +12,8 @@ import torch
 from nanochat.batch import Batch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import Sampling
+from nanochat.serving import answer as answers
 from nanochat.serving import job as jobs
 from nanochat.serving.answer import Answer
 from nanochat.serving.job import Done, Job, Outbox, Piece
@@ -137,6 +139,39 @@ def test_a_short_answer_does_not_wait_for_a_long_one(serve, tokenizer):
         assert said(ask(server, max_tokens=5)) == "xxxxx"
         assert server.pool.stats()["workers"][0]["answers"] == 1  # the long one
     until(server.pool.is_idle)
+
+
+def test_scoring_a_prompt_holds_up_nobody(serve, engine, monkeypatch):
+    """Prompts whose own probabilities are asked for are read in parts, between the steps of those that answer."""
+    log, step, part = [], Batch.step, answers.ranked
+    monkeypatch.setattr(Batch, "step", lambda self: (log.append("step"), step(self))[1])
+    monkeypatch.setattr(answers, "ranked", lambda *args: (log.append("part"), part(*args))[1])
+    monkeypatch.setattr(answers, "SCORED_AT_ONCE", 8)
+    engine = Engine(engine.model, engine.tokenizer)  # scoring knows no float64
+    server = serve(engine, batch_size=BATCH)
+    long = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 200, "temperature": 2, "seed": 1}
+    bodies = [{"prompt": f"{i} of many words" * 8, "max_tokens": 0, "echo": True, "logprobs": 1} for i in range(3)]
+    with ThreadPoolExecutor(BATCH) as clients:
+        answering = clients.submit(ask, server, **long)
+        until(lambda: "step" in log)
+        scored = list(clients.map(lambda body: server.client.post("/v1/completions", json=body).json(), bodies))
+        assert said(answering.result()) == alone(engine, long | {"top_k": 50})
+    for one in scored:
+        found = one["choices"][0]["logprobs"]
+        assert len(found["tokens"]) == len(found["token_logprobs"]) > 50
+    order = "".join("s" if entry == "step" else "p" for entry in log)
+    assert order.count("p") > 18
+    assert "pp" not in order.rstrip("p").lstrip("p")[: order.rfind("s") + 1]
+    until(server.pool.is_idle)
+
+
+def test_many_short_prompts_are_read_in_one_step(engine):
+    """As many as are no more than a part of a long one, so that the last of them does not wait for as many steps."""
+    batch = engine.batch()
+    streams = [batch.add([1] * 50, 9, Sampling()) for _ in range(8)]
+    long = batch.add([2] * 200, 9, Sampling())
+    assert [stream for stream, *_ in batch.step()] == streams[:6]  # 50 tokens each, of at most 256
+    assert {stream for stream, *_ in batch.step()} == {*streams, long}
 
 
 def test_one_fault_costs_one_answer(serve, engine, monkeypatch, caplog):

@@ -109,19 +109,24 @@ SCORED_AT_ONCE = 128  # positions per forward pass, to bound the logits [128, V]
 
 
 @torch.inference_mode()
-def score(engine, prompt, top) -> list[Token]:
-    """Log probabilities of each token of a prompt given those before it, in the precision of generation."""
+def score(engine, prompt, top):
+    """
+    Log probabilities of each token of a prompt given those before it, in the precision of generation.
+
+    A generator, so that others need not wait for a long prompt: yields None after each part, then the list of Tokens.
+    """
     model, tokenizer = engine.model, engine.tokenizer
     ids = torch.tensor(prompt, device=model.get_device())
     dtype = engine.dtype or compute_dtype(model)
     cache, ranks = KVCache(model.config.n_layer, len(prompt)), [(None, [])]
-    with autocast(ids.device, dtype):
-        for start in range(0, len(prompt) - 1, SCORED_AT_ONCE):
-            end = min(start + SCORED_AT_ONCE, len(prompt) - 1)
+    for start in range(0, len(prompt) - 1, SCORED_AT_ONCE):
+        end = min(start + SCORED_AT_ONCE, len(prompt) - 1)
+        with autocast(ids.device, dtype):
             logits = model(ids[None, start:end], kv_cache=cache)[0]
-            ranks += ranked(logits, ids[start + 1 : end + 1], top)
+        ranks += ranked(logits, ids[start + 1 : end + 1], top)
+        yield None
     offsets = list(accumulate(map(len, texts(tokenizer, prompt)), initial=0))
-    return [Token(id, offset, *rank) for id, offset, rank in zip(prompt, offsets, ranks, strict=False)]
+    yield [Token(id, offset, *rank) for id, offset, rank in zip(prompt, offsets, ranks, strict=False)]
 
 
 def texts(tokenizer, ids) -> list[str]:

@@ -96,6 +96,7 @@ class Worker:
         self.number, self.engine, self.size, self.ended, self.sessions = number, engine, size, ended, sessions
         self.device = engine.model.get_device()
         self.batch = None
+        self.scoring = deque()  # (_Making, what `score` yields) of those whose prompt comes first
         self.making = {}  # stream → _Making
         self.jobs = []  # of these, and one that is about to be
         self.served = self.failed = 0
@@ -109,15 +110,21 @@ class Worker:
         return len(self.jobs) < self.size and (self.sessions is None or self.sessions.free(job))
 
     def begin(self, job):
-        """Start on an answer. Whatever goes wrong with it costs this job, never the worker."""
-        job.outbox, answer = self.outbox, Answer(job, self.engine.tokenizer, self.number)
-        making = _Making(answer, time.monotonic(), ExitStack())
+        """Start on an answer; nothing is computed yet. Whatever goes wrong with it costs this job, never the worker."""
+        job.outbox = self.outbox
+        making = _Making(Answer(job, self.engine.tokenizer, self.number), time.monotonic(), ExitStack())
+        if job.score:
+            self.scoring.append((making, score(self.engine, job.prompt, job.logprobs or 0)))
+        else:
+            self._add(making)
+            self.outbox.send()
+
+    def _add(self, making):
+        """To those that share the steps, unless only the prompt was asked about."""
+        job = making.answer.job
         try:
-            if job.score:
-                job.emit(Scored(score(self.engine, job.prompt, job.logprobs or 0)))
-            if not job.max_tokens:  # only the prompt was asked about
-                self._end(making, answer.end())
-                self.outbox.send()
+            if not job.max_tokens:
+                self._end(making, making.answer.end())
                 return
             session = making.stack.enter_context(self.sessions.serve(job)) if self.sessions else None
             if self.batch is None:
@@ -127,10 +134,28 @@ class Worker:
             self.making[stream] = making
         except Exception as error:
             self._end(making, error)
-            self.outbox.send()
+
+    def _score(self):
+        """A part of one prompt whose own probabilities are asked for, the prompts in turn."""
+        making, parts = self.scoring.popleft()
+        job = making.answer.job
+        try:
+            tokens = None if job.cancelled else next(parts)
+        except Exception as error:
+            self._end(making, error)
+            return
+        if job.cancelled:
+            self._end(making, "cancelled")
+        elif tokens is None:
+            self.scoring.append((making, parts))
+        else:
+            job.emit(Scored(tokens))
+            self._add(making)
 
     def step(self):
         """A step of all answers; their clients hear of it at its end."""
+        if self.scoring:
+            self._score()
         for stream in [stream for stream, making in self.making.items() if making.answer.job.cancelled]:
             self.batch.remove(stream)
             self._end(self.making.pop(stream), "cancelled")
