@@ -97,14 +97,23 @@ class SessionScorer:
         self.make_session = make_session
 
     def logits_of_ends(self, rows) -> list[torch.Tensor]:
-        """For each row (tokens, start) the logits about tokens[start:], [n, V]. Equal beginnings are read once."""
-        ends, beginning = [], None
+        """
+        For each row (tokens, start) the logits about tokens[start:], [n, V]. Rows with equal beginnings that follow one
+        another share them. Raises UserError when the budget is too small for a row.
+        """
+        ends, beginning, session = [], None, None
         for tokens, start in rows:
             if tokens[:start] != beginning:
+                if session:
+                    session.close()
                 beginning, session = tokens[:start], self.make_session(1)
-                first = session.prefill(beginning)
+                logits = session.prefill(beginning)
                 after_beginning = session.snapshot()
             session.restore(after_beginning)
-            rest = [session.step(torch.tensor([token], device=session.device)) for token in tokens[start:-1]]
-            ends.append(torch.cat([first, *rest]))
+            end = [logits]
+            for token in tokens[start:-1]:
+                end.append(session.step(torch.tensor([token], device=session.device)))
+                if end[-1] is None:
+                    raise UserError(f"no room for {len(tokens):,} tokens: raise --allocator_soft_max")
+            ends.append(torch.cat(end))
         return ends

@@ -69,9 +69,14 @@ class HarnessLM(TemplateLM):
                     f"{self.max_length:,}: leave the task out"
                 )
             rows.append(((context + continuation)[-(self.max_length + 1) : -1], continuation))
-        order = sorted(
-            range(len(rows)), key=lambda i: -len(rows[i][0])
-        )  # rows of similar length together, longest first
+
+        def place(
+            i,
+        ):  # rows of similar length together, the longest first; those of one context, which a session shares
+            context = requests[i][1]
+            return (-len(context), context) if self.sessions else -len(rows[i][0])
+
+        order = sorted(range(len(rows)), key=place)
         answers = [None] * len(rows)
         for start in tqdm(range(0, len(order), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
             chosen = order[start : start + self.batch_size]
@@ -122,12 +127,13 @@ class HarnessLM(TemplateLM):
         prompt = self.tok_encode(context)[-room:]
         temperature = kwargs.get("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
         text, said = "", []
+        session = self.sessions.make_session(1) if self.sessions else None
         for (token,), _ in self.engine.generate(
             prompt,
             max_tokens=kwargs["max_gen_toks"],
             temperature=temperature,
             top_k=kwargs.get("top_k"),
-            session=self.sessions and self.sessions.make_session(1),
+            session=session,
         ):
             said += [token] if token not in self.special_ids else []
             text = self.bpe.decode(said)
@@ -135,5 +141,7 @@ class HarnessLM(TemplateLM):
             if ends:
                 text = text[: min(ends)]
                 break
+        if session:
+            session.close()
         self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
         return text

@@ -103,8 +103,7 @@ def main(config: Config):
         if isinstance(value, float) and "stderr" not in metric
     }
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']:,})", "Examples per task (at most)": config.limit}
-    facts["MegaContext"] = config.mc
-    get_report().log(f"Harness evaluation {config.source}", [facts, scores])
+    get_report().log(f"Harness evaluation {config.source}{' with MegaContext' if mc else ''}", [facts, scores])
 
 
 if __name__ == "__main__":

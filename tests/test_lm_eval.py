@@ -136,6 +136,13 @@ def test_in_sessions_nothing_is_cut(adapter, tokenizer):
     [text] = lm.generate_until([Request(LONG, greedy)], disable_tqdm=True)
     assert text == tokenizer.decode([id for id in model.generate(ids, 8, temperature=0.0) if id not in lm.special_ids])
 
+    prefills = []
+    make = session_maker(model, networks, config.resolve(T))
+    lm.sessions = SessionScorer(lambda rows: prefills.append(rows) or make(rows))
+    choices = [Request(LONG, " print"), Request("x", "y"), Request(LONG, " for i"), Request("x", "yy")]
+    assert lm.loglikelihood(choices, disable_tqdm=True)[0] == answers[pairs.index((LONG, " print"))]
+    assert len(prefills) == 2  # each context is read once
+
     lm.sessions = SessionScorer(session_maker(model, networks, replace(config, allocator_soft_max=40).resolve(T)))
     [(compressed, _)] = lm.loglikelihood([Request(LONG, " print")], disable_tqdm=True)
     assert compressed != pytest.approx(answers[pairs.index((LONG, " print"))][0], abs=NATS)
