@@ -4,7 +4,6 @@ import time
 
 import torch
 
-from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from nanochat.common import UserError, compute_init, resolve_dtype
@@ -57,7 +56,7 @@ def bench_mc_infer(config, show):
     model = GPT(GPTConfig.from_depth(config.depth, W, config.vocab_size)).to(device).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    mc = MCConfig().resolve(W)
+    mc = config.megacontext.resolve(W)
     networks = MCNetworks(model.config.n_embd, mc).to(device).eval()
     networks.gistnet.trained_levels.fill_(8)  # so that all levels cost what they do after training
     networks.lensnet = RestlessLens(networks.lensnet)
