@@ -84,6 +84,7 @@ def bench_serve(config, show):
             connection, other = context.Pipe()
             process = context.Process(target=serve, args=(config, mc, batch_size, other))
             process.start()
+            other.close()  # so that its end is noticed here
             port = connection.recv()
             asyncio.run(answers(port, 2, config))  # warm-up
             alone = None

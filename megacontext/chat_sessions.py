@@ -65,14 +65,14 @@ class ChatSessions:
         held = self._take(job)
         try:
             yield held.session
+            if held.session.num_tokens > held.num_tokens:
+                self._tell(held)  # where it is at the end, between two refocuses
+            if held.is_kept:
+                held.session.note(job.prompt + job.ids)
+                self.kept.save(held.conversation, held.session, held.session.focus_state())
         except BaseException:  # in the middle of something: nobody knows what the session holds
             self._drop(held)
             raise
-        if held.session.num_tokens > held.num_tokens:
-            self._tell(held)  # where it is at the end, between two refocuses
-        if held.is_kept:
-            held.session.note(job.prompt + job.ids)
-            self.kept.save(held.conversation, held.session, held.session.focus_state())
         with self.lock:
             held.job = None
             if held.forgotten:

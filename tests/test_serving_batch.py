@@ -214,6 +214,25 @@ def test_a_step_that_fails_costs_its_answers_and_not_the_worker(serve, engine, m
     until(server.pool.is_idle)
 
 
+def test_a_cancelled_answer_that_cannot_be_removed_does_not_cost_the_worker(serve, engine, monkeypatch, caplog):
+    """Taking a row out moves memory, which may be short."""
+    server, real = serve(engine, batch_size=BATCH), Batch.remove
+    failed = threading.Event()
+
+    def remove(self, stream):
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError("on purpose")
+        real(self, stream)
+
+    monkeypatch.setattr(Batch, "remove", remove)
+    with send_raw(server, {**request(1), "max_tokens": 200}) as connection:
+        connection.recv(1000)
+    assert failed.wait(10)
+    until(server.pool.is_idle)
+    assert said(ask(server, **request(1))) == alone(engine, request(1))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What goes out together
 

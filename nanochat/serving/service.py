@@ -52,9 +52,8 @@ class Service:
             for _ in range(n):
                 settings = replace(sampling, seed=row_seed(sampling.seed, len(jobs)))
                 jobs.append(Job(prompt, tokens, settings, stop, index=len(jobs), events=events, **job))
-        most = self.pool.queue_size + len(self.pool.workers)
-        if len(jobs) > most:
-            raise ApiError(400, f"at most {most} answers at once: got {len(jobs)}", param="n")
+        if len(jobs) > self.pool.limit:
+            raise ApiError(400, f"at most {self.pool.limit} answers at once: got {len(jobs)}", param="n")
         try:
             with unavailable_as_503():
                 for one in jobs:

@@ -98,12 +98,12 @@ class Worker:
         self.batch = None
         self.scoring = deque()  # (_Making, what `score` yields) of those whose prompt comes first
         self.making = {}  # stream → _Making
-        self.jobs = []  # of these, and one that is about to be
+        self.jobs = []  # of all these
         self.served = self.failed = 0
         self.outbox = Outbox()
 
     def load(self):
-        """Whoever has the least takes what anyone can take."""
+        """The worker with the smallest load takes a job that any could take."""
         return len(self.jobs), self.served + self.failed
 
     def can_take(self, job) -> bool:
@@ -156,10 +156,10 @@ class Worker:
         """A step of all answers; their clients hear of it at its end."""
         if self.scoring:
             self._score()
-        for stream in [stream for stream, making in self.making.items() if making.answer.job.cancelled]:
-            self.batch.remove(stream)
-            self._end(self.making.pop(stream), "cancelled")
         try:
+            for stream in [stream for stream, making in self.making.items() if making.answer.job.cancelled]:
+                self.batch.remove(stream)
+                self._end(self.making.pop(stream), "cancelled")
             for stream, id, logits in self.batch.step() if self.making else ():
                 self._take(stream, id, logits)
         except Exception as error:  # nobody knows what the batch holds
@@ -248,8 +248,13 @@ class WorkerPool:
 
     @property
     def sessions(self) -> list[Sessions]:
-        """One a worker, or none."""
+        """One per worker, or none at all."""
         return [worker.sessions for worker in self.workers if worker.sessions]
+
+    @property
+    def limit(self) -> int:
+        """Jobs that may be waiting or running."""
+        return self.queue_size + self.batch_size * len(self.workers)
 
     def _idle(self):
         return sum(not worker.jobs for worker in self.workers)
@@ -259,11 +264,10 @@ class WorkerPool:
 
     def _check_open(self):
         self.check_ready()
-        places = self.batch_size * len(self.workers)
-        if len(self.waiting) + len(self._running()) >= self.queue_size + places:
+        if len(self.waiting) + len(self._running()) >= self.limit:
             self.totals["requests"] += 1
             self.totals["rejected"] += 1
-            wait = math.ceil(self.seconds * (len(self.waiting) + 1) / places)
+            wait = math.ceil(self.seconds * (len(self.waiting) + 1) / (self.limit - self.queue_size))
             raise Unavailable(
                 f"the server is busy: {len(self.waiting)} requests are waiting already", min(wait, MAX_RETRY_AFTER)
             )
