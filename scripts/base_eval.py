@@ -152,6 +152,15 @@ def main(config):
             )
         section += " with MegaContext"
 
+    if config.hf_path:
+        model, tokenizer = load_hf_model(config.hf_path, device, dtype)
+        name, file_name = config.hf_path, re.sub(r"[^\w.]+", "-", config.hf_path).strip("-")
+    else:
+        model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
+        name = f"{meta['model_tag']} (step {meta['step']:,})"
+        file_name = f"{meta['model_tag']}_{meta['step']:06d}"
+    mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
+
     reason = ""
     if rank == 0:
         try:
@@ -166,14 +175,6 @@ def main(config):
         compute_cleanup()
         return
 
-    if config.hf_path:
-        model, tokenizer = load_hf_model(config.hf_path, device, dtype)
-        name, file_name = config.hf_path, re.sub(r"[^\w.]+", "-", config.hf_path).strip("-")
-    else:
-        model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
-        name = f"{meta['model_tag']} (step {meta['step']:,})"
-        file_name = f"{meta['model_tag']}_{meta['step']:06d}"
-    mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
     with autocast(device, dtype):
         if mc:
             model, file_name = SessionScorer(session_maker(model, *mc)), f"{file_name}_mc"

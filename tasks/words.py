@@ -6,7 +6,7 @@ from zlib import crc32
 import regex
 
 from nanochat.common import UserError, atomic_write, get_base_dir, print0
-from nanochat.dataset import iter_documents
+from nanochat.dataset import get_data_dir, iter_documents
 from nanochat.download import fetch
 
 LARGE_LIST = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
@@ -38,8 +38,8 @@ def word_list(source: str) -> list[str]:
         if reason is None:
             return [word for word in path.read_text(encoding="utf-8").split() if regex.fullmatch("[a-z]+", word)]
         print0(f"spelling tasks use words of the training text: the large word list is not here ({reason})")
-    path = get_base_dir() / "words_from_text.txt"
-    if not path.exists():
+    path, record = get_base_dir() / "words_from_text.txt", get_data_dir() / "source.json"
+    if not path.exists() or (record.exists() and record.stat().st_mtime > path.stat().st_mtime):  # of other text
         words = words_of_text(iter_documents("train"))
         with atomic_write(path, "w") as file:
             file.write("\n".join(words))

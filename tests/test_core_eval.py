@@ -418,6 +418,9 @@ def test_script_fetches_the_bundle(server, bundle, monkeypatch, capsys):
 
 def test_script_without_bundle(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="model_tag"):  # known before anything is downloaded
+        base_eval.main(base_eval.Config(device_type="cpu", model_tag="../d4"))
+    monkeypatch.setattr(base_eval, "load_model", lambda *args: (None, None, {"model_tag": "d4", "step": 1200}))
     base_eval.main(base_eval.Config(device_type="cpu"))
     out = capsys.readouterr().out
     assert "CORE: not run, could not download" in out

@@ -1,6 +1,7 @@
 """Tasks, on small files of the datasets' own schemas."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -498,7 +499,14 @@ class TestSpelling:
         found = words.word_list("text")
         assert set(found) == {*(word for word in shards if len(word) >= 3), "def", "return"}
         assert found[:2] == ["def", "return"] or found[0] in shards  # the most frequent first
-        assert words.word_list("text") == (base_dir / "words_from_text.txt").read_text().split()
+        kept = base_dir / "words_from_text.txt"
+        assert words.word_list("text") == kept.read_text().split()
+        kept.write_text("old")
+        assert words.word_list("text") == ["old"]
+        record = base_dir / "base_data" / "source.json"
+        record.write_text("{}")  # the text is another one now
+        os.utime(record, ns=(kept.stat().st_mtime_ns + 1_000_000,) * 2)
+        assert words.word_list("text") == found
 
     @pytest.mark.usefixtures("shards")
     def test_large_list_is_not_to_be_had(self, capsys):
