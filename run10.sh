@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One machine, one GPU or none: text to a trained model and a report card.
 #   bash run10.sh                # what this machine has
-#   bash run10.sh --gpu cpu      # two CPU cores are enough; about 20 minutes, no network but the registries
+#   bash run10.sh --gpu cpu      # two CPU cores are enough; 12 to 15 minutes, no network but the registries
 #   bash run10.sh --gpu 5090     # 32 GB class
 #   bash run10.sh --gpu h100
-DESCRIPTION="Train a chat model from text to report card on one GPU, or on a CPU in about 20 minutes."
+DESCRIPTION="Train a chat model from text to report card on one GPU, or on a CPU in 12 to 15 minutes."
 USAGE_EXTRA="  --gpu PROFILE      auto (default), cpu, 5090 (32 GB class) or h100
 "
 GPU=auto

@@ -3,7 +3,7 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
 
     python dev/bench.py tokenizer [--vocab_size 8192]    # training our tokenizer and Hugging Face's
     python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
-    python dev/bench.py train --depth 4 [--mc 1]         # tokens/s, memory and MFU of training steps
+    python dev/bench.py train --depth 4 [--mc 1]         # training steps: tokens/s, share of the peak
     python dev/bench.py loss --vocab_size 65536          # our cross-entropy beside others
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
     python dev/bench.py sample --vocab_size 65536        # microseconds to sample one token per row
@@ -160,7 +160,20 @@ def bench_loader(config):
     show(f"loader: B {B}, T {T}, vocabulary {config.vocab_size:,}", rows)
 
 
+def matmul_flops(device, dtype) -> float:
+    """FLOP/s of this machine's matrix products: the fastest of some large ones."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def product():
+        (a @ b)[0, 0].item()  # waits for the device
+
+    product()
+    return 2 * n**3 / best(20, product)
+
+
 def bench_train(config):
+    """Training steps beside the speed of matrix products alone, which they could at best have."""
     rows = []
     for name in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
         _, _, _, world_size, device = compute_init(config.device_type)
@@ -177,6 +190,7 @@ def bench_train(config):
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         ids = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
         B_once = objective.rows_at_once(B)
+        products = matmul_flops(device, dtype)
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -213,6 +227,8 @@ def bench_train(config):
                 "optimizer %": 100 * min(update for _, update in seconds) / typical,
                 "tokens/s": total / typical,
                 "GFLOP/s": flops / 1e9,
+                "of products": products / 1e9,
+                "ratio %": 100 * flops / products,
                 "MFU %": 100 * flops / peak if peak else "-",
                 "memory MiB": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "-",
             }

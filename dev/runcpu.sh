@@ -2,29 +2,30 @@
 # The CPU profile of run10.sh (also on its own: bash dev/runcpu.sh): a model of 5M parameters on the sources of
 # Python's standard library, small enough for two cores. It shows every stage; the model itself knows little.
 if [ -z "${DESCRIPTION:-}" ]; then # started by itself, not through run10.sh
-    DESCRIPTION="Train a small chat model, from text to report, on a CPU in about 20 minutes."
+    DESCRIPTION="Train a small chat model, from text to report, on a CPU in 12 to 15 minutes."
     . "$(dirname "$0")/recipe.sh"
     recipe_options "$@"
 fi
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-cpu}" # separate from models of other sizes
 recipe_setup cpu
-DEPTH=4 BATCH=16 T=256 EVAL=131072 MID=()
-# CPUs without bf16 instructions are half as fast, so they train fewer steps in the same time
-SLOW=0
-grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || SLOW=1
-STEPS=$((SLOW ? 450 : 900))
+DEPTH=4 BATCH=16 T=256 EVAL=131072 MINUTES=5.5
 if [ $MC = 1 ]; then # a longer context gives more to compress
-    DEPTH=3 BATCH=8 T=512 EVAL=32768 STEPS=$((SLOW ? 300 : 900))
-    [ $SLOW = 0 ] || MID=(--num_iterations=120)
+    DEPTH=3 BATCH=8 T=512 EVAL=32768 MINUTES=12
     MC_OPTIONS=(--mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is plentiful
 fi
 report_reset
 stage python -m nanochat.dataset --source stdlib
 tokenizer_stage 4096 --max_chars=50000000
 module scripts.base_train --depth=$DEPTH --max_seq_len=$T --device_batch_size=$BATCH --total_batch_size=4096 \
-    --streams=$BATCH --num_iterations=$STEPS --eval_every=150 --eval_tokens=$EVAL --core_metric_every=-1 \
-    --sample_every=450 --save_every=50 --run="$WANDB_RUN" ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
+    --streams=$BATCH --piece_tokens=$((4 * T)) --target_minutes=$MINUTES --warmdown_ratio=0.4 --eval_every=150 \
+    --eval_tokens=$EVAL --core_metric_every=-1 --sample_every=450 --save_every=50 --run="$WANDB_RUN" \
+    ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
 TAG="$(base_tag $DEPTH)" LATER="$(later_options)"
+# Pretraining has as many steps as this machine manages in its minutes; midtraining up to 2/5 of that
+STEPS="$(cat "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG"/meta_*.json 2>/dev/null |
+    sed -n 's/^ *"total": \([0-9]*\).*/\1/p' | tail -n 1)" || STEPS=""
+MID=()
+[ "${STEPS:-1000}" -ge 625 ] || MID=(--num_iterations=$((STEPS * 2 / 5 + 1)))
 module scripts.base_loss --device_batch_size=$BATCH --split_tokens=262144 --model_tag="$TAG"
 module scripts.base_eval --model_tag="$TAG"
 mc_evaluation "$TAG" --sequences=96 --probe_steps=150

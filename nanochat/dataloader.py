@@ -3,8 +3,9 @@ Batches of tokens for pretraining, from the parquet shards of nanochat.dataset.
 
 The row groups of a split are numbered over all of its files, and rank r takes r, r + world_size, … of them.
 It reads them as one endless stream of tokens, with BOS before each document, from the start again after the
-last. The stream is cut into batches of B·T + 1 tokens, the last of one being the first of the next: so every
-token is predicted once an epoch, nothing is padded and nothing left out.
+last; on request, the text of a row group is cut into pieces that are shuffled. The stream is cut into batches of
+B·T + 1 tokens, the last of one being the first of the next: so every token is predicted once an epoch, nothing is
+padded and nothing left out.
 """
 
 import contextlib
@@ -29,7 +30,9 @@ class TokenLoader:
     `next`. Usable as a context manager; `close()` ends the thread.
 
     tokenizer: has get_bos_token_id() and encode_to_numpy(texts, num_threads) -> list of uint32 arrays.
-    split: "train" or "val". state: a `state_dict()` of the same rank, to go on from there.
+    split: "train" or "val". piece: if it is above 0, the text of a row group is cut into pieces of that many tokens,
+    which come in random order, so that what is read does not stay with one document. state: a `state_dict()` of the
+    same rank, to go on from there.
     Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
     """
 
@@ -46,6 +49,7 @@ class TokenLoader:
         rank: int | None = None,
         world_size: int | None = None,
         prefetch: int = 4,
+        piece: int = 0,
     ):
         _, env_rank, _, env_world_size = get_dist_info()
         self.rank = env_rank if rank is None else rank
@@ -55,7 +59,7 @@ class TokenLoader:
         threads = min(tokenizer_threads, os.cpu_count() or 1)  # more only wait for each other
         self._position = self._check_state(state, len(row_groups)) if state else (0, self.rank, 0)
         batches = _batches(
-            _token_stream(tokenizer, threads, row_groups, self.world_size, self._position),
+            _token_stream(tokenizer, threads, row_groups, self.world_size, self._position, piece),
             B,
             T,
             pin_memory=self.device.type == "cuda",
@@ -126,7 +130,7 @@ def tokenizing_distributed_data_loader(B, T, split, tokenizer_threads=4, tokeniz
     return TokenLoader(get_tokenizer(), B, T, split, device, tokenizer_threads=tokenizer_threads)
 
 
-def _token_stream(tokenizer, threads, row_groups, world_size, position):
+def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
     """Yield (epoch, row group, tokens uint32 [N], index of the first to use) from `position` on, for ever."""
     bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint32)
     epoch, first, token = position
@@ -138,6 +142,9 @@ def _token_stream(tokenizer, threads, row_groups, world_size, position):
             if not documents:
                 continue
             tokens = np.concatenate([part for document in documents for part in (bos, document)])
+            if piece > 0:
+                order = np.random.default_rng((epoch, number)).permutation(range(0, len(tokens), piece))
+                tokens = np.concatenate([tokens[start : start + piece] for start in order])
             if token >= len(tokens):
                 raise UserError(
                     f"the loader state points at token {token} of a row group that has {len(tokens)}: "

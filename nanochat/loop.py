@@ -43,11 +43,12 @@ class MicroBatches:
     consecutive text; several mix documents, which matters for small batches. If a small corpus has too few row
     groups for that many streams, micro-batches take turns on the same streams.
 
-    state: a `state_dict()` to resume from; exactly, if the number of streams is the same. If not, as with another B,
-    the text continues after the last row group that was begun; what was left of those is read in the next epoch.
+    piece: see TokenLoader. state: a `state_dict()` to resume from; exactly, if the number of streams is the same. If
+    not, as with another B, the text continues after the last row group that was begun; what was left of those is read
+    in the next epoch.
     """
 
-    def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None):
+    def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None, piece=0):
         _, rank, _, world_size = get_dist_info()
         if streams < 1 or B % streams:
             raise UserError(f"streams must divide the device_batch_size of {B}, got {streams}")
@@ -56,7 +57,7 @@ class MicroBatches:
         numbers = [(i * world_size + rank) * streams + s for i in range(turns) for s in range(streams)]
         places = _places(state, numbers, total) if state else [None] * len(numbers)
         self.loaders = [
-            TokenLoader(tokenizer, B // streams, T, "train", device, place, rank=number, world_size=total)
+            TokenLoader(tokenizer, B // streams, T, "train", device, place, rank=number, world_size=total, piece=piece)
             for number, place in zip(numbers, places, strict=True)
         ]
         self.streams, self.next = streams, 0
@@ -280,16 +281,16 @@ class ProgressLine:
         """step: steps done. done: completed fraction of the run, if the number of steps is not known."""
         if not self.shown:
             return
-        done = step / self.total if done is None else done
+        if done is None:
+            done = step / self.total if self.total else 0.0
         if self.began is None:  # the clock starts after the first step, which also compiles and warms up
             self.began, self.start = time.time(), done
-        first = done <= self.start
-        left = "?" if first else clock((time.time() - self.began) / (done - self.start) * (1 - done))
+        left = "?" if done <= self.start else clock((time.time() - self.began) / (done - self.start) * (1 - done))
         count = f"step {step:,}" + (f"/{self.total:,}" if self.total else f" ({100 * done:.0f}%)")
         text = f"{count} | {figures} | {left} left"
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)
-        elif time.time() - self.last_print >= self.every or done >= 1 or first:
+        elif time.time() - self.last_print >= self.every or done >= 1 or not self.last_print:
             print(text, flush=True)
             self.last_print = time.time()
 

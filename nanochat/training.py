@@ -14,6 +14,7 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager
 from nanochat.common import UserError, autocast, get_dist_info, peak_flops, print0, sum_over_ranks
 from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
+from nanochat.report import get_report
 from nanochat.sharding import clip_gradients
 
 # Options that do not influence the result, up to rounding: how to watch a run, where and in what portions to
@@ -23,7 +24,14 @@ WATCHING = {
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
     *("source", "model_tag", "step", "device_type", "dtype", "compile", "keep_last", "device_batch_size", "streams"),
 }
-HORIZON = {"num_iterations", "target_flops", "target_param_data_ratio", "num_epochs"}  # options for how long to train
+WARM_UP = 10  # the first steps, which also compile, are not part of the training time
+HORIZON = {
+    "num_iterations",
+    "target_minutes",
+    "target_flops",
+    "target_param_data_ratio",
+    "num_epochs",
+}  # options for how long to train
 
 
 def _flat(options: dict) -> dict:
@@ -215,6 +223,10 @@ class Training:
         if self.step == self.saved_at:
             checkpoint_manager.amend_meta(self.folder, self.step, **self.notes, evaluated=True)
 
+    def set_total(self, steps):
+        """Make known how many steps there are to be, if they were not known at the beginning."""
+        self.total = self.progress.total = steps
+
     def totals(self) -> dict:
         """Step, FLOPs, seconds and tokens so far: the axes for comparing runs."""
         return {
@@ -327,8 +339,8 @@ class Training:
         self.total_tokens += tokens
         self.total_flops += tokens * self.flops_per_token * work
         self.seconds = seconds
-        if self.step > 10:
-            self.total_time += seconds  # the first steps compile and warm up
+        if self.step > WARM_UP:
+            self.total_time += seconds
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
         self.loss = self.smooth_loss / (1 - 0.9**self.step)
         self.tokens_per_second = tokens / seconds
@@ -352,12 +364,13 @@ class Training:
         self.progress.close()
         self.log.finish()
 
-    def close(self) -> dict:
-        """End log and progress line; returns the figures for the report."""
+    def close(self, section, results: dict, facts: dict):
+        """End log and progress line, and write the section of the report: what was measured, then the settings."""
         self.stop_watching()
         print0(f"trained {self.step:,} steps in {clock(self.total_time)}; checkpoint in {self.folder}")
         cuda = self.device.type == "cuda"
-        return {
+        results = {
+            **results,
             "Final training loss": self.loss,
             "Training tokens": self.total_tokens,
             "MFU %": None if self.mfu is None else 100 * self.mfu,
@@ -365,6 +378,7 @@ class Training:
             "Total training time": clock(self.total_time),
             "Peak memory (MiB)": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None,
         }
+        get_report().log(section, [results, facts, "### Settings", _flat(asdict(self.config))])
 
 
 class PlainObjective:

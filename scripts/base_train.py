@@ -10,14 +10,23 @@ Run the same command again to resume an interrupted run from its newest checkpoi
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 
 from megacontext.attach import attach, generating, meta_of, observe
 from megacontext.config import MCConfig
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, print_banner, resolve_dtype
+from nanochat.common import (
+    UserError,
+    autocast,
+    compute_cleanup,
+    compute_init,
+    print0,
+    print_banner,
+    resolve_dtype,
+    sum_over_ranks,
+)
 from nanochat.configurator import group, run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle, load_bundle
 from nanochat.core_eval import evaluate_core
@@ -36,10 +45,9 @@ from nanochat.loop import (
 )
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import OptimizerOptions, TrainingOptions
-from nanochat.report import get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.training import Training
+from nanochat.training import WARM_UP, Training
 
 
 @dataclass
@@ -51,9 +59,11 @@ class Config(TrainingOptions, OptimizerOptions):
     """context length T"""
     model_tag: str = ""
     """folder of the checkpoints; empty for d<depth>"""
-    # Horizon: the first of these three that is positive
+    # Horizon: the first of these four that is positive
     num_iterations: int = -1
     """optimization steps"""
+    target_minutes: float = -1.0
+    """train for this many minutes at the speed of the first steps; a run that is resumed keeps its number of steps"""
     target_flops: float = -1.0
     """train for this many FLOPs"""
     target_param_data_ratio: float = 20.0
@@ -65,6 +75,8 @@ class Config(TrainingOptions, OptimizerOptions):
     """tokens per step over all processes, reached by gradient accumulation"""
     streams: int = 1
     """streams of text that make up a micro-batch; more streams mix more documents into small batches"""
+    piece_tokens: int = -1
+    """cut the text of a row group into pieces of this many tokens and shuffle them; -1 for documents in their order"""
     grad_clip: float = 1.0
     """largest global gradient norm; 0 for no clipping"""
     warmup_ratio: float = 0.0
@@ -91,10 +103,17 @@ class Config(TrainingOptions, OptimizerOptions):
     """these options have an effect with --mc only"""
 
 
-def horizon(config, flops_per_token, num_params) -> int:
-    """Number of steps, by the first of num_iterations, target_flops and target_param_data_ratio that is set."""
+MEASURED = 20  # after this many steps, their speed makes a number of steps of --target_minutes
+
+
+def horizon(config, flops_per_token, num_params) -> int | None:
+    """Number of steps, by the first option of the horizon that is set; None if they are to be measured first."""
     if steps_asked_for(config.num_iterations):
         return config.num_iterations
+    if config.target_minutes > 0:
+        if config.warmup_ratio > 0:
+            raise UserError("--target_minutes takes no --warmup_ratio: the first steps are those that are measured")
+        return None
     if config.target_flops > 0:
         steps = round(config.target_flops / (flops_per_token * config.total_batch_size))
     elif config.target_param_data_ratio > 0:
@@ -151,15 +170,20 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
+    if num_iterations is None and training.meta.get("total"):
+        training.set_total(training.meta["total"])
     model, compiled = training.model, training.compiled
     objective = make_objective(compiled)
     observe(config, "base_train", training)
 
+    def length():
+        steps = training.total
+        return {"Iterations": steps, "Tokens per parameter": steps * config.total_batch_size / model.num_params()}
+
     facts = {
+        **(length() if training.total else {"Minutes": config.target_minutes}),
         "Number of parameters": model.num_params(),
         "FLOPs per token": f"{model.flops_per_token():.3e}",
-        "Iterations": num_iterations,
-        "Tokens per parameter": num_iterations * config.total_batch_size / model.num_params(),
         "Processes": world_size,
         "Micro-batches per step": accumulation,
         "Precision": str(dtype).removeprefix("torch."),
@@ -168,7 +192,9 @@ def main(config: Config):
     print_facts(facts)
 
     # Data
-    batches = training.batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
+    batches = training.batches = MicroBatches(
+        tokenizer, B, T, device, accumulation, streams, training.loader_state, config.piece_tokens
+    )
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     def validate():
@@ -188,7 +214,13 @@ def main(config: Config):
     say = training.progress.say
     while True:
         step = training.step
-        last = step == num_iterations
+        if training.total is None and step == MEASURED:
+            rank_seconds = torch.tensor(training.total_time / (step - WARM_UP), device=device)
+            seconds = (sum_over_ranks(rank_seconds) / world_size).item()
+            training.set_total(max(step + 1, round(60 * config.target_minutes / seconds)))
+            facts |= length()
+            say(f"{training.total:,} steps take {config.target_minutes:g} minutes at the speed of the first {step}")
+        last = step == training.total
         with training.evaluating(last):
             if training.due(config.eval_every, last):
                 val_bpb, others = validate()
@@ -211,9 +243,9 @@ def main(config: Config):
             break
 
         training.begin_step()
-        progress = step / num_iterations
+        progress = step / training.total if training.total else 0.0
         loss, stats = training.accumulate(objective, batches, accumulation, progress, dtype)
-        lrm = rate(step, num_iterations)
+        lrm = rate(step, training.total) if training.total else 1.0
         norm = training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
         training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -")
@@ -225,9 +257,8 @@ def main(config: Config):
         **others,
         "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
         "CORE metric estimate": core_results.get("core_metric"),
-        **training.close(),
     }
-    get_report().log(section="Base model training", data=[asdict(config), facts, results])
+    training.close("Base model training", results, facts)
     compute_cleanup()
 
 

@@ -10,6 +10,7 @@ Evaluate a chat model on tasks.
 ChatCORE summarizes all tasks: 0 for guessing, 1 for perfect.
 """
 
+import random
 from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
@@ -79,7 +80,7 @@ def talk(model, tokenizer, make_session=None) -> str:
 
 
 def main(config: Config):
-    _, rank, _, _, device = compute_init(config.device_type)
+    _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     if min(config.num_samples, config.max_new_tokens, config.batch_size) < 1:
         raise UserError("num_samples, max_new_tokens and batch_size must be at least 1")
@@ -105,13 +106,16 @@ def main(config: Config):
     mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
 
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
-    facts["megacontext"] = asdict(mc[1]) if mc else None
+    del facts["megacontext"]  # shown with --mc only, and as the model has it
+    facts |= asdict(mc[1]) if mc else {}
     accuracies, transcripts = {}, []
     with autocast(device, dtype):
         make_session = session_maker(model, *mc) if mc else None
         conversation = talk(model, tokenizer, make_session) if rank == 0 else ""
         for name, task in tasks.items():
             progress = ProgressLine(name, None)
+            own = range(0, min(len(task), config.max_problems or len(task)), world_size)  # of the first rank
+            samples = random.Random(f"{config.source} {name}").sample(own, min(3, len(own)))  # others in each stage
             score = evaluate(
                 task,
                 model,
@@ -122,7 +126,7 @@ def main(config: Config):
                 config.temperature,
                 config.top_k,
                 config.batch_size,
-                keep=3,
+                keep=samples,
                 progress=lambda done, of, line=progress: line.update(done, f"of {of:,} problems", done / of),
                 make_session=make_session,
             )
@@ -133,7 +137,7 @@ def main(config: Config):
             results = dict(accuracies)
             if set(accuracies) == set(available):
                 results["ChatCORE"] = chat_core(accuracies)
-            sections = [facts, results, f"### Conversation\n\n{conversation}", *transcripts]
+            sections = [results, facts, f"### Conversation\n\n{conversation}", *transcripts]
             get_report().log(section=f"Chat evaluation {config.source}", data=sections)  # the next task may fail
     if "ChatCORE" in results:
         print0(f"ChatCORE: {results['ChatCORE']:.4f}")

@@ -11,7 +11,7 @@ in DAPO, arXiv:2503.14476). There is no reference model, no ratio and no clippin
 model that generated it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -30,7 +30,6 @@ from nanochat.conversations import pad_rows
 from nanochat.engine import Engine
 from nanochat.loop import passes, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
-from nanochat.report import get_report
 from nanochat.training import Training, parent_model
 from tasks.mixtures import rl_tasks
 from tasks.scoring import pass_at_k
@@ -195,8 +194,8 @@ def main(config: Config):
         metrics = {"train/reward": reward, "train/answer_tokens": length, "train/lrm": lrm, **training.speed()}
         training.record(metrics)
 
-    results = {**{f"pass@{k}": value for k, value in passed.items()}, **training.close()}
-    get_report().log(section="Chat RL", data=[asdict(config), facts, results])
+    results = {f"pass@{k}": value for k, value in passed.items()}
+    training.close("Chat RL", results, facts)
     compute_cleanup()
 
 

@@ -8,7 +8,7 @@ Supervised finetuning: one conversation per row, with the loss on the assistant'
 Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +25,6 @@ from nanochat.configurator import run
 from nanochat.conversations import padded_batches
 from nanochat.loop import passes, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
-from nanochat.report import get_report
 from nanochat.training import Training, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
 from tasks.scoring import evaluate
@@ -169,8 +168,8 @@ def main(config: Config):
         training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed()})
 
-    results = {"Validation loss": val_loss, **metrics, **training.close()}
-    get_report().log(section="Chat SFT", data=[asdict(config), facts, results])
+    results = {"Validation loss": val_loss, **metrics}
+    training.close("Chat SFT", results, facts)
     compute_cleanup()
 
 

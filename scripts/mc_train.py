@@ -10,7 +10,7 @@ networks beside them. Run the same command again to resume an interrupted run fr
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from megacontext.attach import attach, meta_of, observe
@@ -20,7 +20,6 @@ from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
 from nanochat.options import ModelOptions, TrainingOptions
-from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, parent_model
 
@@ -131,7 +130,7 @@ def main(config: Config):
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed(), **stats})
 
     batches.close()
-    get_report().log(section="MegaContext training", data=[asdict(config), facts, {**figures, **training.close()}])
+    training.close("MegaContext training", figures, facts)
     compute_cleanup()
 
 

@@ -10,7 +10,7 @@ to resume an interrupted run from its newest checkpoint.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -24,7 +24,6 @@ from nanochat.conversations import PackedConversations
 from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts, steps_asked_for
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
-from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, parent_model
 from tasks.mixtures import mid_mixture, mid_val
@@ -158,9 +157,8 @@ def main(config: Config):
         "Validation bpb": val_bpb,
         **others,
         "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
-        **training.close(),
     }
-    get_report().log(section="Midtraining", data=[asdict(config), facts, results])
+    training.close("Midtraining", results, facts)
     compute_cleanup()
 
 

@@ -82,7 +82,7 @@ def main(config: Config):
         "Bytes per token, standard deviation": sizes.std().item(),
         "Bytes per token, longest": int(sizes.max()),
     }
-    get_report().log(section="Tokenizer training", data=[asdict(config), facts])
+    get_report().log(section="Tokenizer training", data=[facts, asdict(config)])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tasks.mixtures import BASELINES
 
 @dataclass
 class Score:
-    """What became of `total` problems. samples: (conversation, answer, whether it is right) of the first few."""
+    """What became of `total` problems. samples: (conversation, answer, whether it is right) of some."""
 
     passed: int
     total: int
@@ -34,7 +34,7 @@ def evaluate(
     temperature=0.0,
     top_k=50,
     batch_size=8,
-    keep=0,
+    keep=(),
     progress=None,
     make_session=None,
 ) -> Score:
@@ -42,8 +42,9 @@ def evaluate(
     Score a model on a task; under torchrun the ranks share the problems, and all get the same result.
 
     A generative problem counts as solved when one of num_samples answers is right; a categorical one when the
-    right letter has the largest logit of all its letters. keep: how many samples to return. progress(done, of)
-    is called on every rank. make_session(rows): what generated answers attend to; None for the plain context.
+    right letter has the largest logit of all its letters. keep: numbers of the problems to return as samples.
+    progress(done, of) is called on every rank. make_session(rows): what generated answers attend to; None for the
+    plain context.
     Raises UserError for a task without problems.
     """
     total = len(task) if max_problems is None else min(len(task), max_problems)
@@ -57,12 +58,12 @@ def evaluate(
         solved = _generative(task, Engine(model, tokenizer), tokenizer, total, num_samples, options, make_session)
     world_size = get_dist_info()[3]
     score = Score(0, total)
-    for n, (conversation, answer, right) in enumerate(solved):
+    for index, (conversation, answer, right) in zip(_own(total), solved, strict=True):
         score.passed += right
-        if len(score.samples) < keep:
+        if index in keep:
             score.samples.append((conversation, answer, right))
         if progress:
-            progress(min(total, (n + 1) * world_size), total)
+            progress(min(total, index - index % world_size + world_size), total)
     if dist.is_initialized():
         passed = torch.tensor(score.passed, device=model.get_device())
         dist.all_reduce(passed)

@@ -147,9 +147,10 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_categorical(tokenizer, batch_size):
-    score = evaluate(Letters(), Oracle(tokenizer), tokenizer, batch_size=batch_size, keep=2)
+    score = evaluate(Letters(), Oracle(tokenizer), tokenizer, batch_size=batch_size, keep=[2, 8])
     assert (score.passed, score.total) == (7, 10)
-    assert len(score.samples) == 2
+    questions = [conversation["messages"][0]["content"] for conversation, _, _ in score.samples]
+    assert [int(question.split()[-1]) for question in questions] == [2, 8]
     assert evaluate(Letters(), Oracle(tokenizer), tokenizer, max_problems=5).accuracy == 1
     with pytest.raises(UserError, match="at least one problem"):
         evaluate(Letters(), Oracle(tokenizer), tokenizer, max_problems=0)

@@ -153,6 +153,36 @@ def test_equals_the_reference(lengths, B, T, world_size, threads, prefetch):
                 ]
 
 
+def test_shuffled_pieces(tmp_path):
+    """Each epoch has every piece of a row group once, in another order; and it can be resumed at any place."""
+    groups = make_groups([[40, 25], [31]])
+    write_split(tmp_path, [groups])
+
+    def pieces(group):
+        tokens = [token for text in group for token in (BOS, *text.encode())]
+        return [tokens[i : i + 8] for i in range(0, len(tokens), 8)]
+
+    options = {"data_dir": tmp_path, "piece": 8}
+    with TokenLoader(ByteTokenizer(), 1, 1, "train", **options) as loader:
+        stream = [next(loader)[0].item() for _ in range(2 * (67 + 32))]
+    orders = []
+    for _ in range(2):
+        for group in groups:
+            left = pieces(group)
+            orders.append([])
+            while left:
+                piece = next(piece for piece in left if stream[: len(piece)] == piece)
+                left.remove(piece)
+                orders[-1].append(piece)
+                stream = stream[len(piece) :]
+    assert orders[0] != orders[2] != pieces(groups[0]) != orders[0]
+    with TokenLoader(ByteTokenizer(), 2, 3, "train", **options) as loader:
+        take(loader, 13)
+        state = loader.state_dict()
+        with TokenLoader(ByteTokenizer(), 2, 3, "train", state=state, **options) as resumed:
+            assert take(resumed, 20) == take(loader, 20)
+
+
 def test_validation_split_repeats_for_ever(data_dir):
     with TokenLoader(ByteTokenizer(), 2, 4, "val", data_dir=data_dir) as loader:
         assert take(loader, 50) == list(itertools.islice(reference([["validation"]], 2, 4), 50))

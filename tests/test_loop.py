@@ -420,10 +420,11 @@ def test_any_number_of_processes_gets_the_same_tokens(corpus, monkeypatch, strea
                 assert torch.equal(mine, theirs)
 
 
-def test_micro_batches_go_on_from_their_state(corpus, monkeypatch):
-    whole, _ = take(corpus, monkeypatch, 8, accumulation=2, streams=2)
-    _, state = take(corpus, monkeypatch, 4, accumulation=2, streams=2)
-    rest, _ = take(corpus, monkeypatch, 4, accumulation=2, streams=2, state=state)
+@pytest.mark.parametrize("piece", [-1, 5])
+def test_micro_batches_go_on_from_their_state(piece, corpus, monkeypatch):
+    whole, _ = take(corpus, monkeypatch, 8, accumulation=2, streams=2, piece=piece)
+    _, state = take(corpus, monkeypatch, 4, accumulation=2, streams=2, piece=piece)
+    rest, _ = take(corpus, monkeypatch, 4, accumulation=2, streams=2, state=state, piece=piece)
     for (x, y), (x2, y2) in zip(whole[4:], rest, strict=True):
         assert torch.equal(x, x2)
         assert torch.equal(y, y2)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -123,13 +124,22 @@ def test_no_trained_token_is_no_nan(trained, tmp_path, monkeypatch):
 
 
 def test_evaluation_and_its_report(trained, capsys):
-    chat_eval.main(parse(chat_eval.Config, ["-i", "sft", "--tasks=local", "-x", "3", "-m", "8", "-d", "fp32"]))
+    chat_eval.main(parse(chat_eval.Config, ["-i", "sft", "--tasks=local", "-x", "12", "-m", "8", "-d", "fp32"]))
     out = capsys.readouterr().out
     assert "Arithmetic: " in out
     assert "ChatCORE: " in out
     report = (trained / "report" / "chat-evaluation-sft.md").read_text()
     assert "Who are you?" in report
     assert "ChatCORE" in report
+    assert report.index("ChatCORE") < report.index("temperature")  # what was measured comes first
+    assert "gistnet" not in report
+    assert "megacontext" not in report
+    chat_eval.main(parse(chat_eval.Config, ["-i", "mid", "--tasks=local", "-x", "12", "-m", "8"]))
+    shown = [(trained / "report" / f"chat-evaluation-{source}.md").read_text() for source in ("sft", "mid")]
+    sums, others = (re.findall(r"```text\n(.*)", text.partition("### Arithmetic")[2]) for text in shown)
+    assert len(set(sums)) == 3 + 3  # of two tasks
+    assert sums != others  # each stage shows others
+    capsys.readouterr()
     chat_eval.main(parse(chat_eval.Config, ["-i", "rl", "-a", "Arithmetic", "--tasks=local", "-x=2", "-m=4"]))
     assert "ChatCORE" not in capsys.readouterr().out  # not over a part of the tasks
     with pytest.raises(UserError, match="unknown task Chess"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
+from nanochat import training
 from nanochat.common import UserError
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import WATCHING
@@ -250,6 +251,35 @@ def test_settings_of_megacontext(base):
         train("mc", *options, "--gistnet_layers=4")
     train("mc", *options)
     assert meta_of(base, "mc", 2)["finished"]
+
+
+def test_as_long_as_it_may_take(base, monkeypatch, capsys):
+    """The number of steps follows from their speed, is said, and stays when the run is resumed at another speed."""
+    now = [0.0]
+
+    class Clock:
+        seconds = 1.0  # per step: a step asks twice
+
+        def time(self):
+            now[0] += self.seconds
+            return now[0]
+
+    monkeypatch.setattr(training, "time", Clock())
+    minutes = ["--num_iterations=-1", "--target_minutes=0.5", "--save_every=15"]
+    train("minutes", *minutes)
+    assert "30 steps take 0.5 minutes at the speed of the first 20" in capsys.readouterr().out
+    assert meta_of(base, "minutes", 30)["finished"]
+    rates = [r["train/lrm"] for r in log_of(base, "base", "minutes") if "train/lrm" in r]
+    assert rates == [base_train.lr_multiplier(step, 30, warmdown_ratio=0.2) for step in range(30)]
+    Clock.seconds = 0.75
+    for tag, total in (("unmeasured", 34), ("measured", 30)):  # killed before the measurement; or after it
+        shutil.copytree(folder_of(base, "minutes"), folder_of(base, tag))
+        for path in folder_of(base, tag).glob("*_000030*"):
+            path.unlink()
+        if tag == "measured":
+            cm.amend_meta(folder_of(base, tag), 15, total=30)
+        train(tag, *minutes)
+        assert cm.find_last_step(folder_of(base, tag)) == total
 
 
 def test_a_longer_run(stopped, half, capsys):
