@@ -9,6 +9,7 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
     python dev/bench.py sample --vocab_size 65536        # microseconds to sample one token per row
     python dev/bench.py serve --depth 4                  # a chat server with 1, 8 and 32 clients, without and with --mc
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
+    python dev/bench.py stream --depth 1 --stream_tokens=100000000  # a stream on disk as it grows
     python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and the whole step
 
 The text is the source code of the standard library, so no data is needed.
@@ -36,6 +37,7 @@ from rich.table import Table
 from dev.bench_infer import bench_mc_infer
 from dev.bench_mc import bench_mc
 from dev.bench_serve import bench_serve
+from dev.bench_stream import bench_stream
 from megacontext.attach import attach
 from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
@@ -56,7 +58,7 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, loss, decode, sample, serve, mc or mc-infer; can also be given as the first word"""
+    """tokenizer, loader, train, loss, decode, sample, serve, stream, mc or mc-infer; also as the first word"""
     vocab_size: int = 8192
     """tokens"""
     repeat: int = 3
@@ -78,7 +80,7 @@ class Config:
     new_tokens: int = 100
     """decode, mc-infer: tokens per row to measure, after some for warm-up; serve: tokens per answer"""
     stream_tokens: int = 65536
-    """mc-infer: tokens in the tree of the longer of two streams"""
+    """mc-infer: tokens in the tree of the longer of two streams; stream: in the longest"""
     device_type: str = ""
     """train, decode, serve: cuda, cpu or mps"""
     dtype: str = "auto"
@@ -439,6 +441,7 @@ def main(config: Config):
         "decode": bench_decode,
         "sample": bench_sample,
         "serve": lambda config: bench_serve(config, show),
+        "stream": lambda config: bench_stream(config, show),
         "mc": lambda config: bench_mc(config, show),
         "mc-infer": lambda config: bench_mc_infer(config, show),
     }

@@ -4,17 +4,23 @@ another, does memory grow?
 
     python dev/soak.py --url http://127.0.0.1:8000 --pid 4711        # a running `python -m scripts.chat_web --mc`
 
+    python dev/soak.py --restarts 20 --serve="-g d4 --device_type=cpu"     # its own server, killed between turns
+
+The second keeps the conversations on disk (--mc_tree disk, these options beside): does one lose what it was told?
+
 Each chat sends numbers of its own, starts a new conversation after some turns, and after each turn asks the server for
 the text that its session holds, which must be its own. It connects to this machine only.
 """
 
 import json
 import random
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +50,10 @@ class Config:
     """turns of a conversation before the chat starts a new one"""
     max_tokens: int = 32
     """tokens per answer, at most"""
+    restarts: int = 0
+    """how often a server of its own is ended, every other time by SIGKILL, with a turn of each chat between"""
+    serve: str = ""
+    """options of scripts.chat_web for --restarts"""
 
 
 def words_of(chat, turn):
@@ -93,7 +103,76 @@ def chat_until(end, number, config, counts, lock):
                     break
 
 
+@contextmanager
+def served(config):
+    """A server of its own on the port of config.url, whose process it gives; killed at the end."""
+    port = httpx.URL(config.url).port
+    options = ["--mc", "--mc_tree=disk", f"--port={port}", f"--mc_sessions={config.chats}", *config.serve.split()]
+    command = [sys.executable, "-m", "scripts.chat_web", *options]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(600):
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{config.url}/health").json()["ready"]:
+                    break
+            if process.poll() is not None:
+                raise UserError(f"the server did not start: {' '.join(command)}")
+            time.sleep(0.1)
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def turn_after_restart(config, number, turn, chat):
+    """One turn of a chat; returns what went wrong, or None. chat: its messages so far."""
+    key = f"{random.Random(number).getrandbits(128):032x}"
+    with httpx.Client(base_url=config.url, timeout=300) as client:
+
+        def held():
+            body = {"conversation": key, "start": 0, "end": 10_000_000}
+            return client.post("/focus/text", json=body).json()["text"] or ""
+
+        before = held()
+        if turn and not before.startswith(f"You: {words_of(number, 0)}"[:60]):
+            return f"chat {number}, turn {turn}: what it was told is gone, or another's: {before[:80]!r}"
+        chat.append({"role": "user", "content": words_of(number, turn)})
+        answer, state = one_turn(client, config, key, chat)
+        chat.append({"role": "assistant", "content": answer})
+        if state["entries"] > state["budget"]:
+            return f"chat {number}, turn {turn}: over budget"
+
+
+def restarts(config):
+    chats = [[] for _ in range(config.chats)]
+    for turn in range(config.restarts + 1):
+        with served(config) as server, ThreadPoolExecutor(config.chats) as pool:
+            started = time.monotonic()
+            faults = list(
+                pool.map(lambda i, turn=turn: turn_after_restart(config, i, turn, chats[i]), range(len(chats)))
+            )
+            faults = [fault for fault in faults if fault]
+            sessions = httpx.get(f"{config.url}/stats").json()["workers"][0]["sessions"]
+            kept = sessions["kept"]
+            print(
+                f"start {turn + 1}: {len(chats)} turns in {time.monotonic() - started:.1f} s, {len(faults)} faults; "
+                f"{sessions['tokens']:,} tokens, {kept['kept']} chats kept in {kept['bytes']:,} bytes; "
+                f"{server.memory_info().rss / 2**20:,.0f} MiB, {server.num_fds()} open files",
+                flush=True,
+            )
+            if faults or (kept["kept"], kept["refused"]) != (len(chats), 0):
+                raise UserError("; ".join(faults) or f"expected {len(chats)} conversations kept, got {sessions}")
+            if turn % 2:
+                server.terminate()
+                server.wait(60)
+    print(f"{len(chats)} chats went on through {config.restarts} restarts: none lost, none mixed up")
+
+
 def main(config):
+    if config.restarts:
+        return restarts(config)
     if httpx.URL(config.url).host not in HOSTS:
         raise UserError(f"--url: expected a server on this machine ({', '.join(HOSTS)}), got {config.url}")
     if config.chats < 1 or config.turns < 1 or not 0 < config.minutes <= 120:

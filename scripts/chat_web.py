@@ -42,12 +42,13 @@ from megacontext.arrays import Arrays
 from megacontext.chat_sessions import ChatSessions
 from megacontext.inference import MCInference, about_stream, load_for_inference
 from megacontext.kept_chats import Bounds, KeptChats
+from megacontext.reader import Reader
 from megacontext.session import MCSession
-from megacontext.streams import reading_of, stream_folder
+from megacontext.streams import make_gists, missing_gists, reading_of, stream_folder
 from megacontext.telemetry.endpoint import open_telemetry
 from megacontext.telemetry.events import tell_session
 from nanochat.checkpoint_manager import checkpoint_root, load_model
-from nanochat.common import UserError, compute_init, get_base_dir, resolve_dtype
+from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions, ModelOptions
@@ -198,7 +199,28 @@ def load(config, device, on_update=None):
             bounds = Bounds(config.mc_keep_chats, config.mc_keep_gigabytes, config.mc_keep_days)
             kept = KeptChats(get_base_dir() / "kept_chats", reading, device, bounds)
         sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update, kept, past)
+        folders = kept.folders() if kept else [stream_folder(config.stream)] if config.stream else []
+        renew_gists(folders, reading, Reader(model, networks, settings))
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
+
+
+def renew_gists(folders, reading, reader):
+    """Make the gists of streams that another model wrote, in the background; sessions have the old ones meanwhile."""
+
+    def embed(ids):
+        with autocast(reader.device, torch.float32):
+            return reader.embed(ids)
+
+    def work():
+        for folder in folders:
+            try:
+                if missing_gists(folder, reading):
+                    for _ in make_gists(folder, reading, reader.gist, embed, reader.device):
+                        time.sleep(0.01)  # answers come first
+            except UserError as error:  # another worker or process is at it, or damage, which its readers will name
+                logging.info("gists of %s are not renewed: %s", folder.name, error)
+
+    threading.Thread(target=work, name="gists", daemon=True).start()
 
 
 def describe(config, pool, limits, port, key=""):

@@ -14,7 +14,9 @@ import httpx
 import pytest
 import torch
 
+from megacontext.kept_chats import KeptChats
 from megacontext.session import MCSession
+from megacontext.streams import gist_sets, missing_gists
 from megacontext.telemetry.events import tell_session
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
@@ -410,6 +412,22 @@ def test_loading(checkpoints):
     assert "2,000,000 in all" in shown
     config = config_of(model_tag="mc")
     assert chat_web.load(config, torch.device("cpu"), None)[2] is None
+
+
+def test_conversations_of_another_model_get_their_gists_in_the_background(checkpoints, base_dir):
+    config = config_of(model_tag="mc", mc=True, megacontext=chat_web.MCInference(mc_tree="disk"))
+    kept = chat_web.load(config, torch.device("cpu"))[2].kept
+    older = KeptChats(kept.root, kept.reading | {"model": "older"})
+    store, _ = older.open(name(1))
+    store.append(0, torch.arange(50)[None])
+    store.append(1, torch.ones(1, 12, 16))
+    store.commit()
+    store.close()
+    [folder] = kept.folders()
+    assert missing_gists(folder, kept.reading) == 12
+    chat_web.load(config, torch.device("cpu"))
+    until(lambda: missing_gists(folder, kept.reading) == 0)
+    assert len(gist_sets(folder)) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""What a stream on disk costs as it grows: reading it in, opening it, tokens, memory. For dev/bench.py stream."""
+
+import itertools
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+
+from megacontext import streams
+from megacontext.networks import MCNetworks
+from megacontext.reader import Reader
+from megacontext.session import MCSession
+from megacontext.tree import MegaContextTree
+from nanochat.common import compute_init
+from nanochat.decode import Decoder
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.sources import stdlib_documents, stdlib_files
+from nanochat.tokenizer import RustBPETokenizer
+
+ANSWER = 256  # tokens of which the time is taken
+
+
+class Timed:
+    """A function that adds up the time that it takes."""
+
+    def __init__(self, function):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def memory():
+    """MiB of this process: its own, and of files."""
+    info = psutil.Process().memory_info()
+    return (info.rss - info.shared) / 2**20, info.shared / 2**20
+
+
+def at_this_length(folder, reading, make_session, engine):
+    """Seconds to open a stream and give a first token; median and mean milliseconds per token after that; memory."""
+    started = time.perf_counter()
+    store = streams.open_store(folder, reading)
+    opened = time.perf_counter() - started
+    session = make_session(store=store, past=store.count(0))
+    times, prompt = [time.perf_counter()], engine.tokenizer.encode("What was that?", prepend="<|bos|>")
+    for _ in engine.generate(prompt, max_tokens=ANSWER, session=session):
+        times.append(time.perf_counter())
+    steps = sorted(after - before for before, after in itertools.pairwise(times[1:]))
+    own, files = memory()
+    session.close()
+    return {
+        "open_ms": 1000 * opened,
+        "first_token_ms": 1000 * (times[1] - started - opened),
+        "token_ms": 1000 * sum(steps) / len(steps),
+        "median_ms": 1000 * steps[len(steps) // 2],
+        "memory": own,
+        "memory_files": files,
+    }
+
+
+def bench_stream(config, show):
+    """A row per length, ten times as long each, up to config.stream_tokens."""
+    device = compute_init(config.device_type)[-1]
+    texts = list(stdlib_documents(stdlib_files()[:400], {}))
+    tokenizer = RustBPETokenizer.train_from_iterator(iter(texts), config.vocab_size)
+    gpt = GPTConfig.from_depth(config.depth, config.max_seq_len, tokenizer.get_vocab_size())
+    model = GPT(gpt).to(device)
+    model.init_weights()
+    mc = config.megacontext.resolve(config.max_seq_len)
+    networks = MCNetworks(gpt.n_embd, mc).to(device).eval()
+    reader, engine = Reader(model.eval(), networks, mc), Engine(model, tokenizer)
+    reading = {"tokenizer": tokenizer.checksum(), "vocab_size": config.vocab_size, "n_embd": gpt.n_embd}
+    reading |= {"block_size": mc.block_size, "model": "random", "networks": "random"}
+    make_session = partial(MCSession, model, networks, mc, decoder=Decoder(model))
+
+    folder = Path(tempfile.mkdtemp(prefix="stream-", dir=streams.streams_dir())) / "stream"
+    streams.create_stream(folder, reading)
+    store = streams.open_store(folder, reading, device, write=True)
+    gist, store.commit = Timed(reader.gist), Timed(store.commit)
+    tokenizer.encode_to_numpy = Timed(tokenizer.encode_to_numpy)
+    tree = MegaContextTree(gist, mc.block_size, store, reader.embed)
+    documents, rows, length = itertools.cycle(texts), [], 100_000
+    spent, before = 0.0, 0
+    with torch.no_grad():
+        while length <= config.stream_tokens:
+            started = time.perf_counter()
+            for _ in streams.ingest(tree, documents, tokenizer, commit_seconds=0.5):
+                if store.count(0) >= length:
+                    break
+            store.commit()
+            took, n = time.perf_counter() - started, store.count(0)
+            parts = {
+                "tokenizer": tokenizer.encode_to_numpy.seconds,
+                "gistnet": gist.seconds,
+                "disk": store.commit.seconds,
+            }
+            spent += took
+            row = {"tokens": n, "tokens_per_second": (n - before) / took, "seconds": spent, **parts}
+            size = sum(path.stat().st_size for path in folder.rglob("*.*"))
+            row |= {"bytes_per_token": size / n, **at_this_length(folder, reading, make_session, engine)}
+            rows.append({key: round(value, 3) for key, value in row.items()})
+            before, length = n, length * 10
+    store.close()
+    shutil.rmtree(folder.parent)
+    show("a stream on disk", rows)
+    return rows
