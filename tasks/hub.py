@@ -34,7 +34,7 @@ def load_split(repo: str, config: str, split: str, columns=()):
             options = pa.json.ReadOptions(block_size=len(content) + 1)  # no row is longer than a block
             rows = datasets.Dataset(pa.json.read_json(io.BytesIO(content), options))
         elif path:
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+            rows = datasets.Dataset.from_parquet(str(path))  # load_dataset would tell the hub of it
         else:
             rows = datasets.load_dataset(repo, config, split=split)
         if not len(rows):
