@@ -5,7 +5,7 @@ import time
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.losses import attention_to_blocks
+from megacontext.losses import ASKING, attention_to_blocks
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.variants import DENSE_SHARE, random_variants, target_length
@@ -28,6 +28,8 @@ def parts(model, objective, x, y, progress):
         embeds = reader.embed(x)
         inputs = reader.tree(embeds[dense:]).materialize(read)
 
+        _, looks = model.trunk(embeds[:dense], asking=ASKING)
+
     def dense_rows():
         model(inputs_embeds=embeds[:dense].clone().requires_grad_(), targets=y[:dense]).backward()
 
@@ -42,7 +44,7 @@ def parts(model, objective, x, y, progress):
 
     def attention():
         old = judged.old_blocks(c.allocator_recent_tokens)
-        attention_to_blocks(model, embeds[:dense], x[:dense] == objective.bos, c.block_size, old)
+        attention_to_blocks(looks, x[:dense] == objective.bos, c.block_size, old)
 
     wanted = {"dense rows": dense_rows, "compressed rows": compressed_rows, "GistNet": gistnet}
     return {**wanted, "LensNet and its gists": lensnet, "attention": attention}

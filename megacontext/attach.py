@@ -9,6 +9,7 @@ from megacontext.inference import session_maker
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.telemetry.endpoint import open_telemetry
+from nanochat.loop import compiles
 from nanochat.training import PlainObjective
 
 
@@ -32,12 +33,11 @@ def attach(config, model_config, device, bos, parent=None):
     if parent is not None:
         networks.load(*parent)
 
-    def make_objective(model):
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            torch._dynamo.config.recompile_limit = 64  # each stage of the variants' length is a shape of its own
-        return MCObjective(model, networks, mc, bos)
-
-    return networks, make_objective
+    if compiles(config.compile, device):
+        for network in (networks.gistnet, networks.lensnet):
+            if hasattr(network, "encoder"):  # means have none
+                network.encoder.compile(dynamic=True)
+    return networks, lambda model: MCObjective(model, networks, mc, bos)
 
 
 def meta_of(config, T) -> dict:
@@ -66,7 +66,8 @@ def generating(config, training):
         make_session = None
         if is_on(config):
             make_session = session_maker(model, networks, config.megacontext.resolve(model.config.sequence_len))
-        yield make_session
+        with torch.compiler.set_stance("force_eager"):  # hardly two shapes of a session are alike
+            yield make_session
     finally:
         for module in trained:
             module.train()

@@ -11,41 +11,26 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import autocast
-from nanochat.gpt import activation_dtype, norm, positioned
 
 ASKING = 4  # newest tokens whose attention says what detail is for
 
 
 @torch.no_grad()
-def attention_to_blocks(model, embeds, sinks, block_size, num_blocks):
+def attention_to_blocks(looks, sinks, block_size, num_blocks):
     """
-    The most [B, num_blocks] that one of the last ASKING tokens, in one head of one layer, attends to each of the first
-    num_blocks blocks of embeds [B, T, D], as a share of all its attention.
+    The most [B, num_blocks] that one of the newest tokens, in one head of one layer, attends to each of the first
+    num_blocks blocks, as a share of all its attention. looks: what GPT.trunk says of ASKING tokens.
 
     Attention to sinks [B, T], bool, is not counted: a BOS draws it whatever its block says. The maximum, and over few
     tokens: sums over heads and tokens drown the one head that looks up what is asked for now (see dev/LOG.md).
-
-    Costs the model's forward pass without the last MLP and the head, and of the last layer's attention the last part.
     """
-    T, asking = embeds.size(1), min(ASKING, embeds.size(1))
-    cos_sin = tuple(t[:, :T].to(activation_dtype(embeds)) for t in (model.cos, model.sin))
-    newest = tuple(t[:, -asking:] for t in cos_sin)
-    hidden = torch.ones(asking, T, dtype=torch.bool, device=embeds.device).triu(T - asking + 1)
-    x, most = embeds, embeds.new_zeros(embeds.size(0), num_blocks, dtype=torch.float32)
-    for layer, block in enumerate(model.transformer.h):
-        attn, h = block.attn, norm(x)
-        q = attn.c_q(h[:, -asking:]).unflatten(-1, (attn.n_head, attn.head_dim))
-        k = attn.c_k(h).unflatten(-1, (attn.n_kv_head, attn.head_dim))
-        q = positioned(q, *newest).transpose(1, 2)  # [B, H, asking, d]
-        k = positioned(k, *cos_sin).transpose(1, 2)  # [B, H_kv, T, d]
-        k = k.repeat_interleave(attn.n_head // attn.n_kv_head, dim=1)
-        weights = (q @ k.transpose(2, 3)).float() / attn.head_dim**0.5
-        weights = weights.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(sinks[:, None, None], 0)
-        shares = weights[..., : num_blocks * block_size].unflatten(-1, (num_blocks, block_size)).sum(-1)
-        most = torch.maximum(most, shares.amax((1, 2)))
-        if layer + 1 < len(model.transformer.h):
-            x = block(x, cos_sin, None)
-    return most
+    (B, _, asking, d), (_, H_kv, T, _) = (t.shape for t in looks[0])
+    logits = [q.reshape(B, H_kv, -1, d) @ k.mT for q, k in looks]  # heads that share keys are queries of one head
+    logits = torch.stack(logits, 1).view(B, -1, asking, T).float() / d**0.5
+    hidden = torch.ones(asking, T, dtype=torch.bool, device=sinks.device).triu(T - asking + 1)
+    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(sinks[:, None, None], 0)
+    shares = weights[..., : num_blocks * block_size].unflatten(-1, (num_blocks, block_size)).sum(-1)
+    return shares.amax((1, 2))
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
-from megacontext.losses import attention_to_blocks, beyond_place, lens_loss
+from megacontext.losses import ASKING, attention_to_blocks, beyond_place, lens_loss
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
 from megacontext.variants import auto_batch_size, dense_share, random_variants, step_work, target_length
@@ -72,14 +72,24 @@ class MCObjective:
         embeds = reader.embed(x)
         loss, stats = embeds.new_zeros((), dtype=torch.float32), {"mc/tree_tokens": T, "mc/wc_entries": length}
 
+        old = max(0, T - recent) // K  # blocks that may be gists
+        judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
+        looks = []  # of the model at the dense sequences
         if dense and not c.mc_freeze_base:
-            stats["mc/base_loss"] = self.model(inputs_embeds=embeds[:dense], targets=y[:dense])
+            stats["mc/base_loss"], looks = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=ASKING)
             loss = loss + stats["mc/base_loss"]
+        elif judged:
+            with torch.no_grad():
+                _, looks = self.model.trunk(embeds[:dense], asking=ASKING)
+
+        first = 0 if judged else dense  # sequences from here on have a tree, the dense ones for LensNet
+        if first < B:  # whose loss teaches GistNet too, but not the embeddings
+            table = reader.tree(torch.cat((embeds[first:dense].detach(), embeds[dense:])))
 
         if dense < B:
             context = random_variants(V * (B - dense), T, K, length, recent, generator)
-            table = reader.tree(embeds[dense:])
-            reading = reader.read(table.materialize(context), context, y[dense:])
+            inputs = table.rows(dense - first, B - first).materialize(context)
+            reading = reader.read(inputs, context, y[dense:])
             loss = loss + reading.loss
             stats |= {"mc/token_loss": reading.loss, "mc/variants_total": len(context.lod_map)}
             stats |= by_level(context, reading)
@@ -88,13 +98,11 @@ class MCObjective:
             for name, i in zip(names[dense:], range(0, len(context.lod_map), V), strict=True):
                 caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
-        old = max(0, T - recent) // K  # blocks that may be gists
-        if dense and old and c.mc_lens_loss_weight > 0:
+        if judged:
             context = random_variants(C * dense, T, K, length, recent, generator)
-            table = reader.tree(embeds[:dense].detach())  # this loss teaches GistNet too, but not the embeddings
-            scores = context.per_block(reader.score(table.materialize(context), context))
-            shares = attention_to_blocks(self.model, embeds[:dense], x[:dense] == self.bos, K, old)
-            beyond = beyond_place(shares)
+            inputs = table.rows(0, dense).materialize(context)
+            scores = context.per_block(reader.score(inputs, context))
+            beyond = beyond_place(attention_to_blocks(looks, x[:dense] == self.bos, K, old))
             stats["mc/lens_loss"] = lens_loss(scores, beyond.repeat_interleave(C, 0), context)
             loss = loss + c.mc_lens_loss_weight * stats["mc/lens_loss"]
 

@@ -31,6 +31,10 @@ class Table(NamedTuple):
     values: torch.Tensor
     offsets: tuple[int, ...]
 
+    def rows(self, start, end) -> "Table":
+        """The table of some of the batch's rows."""
+        return Table(self.values[start:end], self.offsets)
+
     def materialize(self, context):
         """
         Embeddings [R, W, D] of a working context's entries, in one gather; padding gets the first token's.

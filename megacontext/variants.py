@@ -92,12 +92,13 @@ def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, fl
 def step_work(model, networks, config: MCConfig, progress, T) -> float:
     """
     FLOPs of a step as a multiple of what the model alone needs for the same tokens: what the three networks are
-    trained on, 6 FLOPs per parameter and input of the small ones, and a third of a dense pass for where it looks.
+    trained on, 6 FLOPs per parameter and input of the small ones. A frozen model's look at the dense sequences is a
+    third of a training pass; else it is part of that.
     """
     trunk, gists, entries = inputs_per_sequence(config, progress, T)
     small = {networks.gistnet: gists, networks.lensnet: entries}
     flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
-    looks = dense_share(config) / 3 if config.mc_lens_loss_weight > 0 else 0
+    looks = dense_share(config) / 3 if config.mc_freeze_base and config.mc_lens_loss_weight > 0 else 0
     return trunk / T + looks + flops / (T * model.flops_per_token())
 
 

@@ -23,6 +23,26 @@ def softcap(logits, cap):
     return cap * torch.tanh(logits.float() / cap)
 
 
+def loss_of_rows(x, w, targets, scale, cap):
+    """
+    (losses [n], the gradient [n, V] of their sum weighted by scale [n], with respect to the logits before the softcap,
+    in x's precision) of x [n, D], w [V, D] and targets [n].
+    """
+    scale, index = scale[:, None], targets.clamp(min=0)[:, None]
+    unit = (x @ w.T).float().div_(cap).tanh_()  # logit z = cap·unit
+    # |z| < cap, so that exp(z) cannot overflow: no pass for the maximum is needed
+    p = (unit * cap).exp_()
+    normalizer = p.sum(dim=-1, keepdim=True)
+    losses = normalizer.log() - cap * unit.gather(1, index)
+    # d loss/d z = softmax(z) − onehot(target), and d z/d (x·w) = 1 − tanh²
+    p.mul_(scale / normalizer)
+    if torch.compiler.is_compiling():  # can be fused with what surrounds it; else it would be one more pass
+        p = torch.where(torch.arange(len(w), device=x.device) == index, p - scale, p)
+    else:
+        p.scatter_add_(1, index, -scale)
+    return losses[:, 0], p.addcmul_(p, unit.square_(), value=-1.0).to(x.dtype)
+
+
 class _SummedLoss(torch.autograd.Function):
     """
     (sum of the rows' losses, weighted by row_weights [N] if given; the losses [N], for the log alone).
@@ -31,7 +51,7 @@ class _SummedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, cap, dtype, row_weights=None):
+    def forward(ctx, x, weight, targets, vocab_size, cap, dtype, row_weights, loss_of_rows):
         block = max(1, BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_GPU) // vocab_size)
         w = weight[:vocab_size].to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
@@ -43,18 +63,9 @@ class _SummedLoss(torch.autograd.Function):
         parts = [t.split(block) for t in (x, targets, counts, scale, losses)]
         for i, (x_b, t_b, counts_b, scale_b, losses_b) in enumerate(zip(*parts, strict=True)):
             x_b = x_b.to(dtype)
-            scale_b = scale_b[:, None]
-            index = t_b.clamp(min=0)[:, None]
-            unit = (x_b @ w.T).float().div_(cap).tanh_()  # logit z = cap·unit
-            # |z| < cap, so that exp(z) cannot overflow: no pass for the maximum is needed
-            p = (unit * cap).exp_()
-            normalizer = p.sum(dim=-1, keepdim=True)
-            loss = normalizer.log() - cap * unit.gather(1, index)
+            loss, grad = loss_of_rows(x_b, w, t_b, scale_b, cap)
             total += (loss * scale_b).sum()
-            torch.mul(loss[:, 0], counts_b, out=losses_b)
-            # d loss/d z = softmax(z) − onehot(target), and d z/d (x·w) = 1 − tanh²
-            p.mul_(scale_b / normalizer).scatter_add_(1, index, -scale_b)
-            grad = p.addcmul_(p, unit.square_(), value=-1.0).to(dtype)
+            torch.mul(loss, counts_b, out=losses_b)
             if grad_x is not None:
                 grad_x[i * block : (i + 1) * block] = grad @ w
             if grad_w is not None:
@@ -69,7 +80,7 @@ class _SummedLoss(torch.autograd.Function):
         grad_x, grad_w = ctx.saved_tensors
         grad_x = None if grad_x is None else grad_x * grad_output
         grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None, None
 
 
 def _row_losses(x, weight, targets, vocab_size, cap):
@@ -78,13 +89,16 @@ def _row_losses(x, weight, targets, vocab_size, cap):
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
 
-def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean", row_weights=None):
+def softcap_cross_entropy(
+    x, weight, targets, vocab_size, cap, reduction="mean", row_weights=None, loss_of_rows=loss_of_rows
+):
     """
     Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap) against targets.
 
     x [B, T, D], weight [≥ vocab_size, D], targets [B, T] with −1 for positions without a target.
     reduction: "mean" over the targets (0 if there are none), "sum", or "none" ([B·T]). With row_weights
     [B, T], whatever the reduction: (the sum of the losses times their weights, the losses [B·T] without a gradient).
+    loss_of_rows: the function above, or it compiled.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
@@ -95,7 +109,7 @@ def softcap_cross_entropy(x, weight, targets, vocab_size, cap, reduction="mean",
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if with_gradient and (reduction != "none" or row_weights is not None):
         dtype = autocast_dtype(device_type, x.dtype)
-        loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights)
+        loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights, loss_of_rows)
         if row_weights is not None:
             return loss, losses
     elif with_gradient:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
 from nanochat.common import autocast_dtype, get_dist_info
-from nanochat.cross_entropy import softcap_cross_entropy
+from nanochat.cross_entropy import loss_of_rows, softcap_cross_entropy
 from nanochat.muon import DistMuon, Muon
 from nanochat.sampling import Sampler, Sampling
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos_sin, kv_cache):
+    def forward(self, x, cos_sin, kv_cache, asking=0):
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -111,7 +111,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
         )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        return (y, (q[:, :, -asking:].detach(), k.detach())) if asking else y
 
 
 class MLP(nn.Module):
@@ -130,9 +131,12 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos_sin, kv_cache):
-        x = x + self.attn(norm(x), cos_sin, kv_cache)
-        return x + self.mlp(norm(x))
+    def forward(self, x, cos_sin, kv_cache, asking=0):
+        y = self.attn(norm(x), cos_sin, kv_cache, asking)
+        y, look = y if asking else (y, None)
+        x = x + y
+        x = x + self.mlp(norm(x))
+        return (x, look) if asking else x
 
 
 def _embedding(rows, n_embd):
@@ -231,6 +235,34 @@ class GPT(nn.Module):
         # The table is bf16 on GPUs. Autocast converts the matrices; without it, activations must have their precision
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lm_head.weight.dtype)
 
+    loss_of_rows = staticmethod(loss_of_rows)  # in whose place a compiled one may be put
+
+    def trunk(self, x, cos_sin=None, kv_cache=None, asking=0):
+        """
+        (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D]; the other arguments as of forward.
+
+        looks: without a gradient, each layer's queries [B, H, asking, d] of the newest `asking` tokens, and all keys
+        [B, H_kv, T, d]; empty for asking 0. Together they tell where the model looks.
+        """
+        T = x.size(1)
+        if cos_sin is None:
+            past = 0 if kv_cache is None else kv_cache.pos
+            if past + T > self.max_seq_len:
+                raise ValueError(
+                    f"{past + T} tokens are more than the {self.max_seq_len} positions of this model "
+                    f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
+                )
+            cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
+        cos_sin, looks = tuple(t.to(activation_dtype(x)) for t in cos_sin), []  # once for all layers
+        for block in self.transformer.h:
+            x = block(x, cos_sin, kv_cache, asking)
+            if asking:
+                x, look = x
+                looks.append(look)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        return norm(x), looks
+
     def forward(
         self,
         idx=None,
@@ -241,6 +273,7 @@ class GPT(nn.Module):
         inputs_embeds=None,
         cos_sin=None,
         row_weights=None,
+        asking=0,
     ):
         """
         Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.
@@ -251,31 +284,21 @@ class GPT(nn.Module):
         row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.
         cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions past, past + 1, …; or (cos, sin, fade), the
         last [B or 1, T, 1, d], a factor of the normalized queries and keys.
+        asking: if not 0, return (all this, looks): see trunk.
         """
         if (idx is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of idx and inputs_embeds, got both or neither")
         x = self.embed(idx) if inputs_embeds is None else inputs_embeds
-        T = x.size(1)
-        if cos_sin is None:
-            past = 0 if kv_cache is None else kv_cache.pos
-            if past + T > self.max_seq_len:
-                raise ValueError(
-                    f"{past + T} tokens are more than the {self.max_seq_len} positions of this model "
-                    f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
-                )
-            cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
-        cos_sin = tuple(t.to(activation_dtype(x)) for t in cos_sin)  # once for all layers
-        for block in self.transformer.h:
-            x = block(x, cos_sin, kv_cache)
-        x = norm(x)
-        if kv_cache is not None:
-            kv_cache.advance(T)
-
-        V = self.config.vocab_size
-        if targets is not None:
-            return softcap_cross_entropy(x, self.lm_head.weight, targets, V, LOGIT_SOFTCAP, loss_reduction, row_weights)
-        logits = self.lm_head(x)[..., :V].float()
-        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+        x, looks = self.trunk(x, cos_sin, kv_cache, asking)
+        if targets is None:
+            logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+            result = LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+        else:
+            V, weight = self.config.vocab_size, self.lm_head.weight
+            result = softcap_cross_entropy(
+                x, weight, targets, V, LOGIT_SOFTCAP, loss_reduction, row_weights, self.loss_of_rows
+            )
+        return (result, looks) if asking else result
 
     @torch.inference_mode()
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):

@@ -23,7 +23,7 @@ def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head, length, old)
         torch.nn.init.normal_(p, std=0.3)
     x = tokens(B=2)[0][:, :length]
     sinks = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.2
-    got = attention_to_blocks(model, model.embed(x), sinks, K, old)
+    got = attention_to_blocks(model.trunk(model.embed(x), asking=ASKING)[1], sinks, K, old)
 
     seen = []  # inputs of each attention
     hooks = [block.attn.register_forward_pre_hook(lambda m, args: seen.append(args)) for block in model.transformer.h]
@@ -31,7 +31,7 @@ def test_attention_to_blocks_against_one_query_at_a_time(n_kv_head, length, old)
     for hook in hooks:
         hook.remove()
     expected = torch.zeros(2, old)
-    for block, (h, (cos, sin), _) in zip(model.transformer.h, seen, strict=True):
+    for block, (h, (cos, sin), *_) in zip(model.transformer.h, seen, strict=True):
         q, k = (f(h).view(2, length, -1, 16) for f in (block.attn.c_q, block.attn.c_k))
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         for b in range(2):
@@ -86,8 +86,10 @@ def test_a_bos_draws_no_detail():
     x = x.where(x != BOS, 1)
     x[:, 5 * K] = BOS
     old = (T - RECENT) // K
-    counted = attention_to_blocks(model, model.embed(x), torch.zeros_like(x, dtype=torch.bool), K, old)
-    left_out = attention_to_blocks(model, model.embed(x), x == BOS, K, old)
+    counted = attention_to_blocks(
+        model.trunk(model.embed(x), asking=ASKING)[1], torch.zeros_like(x, dtype=torch.bool), K, old
+    )
+    left_out = attention_to_blocks(model.trunk(model.embed(x), asking=ASKING)[1], x == BOS, K, old)
     assert (counted.argmax(1) == 5).all()
     assert (counted[:, 5] > 2 * left_out.amax(1)).all()
     others = torch.arange(old) != 5

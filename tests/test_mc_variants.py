@@ -110,8 +110,8 @@ def test_work_counts_all_that_runs():
 
     variants = (1 - DENSE_SHARE) * target_length(1.0, T, K, make_objective(make_model()).config.mc_train_wc_length) / T
     assert work(mc_lens_loss_weight=0.0) > DENSE_SHARE + 3 * variants
-    assert work() > DENSE_SHARE + 3 * variants + DENSE_SHARE / 3
-    assert work() - work(mc_freeze_base=True) == pytest.approx(DENSE_SHARE)
+    assert work() > work(mc_lens_loss_weight=0.0)
+    assert work() - work(mc_freeze_base=True) == pytest.approx(2 / 3 * DENSE_SHARE)  # it still looks
     objective = make_objective(make_model(), gistnet_type="mean", mc_lens_loss_weight=0.0)
     own = step_work(objective.model, objective.reader.networks, objective.config, 1.0, T)
     assert own == pytest.approx(DENSE_SHARE + 3 * variants)

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from megacontext.reader import Reader, newest
+from megacontext.reader import newest
 from megacontext.working_context import WorkingContext
 from nanochat.common import sum_dtype
 
@@ -22,10 +22,7 @@ def validate(reader, batches, steps, token_bytes) -> dict:
 
     batches: iterator of (x, y) [B, T], of which `steps` are read. token_bytes [V]: bytes of each token.
     """
-    c = reader.config
-    model = getattr(reader.model, "_orig_mod", reader.model)  # lengths vary: not compiled anew for each
-    if model is not reader.model:
-        reader = Reader(model, reader.networks, c)
+    model, c = reader.model, reader.config
     if dist.is_initialized() and c.gistnet_type != "mean":  # levels that any rank has trained
         dist.all_reduce(reader.networks.gistnet.trained_levels, op=dist.ReduceOp.MAX)
     tail, exact = max(1, c.allocator_recent_tokens), sum_dtype(token_bytes.device)
