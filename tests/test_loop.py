@@ -73,7 +73,7 @@ def test_a_full_disk_ends_no_training(base_dir, capsys):
     log.file.close()
     log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
     seen = []
-    log.others.append(SimpleNamespace(metrics=seen.append, close=lambda: None))
+    log.listen(SimpleNamespace(metrics=seen.append, close=lambda: None))
     log.log({"step": 1})
     log.log({"step": 2})
     log.finish()
