@@ -133,6 +133,8 @@ def check(config):
             continue
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name} must be {low} to {high}, got {getattr(config, name)}")
+    if config.stream and not config.mc:
+        raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
     resolve_dtype(config.dtype, "cpu")
     checkpoint_root(config.source)
 
@@ -192,6 +194,10 @@ def load(config, device, on_update=None):
         make_session().close()  # complains now of a budget that is too small
         reading, kept, past = reading_of(config.source, meta, tokenizer, settings), None, None
         if config.stream:
+            if settings.mc_tree == "disk":
+                raise UserError(
+                    "--stream: expected --mc_tree=ram with it, conversations about a stream are not kept"
+                )
             make_session = about_stream(make_session, config.stream, reading, device)
             make_session().close()  # complains now of gists that are missing
             past = Arrays(stream_folder(config.stream))

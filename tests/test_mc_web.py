@@ -384,6 +384,11 @@ def config_of(**options):
 def test_mistakes(checkpoints):
     with pytest.raises(UserError, match=r"plain, step 3 .*has no GistNet.*scripts\.mc_train"):
         chat_web.main(config_of(model_tag="plain", mc=True))
+    with pytest.raises(UserError, match="--stream: expected --mc with it"):
+        chat_web.main(config_of(model_tag="mc", stream="library"))
+    options = chat_web.MCInference(mc_tree="disk")
+    with pytest.raises(UserError, match="--stream: expected --mc_tree=ram"):
+        chat_web.main(config_of(model_tag="mc", mc=True, stream="library", megacontext=options))
     with pytest.raises(UserError, match="--mc_sessions must be 1 to"):
         chat_web.main(config_of(model_tag="mc", mc=True, mc_sessions=0))
     options = chat_web.MCInference(allocator_soft_max=12)
