@@ -195,9 +195,7 @@ def load(config, device, on_update=None):
         reading, kept, past = reading_of(config.source, meta, tokenizer, settings), None, None
         if config.stream:
             if settings.mc_tree == "disk":
-                raise UserError(
-                    "--stream: expected --mc_tree=ram with it, conversations about a stream are not kept"
-                )
+                raise UserError("--stream: expected --mc_tree=ram with it, conversations about a stream are not kept")
             make_session = about_stream(make_session, config.stream, reading, device)
             make_session().close()  # complains now of gists that are missing
             past = Arrays(stream_folder(config.stream))
