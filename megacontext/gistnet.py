@@ -84,7 +84,7 @@ class GistNet(nn.Module):
             self.trained_levels.clamp_(min=min(level, self.max_levels))
 
     def _correction(self, children, level):
-        x = children + self.level_embed[min(level, self.max_levels) - 1]
+        x = children + self.level_embed[min(level, self.max_levels) - 1].to(children.dtype)  # bf16 on GPUs
         if self.pooling == "cls":
             x = torch.cat((x, self.cls.expand(len(x), 1, -1).to(x.dtype)), dim=1)
         places = torch.arange(x.size(1), device=x.device)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from megacontext.config import MCConfig
+from megacontext.layers import Encoder
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.session import MCSession
 from nanochat.common import autocast
 from nanochat.decode import Decoder
+from nanochat.gpt import Block
 from tests.helpers import BOS, RECENT, K, T, make_model, tokens
 from tests.pretended_gpu import CUDA, Pretended, moved, pretended_gpu
 
@@ -36,6 +38,47 @@ def test_a_training_step_waits_for_nothing():
         assert result.loss.device.type == "cuda"
         assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
         assert gpu.waits == ["aten._local_scalar_dense.default"]
+
+
+def precisions(module, seen):
+    """Notes the precision of what each block of a model or network gives, in `seen`."""
+    for part in module.modules():
+        if isinstance(part, Block | Encoder):
+            part.register_forward_hook(lambda m, _, out: seen.append((out[0] if isinstance(out, tuple) else out).dtype))
+
+
+def test_activations_are_bf16_under_autocast():
+    """In training, of the model and of GistNet, with the embedding in bf16 as on a GPU."""
+    model, networks, config = objective_of(make_model(), mc_aux_dtype="bf16")
+    wte = model.transformer.wte
+    wte.weight = torch.nn.Parameter(wte.weight.bfloat16())
+    model, networks, seen = moved(model), moved(networks), []
+    precisions(model, seen)
+    precisions(networks.gistnet, seen)
+    x, y = tokens(B=4)
+    with pretended_gpu() as gpu, autocast(CUDA, torch.bfloat16):
+        objective = MCObjective(model, networks, config, BOS)
+        result = objective.process_batch(Pretended(x), Pretended(y), 1.0, torch.Generator().manual_seed(0))
+        assert gpu.waits == []
+        assert result.loss.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 2 * len(model.transformer.h) + 3  # dense and compressed sequences; three levels of gists
+
+
+def test_validation_waits_for_scores_and_its_sums():
+    """Once per round of focus of a batch, and at the end for the sums; the figures are the CPU's."""
+    model, networks, config = objective_of(make_model().eval())
+    batches = [tokens(B=4), tokens(B=4, seed=1)]
+    token_bytes = torch.ones(70, dtype=torch.long)
+    with torch.no_grad():
+        expected = MCObjective(model, networks, config, BOS).validate(iter(batches), 2, token_bytes)
+    model, networks = moved(model), moved(networks)
+    batches = [(Pretended(x), Pretended(y)) for x, y in batches]
+    with pretended_gpu() as gpu, torch.no_grad():
+        got = MCObjective(model, networks, config, BOS).validate(iter(batches), 2, Pretended(token_bytes))
+        assert len(gpu.waits) <= 2 * config.mc_infer_allocator_iterations + len(expected), gpu.waits
+    for name in ("val/mc_bpb", "val/mc_full_bpb", "val/mc_truncated_bpb"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-4)
 
 
 def answers(model, networks, config, rows, device):
