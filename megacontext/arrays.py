@@ -10,7 +10,9 @@ and `arrays`: name → dtype, width (numbers per row), chunk_rows, rows, and crc
 What is in a file beyond its rows does not count.
 
 A commit flushes the data, then writes and flushes the first page, then the second. So one whole page is always there,
-and once a commit has returned, both say the same: the loss of either loses nothing. Rows are checked when they are
+and once a commit has returned, both say the same: the loss of either loses nothing. Where a failure has left two that
+differ, the newer one counts, unless the last rows it names are damaged; who opens for writing makes both the same
+before anything else. Rows are checked when they are
 first read, a chunk at a time, with pread and not mapped: a file that shrinks is an error and no signal, and the
 process's memory does not grow with the arrays.
 
@@ -81,9 +83,7 @@ class Arrays:
         try:
             if write:
                 self._lock()
-            self.refresh()
-            for name in self._arrays:
-                self._check_tail(name)
+            self._begin()
         except BaseException:
             self.close()
             raise
@@ -141,15 +141,40 @@ class Arrays:
 
     def refresh(self):
         """Be at the last commit, of this or another process."""
+        self._go_to(self._pages()[0])
+
+    def _pages(self) -> list[dict]:
+        """The two pages of the manifest, or the one that is whole; the newer one first."""
         content = os.pread(self._manifest, 2 * PAGE_BYTES, 0)
-        pages = [_read_page(content[i : i + PAGE_BYTES]) for i in (0, PAGE_BYTES)]
-        latest = max((page for page in pages if page), key=lambda page: page["sequence"], default=None)
-        if latest is None or latest.get("format") != FORMAT:
-            what = "both copies of it are damaged" if latest is None else f"it says {latest.get('format')!r}"
+        pages = [page for i in (0, PAGE_BYTES) if (page := _read_page(content[i : i + PAGE_BYTES]))]
+        pages.sort(key=lambda page: page["sequence"], reverse=True)
+        if not pages or pages[0].get("format") != FORMAT:
+            what = f"it says {pages[0].get('format')!r}" if pages else "both copies of it are damaged"
             raise Damaged(f"{self.folder / 'manifest'}: expected one of {FORMAT!r}, but {what}")
-        self.sequence, self.facts = latest["sequence"], latest["facts"]
-        self._arrays = {name: _Array(**entry) for name, entry in latest["arrays"].items()}
+        return pages
+
+    def _go_to(self, page):
+        self.sequence, self.facts = page["sequence"], page["facts"]
+        self._arrays = {name: _Array(**entry) for name, entry in page["arrays"].items()}
         self._to_sync = set()
+
+    def _begin(self):
+        """Be at the newest commit whose last rows are whole."""
+        pages, error = self._pages(), None
+        for page in pages:
+            self._go_to(page)
+            self._checked, self._tail_checked = {}, {}
+            try:
+                for name in self._arrays:
+                    self._check_tail(name)
+                break
+            except Damaged as found:
+                error = error or found
+        else:
+            raise error
+        if self.write and pages != [page, page]:  # rows that only one of them knows may be written over from now on
+            with self._writing():
+                self._write_manifest()
 
     def read(self, name, index) -> np.ndarray:
         """Rows [n, width] at index [n]. Raises Damaged if they are not what was committed."""
@@ -316,24 +341,23 @@ class Arrays:
             os.ftruncate(data, array.rows * array.row_bytes)
             os.ftruncate(crcs, array.rows // array.chunk_rows * 4)
 
-    def commit(self, durable=True, **facts):
-        """
-        Keep all that was done, and these facts. durable: also when the power fails, not only when the process dies.
-        """
+    def commit(self, **facts):
+        """Keep all that was done, and these facts, also when the power fails."""
         self.facts, self.sequence = self.facts | facts, self.sequence + 1
+        with self._writing():
+            for fd in [fd for name in self._to_sync for fd in self._open(name)]:
+                os.fsync(fd)
+            if self._folder_grew:
+                _sync_folder(self.folder)
+            self._write_manifest()
+        self._to_sync, self._folder_grew = set(), False
+
+    def _write_manifest(self):
         arrays = {name: asdict(array) for name, array in self._arrays.items()}
         page = _page({"format": FORMAT, "sequence": self.sequence, "facts": self.facts, "arrays": arrays})
-        with self._writing():
-            if durable:
-                for fd in [fd for name in self._to_sync for fd in self._open(name)]:
-                    os.fsync(fd)
-                if self._folder_grew:
-                    _sync_folder(self.folder)
-            for offset in (0, PAGE_BYTES):
-                _write(self._manifest, page, offset)
-                if durable:
-                    os.fsync(self._manifest)
-        self._to_sync, self._folder_grew = set(), self._folder_grew and not durable
+        for offset in (0, PAGE_BYTES):
+            _write(self._manifest, page, offset)
+            os.fsync(self._manifest)
 
 
 def _bytes_of(rows):

@@ -107,9 +107,9 @@ class DiskStore:
     def settle(self):
         spans = zip(self._new[:2], (1, self.block_size), strict=False)
         if self._keeps and self.gists.write and any(new.count(0) * span >= SPILL_TOKENS for new, span in spans):
-            self.commit(durable=False)
+            self.commit()
 
-    def commit(self, durable=True, **facts):
+    def commit(self, **facts):
         """
         Keep all values, and these facts with the tokens. Raises UserError if the disk refuses; nothing is lost then.
         """
@@ -117,16 +117,16 @@ class DiskStore:
             cut = {_name(level): self._kept[level] for level in levels if self._kept[level] < arrays.rows(_name(level))}
             if cut and arrays.write:
                 arrays.truncate(cut)
-        self._keep(self.tokens, range(1), durable, facts)
-        self._keep(self.gists, range(1, len(self._new)), durable, {})
+        self._keep(self.tokens, range(1), facts)
+        self._keep(self.gists, range(1, len(self._new)), {})
 
-    def _keep(self, arrays, levels, durable, facts):
+    def _keep(self, arrays, levels, facts):
         grown = [level for level in levels if self._level(level).count(0)]
         for level in grown:
             values = self._new[level].get(0, torch.arange(self._new[level].count(0), device=self.device)[None])
             arrays.append(_name(level), *_as_rows(values[0].cpu()))
         if grown or facts:
-            arrays.commit(durable, **facts)
+            arrays.commit(**facts)
         for level in grown:
             self._kept[level] = arrays.rows(_name(level))
             self._new[level].truncate(0, 0)

@@ -100,7 +100,7 @@ def test_a_tree_on_disk_equals_one_in_memory(tmp_path_factory, steps):
             for tree in (disk, ram):
                 tree.truncate(n)
         else:
-            disk.store.commit(durable=False)
+            disk.store.commit()
         if step == "reopen":
             disk.store.close()
             disk = tree_of(open_store(tmp_path / "s", READING, write=True))
