@@ -20,9 +20,12 @@ Files are private (0600, folders 0700). One process may write, under a lock (flo
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +80,7 @@ class Arrays:
         try:
             self._manifest = os.open(path, os.O_RDWR if write else os.O_RDONLY)
         except FileNotFoundError:
-            raise UserError(f"there is nothing to read in {self.folder}: {path.name} is missing") from None
+            raise Damaged(f"there is nothing to read in {self.folder}: {path.name} is missing") from None
         except OSError as error:
             raise UserError(f"cannot open {path} ({error.strerror}): have its permissions changed") from error
         try:
@@ -89,26 +92,33 @@ class Arrays:
             raise
 
     @classmethod
-    def create(cls, folder, facts=None) -> "Arrays":
-        """A new folder without arrays, open for writing. Raises UserError if there is one already."""
-        folder = Path(folder)
+    def create(cls, folder, facts=None, **arrays: tuple[str, int]) -> "Arrays":
+        """
+        A new folder, open for writing, with these arrays: name → dtype and width, without rows. It is there whole or
+        not at all. Raises UserError if there is one already.
+        """
+        folder, temporary = Path(folder), None
+        entries = {name: asdict(_Array.new(*shape)) for name, shape in arrays.items()}
+        page = _page({"format": FORMAT, "sequence": 0, "facts": facts or {}, "arrays": entries})
         try:
-            folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-            fd = os.open(folder / "manifest", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise UserError(f"{folder} is there already: choose another name") from None
+            folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            for name in ["manifest", *(f"{array}.{ending}" for array in arrays for ending in ("bin", "crc"))]:
+                fd = os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    _write(fd, page + page if name == "manifest" else b"", 0)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            _sync_folder(temporary)
+            temporary.rename(folder)  # fails if there is one with something in it
+            _sync_folder(folder.parent)
         except OSError as error:
+            if temporary:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise UserError(f"{folder} is there already: choose another name") from None
             raise UserError(f"cannot create {folder} ({error.strerror}): free some space or change it") from error
-        page = _page({"format": FORMAT, "sequence": 0, "facts": facts or {}, "arrays": {}})
-        try:
-            _write(fd, page + page, 0)
-            os.fsync(fd)
-            _sync_folder(folder)
-        except OSError as error:
-            (folder / "manifest").unlink()
-            raise UserError(f"cannot create {folder} ({error.strerror}): free some space") from error
-        finally:
-            os.close(fd)
         return cls(folder, write=True)
 
     def close(self):

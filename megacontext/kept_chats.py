@@ -56,7 +56,7 @@ class KeptChats:
             store = streams.open_store(folder, self.reading, self.device, write=True)
         except Damaged as error:  # the client may still have all of it
             logger.error("a conversation is set aside: %s", error)
-            folder.rename(folder.with_name(f"{folder.name}-damaged-{time.time():.0f}"))
+            folder.rename(folder.with_name(f"{folder.name}-damaged-{time.time_ns()}"))
             return self.open(name)
         except UserError as error:
             logger.error("a conversation is not kept: %s", error)
@@ -103,7 +103,7 @@ class KeptChats:
 
     def folders(self) -> list[Path]:
         """Of all conversations, the least recently used first."""
-        return sorted(self.root.iterdir(), key=lambda folder: (folder / "manifest").stat().st_mtime)
+        return sorted(self.root.iterdir(), key=_last_used)
 
     def stats(self):
         folders = self.folders()
@@ -114,7 +114,7 @@ class KeptChats:
         sizes = list(map(_size, folders))
         count, size = len(folders) + 1, sum(sizes)
         for folder, its in zip(folders, sizes, strict=True):
-            age = time.time() - (folder / "manifest").stat().st_mtime
+            age = time.time() - _last_used(folder)
             if count <= self.bounds.count and size <= 1e9 * self.bounds.gigabytes and age <= 86400 * self.bounds.days:
                 break
             try:
@@ -122,6 +122,12 @@ class KeptChats:
                 count, size = count - 1, size - its
             except UserError:  # in use
                 continue
+
+
+def _last_used(folder):
+    """In seconds since 1970; when it was made where it is not whole."""
+    manifest = folder / "manifest"
+    return (manifest if manifest.exists() else folder).stat().st_mtime
 
 
 def _size(folder):

@@ -249,9 +249,12 @@ class MCSession:
         return self.past + (int(differs[0]) if len(differs) else n)
 
     def _begin_anew(self):
-        self._forget(0)
-        self.tree.truncate(0)
-        self._reset()
+        if self.num_tokens:
+            self._forget(0)
+            self.tree.truncate(0)
+            if self._store is None:
+                self.tree.store.close()
+            self._reset()
 
     def _forget(self, num_tokens):
         if num_tokens < self.num_tokens:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -32,6 +33,8 @@ from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
 from nanochat.tokenizer import get_tokenizer
 
+logger = logging.getLogger(__name__)
+
 GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
 SPILL_TOKENS = 16384  # in memory before they are put away
 INGEST_CHARS = 100_000  # that are made tokens at a time
@@ -46,17 +49,17 @@ class DiskStore:
     """
     A tree.Store of one stream: in files what was committed, in memory what came since.
 
-    tokens, gists: Arrays; what cannot be written to them stays in memory and is gone at the end. So do the values of
-    several rows (`repeat`), which share what was committed before. device: where values are asked for.
+    tokens, gists: Arrays, None for no gists; what cannot be written to them stays in memory and is gone at the end. So
+    do the values of several rows (`repeat`), which share what was committed before. device: where values are asked for.
     """
 
-    def __init__(self, tokens: Arrays, gists: Arrays, block_size: int, device="cpu"):
+    def __init__(self, tokens: Arrays, gists: Arrays | None, block_size: int, device="cpu"):
         self.tokens, self.gists, self.block_size, self.device = tokens, gists, block_size, torch.device(device)
         self._keeps, self.end = True, lambda: None  # end: called by `close`
         self._new = []  # a RamStore per level, of the values after the committed ones
         num_tokens = tokens.rows("tokens")
         self._kept = [num_tokens]  # committed values per level
-        while (level := len(self._kept)) <= len(gists.names):
+        while (level := len(self._kept)) <= len(gists.names if gists else ()):
             self._kept.append(min(gists.rows(_name(level)), num_tokens // block_size**level))
 
     def append(self, level, values):
@@ -106,7 +109,12 @@ class DiskStore:
 
     def settle(self):
         spans = zip(self._new[:2], (1, self.block_size), strict=False)
-        if self._keeps and self.gists.write and any(new.count(0) * span >= SPILL_TOKENS for new, span in spans):
+        if (
+            self._keeps
+            and self.gists
+            and self.gists.write
+            and any(new.count(0) * span >= SPILL_TOKENS for new, span in spans)
+        ):
             self.commit()
 
     def commit(self, **facts):
@@ -138,7 +146,8 @@ class DiskStore:
 
     def close(self):
         self.tokens.close()
-        self.gists.close()
+        if self.gists:
+            self.gists.close()
         self.end()
 
 
@@ -192,10 +201,7 @@ def create_stream(folder, reading, **facts):
 
 
 def _create_tokens(folder, vocab_size, **facts):
-    tokens = Arrays.create(folder, facts)
-    tokens.append("tokens", np.empty((0, 1)), "uint16" if vocab_size <= 65536 else "uint32")
-    tokens.commit()
-    return tokens
+    return Arrays.create(folder, facts, tokens=("uint16" if vocab_size <= 65536 else "uint32", 1))
 
 
 def open_store(folder, reading, device="cpu", write=False) -> DiskStore:
@@ -207,9 +213,9 @@ def open_store(folder, reading, device="cpu", write=False) -> DiskStore:
     tokens = Arrays(folder, write)
     try:
         _check_tokenizer(tokens, reading["tokenizer"])
-        own = _gists_folder(folder, reading)
-        best = max([own, *gist_sets(folder, reading)], key=lambda path: (_covered(path), path == own))
-        gists = _open_or_create(best, reading) if write or not best.exists() else Arrays(best)
+        own, usable = _gists_folder(folder, reading), gist_sets(folder, reading)
+        best = max({own: -1} | usable, key=lambda path: (usable.get(path, -1), path == own))
+        gists = _open_or_create(best, reading) if write else Arrays(best) if best in usable else None
         return DiskStore(tokens, gists, reading["block_size"], device)
     except BaseException:
         tokens.close()
@@ -221,34 +227,31 @@ def _gists_folder(folder, reading):
 
 
 def _open_or_create(path, reading):
-    return Arrays(path, write=True) if path.exists() else Arrays.create(path, reading)
+    """Gists to be written to; new ones in the place of damaged ones."""
+    if path.exists():
+        try:
+            return Arrays(path, write=True)
+        except Damaged as error:
+            logger.warning("gists are made again: %s", error)
+            delete_stream(path)
+    return Arrays.create(path, reading)
 
 
-def gist_sets(folder, reading=None) -> list[Path]:
-    """The folders of a stream's gists: all, or those that a model of this reading can use."""
-    found = []
+def gist_sets(folder, reading=None) -> dict[Path, int]:
+    """The folders of a stream's gists that can be opened, or that this reading can use → how many of level 1."""
+    found = {}
     for path in sorted(Path(folder).glob("gists-*")):
-        gists = Arrays(path)
-        if reading is None or all(gists.facts.get(key) == reading[key] for key in ("n_embd", "block_size")):
-            found.append(path)
-        gists.close()
+        with contextlib.suppress(Damaged), contextlib.closing(Arrays(path)) as gists:
+            if reading is None or all(gists.facts.get(key) == reading[key] for key in ("n_embd", "block_size")):
+                found[path] = gists.rows(_name(1))
     return found
-
-
-def _covered(path) -> int:
-    """How many gists there are in a folder; −1 for one that is not there."""
-    if not path.exists():
-        return -1
-    gists = Arrays(path)
-    gists.close()
-    return gists.rows(_name(1))
 
 
 def missing_gists(folder, reading) -> int:
     """How many blocks of a stream have no gist of this reading."""
-    tokens = Arrays(folder)
-    tokens.close()
-    return tokens.rows("tokens") // reading["block_size"] - max(0, _covered(_gists_folder(folder, reading)))
+    with contextlib.closing(Arrays(folder)) as tokens:
+        blocks = tokens.rows("tokens") // reading["block_size"]
+    return blocks - gist_sets(folder, reading).get(_gists_folder(folder, reading), 0)
 
 
 def make_gists(folder, reading, gist_fn, embed_fn, device="cpu"):
@@ -259,9 +262,8 @@ def make_gists(folder, reading, gist_fn, embed_fn, device="cpu"):
     tokens, gists = Arrays(folder), _open_or_create(_gists_folder(folder, reading), reading)
     store = DiskStore(tokens, gists, reading["block_size"], device)
     try:
-        with torch.no_grad():
-            for _ in MegaContextTree(gist_fn, reading["block_size"], store, embed_fn).complete():
-                yield store.count(1)
+        for _ in MegaContextTree(gist_fn, reading["block_size"], store, embed_fn).complete():
+            yield store.count(1)
         store.commit()
     finally:
         store.close()
@@ -278,13 +280,13 @@ def compact(folder, reading):
         with contextlib.closing(Arrays(path, write=True)) as arrays:
             arrays.check()
             arrays.trim()
-    for path in gist_sets(folder):
+    for path in [*Path(folder).glob("gists-*"), *Path(folder).glob(".gists-*")]:  # the latter were never completed
         if path != own:
-            shutil.rmtree(path)
+            delete_stream(path)
 
 
 def delete_stream(folder):
-    """Raises UserError if somebody is writing to it."""
+    """Delete a folder of tokens or of gists, whole or not. Raises UserError if somebody is writing to it."""
     with contextlib.suppress(Damaged):  # nobody can be using it
         Arrays(folder, write=True).close()
     shutil.rmtree(folder)
@@ -307,7 +309,8 @@ def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
     Append documents, each after a BOS token, to a tree over a DiskStore; a generator of Progress, of what is kept.
 
     source: what the documents are known by, the same for the same ones. If the stream's last ingestion was of this
-    source and did not come to its end, it goes on there; empty: it is never taken up again.
+    source and did not come to its end, it goes on there; empty: it is never taken up again. Without a document and a
+    source the last ingestion can still be taken up.
     """
     store, last = tree.store, tree.store.tokens.facts.get("ingested", {})
     done = Progress(0, 0, tree.num_tokens)
@@ -317,9 +320,15 @@ def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
         documents = iter(documents)
         for _ in itertools.islice(documents, done.documents):
             pass
+    documents = _batches(documents)
+    first = next(documents, None)
+    if first is None and not source:
+        store.commit()
+        yield done
+        return
     store.commit(ingested={"source": source, "progress": done._asdict()})
     committed, bos = time.monotonic(), np.array([tokenizer.get_bos_token_id()], np.uint32)
-    for texts in _batches(documents):
+    for texts in itertools.chain([first] if first else [], documents):
         parts = [part for ids in tokenizer.encode_to_numpy(texts) for part in (bos, ids)]
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
         tree.append(ids.to(store.device))
@@ -405,16 +414,20 @@ def export_documents(tokens: Arrays, tokenizer):
 def _scratch_store(block_size):
     """A store on disk that is gone with the session."""
     root = private_folder(get_base_dir() / "scratch")
-    for left in root.iterdir():  # by processes that were killed
-        try:
-            if time.time() - left.stat().st_mtime > 60:
-                delete_stream(left)
-        except UserError:  # in use
-            pass
+    _sweep(root)
     folder = Path(tempfile.mkdtemp(dir=root))
     store = DiskStore(_create_tokens(folder, 2**32), Arrays.create(folder / "gists"), block_size)
     store.end = weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     return store
+
+
+@lru_cache
+def _sweep(root):
+    """Delete what killed processes left, once per process."""
+    for left in root.iterdir():
+        with contextlib.suppress(FileNotFoundError, UserError):  # another process was faster; in use
+            if time.time() - left.stat().st_mtime > 60:
+                delete_stream(left)
 
 
 STORES = {"ram": lambda block_size: RamStore(GIST_DTYPE), "disk": _scratch_store}

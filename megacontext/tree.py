@@ -168,16 +168,22 @@ class MegaContextTree:
 
     def complete(self, rows=1):
         """Add the nodes that are missing, of `rows` rows; a generator that rests between pieces of INGEST_TOKENS."""
-        most, K, cut = INGEST_TOKENS // self.block_size + 1, self.block_size, True
-        while cut:
-            level, cut = 1, False
-            while (done := self.store.count(level)) < (ready := self.store.count(level - 1) // K):
-                ready, cut = min(ready, done + most), cut or ready > done + most
-                index = torch.arange(done * K, ready * K, device=self.store.device).expand(rows, -1)
-                self.store.append(level, _gists(self.gist_fn, self._get(level - 1, index), K, level))
-                level += 1
-            self.store.settle()
+        more = True
+        while more:
+            more = self._complete_piece(rows)
             yield
+
+    @torch.no_grad()
+    def _complete_piece(self, rows) -> bool:
+        """Add a piece of what is missing, without gradients whoever asks for it; returns whether there is more."""
+        most, K, level, cut = INGEST_TOKENS // self.block_size + 1, self.block_size, 1, False
+        while (done := self.store.count(level)) < (ready := self.store.count(level - 1) // K):
+            ready, cut = min(ready, done + most), cut or ready > done + most
+            index = torch.arange(done * K, ready * K, device=self.store.device).expand(rows, -1)
+            self.store.append(level, _gists(self.gist_fn, self._get(level - 1, index), K, level))
+            level += 1
+        self.store.settle()
+        return cut
 
     def _get(self, level, index):
         values = self.store.get(level, index)

@@ -108,10 +108,10 @@ def list_files(inputs):
 
 def append(config, folder):
     """Read the inputs, and make what gists are missing."""
+    files, skipped = list_files(config.inputs)
     model = Model(config)
     if config.command == "create":
         streams.create_stream(folder, model.reading)
-    files, skipped = list_files(config.inputs)
     if files:
         sizes = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         source, total = hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), sum(size for _, size, _ in sizes)
@@ -121,18 +121,17 @@ def append(config, folder):
     else:
         source, total, documents = "", 0, ()
     make_gists(model, folder)
-    with torch.no_grad():
-        tree = model.tree(folder, write=True)
-        for _ in tree.complete():
-            pass
-        before, start = tree.num_tokens, time.monotonic()
-        with bar(progress.TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} per second")) as shown:
-            task = shown.add_task("reading", total=total, tokens=before, speed=0)
-            for done in streams.ingest(tree, documents, model.tokenizer, source):
-                speed = (done.tokens - before) / (time.monotonic() - start)
-                shown.update(task, completed=done.characters, tokens=done.tokens, speed=speed)
-            shown.update(task, completed=total)
-        tree.store.close()
+    tree = model.tree(folder, write=True)
+    for _ in tree.complete():
+        pass
+    before, start = tree.num_tokens, time.monotonic()
+    with bar(progress.TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} per second")) as shown:
+        task = shown.add_task("reading", total=total, tokens=before, speed=0)
+        for done in streams.ingest(tree, documents, model.tokenizer, source):
+            speed = (done.tokens - before) / (time.monotonic() - start)
+            shown.update(task, completed=done.characters, tokens=done.tokens, speed=speed)
+        shown.update(task, completed=total)
+    tree.store.close()
     reasons = sorted(set(skipped.values()))
     for reason in reasons:
         print(f"left out, {reason}: {sum(r == reason for r in skipped.values()):,}")
@@ -164,7 +163,7 @@ def size_of(folder):
 
 def show_list():
     rows = []
-    for folder in sorted(path for path in streams.streams_dir().iterdir() if path.is_dir()):
+    for folder in sorted(path for path in streams.streams_dir().iterdir() if path.is_dir() and path.name[0] != "."):
         try:
             tokens = Arrays(folder)
             rows.append((folder.name, f"{tokens.rows('tokens'):,} tokens, {size_of(folder) / 1e6:,.1f} MB"))

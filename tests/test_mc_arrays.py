@@ -114,8 +114,10 @@ class Disk:
         """
         files, log = {}, self.log[:at]
         for i, (path, offset, data) in enumerate(log):
+            if os.path.isdir(path) or os.path.basename(path)[0] == ".":  # a folder
+                continue
             content = files.setdefault(os.path.basename(path), bytearray())
-            if data is None or os.path.isdir(path):
+            if data is None:
                 continue
             flushed = any(p == path and d is None for p, _, d in log[i + 1 :])
             if rng and not flushed:
@@ -126,8 +128,7 @@ class Disk:
             content[offset : offset + len(data)] = data
         folder.mkdir()
         for name, content in files.items():
-            if name != folder.name and name != "original":
-                (folder / name).write_bytes(content)
+            (folder / name).write_bytes(content)
 
 
 def write_a_history(folder, kept):
@@ -210,6 +211,38 @@ def test_who_goes_on_after_a_failure_between_the_pages_may_fail_again(tmp_path):
     store.close()
     store = Arrays(tmp_path / "x")
     assert np.array_equal(store.slice("a", 0, store.rows("a")), rows_of(1, 50)[:10])
+
+
+def test_a_folder_that_was_not_made_to_the_end_is_not_there(tmp_path, monkeypatch):
+    """Whatever call the process dies in."""
+    for at in range(100):
+        (tmp_path / str(at)).mkdir()
+        folder, left = tmp_path / str(at) / "x", [at]
+
+        def dying(call, left=left):
+            def wrapped(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("open", "pwrite", "fsync", "rename"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                Arrays.create(folder, {"owner": "test"}, a=("uint16", 3)).close()
+                break
+            except KeyboardInterrupt:
+                pass
+        store = Arrays(folder, write=True) if folder.exists() else Arrays.create(folder, {}, a=("uint16", 3))
+        store.append("a", rows_of(1, 3))
+        store.commit()
+        store.close()
+    assert at > 8
+    with pytest.raises(UserError, match="there already"):
+        Arrays.create(folder)
 
 
 def append_forever(folder, reports):

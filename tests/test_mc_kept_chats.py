@@ -205,6 +205,11 @@ def test_damage_costs_the_memory_and_not_the_chat(serve, tmp_path, caplog):
         assert server.sessions[0].held[0].is_kept
     assert "is set aside" in caplog.text
     assert len(list((tmp_path / "kept").iterdir())) == 2
+    (folder / "manifest").unlink()
+    with serve() as server:
+        chat.say(server, 5)
+        assert server.sessions[0].held[0].is_kept
+        assert server.client.get("/stats").json()["workers"][0]["sessions"]["kept"]["kept"] == 3
 
 
 def test_a_disk_that_refuses_costs_no_answer(serve, tmp_path, monkeypatch, caplog):

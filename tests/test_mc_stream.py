@@ -170,6 +170,14 @@ def rows_of(name):
     return found
 
 
+def test_a_wrong_path_leaves_no_stream_and_the_right_one_works_then(text, capsys):
+    with pytest.raises(UserError, match="wrong is not there"):
+        stream("create", "hay", text, text / "wrong")
+    assert not streams.stream_folder("hay").exists()
+    stream("create", "hay", text / "more")
+    assert exported("hay", capsys) == documents_of(text / "more")
+
+
 def test_another_model_gets_its_gists_and_compact_drops_the_old(text, capsys):
     stream("create", "hay", text)
     folder = streams.stream_folder("hay")
