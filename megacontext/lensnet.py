@@ -69,7 +69,8 @@ class LensNet(nn.Module):
         distance = (length - start - span).clamp(min=0).float()  # [B, W]; 0 for the newest entry
         d, scales = distance[..., None], self.scales
         place = torch.cat((span.float().log2()[..., None] / 10, d / (d + scales)), dim=-1)
-        h = self.embed(x) + self.embed_place(place.to(x.dtype)) + self.lod_embed(lod.clamp(max=self.max_levels))
+        h = self.embed(x) + self.embed_place(place.to(x.dtype))
+        h = h + self.lod_embed(lod.clamp(max=self.max_levels)).to(h.dtype)
 
         slopes = torch.linspace(0, STEEPEST, self.encoder.n_head, device=x.device)
         bias = -slopes[:, None, None] * distance.log1p()[:, None, None]  # [B, H, 1, W]

@@ -48,13 +48,14 @@ def precisions(module, seen):
 
 
 def test_activations_are_bf16_under_autocast():
-    """In training, of the model and of GistNet, with the embedding in bf16 as on a GPU."""
+    """In training, of the model, GistNet and LensNet, with the embedding in bf16 as on a GPU."""
     model, networks, config = objective_of(make_model(), mc_aux_dtype="bf16")
     wte = model.transformer.wte
     wte.weight = torch.nn.Parameter(wte.weight.bfloat16())
     model, networks, seen = moved(model), moved(networks), []
     precisions(model, seen)
     precisions(networks.gistnet, seen)
+    precisions(networks.lensnet, seen)
     x, y = tokens(B=4)
     with pretended_gpu() as gpu, autocast(CUDA, torch.bfloat16):
         objective = MCObjective(model, networks, config, BOS)
@@ -62,7 +63,7 @@ def test_activations_are_bf16_under_autocast():
         assert gpu.waits == []
         assert result.loss.dtype == torch.float32
     assert set(seen) == {torch.bfloat16}
-    assert len(seen) == 2 * len(model.transformer.h) + 3  # dense and compressed sequences; three levels of gists
+    assert len(seen) == 2 * len(model.transformer.h) + 4  # dense and compressed sequences; three levels of gists; scores
 
 
 def test_validation_waits_for_scores_and_its_sums():
