@@ -45,10 +45,10 @@ def memory():
     return (info.rss - info.shared) / 2**20, info.shared / 2**20
 
 
-def at_this_length(folder, reading, make_session, engine):
+def at_this_length(folder, gist_key, make_session, engine):
     """Seconds to open a stream and give a first token; median and mean milliseconds per token after that; memory."""
     started = time.perf_counter()
-    store = streams.open_store(folder, reading)
+    store = streams.open_store(folder, gist_key)
     opened = time.perf_counter() - started
     session = make_session(store=store, past=store.count(0))
     times, prompt = [time.perf_counter()], engine.tokenizer.encode("What was that?", prepend="<|bos|>")
@@ -78,13 +78,13 @@ def bench_stream(config, show):
     mc = config.megacontext.resolve(config.max_seq_len)
     networks = MCNetworks(gpt.n_embd, mc).to(device).eval()
     reader, engine = Reader(model.eval(), networks, mc), Engine(model, tokenizer)
-    reading = {"tokenizer": tokenizer.checksum(), "vocab_size": config.vocab_size, "n_embd": gpt.n_embd}
-    reading |= {"block_size": mc.block_size, "model": "random", "networks": "random"}
+    gist_key = {"tokenizer": tokenizer.checksum(), "vocab_size": config.vocab_size, "n_embd": gpt.n_embd}
+    gist_key |= {"block_size": mc.block_size, "model": "random", "networks": "random"}
     make_session = partial(MCSession, model, networks, mc, decoder=Decoder(model))
 
     folder = Path(tempfile.mkdtemp(prefix="stream-", dir=streams.streams_dir())) / "stream"
-    streams.create_stream(folder, reading)
-    store = streams.open_store(folder, reading, device, write=True)
+    streams.create_stream(folder, gist_key)
+    store = streams.open_store(folder, gist_key, device, write=True)
     gist, store.commit = Timed(reader.gist), Timed(store.commit)
     tokenizer.encode_to_numpy = Timed(tokenizer.encode_to_numpy)
     tree = MegaContextTree(gist, mc.block_size, store, reader.embed)
@@ -106,7 +106,7 @@ def bench_stream(config, show):
             spent += took
             row = {"tokens": n, "tokens_per_second": (n - before) / took, "seconds": spent, **parts}
             size = sum(path.stat().st_size for path in folder.rglob("*.*"))
-            row |= {"bytes_per_token": size / n, **at_this_length(folder, reading, make_session, engine)}
+            row |= {"bytes_per_token": size / n, **at_this_length(folder, gist_key, make_session, engine)}
             rows.append({key: round(value, 3) for key, value in row.items()})
             before, length = n, length * 10
     store.close()

@@ -69,11 +69,11 @@ def session_maker(model, networks, config, **options):
     return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
 
 
-def about_stream(make_session, name, reading, device):
+def about_stream(make_session, name, gist_key, device):
     """
     A function () -> MCSession whose past is the stream of this name, as it is then; it does not change the stream.
 
-    reading: see streams.reading_of. Raises UserError if there is no such stream, or gists are missing.
+    gist_key: see streams.gist_key_of. Raises UserError if there is no such stream, or gists are missing.
     """
     folder = streams.stream_folder(name)
     if not folder.is_dir():
@@ -81,9 +81,9 @@ def about_stream(make_session, name, reading, device):
     new = f"python -m scripts.mc_stream append {name}"
 
     def make(**options):
-        store = streams.open_store(folder, reading, device)
-        missing = store.count(0) // reading["block_size"] - store.count(1)
-        if missing > streams.SPILL_TOKENS // reading["block_size"]:
+        store = streams.open_store(folder, gist_key, device)
+        missing = store.count(0) // gist_key["block_size"] - store.count(1)
+        if missing > streams.SPILL_TOKENS // gist_key["block_size"]:
             raise UserError(f"--stream: {missing:,} blocks of {name} have no gists of this model yet: run {new}")
         return make_session(store=store, past=store.count(0), **options)
 

@@ -32,10 +32,11 @@ class Bounds:
 
 
 class KeptChats:
-    """reading: see streams.reading_of. bounds: looked after when a conversation is new."""
+    """gist_key: see streams.gist_key_of. bounds: looked after when a conversation is new."""
 
-    def __init__(self, root, reading, device="cpu", bounds: Bounds = Bounds()):
-        self.root, self.reading, self.device, self.bounds = streams.private_folder(Path(root)), reading, device, bounds
+    def __init__(self, root, gist_key, device="cpu", bounds: Bounds = Bounds()):
+        self.root = streams.private_folder(Path(root))
+        self.gist_key, self.device, self.bounds = gist_key, device, bounds
         self.lock = threading.Lock()  # guards the making and the deleting of folders
         self.refused = 0  # answers that the disk did not take
 
@@ -52,8 +53,8 @@ class KeptChats:
             with self.lock:
                 if not folder.exists():
                     self._make_room()
-                    streams.create_stream(folder, self.reading)
-            store = streams.open_store(folder, self.reading, self.device, write=True)
+                    streams.create_stream(folder, self.gist_key)
+            store = streams.open_store(folder, self.gist_key, self.device, write=True)
         except Damaged as error:  # the client may still have all of it
             logger.error("a conversation is set aside: %s", error)
             folder.rename(folder.with_name(f"{folder.name}-damaged-{time.time_ns()}"))

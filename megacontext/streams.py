@@ -179,7 +179,7 @@ def stream_folder(name) -> Path:
     return streams_dir() / name
 
 
-def reading_of(source, meta, tokenizer, config) -> dict:
+def gist_key_of(source, meta, tokenizer, config) -> dict:
     """
     What gists depend on, and where they can be read: of a checkpoint (meta: from `load_model`) and its MCConfig.
     """
@@ -194,39 +194,39 @@ def reading_of(source, meta, tokenizer, config) -> dict:
     }
 
 
-def create_stream(folder, reading, **facts):
-    """An empty stream for texts in the reading's tokens. Raises UserError if there is one."""
+def create_stream(folder, gist_key, **facts):
+    """An empty stream for texts in the tokens of the tokenizer that the key names. Raises UserError if there is one."""
     private_folder(Path(folder).parent)
-    _create_tokens(folder, reading["vocab_size"], tokenizer=reading["tokenizer"], **facts).close()
+    _create_tokens(folder, gist_key["vocab_size"], tokenizer=gist_key["tokenizer"], **facts).close()
 
 
 def _create_tokens(folder, vocab_size, **facts):
     return Arrays.create(folder, facts, tokens=("uint16" if vocab_size <= 65536 else "uint32", 1))
 
 
-def open_store(folder, reading, device="cpu", write=False) -> DiskStore:
+def open_store(folder, gist_key, device="cpu", write=False) -> DiskStore:
     """
-    The store of a stream, with the gists of this reading; while those are being made, with others of the same shape.
+    The store of a stream, with the gists of this key; while those are being made, with others of the same shape.
 
     Raises UserError if the stream is another tokenizer's, damaged, or being written to by another (write=True).
     """
     tokens = Arrays(folder, write)
     try:
-        _check_tokenizer(tokens, reading["tokenizer"])
-        own, usable = _gists_folder(folder, reading), gist_sets(folder, reading)
+        _check_tokenizer(tokens, gist_key["tokenizer"])
+        own, usable = _gists_folder(folder, gist_key), gist_sets(folder, gist_key)
         best = max({own: -1} | usable, key=lambda path: (usable.get(path, -1), path == own))
-        gists = _open_or_create(best, reading) if write else Arrays(best) if best in usable else None
-        return DiskStore(tokens, gists, reading["block_size"], device)
+        gists = _open_or_create(best, gist_key) if write else Arrays(best) if best in usable else None
+        return DiskStore(tokens, gists, gist_key["block_size"], device)
     except BaseException:
         tokens.close()
         raise
 
 
-def _gists_folder(folder, reading):
-    return Path(folder) / f"gists-{hashlib.sha256(json.dumps(reading, sort_keys=True).encode()).hexdigest()[:12]}"
+def _gists_folder(folder, gist_key):
+    return Path(folder) / f"gists-{hashlib.sha256(json.dumps(gist_key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _open_or_create(path, reading):
+def _open_or_create(path, gist_key):
     """Gists to be written to; new ones in the place of damaged ones."""
     if path.exists():
         try:
@@ -234,48 +234,48 @@ def _open_or_create(path, reading):
         except Damaged as error:
             logger.warning("gists are made again: %s", error)
             delete_stream(path)
-    return Arrays.create(path, reading)
+    return Arrays.create(path, gist_key)
 
 
-def gist_sets(folder, reading=None) -> dict[Path, int]:
-    """The folders of a stream's gists that can be opened, or that this reading can use → how many of level 1."""
+def gist_sets(folder, gist_key=None) -> dict[Path, int]:
+    """The folders of a stream's gists that can be opened, or that fit this key → how many of level 1."""
     found = {}
     for path in sorted(Path(folder).glob("gists-*")):
         with contextlib.suppress(Damaged), contextlib.closing(Arrays(path)) as gists:
-            if reading is None or all(gists.facts.get(key) == reading[key] for key in ("n_embd", "block_size")):
+            if gist_key is None or all(gists.facts.get(key) == gist_key[key] for key in ("n_embd", "block_size")):
                 found[path] = gists.rows(_name(1))
     return found
 
 
-def missing_gists(folder, reading) -> int:
-    """How many blocks of a stream have no gist of this reading."""
+def missing_gists(folder, gist_key) -> int:
+    """How many blocks of a stream have no gist of this key."""
     with contextlib.closing(Arrays(folder)) as tokens:
-        blocks = tokens.rows("tokens") // reading["block_size"]
-    return blocks - gist_sets(folder, reading).get(_gists_folder(folder, reading), 0)
+        blocks = tokens.rows("tokens") // gist_key["block_size"]
+    return blocks - gist_sets(folder, gist_key).get(_gists_folder(folder, gist_key), 0)
 
 
-def make_gists(folder, reading, gist_fn, embed_fn, device="cpu"):
+def make_gists(folder, gist_key, gist_fn, embed_fn, device="cpu"):
     """
-    Make the gists of this reading that are missing, beside whoever uses the stream; a generator of the blocks that
+    Make the gists of this key that are missing, beside whoever uses the stream; a generator of the blocks that
     have theirs. Goes on where it was ended.
     """
-    tokens, gists = Arrays(folder), _open_or_create(_gists_folder(folder, reading), reading)
-    store = DiskStore(tokens, gists, reading["block_size"], device)
+    tokens, gists = Arrays(folder), _open_or_create(_gists_folder(folder, gist_key), gist_key)
+    store = DiskStore(tokens, gists, gist_key["block_size"], device)
     try:
-        for _ in MegaContextTree(gist_fn, reading["block_size"], store, embed_fn).complete():
+        for _ in MegaContextTree(gist_fn, gist_key["block_size"], store, embed_fn).complete():
             yield store.count(1)
         store.commit()
     finally:
         store.close()
 
 
-def compact(folder, reading):
+def compact(folder, gist_key):
     """
-    Check all of a stream, cut off what was not committed, and delete the gists of other readings.
+    Check all of a stream, cut off what was not committed, and delete the gists of other keys.
 
     Those who have them open keep them. Raises Damaged, and UserError if somebody is writing.
     """
-    own = _gists_folder(folder, reading)
+    own = _gists_folder(folder, gist_key)
     for path in (Path(folder), own):
         with contextlib.closing(Arrays(path, write=True)) as arrays:
             arrays.check()

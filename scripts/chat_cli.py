@@ -22,7 +22,7 @@ from rich.console import Console
 
 from megacontext.focus_strip import focus_strip
 from megacontext.inference import MCInference, about_stream, load_for_inference, session_maker
-from megacontext.streams import reading_of
+from megacontext.streams import gist_key_of
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
@@ -136,8 +136,8 @@ def main(config: Config):
         with autocast(device, dtype):
             make_session = session_maker(model, networks, settings)
         if config.stream:
-            reading = reading_of(config.source, meta, tokenizer, settings)
-            make_session = about_stream(make_session, config.stream, reading, device)
+            gist_key = gist_key_of(config.source, meta, tokenizer, settings)
+            make_session = about_stream(make_session, config.stream, gist_key, device)
     elif config.stream:
         raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
     session = make_session() if make_session else None  # one per conversation

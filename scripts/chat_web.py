@@ -44,7 +44,7 @@ from megacontext.inference import MCInference, about_stream, load_for_inference
 from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.reader import Reader
 from megacontext.session import MCSession
-from megacontext.streams import make_gists, missing_gists, reading_of, stream_folder
+from megacontext.streams import gist_key_of, make_gists, missing_gists, stream_folder
 from megacontext.telemetry.endpoint import open_telemetry
 from megacontext.telemetry.events import tell_session
 from nanochat.checkpoint_manager import checkpoint_root, load_model
@@ -192,23 +192,23 @@ def load(config, device, on_update=None):
         networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
         make_session = partial(MCSession, model, networks, settings, decoder=engine.decoder)
         make_session().close()  # complains now of a budget that is too small
-        reading, kept, past = reading_of(config.source, meta, tokenizer, settings), None, None
+        gist_key, kept, past = gist_key_of(config.source, meta, tokenizer, settings), None, None
         if config.stream:
             if settings.mc_tree == "disk":
                 raise UserError("--stream: expected --mc_tree=ram with it, conversations about a stream are not kept")
-            make_session = about_stream(make_session, config.stream, reading, device)
+            make_session = about_stream(make_session, config.stream, gist_key, device)
             make_session().close()  # complains now of gists that are missing
             past = Arrays(stream_folder(config.stream))
         elif settings.mc_tree == "disk":
             bounds = Bounds(config.mc_keep_chats, config.mc_keep_gigabytes, config.mc_keep_days)
-            kept = KeptChats(get_base_dir() / "kept_chats", reading, device, bounds)
+            kept = KeptChats(get_base_dir() / "kept_chats", gist_key, device, bounds)
         sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update, kept, past)
         folders = kept.folders() if kept else [stream_folder(config.stream)] if config.stream else []
-        renew_gists(folders, reading, Reader(model, networks, settings))
+        renew_gists(folders, gist_key, Reader(model, networks, settings))
     return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
 
 
-def renew_gists(folders, reading, reader):
+def renew_gists(folders, gist_key, reader):
     """Make the gists of streams that another model wrote, in the background; sessions have the old ones meanwhile."""
 
     def embed(ids):
@@ -218,8 +218,8 @@ def renew_gists(folders, reading, reader):
     def work():
         for folder in folders:
             try:
-                if missing_gists(folder, reading):
-                    for _ in make_gists(folder, reading, reader.gist, embed, reader.device):
+                if missing_gists(folder, gist_key):
+                    for _ in make_gists(folder, gist_key, reader.gist, embed, reader.device):
                         time.sleep(0.01)  # answers come first
             except UserError as error:  # another worker or process is at it, or damage, which its readers will name
                 logging.info("gists of %s are not renewed: %s", folder.name, error)

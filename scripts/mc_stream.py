@@ -73,15 +73,15 @@ class Model:
         model, self.tokenizer, meta = load_model(*options)
         networks, settings = load_for_inference(config.source, meta, self.device, MCInference())
         self.reader = Reader(model, networks, settings)
-        self.reading = streams.reading_of(config.source, meta, self.tokenizer, settings)
+        self.gist_key = streams.gist_key_of(config.source, meta, self.tokenizer, settings)
 
     def embed(self, ids):
         with autocast(self.device, torch.float32):
             return self.reader.embed(ids)
 
     def tree(self, folder, write=False):
-        store = streams.open_store(folder, self.reading, self.device, write)
-        return MegaContextTree(self.reader.gist, self.reading["block_size"], store, self.embed)
+        store = streams.open_store(folder, self.gist_key, self.device, write)
+        return MegaContextTree(self.reader.gist, self.gist_key["block_size"], store, self.embed)
 
 
 def bar(*columns):
@@ -111,7 +111,7 @@ def append(config, folder):
     files, skipped = list_files(config.inputs)
     model = Model(config)
     if config.command == "create":
-        streams.create_stream(folder, model.reading)
+        streams.create_stream(folder, model.gist_key)
     if files:
         sizes = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         source, total = hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), sum(size for _, size, _ in sizes)
@@ -148,10 +148,10 @@ def standard_input():
 
 def make_gists(model, folder):
     """For another model than before: beside the old ones."""
-    if missing := streams.missing_gists(folder, model.reading):
+    if missing := streams.missing_gists(folder, model.gist_key):
         with bar() as shown:
             task, before = shown.add_task("gists", total=missing), None
-            for done in streams.make_gists(folder, model.reading, model.reader.gist, model.embed, model.device):
+            for done in streams.make_gists(folder, model.gist_key, model.reader.gist, model.embed, model.device):
                 before = done if before is None else before
                 shown.update(task, completed=done - before)
     return missing
@@ -197,7 +197,7 @@ def compact(config, folder):
     """Read all of it once; keep what was committed, and the gists of one model."""
     before, model = size_of(folder), Model(config)
     make_gists(model, folder)
-    streams.compact(folder, model.reading)
+    streams.compact(folder, model.gist_key)
     print(f"{config.name}: {before / 1e6:,.1f} MB before, {size_of(folder) / 1e6:,.1f} MB now; all of it is whole")
 
 

@@ -211,8 +211,8 @@ def tiny(tokenizer):
     return Engine(model, tokenizer), networks, SETTINGS.resolve(CONTEXT)
 
 
-def reading(tokenizer, networks="n"):
-    """Of the tiny model: see streams.reading_of."""
+def gist_key(tokenizer, networks="n"):
+    """Of the tiny model: see streams.gist_key_of."""
     facts = {"tokenizer": tokenizer.checksum(), "vocab_size": tokenizer.get_vocab_size(), "model": "m"}
     return {**facts, "networks": networks, "n_embd": 16, "block_size": K}
 
@@ -269,7 +269,7 @@ def serving_mc(
         engine, networks, config = tiny(tokenizer)
         make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
         engines.append(engine)
-        on_disk = KeptChats(keep_in, reading(tokenizer), bounds=bounds or Bounds()) if keep_in else None
+        on_disk = KeptChats(keep_in, gist_key(tokenizer), bounds=bounds or Bounds()) if keep_in else None
         kept.append(ChatSessions(make, config, limit, on_update, on_disk))
     pool.start(engines, model, kept)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -12,7 +12,7 @@ from megacontext import streams
 from megacontext.arrays import Arrays
 from megacontext.kept_chats import Bounds, KeptChats
 from nanochat.common import UserError
-from tests.helpers_server import CONTEXT, ask, reading, said, serving_mc
+from tests.helpers_server import CONTEXT, ask, gist_key, said, serving_mc
 
 
 def name(i):
@@ -48,7 +48,7 @@ def serve(tokenizer, tmp_path):
 
 
 def kept(tmp_path, tokenizer, **bounds):
-    return KeptChats(tmp_path / "kept", reading(tokenizer), bounds=Bounds(**bounds))
+    return KeptChats(tmp_path / "kept", gist_key(tokenizer), bounds=Bounds(**bounds))
 
 
 def test_chats_go_on_after_restarts_as_if_there_had_been_none(serve, tokenizer):

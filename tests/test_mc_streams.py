@@ -35,7 +35,7 @@ SETTINGS = MCConfig(
     allocator_expand_threshold=0.0,
     allocator_collapse_threshold=0.0,
 ).resolve(64)
-READING = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "block_size": K}
+GIST_KEY = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "block_size": K}
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +84,9 @@ def levels_of(store):
     return out
 
 
-def new_stream(tmp_path, reading=READING):
-    create_stream(tmp_path / "s", reading)
-    return open_store(tmp_path / "s", reading, write=True)
+def new_stream(tmp_path, gist_key=GIST_KEY):
+    create_stream(tmp_path / "s", gist_key)
+    return open_store(tmp_path / "s", gist_key, write=True)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "cut", "commit", "reopen"]), st.integers(0, 90)), max_size=12))
@@ -106,7 +106,7 @@ def test_a_tree_on_disk_equals_one_in_memory(tmp_path_factory, steps):
             disk.store.commit()
         if step == "reopen":
             disk.store.close()
-            disk = tree_of(open_store(tmp_path / "s", READING, write=True))
+            disk = tree_of(open_store(tmp_path / "s", GIST_KEY, write=True))
         assert all(map(torch.equal, levels_of(disk.store), levels_of(ram.store)))
         assert disk.num_tokens == ram.num_tokens
     disk.store.close()
@@ -134,7 +134,7 @@ def test_gists_that_are_behind_are_made_at_the_next_opening(tmp_path, monkeypatc
     with pytest.raises(UserError, match="no space"):
         tree.append(ids(500, 1))
     store.close()
-    store = open_store(tmp_path / "s", READING, write=True)
+    store = open_store(tmp_path / "s", GIST_KEY, write=True)
     assert store.count(0) > 500
     assert store.count(1) == 125 < store.count(0) // K
     for _ in tree_of(store).complete():
@@ -148,7 +148,7 @@ def test_another_models_gists_are_made_beside_the_old_ones(tmp_path):
     tree_of(store).append(ids(1000))
     store.commit()
     old = levels_of(store)
-    newer = READING | {"model": "m2"}
+    newer = GIST_KEY | {"model": "m2"}
 
     def other(children, level):
         return gist(children, level).roll(1, -1)
@@ -172,8 +172,8 @@ def test_another_models_gists_are_made_beside_the_old_ones(tmp_path):
     streams.compact(tmp_path / "s", newer)
     assert len(streams.gist_sets(tmp_path / "s")) == 1
     with pytest.raises(UserError, match="another tokenizer"):
-        open_store(tmp_path / "s", READING | {"tokenizer": "other"})
-    wider = READING | {"n_embd": 64}  # which the old ones do not fit
+        open_store(tmp_path / "s", GIST_KEY | {"tokenizer": "other"})
+    wider = GIST_KEY | {"n_embd": 64}  # which the old ones do not fit
     assert open_store(tmp_path / "s", wider).count(1) == 0
 
 
@@ -191,18 +191,18 @@ def test_damaged_and_half_made_gists_cost_no_more_than_their_making(tmp_path):
     for damage in (lambda: (own / "manifest").unlink(), lambda: (own / "level_1.bin").write_bytes(b"x")):
         damage()
         assert streams.gist_sets(tmp_path / "s") == {}
-        assert missing_gists(tmp_path / "s", READING) == 50
-        reader = open_store(tmp_path / "s", READING)
+        assert missing_gists(tmp_path / "s", GIST_KEY) == 50
+        reader = open_store(tmp_path / "s", GIST_KEY)
         assert (reader.count(0), reader.count(1)) == (200, 0)
         reader.close()
-        store = open_store(tmp_path / "s", READING, write=True)
+        store = open_store(tmp_path / "s", GIST_KEY, write=True)
         for _ in tree_of(store).complete():
             pass
         store.commit()
         assert all(map(torch.equal, levels_of(store), expected))
         store.close()
-        assert missing_gists(tmp_path / "s", READING) == 0
-    streams.compact(tmp_path / "s", READING)
+        assert missing_gists(tmp_path / "s", GIST_KEY) == 0
+    streams.compact(tmp_path / "s", GIST_KEY)
     assert {path.name for path in (tmp_path / "s").iterdir() if path.is_dir()} == {own.name}
 
 
@@ -211,7 +211,7 @@ def test_a_stream_that_is_only_read_is_not_written_to_where_no_gists_fit(tmp_pat
     tree_of(store).append(ids(1000))
     store.commit()
     before = sorted((tmp_path / "s").iterdir())
-    wider = READING | {"n_embd": 64}
+    wider = GIST_KEY | {"n_embd": 64}
     reader = open_store(tmp_path / "s", wider)
     tree = MegaContextTree(gist, K, reader, lambda ids: embed(ids).repeat(1, 1, 2))
     tree.append(ids(1000, 1))
@@ -227,13 +227,13 @@ def test_compact_waits_for_who_makes_other_gists(tmp_path):
     tree_of(store).append(ids(1000))
     store.commit()
     store.close()
-    work = make_gists(tmp_path / "s", READING | {"model": "m2"}, gist, embed)
+    work = make_gists(tmp_path / "s", GIST_KEY | {"model": "m2"}, gist, embed)
     next(work)
     with pytest.raises(UserError, match="is being written to"):
-        streams.compact(tmp_path / "s", READING)
+        streams.compact(tmp_path / "s", GIST_KEY)
     for _ in work:
         pass
-    streams.compact(tmp_path / "s", READING)
+    streams.compact(tmp_path / "s", GIST_KEY)
     assert len(streams.gist_sets(tmp_path / "s")) == 1
 
 
@@ -244,7 +244,7 @@ def test_gists_are_made_without_gradients_and_their_maker_may_have_them(tmp_path
         assert torch.is_grad_enabled()
         assert not store.get(1, torch.arange(1)[None]).requires_grad
     store.commit()
-    for _ in make_gists(tmp_path / "s", READING | {"model": "m2"}, gist, lambda ids: embed(ids) * weight):
+    for _ in make_gists(tmp_path / "s", GIST_KEY | {"model": "m2"}, gist, lambda ids: embed(ids) * weight):
         assert torch.is_grad_enabled()
 
 
@@ -287,7 +287,7 @@ def test_what_killed_sessions_left_is_swept_by_the_next_process(base_dir, monkey
     root = streams.private_folder(base_dir / "scratch")
     for name, age in (("old", 100), ("half", 100), ("new", 0), ("used", 100), ("gone", 100)):
         folder = root / name
-        folder.mkdir() if name == "half" else create_stream(folder, READING)
+        folder.mkdir() if name == "half" else create_stream(folder, GIST_KEY)
         os.utime(folder, (time.time() - age,) * 2)
     used, delete = Arrays(root / "used", write=True), streams.delete_stream
 
@@ -339,7 +339,7 @@ def test_the_format_is_what_the_page_says(tmp_path, monkeypatch):
     assert facts == {"tokenizer": "t", "noted": "x"}
     [folder] = (tmp_path / "s").glob("gists-*")
     gists, facts = read_as_the_page_says(folder)
-    assert facts == READING
+    assert facts == GIST_KEY
     for name, level in zip(["tokens", "level_1", "level_2", "level_3", "level_4"], levels_of(store), strict=True):
         assert np.array_equal((tokens | gists)[name], level[0].float().view(level.size(1), -1).numpy())
 
@@ -378,7 +378,7 @@ def test_greedy_tokens_are_those_of_a_tree_in_memory_before_and_after_restarts(
         session.tree.store.commit()
         state = json.loads(json.dumps(session.state()))
         session.close()
-        store = open_store(tmp_path / "s", READING, write=True)
+        store = open_store(tmp_path / "s", GIST_KEY, write=True)
         return MCSession(model, networks, config, store=store, state=state)
 
     first = MCSession(model, networks, config, store=new_stream(tmp_path))
@@ -427,7 +427,7 @@ def test_a_stream_is_the_past_of_many_chats_and_not_changed_by_them(model, netwo
     MegaContextTree(MCSession(model, networks, SETTINGS).reader.gist, K, in_memory, model.embed).append(past)
     expected, _ = turns(model, tokenizer, MCSession(model, networks, SETTINGS, store=in_memory, past=700), PROMPTS)
     for _ in range(2):
-        chat = MCSession(model, networks, SETTINGS, store=open_store(tmp_path / "s", READING), past=700)
+        chat = MCSession(model, networks, SETTINGS, store=open_store(tmp_path / "s", GIST_KEY), past=700)
         answers, chat = turns(model, tokenizer, chat, PROMPTS)
         assert answers == expected
         assert chat.num_tokens > 700

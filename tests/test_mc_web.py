@@ -422,16 +422,16 @@ def test_loading(checkpoints):
 def test_conversations_of_another_model_get_their_gists_in_the_background(checkpoints, base_dir):
     config = config_of(model_tag="mc", mc=True, megacontext=chat_web.MCInference(mc_tree="disk"))
     kept = chat_web.load(config, torch.device("cpu"))[2].kept
-    older = KeptChats(kept.root, kept.reading | {"model": "older"})
+    older = KeptChats(kept.root, kept.gist_key | {"model": "older"})
     store, _ = older.open(name(1))
     store.append(0, torch.arange(50)[None])
     store.append(1, torch.ones(1, 12, 16))
     store.commit()
     store.close()
     [folder] = kept.folders()
-    assert missing_gists(folder, kept.reading) == 12
+    assert missing_gists(folder, kept.gist_key) == 12
     chat_web.load(config, torch.device("cpu"))
-    until(lambda: missing_gists(folder, kept.reading) == 0)
+    until(lambda: missing_gists(folder, kept.gist_key) == 0)
     assert len(gist_sets(folder)) == 2
 
 
