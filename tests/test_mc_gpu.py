@@ -63,7 +63,7 @@ def test_activations_are_bf16_under_autocast():
         assert gpu.waits == []
         assert result.loss.dtype == torch.float32
     assert set(seen) == {torch.bfloat16}
-    assert len(seen) == 2 * len(model.transformer.h) + 4  # dense and compressed sequences; three levels of gists; scores
+    assert len(seen) == 2 * len(model.transformer.h) + 4  # dense, compressed; three levels of gists; scores
 
 
 def test_validation_waits_for_scores_and_its_sums():
