@@ -183,7 +183,7 @@ def test_a_full_disk_is_told_once(opened):
 
 def test_a_log_is_handed_on(tmp_path, base_dir, opened):
     log = RunLog("base", "d1", "dummy", {}, resumed=False)
-    log.others.append(opened(f"file:{tmp_path / 'e.jsonl'}"))
+    log.listen(opened(f"file:{tmp_path / 'e.jsonl'}"))
     log.log({"step": 1, "train/loss": 2.0})
     log.finish()
     assert json.loads((tmp_path / "e.jsonl").read_text())["metrics"] == {"step": 1, "train/loss": 2.0}
