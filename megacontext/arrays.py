@@ -12,9 +12,8 @@ What is in a file beyond its rows does not count.
 A commit flushes the data, then writes and flushes the first page, then the second. So one whole page is always there,
 and once a commit has returned, both say the same: the loss of either loses nothing. Where a failure has left two that
 differ, the newer one counts, unless the last rows it names are damaged; who opens for writing makes both the same
-before anything else. Rows are checked when they are
-first read, a chunk at a time, with pread and not mapped: a file that shrinks is an error and no signal, and the
-process's memory does not grow with the arrays.
+before anything else. Rows are checked when they are first read, a chunk at a time, with pread and not mapped: a file
+that shrinks is an error and no signal, and the process's memory does not grow with the arrays.
 
 Files are private (0600, folders 0700). One process may write, under a lock (flock) on the manifest; others may read.
 """

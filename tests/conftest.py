@@ -1,3 +1,4 @@
+import contextlib
 import os
 import tempfile
 
@@ -86,3 +87,12 @@ def open_page(browser):
 
     with watched_pages(browser) as open_page:
         yield open_page
+
+
+@pytest.fixture
+def serve():
+    """serve(engine, …): a running server, stopped at the end of the test."""
+    from tests.helpers_server import serving  # here: most tests need no server
+
+    with contextlib.ExitStack() as stack:
+        yield lambda *engines, **options: stack.enter_context(serving(*engines, **options))

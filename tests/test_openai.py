@@ -43,13 +43,6 @@ from tests.helpers_server import (
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture
-def serve():
-    """serve(engine, …): a running server, stopped at the end of the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *engines, **options: stack.enter_context(serving(*engines, **options))
-
-
 @pytest.fixture(scope="module")
 def engine(tokenizer):
     config = GPTConfig(

@@ -47,13 +47,6 @@ from tests.helpers_server import (
 )
 
 
-@pytest.fixture
-def serve():
-    """serve(engine, …): a running server, stopped at the end of the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *engines, **options: stack.enter_context(serving(*engines, **options))
-
-
 @pytest.fixture(scope="module")
 def engine(tokenizer):
     torch.manual_seed(0)

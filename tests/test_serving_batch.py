@@ -1,7 +1,6 @@
 """A chat server whose answers share steps: each client gets its own, whoever comes and goes beside it."""
 
 import asyncio
-import contextlib
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +18,9 @@ from nanochat.serving.answer import Answer
 from nanochat.serving.job import Done, Job, Outbox, Piece
 from nanochat.streaming import stream_parts
 from tests.helpers import until
-from tests.helpers_server import MODEL, Script, ask, said, send_raw, serving
+from tests.helpers_server import MODEL, Script, ask, said, send_raw
 
 BATCH = 4
-
-
-@pytest.fixture
-def serve():
-    """serve(engine, …): a running server, stopped at the end of the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *engines, **options: stack.enter_context(serving(*engines, **options))
 
 
 @pytest.fixture(scope="module")
