@@ -15,7 +15,7 @@ import torch
 
 GREEDY = 1e-5  # temperatures below this are greedy, as in vLLM: dividing by them would overflow
 NARROW = 256  # up to this top_k, the candidates are found without sorting all V logits
-NUCLEUS = 1024  # likeliest tokens that top_p tries first, before it sorts all V
+NUCLEUS = 1024  # likeliest tokens that top_p tries first on a CPU, before it sorts all V
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive integers over 64 bits
 
 
@@ -148,10 +148,11 @@ class _Group:
 
     def _nucleus(self, logits):
         total = logits.logsumexp(dim=-1, keepdim=True)
-        for width in (NUCLEUS, self.width):
+        # A GPU has sorted all of them before the host would know whether some were enough
+        for width in (NUCLEUS, self.width) if logits.device.type == "cpu" else (self.width,):
             scores, ids = logits.topk(min(width, self.width), dim=-1)
             outside = self._before((scores - total).exp()) >= self.top_p
-            if outside[:, -1].all():  # these include the whole nucleus of every row
+            if width < self.width and outside[:, -1].all():  # these include the whole nucleus of every row
                 break
         return scores.masked_fill(outside, -torch.inf), ids
 
