@@ -152,8 +152,8 @@ def bench_loader(config):
 
         def batches():
             count = 0
-            with TokenLoader(tokenizer, B, T, "train", data_dir=folder, rank=0, world_size=1) as loader:
-                while loader.state_dict()["epoch"] == 0:
+            with TokenLoader(tokenizer, B, T, "train", data_dir=folder, ranks=[0], world_size=1) as loader:
+                while loader.state_dict()[0]["epoch"] == 0:
                     next(loader)
                     count += B * T
             return count

@@ -9,6 +9,7 @@ padded and nothing left out.
 """
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -26,13 +27,14 @@ class TokenLoader:
     """
     Endless iterator of (x, y), each int64 [B, T] on `device`, where y is x one token later.
 
-    A thread reads, tokenizes and assembles up to `prefetch` batches ahead; what goes wrong in it is raised by
-    `next`. Usable as a context manager; `close()` ends the thread.
+    A thread reads, tokenizes and assembles up to `prefetch` batches ahead per stream; what goes wrong in it is raised
+    by `next`. Usable as a context manager; `close()` ends the thread.
 
     tokenizer: has get_bos_token_id() and encode_to_numpy(texts, num_threads) -> list of uint32 arrays.
-    split: "train" or "val". piece: if it is above 0, the text of a row group is cut into pieces of that many tokens,
+    split: "train" or "val". ranks: the streams that take turns to give a batch, of world_size in all; by default one,
+    that of this process. piece: if it is above 0, the text of a row group is cut into pieces of that many tokens,
     which come in random order, so that what is read does not stay with one document. state: a `state_dict()` of the
-    same rank, to go on from there.
+    same ranks, to go on from there.
     Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
     """
 
@@ -43,38 +45,40 @@ class TokenLoader:
         T: int,
         split: str,
         device="cpu",
-        state: dict | None = None,
+        state: list[dict] | None = None,
         data_dir=None,
         tokenizer_threads: int = 4,
-        rank: int | None = None,
+        ranks=None,
         world_size: int | None = None,
         prefetch: int = 4,
         piece: int = 0,
     ):
         _, env_rank, _, env_world_size = get_dist_info()
-        self.rank = env_rank if rank is None else rank
+        self.ranks = [env_rank] if ranks is None else list(ranks)
         self.world_size = env_world_size if world_size is None else world_size
         self.device = torch.device(device)
         row_groups = list_row_groups(split, data_dir, self.world_size)
         threads = min(tokenizer_threads, os.cpu_count() or 1)  # more only wait for each other
-        self._position = self._check_state(state, len(row_groups)) if state else (0, self.rank, 0)
-        batches = _batches(
-            _token_stream(tokenizer, threads, row_groups, self.world_size, self._position, piece),
-            B,
-            T,
-            pin_memory=self.device.type == "cuda",
-        )
+        self._positions = [(0, rank, 0) for rank in self.ranks]
+        if state:
+            self._positions = [self._checked(*pair, len(row_groups)) for pair in zip(state, self.ranks, strict=True)]
+        pin_memory, self._next = self.device.type == "cuda", 0
+        streams = [
+            _batches(_token_stream(tokenizer, threads, row_groups, self.world_size, at, piece), B, T, pin_memory)
+            for at in self._positions
+        ]
         self._error = None
-        self._ready, self._stop = queue.Queue(maxsize=prefetch), threading.Event()
+        self._ready, self._stop = queue.Queue(maxsize=prefetch * len(streams)), threading.Event()
         # The thread must not hold the loader, so that an abandoned loader is collected and the thread ends.
+        batches = map(next, itertools.cycle(streams))
         thread = threading.Thread(
             target=_produce, args=(batches, self._ready, self._stop), name=f"TokenLoader-{split}", daemon=True
         )
         self._finalizer = weakref.finalize(self, _end, thread, self._ready, self._stop)
         thread.start()
 
-    def _check_state(self, state, num_row_groups):
-        took, takes = (state["rank"], state["world_size"]), (self.rank, self.world_size)
+    def _checked(self, state, rank, num_row_groups):
+        took, takes = (state["rank"], state["world_size"]), (rank, self.world_size)
         if took != takes:
             raise UserError(
                 f"the loader state is of rank {took[0]} of {took[1]}, this is rank {takes[0]} of {takes[1]}: "
@@ -87,16 +91,15 @@ class TokenLoader:
             )
         return state["epoch"], state["row_group"], state["token"]
 
-    def state_dict(self) -> dict:
-        """Where the batch after the last one handed out begins: small, JSON-able, of this rank alone."""
-        epoch, row_group, token = self._position
-        return {
-            "epoch": epoch,
-            "row_group": row_group,
-            "token": token,
-            "rank": self.rank,
-            "world_size": self.world_size,
-        }
+    def state_dict(self) -> list[dict]:
+        """
+        Where the batch after the last one handed out begins in each stream: small, JSON-able. When all have given as
+        many batches, since a loader made with it begins with the first stream.
+        """
+        return [
+            {"epoch": epoch, "row_group": row_group, "token": token, "rank": rank, "world_size": self.world_size}
+            for rank, (epoch, row_group, token) in zip(self.ranks, self._positions, strict=True)
+        ]
 
     def __iter__(self):
         return self
@@ -110,7 +113,8 @@ class TokenLoader:
         if isinstance(batch, BaseException):
             self._error = batch
             raise batch
-        self._position = position
+        self._positions[self._next] = position
+        self._next = (self._next + 1) % len(self.ranks)
         x, y = batch.to(self.device, non_blocking=True)
         return x, y
 

@@ -56,25 +56,22 @@ class MicroBatches:
         turns = accumulation if accumulation * world_size * streams <= len(list_row_groups("train")) else 1
         total = turns * world_size * streams
         numbers = [(i * world_size + rank) * streams + s for i in range(turns) for s in range(streams)]
-        places = _places(state, numbers, total) if state else [None] * len(numbers)
-        self.loaders = [
-            TokenLoader(tokenizer, B // streams, T, "train", device, place, rank=number, world_size=total, piece=piece)
-            for number, place in zip(numbers, places, strict=True)
-        ]
-        self.streams, self.next = streams, 0
+        places = _places(state, numbers, total) if state else None
+        self.streams = streams
+        self.loader = TokenLoader(
+            tokenizer, B // streams, T, "train", device, places, ranks=numbers, world_size=total, piece=piece
+        )
 
     def __next__(self):
-        parts = [next(loader) for loader in self.loaders[self.next : self.next + self.streams]]
-        self.next = (self.next + self.streams) % len(self.loaders)
+        parts = [next(self.loader) for _ in range(self.streams)]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def state_dict(self):
         """Call this between steps."""
-        return [loader.state_dict() for loader in self.loaders]
+        return self.loader.state_dict()
 
     def close(self):
-        for loader in self.loaders:
-            loader.close()
+        self.loader.close()
 
 
 def _places(states, numbers, total) -> list[dict]:

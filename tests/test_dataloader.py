@@ -144,7 +144,7 @@ def test_equals_the_reference(lengths, B, T, world_size, threads, prefetch):
         kept = [[text for text in group if text] for group in groups]
         for rank in range(world_size):
             with TokenLoader(
-                ByteTokenizer(), B, T, "train", data_dir=folder, rank=rank, world_size=world_size,
+                ByteTokenizer(), B, T, "train", data_dir=folder, ranks=[rank], world_size=world_size,
                 tokenizer_threads=threads, prefetch=prefetch,
             ) as loader:  # fmt: skip
                 count = math.ceil(2.5 * sum(map(len, itertools.chain(*kept))) / (B * T)) + 1
@@ -193,9 +193,9 @@ def test_ranks_share_the_data_completely(data_dir):
     seen = []
     for rank in range(3):
         size = sum(1 + len(text) for group in GROUPS[rank::3] for text in group)
-        with TokenLoader(ByteTokenizer(), 1, size, "train", data_dir=data_dir, rank=rank, world_size=3) as loader:
+        with TokenLoader(ByteTokenizer(), 1, size, "train", data_dir=data_dir, ranks=[rank], world_size=3) as loader:
             (x, y) = next(loader)
-            assert loader.state_dict()["epoch"] == 1
+            assert loader.state_dict()[0]["epoch"] == 1
         documents = bytes(token if token < 256 else 0 for token in x[0].tolist()).split(b"\0")[1:]
         seen += [document.decode() for document in documents]
         assert y[0, -1] == BOS  # of the first document again
@@ -235,13 +235,13 @@ def test_restores_exactly_anywhere(data_dir, world_size, seed):
     random = np.random.default_rng(seed)
     B, T = int(random.integers(1, 4)), int(random.integers(1, 8))
     for rank in range(world_size):
-        options = {"data_dir": data_dir, "rank": rank, "world_size": world_size}
+        options = {"data_dir": data_dir, "ranks": [rank], "world_size": world_size}
         with TokenLoader(ByteTokenizer(), B, T, "train", **options) as unbroken:
             batches, states = [], []
             for _ in range(60):
                 states.append(json.loads(json.dumps(unbroken.state_dict())))
                 batches += take(unbroken, 1)
-        assert states[-1]["epoch"] >= 1
+        assert states[-1][0]["epoch"] >= 1
         for cut in random.integers(0, 58, 12):
             with TokenLoader(ByteTokenizer(), B, T, "train", state=states[cut], **options) as restored:
                 assert restored.state_dict() == states[cut]
@@ -254,13 +254,13 @@ def test_batches_read_ahead_do_not_count(data_dir):
         next(loader)
         while not loader._ready.full():
             time.sleep(0.01)
-        assert loader.state_dict() == {"epoch": 0, "row_group": 0, "token": 4, "rank": 0, "world_size": 1}
+        assert loader.state_dict() == [{"epoch": 0, "row_group": 0, "token": 4, "rank": 0, "world_size": 1}]
 
 
 def test_restoring_tokenizes_nothing_that_was_consumed(data_dir):
     state = {"epoch": 5, "row_group": 3, "token": 2, "rank": 0, "world_size": 1}
     tokenizer = ByteTokenizer()
-    with TokenLoader(tokenizer, 1, 2, "train", state=state, data_dir=data_dir) as loader:
+    with TokenLoader(tokenizer, 1, 2, "train", state=[state], data_dir=data_dir) as loader:
         assert take(loader, 1)[0][0] == [[*GROUPS[3][0].encode()[1:3]]]
     assert tokenizer.calls[0] == GROUPS[3]
 
@@ -284,7 +284,34 @@ def test_the_shape_of_batches_may_change_between(data_dir):
 def test_a_state_of_other_data_is_refused(data_dir, change, message):
     state = {"epoch": 0, "row_group": 0, "token": 0, "rank": 0, "world_size": 1} | change
     with pytest.raises(UserError, match=message):
-        next(TokenLoader(ByteTokenizer(), 1, 4, "train", state=state, data_dir=data_dir))
+        next(TokenLoader(ByteTokenizer(), 1, 4, "train", state=[state], data_dir=data_dir))
+
+
+def test_streams_take_turns_on_one_thread(data_dir):
+    """As if each had a loader of its own, without its threads; and they are resumed together."""
+    at_work, most = [], []
+
+    class Watched(ByteTokenizer):
+        def encode_to_numpy(self, texts, num_threads):
+            at_work.append(num_threads)
+            most.append(sum(at_work))
+            time.sleep(0.001)
+            ids = super().encode_to_numpy(texts, num_threads)
+            at_work.remove(num_threads)
+            return ids
+
+    options = {"data_dir": data_dir, "world_size": 6}
+    alone = []
+    for rank in range(6):
+        with TokenLoader(ByteTokenizer(), 1, 4, "train", ranks=[rank], **options) as loader:
+            alone.append(take(loader, 20))
+    with TokenLoader(Watched(), 1, 4, "train", ranks=range(6), **options) as loader:
+        assert take(loader, 60) == [batch for turn in list(zip(*alone, strict=True))[:10] for batch in turn]
+        assert len(live_threads()) == 1
+        state = loader.state_dict()
+    assert max(most) <= 4
+    with TokenLoader(ByteTokenizer(), 1, 4, "train", state=state, ranks=range(6), **options) as loader:
+        assert take(loader, 60) == [batch for turn in list(zip(*alone, strict=True))[10:] for batch in turn]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -295,7 +322,7 @@ def test_missing_or_little_data_is_said_at_once(tmp_path, data_dir):
     with pytest.raises(UserError, match=r"python -m nanochat\.dataset"):
         TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=tmp_path / "nowhere")
     with pytest.raises(UserError, match="6 row groups, too few for 7 processes"):
-        TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=data_dir, rank=0, world_size=7)
+        TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=data_dir, ranks=[0], world_size=7)
 
 
 def test_a_split_without_text_does_not_hang(tmp_path):
