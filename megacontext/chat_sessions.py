@@ -67,8 +67,10 @@ class ChatSessions:
             yield held.session
             if held.session.num_tokens > held.num_tokens:
                 self._tell(held)  # where it is at the end, between two refocuses
-            if held.is_kept:
-                held.session.note(job.prompt + job.ids)
+            held.forgotten |= not held.session.num_tokens  # its first prompt was given up
+            if held.is_kept and not held.forgotten:
+                if job.ids:  # else the prompt may have been given up, too
+                    held.session.note(job.prompt + job.ids)
                 self.kept.save(held.conversation, held.session, held.session.focus_state())
         except BaseException:  # in the middle of something: nobody knows what the session holds
             self._drop(held)

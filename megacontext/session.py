@@ -26,6 +26,7 @@ from nanochat.decode import Decoder
 from nanochat.kv_cache import KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
+PER_ENTRY = 4  # tokens that GistNet takes up, or entries that LensNet scores, while the model reads one entry
 
 
 class Snapshot(NamedTuple):
@@ -45,7 +46,7 @@ class MCSession:
     networks: GistNet and LensNet, in eval mode. config: resolved. rows: streams that share their prompts and have a
     focus each. decoder: None makes one from the model's weights as they are now. seed: of stochastic_greedy.
     on_update(session, entries_read, watch): called after each prefill and refocus; entries_read in all rows, watch: a
-    Stopwatch of what it took.
+    Stopwatch of what it took, with what was done between its parts.
 
     A session keeps what it has read: a prompt that begins with it goes on where it was, and only what is new is read.
     store: where its tree is kept, for one row; what is in it has been read. The first `past` tokens of it come before
@@ -103,13 +104,25 @@ class MCSession:
         With one row, what both begin with stays, in focus as it is. Rows that may have gone apart begin anew.
         Raises UserError when no working context of so many tokens is small enough; then nothing has changed.
         """
+        *_, (_, logits) = self.reading(tokens, READ_ENTRIES)
+        if self.rows > 1:
+            self._become_many()
+        return logits.expand(self.rows, -1)
+
+    @torch.inference_mode()
+    def reading(self, tokens, part):
+        """
+        The same for one row, in parts that take about as long as the model takes to read `part` entries.
+
+        Yields (how many it could have read meanwhile, None) after each part but the last, then the same with the logits
+        [1, V]. Closed before all tokens are in the tree, the session holds what the prompt shared with what it held.
+        """
         self._check_open()
         if not tokens:
             raise ValueError("expected at least one token, got none")
         watch = Stopwatch(self.device)
         N = self.past + len(tokens)
-        finest = WorkingContext.finest(1, N, self.config.block_size)
-        smallest = finest.smallest_length(self.recent)
+        smallest = WorkingContext.finest(1, N, self.config.block_size).smallest_length(self.recent)
         if smallest > self.room:
             raise UserError(
                 f"expected room for {smallest} entries, the fewest for {N:,} tokens with {self.recent} at full "
@@ -117,28 +130,34 @@ class MCSession:
             )
         ids = torch.tensor([tokens], device=self.device)
         kept = self._common_prefix(ids)
-        if kept:
-            self._cut(kept)
-        else:
-            self._begin_anew()
-        self.tree.append(ids[:, kept - self.past :])
+        self._keep(kept)
+        try:
+            for piece in ids[:, kept - self.past :].split(PER_ENTRY * part, dim=1):
+                self.tree.append(piece)
+                yield piece.size(1) // PER_ENTRY, None
+        except GeneratorExit:
+            self._keep(kept)
+            raise
+        self._adopt(self._collapsed(kept))
+        self._adopt(self._refocused(self._context))
+        yield int(self._context.lengths()) // PER_ENTRY, None
+        read = 0
+        for n, logits in self._read_parts(part):
+            read += n
+            if logits is None:
+                yield n, None
+        self._tell(read, watch)
+        yield n, logits
 
-        first_new = min(kept, max(0, N - self.recent)) // self.config.block_size  # first block that is new or recent
-        context = finest
+    def _collapsed(self, kept):
+        """All in the budget: the first `kept` in focus as they were if possible, the rest as fine as can be."""
+        N, K = self.num_tokens, self.config.block_size
+        first_new = min(kept, max(0, N - self.recent)) // K  # first block that is new or recent
+        context = WorkingContext.finest(1, N, K)
         if first_new:
-            n = first_new * self.config.block_size
-            context = self._context.truncate(n).append(N - n)
+            context = self._context.truncate(first_new * K).append(N - first_new * K)
         context = context.collapse_oldest(self.room, self.recent, first_new)  # what was in focus stays, if it can
-        context = context.collapse_oldest(self.room, self.recent)
-        self._adopt(self._refocused(context))
-        logits = self._read(watch)
-        if self.rows > 1:
-            self._become_many()
-        return logits.expand(self.rows, -1)
-
-    def reading(self, tokens):
-        """`prefill` for a shared batch, which takes it in parts: this is one."""
-        yield self.prefill(tokens)
+        return context.collapse_oldest(self.room, self.recent)
 
     @torch.inference_mode()
     def step(self, ids):
@@ -192,10 +211,9 @@ class MCSession:
             raise ValueError("expected a snapshot of this session, got one of another")
         if any(cut < num_tokens for cut in self._cuts[snapshot.cuts :]):
             raise ValueError(f"the session has forgotten some of the {num_tokens} tokens of this snapshot")
+        self._keep(num_tokens)
         if not num_tokens:
-            self._begin_anew()
             return
-        self._cut(num_tokens)
         self._adopt(snapshot.context)
         self._since = snapshot.since
         self.focus.restore(snapshot.focus)
@@ -260,6 +278,13 @@ class MCSession:
         if num_tokens < self.num_tokens:
             self._cuts.append(num_tokens)
 
+    def _keep(self, num_tokens):
+        """Forget all tokens but the first num_tokens."""
+        if num_tokens:
+            self._cut(num_tokens)
+        else:
+            self._begin_anew()
+
     def _cut(self, num_tokens):
         """Forget all tokens but the first num_tokens >= 1, and the entries of the cache that know of others."""
         self._forget(num_tokens)
@@ -320,22 +345,26 @@ class MCSession:
 
     def _read(self, watch=None):
         """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more per row."""
+        parts, logits = zip(*self._read_parts(READ_ENTRIES), strict=True)
+        if watch is not None:
+            self._tell(sum(parts), watch)
+        return logits[-1]
+
+    def _read_parts(self, size):
+        """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
         context = self._context_now()
         x, positions = self.tree.materialize(context), self.reader.positions(context)
         caches, lengths, logits = self._caches, context.lengths().tolist(), [None] * context.num_rows
-        read = sum(lengths) - sum(cache.pos for cache in caches)
         while unread := [row for row in range(len(caches)) if caches[row].pos < lengths[row]]:  # all of them at once
-            parts = [range(caches[row].pos, lengths[row])[: READ_ENTRIES // len(caches)] for row in unread]
+            parts = [range(caches[row].pos, lengths[row])[: size // len(caches)] for row in unread]
             index = torch.tensor([(row, i) for row, part in zip(unread, parts, strict=True) for i in part])
             index = index.to(self.device, non_blocking=True).unbind(1)
             of_rows, counts = [caches[row] for row in unread], list(map(len, parts))
             after = self.decoder.extend_rows(x[index], of_rows, counts, [t[index] for t in positions])
             for row, last in zip(unread, after.split(1), strict=True):
                 logits[row] = last
-        self._up_to_date = True
-        if watch is not None:
-            self._tell(read, watch)
-        return torch.cat(logits)
+            self._up_to_date = [cache.pos for cache in caches] == lengths
+            yield len(index[0]), torch.cat(logits) if self._up_to_date else None
 
     # -----------------------------------------------------------------------------------------------------
     # To be looked at

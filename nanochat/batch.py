@@ -31,15 +31,18 @@ class CacheSession:
 
         Raises UserError when the prompt has more tokens than the model has positions.
         """
-        [logits] = self.reading(tokens, len(tokens))
+        [(_, logits)] = self.reading(tokens, len(tokens))
         if self.rows > 1:
             self.cache.repeat(self.rows)
         self._step = self.decoder.stepper(self.cache)
         return logits.expand(self.rows, -1)
 
-    def reading(self, tokens, part=None):
-        """The same for one row, some tokens at a time: yields None after each part but the last, then logits [1, V]."""
-        decoder, limit, part = self.decoder, self.decoder.max_seq_len, part or PART
+    def reading(self, tokens, part):
+        """
+        The same for one row, `part` tokens at a time: yields (how many, None) after each part but the last, then the
+        same with the logits [1, V].
+        """
+        decoder, limit = self.decoder, self.decoder.max_seq_len
         if len(tokens) > limit:
             raise UserError(
                 f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model "
@@ -48,8 +51,9 @@ class CacheSession:
         self._step = None  # it holds the cache of an earlier prompt
         self.cache = KVCache(decoder.config.n_layer, min(len(tokens) + self.max_tokens, limit))
         for start in range(0, len(tokens), part):
-            logits = decoder.extend(torch.tensor([tokens[start : start + part]], device=decoder.device), self.cache)
-            yield logits if start + part >= len(tokens) else None
+            piece = tokens[start : start + part]
+            logits = decoder.extend(torch.tensor([piece], device=decoder.device), self.cache)
+            yield len(piece), logits if start + part >= len(tokens) else None
 
     def step(self, ids):
         """Logits [rows, V] after one more token a row, ids [rows]; None when the model's positions are used up."""
@@ -151,6 +155,8 @@ class Batch:
         """No more of this stream; nothing happens if it has ended."""
         if stream in self.reading:
             self.reading.remove(stream)
+            if stream.parts:
+                stream.parts.close()
         elif stream in self.streams:
             row, last = self.streams.index(stream), self.streams.pop()
             rows = list(range(len(self.streams)))
@@ -182,23 +188,24 @@ class Batch:
 
     def _read(self):
         """
-        A part of the prompt whose turn it is; with the last one its stream gets a row. Returns its number of tokens.
+        A part of the prompt whose turn it is; with the last one its stream gets a row. Returns how many tokens it cost.
         """
-        stream = self.reading.popleft()
+        stream = self.reading[0]
         try:
-            parts = stream.parts = stream.parts or stream.session.reading(stream.prompt)
-            stream.logits = next(parts)
+            stream.parts = stream.parts or stream.session.reading(stream.prompt, PART)
+            cost, stream.logits = next(stream.parts)
             if stream.logits is not None:
                 self.caches.join(stream.session.cache)
         except Exception as error:  # whatever it is, the others go on
             self._end(stream, error)
             return PART
+        self.reading.popleft()
         if stream.logits is None:
             self.reading.append(stream)
-            return PART
-        self.streams.append(stream)
-        self.sampler.add(stream.sampling, stream.prompt)
-        return min(len(stream.prompt), PART)
+        else:
+            self.streams.append(stream)
+            self.sampler.add(stream.sampling, stream.prompt)
+        return cost
 
     def _logits(self):
         """What the next token of each stream comes from, [B, V]; those whose session has no room for more end here."""

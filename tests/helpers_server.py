@@ -225,10 +225,13 @@ class Watched(MCSession):
         self.inside, self.fault = threading.Lock(), None
         made.append(self)
 
-    def prefill(self, tokens):
+    def reading(self, tokens, part):
         if self.fault:
             raise self.fault
-        return self._alone(super().prefill, tokens)
+        parts = super().reading(tokens, part)
+        while (one := self._alone(next, parts))[1] is None:
+            yield one
+        yield one
 
     def enter(self, ids):
         return self._alone(super().enter, ids)

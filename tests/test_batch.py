@@ -53,6 +53,12 @@ def networks():
 
 
 @pytest.fixture(autouse=True)
+def exact_gists(monkeypatch):
+    """Rounded to bf16, two sums of another order can be a part in 256 apart."""
+    monkeypatch.setattr("megacontext.streams.GIST_DTYPE", torch.float32)
+
+
+@pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(batching, "PART", 5)
 
@@ -167,9 +173,9 @@ class Scripted(CacheSession):
         self.step_number += 1
         return logits
 
-    def reading(self, tokens):
-        for logits in super().reading(tokens):
-            yield None if logits is None else self._next()
+    def reading(self, tokens, part):
+        for n, logits in super().reading(tokens, part):
+            yield n, None if logits is None else self._next()
 
     def enter(self, ids):
         return None if super().enter(ids) is None else self._next()
@@ -250,7 +256,44 @@ def test_nobody_waits_for_a_long_prompt(engine):
         assert running in news
         for stream in news:
             first.setdefault(stream, step)
-    assert first == {running: 0, short: 4, long: 22}  # parts of 5 tokens: 1, 2 and 20 of them, by turns
+    # 1, 2 and 20 parts of 5 tokens, by turns; the short one's last part has two, so that a long one's goes with it
+    assert first == {running: 0, short: 4, long: 21}
+
+
+def test_nobody_waits_for_a_prompt_of_100_000_tokens(model, tokenizer, networks, monkeypatch):
+    """Beside a session that takes it up, a stream gets a token at each step; both networks do a part's work at most."""
+    monkeypatch.setattr(batching, "PART", 256)
+    engine = Engine(model, tokenizer)
+    batch, settings = engine.batch(), SETTINGS.resolve(64)
+    session = MCSession(model, networks, settings, decoder=engine.decoder)
+    taken, append = [], session.tree.append
+    monkeypatch.setattr(session.tree, "append", lambda tokens: (taken.append(tokens.size(1)), append(tokens))[1])
+    long = batch.add(torch.randint(0, V - 9, (100_000,)).tolist(), 2, Sampling(), session)
+    running = batch.add(prompt(5), 150, Sampling(temperature=0, logit_bias={65: 1000.0}))
+    got = []
+    while long.ended is None:
+        news = {stream: id for stream, id, _ in batch.step()}
+        got.append(news.get(running))
+        assert sum(taken) <= 1024
+        taken.clear()
+    assert got[1:] == [65] * (len(got) - 1)
+    assert len(got) > 97
+
+
+def test_a_prompt_that_is_given_up_is_closed_at_once(engine, model, networks):
+    """Its session holds what it held, and the others' tokens are as if it had not been there."""
+    batch, session = engine.batch(), MCSession(model, networks, SETTINGS, decoder=engine.decoder)
+    session.prefill(prompt(200)[:30])
+    stays = prompt(6), 20, Sampling(temperature=0)
+    stream = batch.add(*stays)
+    left = batch.add(prompt(200), 9, Sampling(), session)
+    got = [id for _ in range(4) for who, id, _ in batch.step() if who is stream]
+    assert 30 < session.num_tokens < 200
+    batch.remove(left)
+    assert session.num_tokens == 30
+    while len(batch):
+        got += [id for who, id, _ in batch.step() if who is stream]
+    assert got == alone(engine, *stays)
 
 
 def test_logits_are_told_where_they_are_asked_for(engine):

@@ -4,15 +4,19 @@ import contextlib
 import os
 import stat
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from megacontext import streams
 from megacontext.arrays import Arrays
+from megacontext.chat_sessions import ChatSessions
 from megacontext.kept_chats import Bounds, KeptChats
+from megacontext.session import MCSession
 from nanochat.common import UserError
-from tests.helpers_server import CONTEXT, ask, gist_key, said, serving_mc
+from tests.helpers_server import CONTEXT, ask, gist_key, said, serving_mc, tiny
 
 
 def name(i):
@@ -64,6 +68,32 @@ def test_chats_go_on_after_restarts_as_if_there_had_been_none(serve, tokenizer):
                 session = server.sessions[0].held[-1].session
                 assert session.num_tokens > turn * CONTEXT // 3
     assert [chat.answers for chat in chats] == [chat.answers for chat in others]
+
+
+@pytest.mark.parametrize("known", [0, 300])
+def test_a_message_that_is_given_up_is_not_kept_in_part(tokenizer, tmp_path, known):
+    """Neither in memory nor on the disk, where a long one has been put away by then; a new conversation is gone."""
+    engine, networks, config = tiny(tokenizer)
+    disk = kept(tmp_path, tokenizer)
+    chats = ChatSessions(partial(MCSession, engine.model, networks, config), config, 8, kept=disk)
+    text = list(range(65, 97)) * 2000
+
+    def job(prompt, ids=()):
+        return SimpleNamespace(prompt=prompt, ids=list(ids), conversation=name(1), focus=False, compacted=False)
+
+    if known:
+        with chats.serve(job(text[:known], [7])) as session:
+            session.prefill(text[:known])
+    with chats.serve(job(text)) as session:
+        parts = session.reading(text, 1000)
+        while session.num_tokens < 40_000:
+            next(parts)
+        assert len(disk.tokens(name(1), 0, 2**40)) > 16_000
+        parts.close()
+    assert disk.tokens(name(1), 0, 2**40) == (text[:known] if known else None)
+    assert len(chats.held) == (1 if known else 0)
+    for held in chats.held:
+        held.session.close()
 
 
 def test_what_was_kept_is_not_read_again(serve, monkeypatch):

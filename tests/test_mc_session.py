@@ -268,6 +268,55 @@ def test_long_contexts_are_read_in_pieces(model, monkeypatch):
     torch.testing.assert_close(session_of(model).prefill(ids(200)), whole, **CLOSE)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# A prompt in parts, as a shared batch takes it
+
+
+@pytest.mark.parametrize("part", [1, 7, 40])
+def test_parts_equal_the_whole(model, part):
+    """Prompts that begin, go on and part ways: the same logits, tree and focus, and no part above its share."""
+    whole, parted = (session_of(model, clock_lens, allocator_soft_max=60) for _ in range(2))
+    for text in (ids(300), ids(300) + ids(90, seed=1), ids(250) + ids(9, seed=2)):
+        expected, parts = whole.prefill(text), list(parted.reading(text, part))
+        assert [logits is None for _, logits in parts] == [True] * (len(parts) - 1) + [False]
+        assert sum(cost > part for cost, _ in parts) <= 1  # the refocus, which is one
+        assert all(cost <= max(part, 60 // 4) for cost, _ in parts)
+        torch.testing.assert_close(parts[-1][1], expected, **CLOSE)
+        assert parted.focus_state() == whole.focus_state()
+        for level in range(4):
+            index = torch.arange(whole.tree.store.count(level))[None]
+            assert parted.tree.store.count(level) == len(index[0])
+            values = [session.tree.store.get(level, index) for session in (parted, whole)]
+            torch.testing.assert_close(*values, **CLOSE)
+
+
+@pytest.mark.parametrize("before", [0, 100])
+def test_a_prompt_that_is_given_up_leaves_a_session_to_go_on_with(model, before):
+    """After each of its parts; what it shared with what was held stays until it is all in the tree."""
+    text, parts, last = ids(before)[:70] + ids(150, seed=1), 0, None
+    while last is None:
+        session = session_of(model)
+        if before:
+            session.prefill(ids(before))
+        reading = session.reading(text, 5)
+        for _ in range(parts):
+            _, last = next(reading)
+        reading.close()
+        shared = min(before, 70) if parts else before
+        assert session.num_tokens in (shared, len(text))
+        assert session.num_tokens == shared or parts > 7
+        if session.num_tokens:
+            session.context.check()
+            assert int(session.context.lengths()) <= session.budget
+            assert session.focus_state()["num_tokens"] == session.num_tokens
+        logits = session.prefill([text, ids(before) + ids(9), ids(30, seed=2)][parts % 3])
+        assert_in_budget(session)
+        assert_fresh(model, session, logits)
+        assert_fresh(model, session, session.step(torch.tensor([3])))
+        parts += 1
+    assert parts > 15
+
+
 def test_a_graph_changes_nothing(model):
     for rows in (1, 3):
         sessions = [session_of(model, rows=rows) for _ in range(2)]

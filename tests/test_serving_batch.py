@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -208,8 +209,9 @@ def test_a_step_that_fails_costs_its_answers_and_not_the_worker(serve, engine, m
 
 def test_a_cancelled_answer_that_cannot_be_removed_does_not_cost_the_worker(serve, engine, monkeypatch, caplog):
     """Taking a row out moves memory, which may be short."""
-    server, real = serve(engine, batch_size=BATCH), Batch.remove
+    server, real, step = serve(engine, batch_size=BATCH), Batch.remove, Batch.step
     failed = threading.Event()
+    monkeypatch.setattr(Batch, "step", lambda self: (time.sleep(0.01), step(self))[1])  # so that it is not over before
 
     def remove(self, stream):
         if not failed.is_set():
