@@ -25,5 +25,5 @@ def evaluate_bpb(model, batches, steps, token_bytes) -> float:
         target_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
         nats += (losses * (target_bytes > 0)).sum(dtype=exact)
         total_bytes += target_bytes.sum()
-    nats, total_bytes = sum_over_ranks(nats).item(), sum_over_ranks(total_bytes).item()
+    nats, total_bytes = sum_over_ranks(torch.stack((nats, total_bytes.to(exact)))).tolist()
     return nats / (math.log(2) * total_bytes) if total_bytes else math.inf

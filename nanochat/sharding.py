@@ -55,14 +55,16 @@ def own_share(tensor):
 
 def clip_gradients(optimizers, max_norm):
     """
-    Scale gradients so that their global norm, over all parameters and ranks, is at most max_norm (> 0).
+    Scale gradients so that their global norm, over all parameters and ranks, is at most max_norm; 0 for no clipping.
 
-    Returns that norm before clipping. Sharded optimizers reduce their gradients here; the norm is then that
-    of the mean gradient, the same number on every rank and with any number of ranks.
+    Returns that norm before clipping; None without. Sharded optimizers start to reduce their gradients here, all at
+    once; the norm is that of the mean gradient, the same number on every rank and with any number of ranks.
     """
     sharded = [optimizer for optimizer in optimizers if hasattr(optimizer, "start_reduce")]
     for optimizer in sharded:
         optimizer.start_reduce()
+    if max_norm == 0:
+        return None
     grads = [grad for optimizer in sharded for grad in optimizer.shards()]
     whole = [p.grad for o in optimizers if o not in sharded for g in o.param_groups for p in g["params"]]
     grads += [grad for grad in whole if grad is not None]

@@ -281,7 +281,7 @@ class Training:
         """Take a step down the gradients; momentum: Muon's. Returns their global norm before clipping; None without."""
         for parameter in self.parameters:  # the optimizers of every rank need all of them
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        norm = clip_gradients(self.optimizers, grad_clip) if grad_clip > 0 else None
+        norm = clip_gradients(self.optimizers, grad_clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_multiplier

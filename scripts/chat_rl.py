@@ -132,8 +132,9 @@ def main(config: Config):
                 answers.append((ids, mask, reward))
         return answers
 
-    def summed(value):
-        return sum_over_ranks(torch.tensor(value, dtype=sum_dtype(device), device=device)).item()
+    def summed(*values):
+        """The sums over ranks of these numbers, in one go."""
+        return sum_over_ranks(torch.tensor(values, dtype=sum_dtype(device), device=device)).tolist()
 
     def evaluate():
         """pass@k for k = 1 … device_batch_size on held-out problems."""
@@ -144,7 +145,8 @@ def main(config: Config):
             for i in range(rank, total, world_size):
                 right.append(sum(reward == 1 for *_, reward in answers_to(val_set, val_set[i], B, i)))
         model.train()
-        return {k: summed(sum(pass_at_k(B, c, k) for c in right)) / total for k in range(1, B + 1)}
+        passed = summed(*(sum(pass_at_k(B, c, k) for c in right) for k in range(1, B + 1)))
+        return {k: value / total for k, value in enumerate(passed, 1)}
 
     passed = {int(k): value for k, value in training.meta.get("pass_at_k", {}).items()}
     training.notes["pass_at_k"] = passed
@@ -173,7 +175,7 @@ def main(config: Config):
                     advantages.append(reward - mean)
                     rewards.append(reward)
         model.train()
-        tokens = summed(sum(sum(mask) for _, mask in rows))
+        tokens, reward = summed(sum(sum(mask) for _, mask in rows), sum(rewards))
         loss, read = torch.zeros((), device=device), 0
         for start in range(0, len(rows), B):
             x, y = pad_rows(rows[start : start + B], pad_id, device)
@@ -188,8 +190,8 @@ def main(config: Config):
             loss += part.detach()
         lrm = rate(step, num_iterations)
         training.optimize(lrm)
-        training.end_step(loss, round(tokens), summed(read) / tokens)  # without the work of sampling
-        reward, length = summed(sum(rewards)) / (examples * samples), tokens / (examples * samples)
+        training.end_step(loss, round(tokens), summed(read)[0] / tokens)  # without the work of sampling
+        reward, length = reward / (examples * samples), tokens / (examples * samples)
         training.show(f"reward {reward:.4f}", f"{length:.1f} tokens per answer")
         metrics = {"train/reward": reward, "train/answer_tokens": length, "train/lrm": lrm, **training.speed()}
         training.record(metrics)

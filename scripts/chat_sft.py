@@ -127,7 +127,8 @@ def main(config: Config):
             if batch:
                 loss, tokens = loss_of(batch)
                 nats, count = nats + loss, count + tokens
-        return (sum_over_ranks(nats) / sum_over_ranks(count).clamp(min=1)).item()
+        nats, count = sum_over_ranks(torch.stack((nats, count)))
+        return (nats / count.clamp(min=1)).item()
 
     val_loss, metrics = training.meta.get("val_loss"), training.meta.get("metrics", {})
     training.notes |= {"val_loss": val_loss, "metrics": metrics}
@@ -155,16 +156,17 @@ def main(config: Config):
         # The mean is over the tokens of the whole step, so that it is the same however rows are shared out
         training.begin_step()
         batches = batches_of(train_set, range(step * examples, (step + 1) * examples))
-        count = sum_over_ranks(sum((y >= 0).sum() for _, y in batches)).clamp(min=1)
+        counts = [torch.stack(((y >= 0).sum(), torch.tensor(y.numel(), device=device))) for _, y in batches]
+        counts = sum_over_ranks(sum(counts)).clamp(min=1)  # targets, and what is read, padding too
         loss = torch.zeros((), device=device)
         for batch in batches:
-            part = loss_of([batch])[0] / count * world_size  # ranks are averaged
+            part = loss_of([batch])[0] / counts[0] * world_size  # ranks are averaged
             part.backward()
             loss += part.detach()
         lrm = rate(step, num_iterations)
         training.optimize(lrm)
-        read = sum_over_ranks(torch.tensor(float(sum(x.numel() for x, _ in batches)), device=device))  # padding too
-        loss = training.end_step(loss, count.item(), read.item() / count.item())
+        targets, read = counts.tolist()
+        loss = training.end_step(loss, targets, read / targets)
         training.show(f"validation {val_loss:.4f}" if val_loss else "validation -")
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed()})
 

@@ -131,8 +131,8 @@ def main(config: Config):
     training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, **meta_of(config, T)}
     others = {}
     say = training.progress.say
+    done = part_done()
     while True:
-        done = part_done()
         last = done >= 1
         with training.evaluating(last):
             if training.due(config.eval_every, last):
@@ -149,7 +149,8 @@ def main(config: Config):
         lrm = rate(done)
         training.optimize(lrm, muon_momentum(training.step))
         loss = training.end_step(loss, config.total_batch_size, objective.work(done, T))
-        training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", done=part_done())
+        done = part_done()
+        training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", done=done)
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed(), **stats})
 
     results = {

@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
-from nanochat.common import UserError, get_dist_info
+from nanochat.common import UserError, get_dist_info, sum_over_ranks
 from nanochat.engine import Engine
 from tasks.mixtures import BASELINES
 
@@ -64,10 +63,7 @@ def evaluate(
             score.samples.append((conversation, answer, right))
         if progress:
             progress(min(total, index - index % world_size + world_size), total)
-    if dist.is_initialized():
-        passed = torch.tensor(score.passed, device=model.get_device())
-        dist.all_reduce(passed)
-        score.passed = passed.item()
+    score.passed = sum_over_ranks(torch.tensor(score.passed, device=model.get_device())).item()
     return score
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megacontext.reader import newest
 from megacontext.working_context import WorkingContext
-from nanochat.common import sum_dtype
+from nanochat.common import sum_dtype, sum_over_ranks
 
 MIN_GAIN = 0.01  # bits per byte; of less, no share can be told
 
@@ -48,9 +48,7 @@ def validate(reader, batches, steps, token_bytes) -> dict:
             nats[name] += (loss * (scored > 0)).sum(dtype=exact)
         total_bytes += scored.sum()
     reader.networks.train(training)
-    sums = torch.stack([*nats.values(), total_bytes.to(exact)])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    sums = sum_over_ranks(torch.stack([*nats.values(), total_bytes.to(exact)]))
     full, mc, truncated = (sums[:3] / sums[3] / math.log(2)).tolist()
     gain = truncated - full
     return {
