@@ -118,7 +118,7 @@ class MCObjective:
         return step_work(self.model, self.reader.networks, self.config, progress, T)
 
     def validate(self, batches, steps, token_bytes) -> dict:
-        """Figures beside bits per byte: see megacontext.evaluation.validation."""
+        """Bits per byte, plain and of working contexts: see megacontext.evaluation.validation."""
         return validate(self.reader, batches, steps, token_bytes)
 
 

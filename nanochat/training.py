@@ -14,6 +14,7 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager
 from nanochat.common import UserError, autocast, get_dist_info, peak_flops, print0, sum_over_ranks
 from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
+from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.sharding import clip_gradients
 
@@ -159,7 +160,7 @@ class Training:
             if companion is not None:
                 companion.load_state_dict(checkpoint_manager.load_companion(self.folder, self.step, device))
         self.model.train()
-        self.compiled = maybe_compile(self.model, config.compile, device)
+        maybe_compile(self.model, config.compile, device)
         self.optimizers = [] if companion is None else companion.setup_optimizers()
         if frozen:  # its training mode makes no difference: there is no dropout
             self.model.requires_grad_(False)
@@ -399,8 +400,8 @@ class PlainObjective:
         return 1.0
 
     def validate(self, batches, steps, token_bytes) -> dict:
-        """Further figures for the validation."""
-        return {}
+        """Figures for the log, "val/bpb" at least. batches: of which `steps` are read; token_bytes: of each token."""
+        return {"val/bpb": evaluate_bpb(self.model, batches, steps, token_bytes)}
 
 
 def parent_model(source, device, model_tag, step):

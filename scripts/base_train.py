@@ -43,7 +43,6 @@ from nanochat.loop import (
     print_facts,
     steps_asked_for,
 )
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import OptimizerOptions, TrainingOptions
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -172,8 +171,7 @@ def main(config: Config):
         return
     if num_iterations is None and training.meta.get("total"):
         training.set_total(training.meta["total"])
-    model, compiled = training.model, training.compiled
-    objective = make_objective(compiled)
+    model, objective = training.model, make_objective(training.model)
     observe(config, "base_train", training)
 
     def length():
@@ -197,16 +195,6 @@ def main(config: Config):
     )
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
-    def validate():
-        compiled.eval()
-        with autocast(device, dtype):
-            with TokenLoader(tokenizer, B, T, "val", device) as loader:
-                bpb = evaluate_bpb(compiled, loader, eval_steps, token_bytes)
-            with TokenLoader(tokenizer, B, T, "val", device) as loader:
-                others = objective.validate(loader, eval_steps, token_bytes)
-        compiled.train()
-        return bpb, others
-
     # Loop
     val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
     training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, **meta_of(config, T)}
@@ -223,7 +211,9 @@ def main(config: Config):
         last = step == training.total
         with training.evaluating(last):
             if training.due(config.eval_every, last):
-                val_bpb, others = validate()
+                with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
+                    others = objective.validate(loader, eval_steps, token_bytes)
+                val_bpb = others.pop("val/bpb")
                 min_val_bpb = min(min_val_bpb, val_bpb)
                 training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
                 say(f"step {step:,} | validation bpb {val_bpb:.4f}{described(others)}")

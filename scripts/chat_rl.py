@@ -100,7 +100,7 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
-    model, compiled = training.model, training.compiled
+    model = training.model
     engine = Engine(model, tokenizer)
     pad_id = tokenizer.encode_special("<|assistant_end|>")
     facts = {
@@ -183,7 +183,7 @@ def main(config: Config):
             if not advantage.any():  # all right or all wrong: nothing to learn
                 continue
             with autocast(device, dtype):
-                nll = compiled(x, y, loss_reduction="none").view_as(y)
+                nll = model(x, y, loss_reduction="none").view_as(y)
             part = (nll * advantage[:, None]).sum() / tokens * world_size  # gradients are averaged over ranks
             part.backward()
             read += x.numel()

@@ -97,7 +97,7 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
-    model, compiled = training.model, training.compiled
+    model = training.model
     facts = {
         "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
         "Conversations": len(train_set),
@@ -115,7 +115,7 @@ def main(config: Config):
     def loss_of(batches):
         """(sum of the losses over this rank's targets, a tensor; number of targets)."""
         with autocast(device, dtype):
-            losses = [compiled(x, y, loss_reduction="sum") for x, y in batches]
+            losses = [model(x, y, loss_reduction="sum") for x, y in batches]
         return torch.stack(losses).sum(), sum((y >= 0).sum() for _, y in batches)
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
-    objective = make_objective(training.compiled)
+    objective = make_objective(training.model)
     observe(config, "mc_train", training)
     model = training.model  # free the parent's weights after a resume
     facts = {

@@ -22,7 +22,6 @@ from nanochat.common import UserError, autocast, compute_cleanup, compute_init, 
 from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
 from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts, steps_asked_for
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, parent_model
@@ -94,8 +93,7 @@ def main(config: Config):
     if training.finished:
         compute_cleanup()
         return
-    compiled = training.compiled
-    objective = make_objective(compiled)
+    objective = make_objective(training.model)
     observe(config, "mid_train", training)
     model = training.model  # free the parent's weights after a resume
     facts = {
@@ -108,15 +106,6 @@ def main(config: Config):
     print_facts(facts)
     batches = training.batches = PackedConversations(train_set, tokenizer, B, T, device, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
-
-    def validate():
-        compiled.eval()
-        loaders = [PackedConversations(val_set, tokenizer, B, T, device) for _ in range(2)]
-        with autocast(device, dtype):
-            bpb = evaluate_bpb(compiled, loaders[0], eval_steps, token_bytes)
-            others = objective.validate(loaders[1], eval_steps, token_bytes)
-        compiled.train()
-        return bpb, others
 
     def part_done():
         """Completed fraction of the run, the same on every rank."""
@@ -136,7 +125,10 @@ def main(config: Config):
         last = done >= 1
         with training.evaluating(last):
             if training.due(config.eval_every, last):
-                val_bpb, others = validate()
+                loader = PackedConversations(val_set, tokenizer, B, T, device)
+                with autocast(device, dtype):
+                    others = objective.validate(loader, eval_steps, token_bytes)
+                val_bpb = others.pop("val/bpb")
                 min_val_bpb = min(min_val_bpb, val_bpb)
                 training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
                 say(f"step {training.step:,} | validation bpb {val_bpb:.4f}{described(others)}")

@@ -15,6 +15,7 @@ from megacontext.tree import build_table
 from megacontext.variants import random_variants, target_length
 from megacontext.working_context import Edit, WorkingContext
 from nanochat.gpt import GPT, GPTConfig, norm
+from nanochat.loss_eval import evaluate_bpb
 from tests.helpers import BOS, RECENT, K, T, make_model, make_objective, root_mean_square, tokens
 
 
@@ -250,7 +251,8 @@ def test_validation_against_its_parts():
     token_bytes = torch.arange(70, dtype=torch.int32) % 4
     for budget in (T, 32):
         reader = make_objective(model, mc_eval_soft_max_length=budget).reader
-        got = validate(reader, iter([batch]), 1, token_bytes)
+        got = validate(reader, iter([batch, batch]), 2, token_bytes)
+        assert got["val/bpb"] == pytest.approx(evaluate_bpb(model, iter([batch]), 1, token_bytes), rel=1e-6)
         tail = batch[1][:, -RECENT:]
         weights = (token_bytes[tail] > 0).float()
         total = token_bytes[tail].sum().item() * math.log(2)

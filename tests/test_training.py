@@ -89,9 +89,9 @@ def test_an_evaluation_that_fails_on_the_way(error, base, monkeypatch):
     tag = type(error).__name__
     unbroken = ["--eval_every=4", "--num_iterations=8"]
     validations = iter([False, True])
-    real = base_train.evaluate_bpb
+    real = training.evaluate_bpb
     with monkeypatch.context() as patch:
-        patch.setattr(base_train, "evaluate_bpb", lambda *args: failing(error)() if next(validations) else real(*args))
+        patch.setattr(training, "evaluate_bpb", lambda *args: failing(error)() if next(validations) else real(*args))
         with pytest.raises(ZeroDivisionError if tag == "ZeroDivisionError" else UserError, match=str(error)):
             train(tag, *unbroken)
     assert cm.complete_steps(folder_of(base, tag)) == [4]
