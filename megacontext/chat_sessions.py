@@ -21,7 +21,7 @@ from functools import partial
 from megacontext import streams
 from megacontext.kept_chats import KeptChats
 from megacontext.session import MCSession
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import smallest_length
 from nanochat.serving.job import FocusState, Job
 
 
@@ -152,8 +152,8 @@ class ChatSessions:
 
     def fits(self, num_tokens):
         num_tokens += self.past.rows("tokens") if self.past else 0
-        finest = WorkingContext.finest(1, num_tokens, self.config.block_size)
-        return finest.smallest_length(self.config.allocator_recent_tokens) <= self.config.budget_of_a_refocus
+        smallest = smallest_length(num_tokens, self.config.block_size, self.config.allocator_recent_tokens)
+        return smallest <= self.config.budget_of_a_refocus
 
     def describe(self):
         return {

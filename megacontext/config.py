@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args, get_origin
 
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import old_blocks, smallest_length
 from nanochat.common import UserError
 
 
@@ -110,10 +110,9 @@ class MCConfig:
             mc_infer_allocator_iterations=self.allocator_iterations,
         )
         recent = config.allocator_recent_tokens
-        finest = WorkingContext.finest(1, max_seq_len, K)
-        smallest = finest.smallest_length(recent)
+        smallest = smallest_length(max_seq_len, K, recent)
         # Room for two open blocks, so that the model learns to read mixtures, as in inference
-        two_open = max_seq_len - (K - 1) * max(0, finest.old_blocks(recent) - 2)
+        two_open = max_seq_len - (K - 1) * max(0, old_blocks(max_seq_len, K, recent) - 2)
         config = config._derive(
             mc_train_wc_length=max(max_seq_len // 5, two_open),
             mc_eval_soft_max_length=max(smallest, config.budget_of_a_refocus),

@@ -1,28 +1,16 @@
 """
 Focus at inference: LensNet's scores become edits, some rest, and what was done is kept to be looked at.
 
-Shapes: B rows, W entries, n_blocks = ceil(N / K) blocks.
+Shapes: B rows, W entries and P tiles of a working context.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.focus_allocator import plan
-
-
-class Change(NamedTuple):
-    """An edit that was made, and the level that its first block had before."""
-
-    first_block: int
-    num_blocks: int
-    old_lod: int
-    new_lod: int
-
-    def as_list(self):
-        return [self.first_block, self.num_blocks, self.new_lod]
+from megacontext.focus_allocator import Change, plan
+from megacontext.working_context import WorkingContext
 
 
 @dataclass(frozen=True)
@@ -30,7 +18,8 @@ class Record:
     """What is known of the focus of one row: the last refocus, and sums over all of them. A value."""
 
     changes: tuple[Change, ...] = ()  # of the last refocus, which the next one does not undo
-    scores: torch.Tensor | None = None  # [n_blocks], of the last round of scoring
+    scored: WorkingContext | None = None  # this row in the last round of scoring
+    scores: torch.Tensor | None = None  # [P], of its tiles then
     refocuses: int = 0
     edits: int = 0
     entries: int = 0  # at each refocus, summed up
@@ -49,7 +38,7 @@ class Record:
 
     def summary(self) -> dict[str, float]:
         """The last refocus in numbers."""
-        expansions = sum(change.new_lod < change.old_lod for change in self.changes)
+        expansions = sum(change.expands for change in self.changes)
         numbers = {
             "expansions": expansions,
             "collapses": len(self.changes) - expansions,
@@ -60,7 +49,8 @@ class Record:
             numbers["residency"] = self.residency
         if self.scores is not None:
             low, high = (float(score) for score in self.scores.aminmax())
-            numbers |= {"score_min": low, "score_mean": float(self.scores.mean()), "score_max": high}
+            mean = float((self.scores * self.scored.tile_blocks[0]).sum()) / self.scored.num_blocks
+            numbers |= {"score_min": low, "score_mean": mean, "score_max": high}
         return numbers
 
 
@@ -85,13 +75,13 @@ class Focus:
         exposed = context.old_blocks(self.settings.allocator_recent_tokens)
         for _ in range(self.settings.mc_infer_allocator_iterations):
             scores = lens(context)
-            per_block = context.per_block(scores)
-            edits = []
+            scored, edits = [], []
             for row, length in enumerate(context.lengths().tolist()):
                 one = context.select([row])
-                recent = _directions(before[row] + changes[row], context.num_blocks)
+                scored.append((one, one.per_tile(scores[row : row + 1, :length])[0]))
+                recent = before[row] + changes[row]
                 planned = plan(scores[row, :length], one, budget, self.settings, recent, self.generator)
-                changes[row] += _changes(context.lod_map[row], planned)
+                changes[row] += tuple(_change(edit, context.block_size) for edit in planned)
                 edits += [edit._replace(row=row) for edit in planned]
             if not edits:
                 break
@@ -100,7 +90,7 @@ class Focus:
         for row, record in enumerate(self.records):
             self.records[row] = Record(
                 changes[row],
-                per_block[row],
+                *scored[row],
                 record.refocuses + 1,
                 record.edits + len(changes[row]),
                 record.entries + lengths[row],
@@ -122,7 +112,7 @@ class Focus:
 
     def state(self, context) -> dict:
         """Of one row, ready for JSON: its context, and what the next refocus depends on."""
-        record = replace(self.records[0], scores=None)
+        record = replace(self.records[0], scored=None, scores=None)
         return {
             "num_tokens": context.num_tokens,
             "lod": _runs(context, 0),
@@ -133,9 +123,10 @@ class Focus:
     def resume(self, state, context):
         """Be as in this state. Returns its context, made as long as the given one. Raises ValueError if it is none."""
         try:
-            lods, runs = torch.tensor(state["lod"]).T
+            lods, blocks = torch.tensor(state["lod"]).T
             N, K = state["num_tokens"], context.block_size
-            found = type(context)(lods.to(torch.int8).repeat_interleave(runs)[None], N, K)
+            tiles = blocks // K ** (lods - 1).clamp(min=0)
+            found = WorkingContext(lods.to(torch.int8).repeat_interleave(tiles)[None], N, K)
             found.check()
             changes = tuple(Change(*change) for change in state["record"]["changes"])
             self.records = [Record(**state["record"] | {"changes": changes})]
@@ -147,22 +138,10 @@ class Focus:
         return found.truncate(n) if n < N else found.append(n - N) if n > N else found
 
 
-def _directions(changes, n_blocks):
-    """int8 [n_blocks]: 1 where the last of the changes expanded a block, −1 where it collapsed it, 0 elsewhere."""
-    directions = torch.zeros(n_blocks, dtype=torch.int8)
-    for change in changes:
-        blocks = slice(change.first_block, change.first_block + change.num_blocks)
-        directions[blocks] = 1 if change.new_lod < change.old_lod else -1
-    return directions
-
-
-def _changes(lod_map, edits):
-    """Edits of a row with this LOD map [n_blocks], made one after the other, as changes."""
-    lod_map, changes = lod_map.clone(), []
-    for edit in edits:
-        changes.append(Change(edit.first_block, edit.num_blocks, int(lod_map[edit.first_block]), edit.new_lod))
-        lod_map[edit.first_block : edit.first_block + edit.num_blocks] = edit.new_lod
-    return tuple(changes)
+def _change(edit, block_size):
+    """The change that an edit makes: it expands a node, which has K times the blocks of its children, or collapses."""
+    expands = edit.num_blocks == block_size**edit.new_lod
+    return Change(edit.first_block, edit.num_blocks, edit.new_lod + (1 if expands else -1), edit.new_lod)
 
 
 def lod_counts(context, row=0) -> dict[int, int]:
@@ -173,8 +152,9 @@ def lod_counts(context, row=0) -> dict[int, int]:
 
 def _runs(context, row):
     """The blocks' levels in runs [level, number of blocks]."""
-    lods, runs = context.lod_map[row].unique_consecutive(return_counts=True)
-    return [list(run) for run in zip(lods.tolist(), runs.tolist(), strict=True)]
+    lods, tiles = context.select([row]).tiles[0].unique_consecutive(return_counts=True)
+    blocks = tiles * context.block_size ** (lods.long() - 1).clamp(min=0)
+    return [list(run) for run in zip(lods.tolist(), blocks.tolist(), strict=True)]
 
 
 def focus_state(context, record: Record, budget, row=0) -> dict:
@@ -188,7 +168,7 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
     scores = []
     if record.scores is not None:
         rounded, lengths = (100 * record.scores).round().int().unique_consecutive(return_counts=True)
-        first = lengths.cumsum(0) - lengths
+        first = record.scored.first_blocks[0, lengths.cumsum(0) - lengths]
         scores = [[block, score / 100] for block, score in zip(first.tolist(), rounded.tolist(), strict=True)]
     return {
         "num_tokens": context.num_tokens,
@@ -198,8 +178,8 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
         "lod": _runs(context, row),
         "lod_counts": lod_counts(context, row),
         "scores": scores,
-        "expanded": [change.as_list() for change in record.changes if change.new_lod < change.old_lod],
-        "collapsed": [change.as_list() for change in record.changes if change.new_lod > change.old_lod],
+        "expanded": [[c.first_block, c.num_blocks, c.new_lod] for c in record.changes if c.expands],
+        "collapsed": [[c.first_block, c.num_blocks, c.new_lod] for c in record.changes if not c.expands],
         "refocuses": record.refocuses,
         "edits": record.edits,
         "swap_rate": record.swap_rate,

@@ -1,7 +1,7 @@
 """
 The focus allocator: LensNet's scores and a budget become edits of a working context. Pure.
 
-Shapes: W entries, K = block_size, n_blocks = ceil(N / K). Work is done a block at a time: O(n_blocks + W) in all.
+Shapes: W entries and P tiles of a working context, K = block_size. The length of the stream does not count.
 
 An edit either *expands* a node into its K children, which costs K − 1 entries, or *collapses* K siblings into
 their parent, which saves as many. An expansion gains the score of its node, a collapse minus the worth of its group:
@@ -10,13 +10,28 @@ first, then the older blocks.
 """
 
 import heapq
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from megacontext.config import MCConfig
-from megacontext.working_context import Edit, WorkingContext
+from megacontext.working_context import Edit, WorkingContext, smallest_length
 from nanochat.common import UserError
+
+
+class Change(NamedTuple):
+    """An edit that was made, and the level that its first block had before."""
+
+    first_block: int
+    num_blocks: int
+    old_lod: int
+    new_lod: int
+
+    @property
+    def expands(self) -> bool:
+        return self.new_lod < self.old_lod
 
 
 class Move(NamedTuple):
@@ -27,7 +42,7 @@ class Move(NamedTuple):
     edit: Edit
 
 
-def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recent=None, generator=None) -> list[Edit]:
+def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None) -> list[Edit]:
     """
     Edits, to be applied in order, of a context of one row whose entries have these scores [W].
 
@@ -41,8 +56,8 @@ def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recen
     - collapses that gain allocator_collapse_threshold or more.
 
     The last allocator_recent_tokens tokens and the unfinished last block never collapse. What was done lately is not
-    undone: `recent` (int8 [n_blocks]) is 1 in blocks that were expanded, −1 in blocks that were collapsed; they may be
-    expanded or collapsed further. Each block is edited once. `settings` must be resolved.
+    undone: blocks may be expanded or collapsed further by what the last of the Changes `recent` did to them, but not
+    back. Each block is edited once. `settings` must be resolved.
     Raises UserError if no context is as small as the budget.
     """
     length = int(context.lengths()[0])
@@ -52,7 +67,7 @@ def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recen
             f"got {context.num_rows} rows and scores {list(scores.shape)}: {scores}"
         )
     newest = settings.allocator_recent_tokens
-    smallest = context.smallest_length(newest)
+    smallest = smallest_length(context.num_tokens, context.block_size, newest)
     if budget < smallest:
         raise UserError(
             f"expected a budget of {smallest} entries or more, the fewest for {context.num_tokens} tokens of which the "
@@ -66,73 +81,74 @@ def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recen
 
 
 class _Row:
-    """A row being edited: lod, value (the score there) and which blocks rest, each [n_blocks], and the edits so far."""
+    """
+    A row being edited: the edits so far, and of each tile of the context as it was given its value (its score, after a
+    collapse that of the node) and whether it rests, each [P].
+    """
 
     def __init__(self, scores, context, newest, recent):
-        self.K = context.block_size
-        self.lod = context.lod_map[0].clone()
+        self.context, self.K, self.newest, self.edits = context, context.block_size, newest, []
+        self.lod, self.first = context.tiles[0], context.first_blocks[0].tolist()
         # In float64 the mean of many equal float32 values is exactly that value
-        self.value = context.per_block(scores[None].double())[0]
-        recent = torch.zeros_like(self.lod) if recent is None else recent
-        self.resting = {1: recent == -1, -1: recent == 1}  # cost of a move → blocks that are not to be moved so
-        self.old_blocks = context.old_blocks(newest)
-        self.edits: list[Edit] = []
+        self.value = context.per_tile(scores[None].double())[0]
+        self.resting = {cost: _last_done(recent, context, expands=cost < 0) for cost in (1, -1)}
+
+    def tiles(self, edit):
+        """Where an edit is."""
+        return slice(*(bisect_left(self.first, b) for b in (edit.first_block, edit.first_block + edit.num_blocks)))
 
     def edit(self, edit):
-        self.lod[_blocks(edit)] = edit.new_lod
         for resting in self.resting.values():  # once per plan: scores of what comes in are not known yet
-            resting[_blocks(edit)] = True
+            resting[self.tiles(edit)] = True
         self.edits.append(edit)
 
-    def rests(self, move):
-        return bool(self.resting[move.cost][_blocks(move.edit)].any())
+    def rests(self, edit, cost):
+        return bool(self.resting[cost][self.tiles(edit)].any())
 
-    def expansions(self, among, most) -> list[Move]:
-        """The nodes above the tokens that gain most, of those that lie in blocks `among` [n_blocks]."""
-        kinds = [(lod, self.K ** (lod - 1), lod - 1) for lod in range(1, int(self.lod.max()) + 1)]
-        return self._moves(kinds, among, 1, most)
+    def expansions(self, wanted, most) -> list[Move]:
+        """The nodes that gain most, of these tiles [P]."""
+        lods = range(1, self.context.coarsest + 1)
+        return self._moves(1, [(wanted & (self.lod == lod), 1, self.K ** (lod - 1), lod - 1) for lod in lods], most)
 
-    def collapses(self, among) -> list[Move]:
-        """The complete groups of siblings that lie in blocks `among` [n_blocks], old enough to collapse."""
-        kinds = [(lod, self.K**lod, lod + 1) for lod in range(int(self.lod.max()) + 1)]
-        return self._moves(kinds, among[: self.old_blocks], -1)
+    def collapses(self) -> list[Move]:
+        """All complete groups of siblings that are old enough to collapse."""
+        of_lod, n = self.context.siblings, self.context.group
+        lods = range(self.context.coarsest + 1)
+        return self._moves(-1, [(of_lod(lod, self.newest)[0], n(lod), self.K**lod, lod + 1) for lod in lods])
 
-    def _moves(self, kinds, among, cost, most=None):
-        """By falling gain, the runs of blocks to edit: aligned, all of one LOD; kinds: (lod, num_blocks, new_lod)."""
+    def _moves(self, cost, kinds, most=None):
+        """Moves by falling gain; kinds of them: the first tiles, bool [P]; number of tiles; of blocks; new LOD."""
         gains, edits = [], []
-        for lod, size, new_lod in kinds:
-            runs = len(among) // size
-            fits = (self.lod[: runs * size] == lod) & among[: runs * size]
-            run = fits.view(runs, size).all(1).nonzero()[:, 0]
-            gains.append(cost * self.value[: runs * size].view(runs, size)[run].amax(1))
-            first, ones = run * size, torch.ones_like(run)
-            edits.append(torch.stack((first, size * ones, new_lod * ones), dim=1))
+        for begins, n, blocks, new_lod in kinds:
+            tile = begins.nonzero()
+            gains.append(cost * self.value[tile + torch.arange(n)].amax(1))
+            edits += [Edit(0, self.first[i], blocks, new_lod) for i in tile[:, 0].tolist()]
         if not edits:
             return []
         gains, order = torch.cat(gains).sort(descending=True, stable=True)
-        edits = torch.cat(edits)[order[:most]].tolist()
-        return [Move(gain, cost, Edit(0, *edit)) for gain, edit in zip(gains[:most].tolist(), edits, strict=True)]
+        best = zip(gains[:most].tolist(), order[:most].tolist(), strict=True)
+        return [Move(gain, cost, edits[i]) for gain, i in best]
 
     def fit(self, excess):
         """Collapse until `excess` entries are saved, resting blocks last; also what was collapsed just now."""
         if excess <= 0:
             return
-        resting = self.resting[-1].clone()
+        lod, resting = self.lod.clone(), self.resting[-1].clone()
 
         def urgency(edit, score):
-            return bool(resting[_blocks(edit)].any()), score, edit.new_lod, edit.first_block, edit
+            return bool(resting[self.tiles(edit)].any()), score, edit.new_lod, edit.first_block, edit
 
-        heap = [urgency(move.edit, -move.gain) for move in self.collapses(torch.ones_like(resting))]
+        heap = [urgency(move.edit, -move.gain) for move in self.collapses()]
         heapq.heapify(heap)
         while excess > 0:
             _, score, *_, edit = heapq.heappop(heap)
             self.edit(edit)
-            self.value[_blocks(edit)] = score
+            lod[self.tiles(edit)], self.value[self.tiles(edit)] = edit.new_lod, score
             excess -= self.K - 1
             size = edit.num_blocks * self.K
             parent = Edit(0, edit.first_block // size * size, size, edit.new_lod + 1)
-            siblings = _blocks(parent)
-            if siblings.stop <= self.old_blocks and (self.lod[siblings] == edit.new_lod).all():
+            siblings, old = self.tiles(parent), self.context.old_blocks(self.newest)
+            if parent.first_block + size <= old and (lod[siblings] == edit.new_lod).all():
                 heapq.heappush(heap, urgency(parent, float(self.value[siblings].max())))
 
     def grant_wishes(self, room, settings, generator):
@@ -143,17 +159,17 @@ class _Row:
         if left <= 0:
             return
         wanted = (self.lod > 0) & (self.value >= expand)
-        # Collapses are few, W / K at most. An edit takes no more than K expansions out of the running.
-        collapses = self.collapses(~self.resting[-1])
+        collapses = [m for m in self.collapses() if not self.rests(m.edit, -1)]
+        # An edit takes no more than K expansions out of the running
         wishes = self.expansions(wanted & ~self.resting[1], most=left * self.K + top_k)
-        wishes += [m for m in collapses if m.gain >= collapse and not wanted[_blocks(m.edit)].any()]
+        wishes += [m for m in collapses if m.gain >= collapse and not wanted[self.tiles(m.edit)].any()]
         turns = _in_turn(wishes, top_k, settings.allocator_sample_temperature, generator)
         while left and (move := next(turns, None)):
-            if self.rests(move):
+            if self.rests(move.edit, move.cost):
                 continue
             moves = [move]
             if move.cost > room:
-                payment = next((m for m in collapses if not self.rests(m)), None)
+                payment = next((m for m in collapses if not self.rests(m.edit, -1)), None)
                 # Together they gain more than nothing, so what is expanded is not among what collapses for it
                 if payment is None or (both := payment.gain + move.gain) < expand + collapse or both <= 0:
                     continue
@@ -165,8 +181,16 @@ class _Row:
                     self.edit(m.edit)
 
 
-def _blocks(edit):
-    return slice(edit.first_block, edit.first_block + edit.num_blocks)
+def _last_done(changes, context, expands):
+    """Bool [P]: the tiles with a block that the last of the changes there expanded, or collapsed."""
+    edges = sorted({edge for c in changes for edge in (c.first_block, c.first_block + c.num_blocks)})
+    done = torch.zeros(max(0, len(edges) - 1), dtype=torch.int8)  # between an edge and the next
+    for c in changes:
+        done[edges.index(c.first_block) : edges.index(c.first_block + c.num_blocks)] = c.expands == expands
+    before = F.pad(done.cumsum(0), (1, 0))
+    first, edges = context.first_blocks[0], torch.tensor(edges)
+    start = torch.searchsorted(edges[1:], first, right=True)
+    return before[torch.searchsorted(edges[:-1], first + context.tile_blocks[0])] > before[start]
 
 
 def _in_turn(moves, top_k, temperature, generator):

@@ -13,15 +13,18 @@ def focus_strip(state: dict, width=80) -> Text:
     A cell is one block or several, in the colour of the finest level among them; ▲ marks what the last refocus
     expanded, ▼ what it collapsed.
     """
-    lods = [lod for lod, blocks in state["lod"] for _ in range(blocks)]
-    group = -(-len(lods) // width)
+    group, blocks, finest = -(-sum(blocks for _, blocks in state["lod"]) // width), 0, {}
+    for lod, count in state["lod"]:
+        cells = range(blocks // group, (blocks + count - 1) // group + 1)
+        finest |= {cell: min(lod, finest.get(cell, lod)) for cell in cells}
+        blocks += count
     marks = {}
     for mark, edits in ((COLLAPSED, state["collapsed"]), (EXPANDED, state["expanded"])):
         for first, blocks, _ in edits:
             marks |= dict.fromkeys(range(first // group, (first + blocks - 1) // group + 1), mark)
     strip = Text()
-    for cell, start in enumerate(range(0, len(lods), group)):
-        colour = _colour(min(lods[start : start + group]))
+    for cell, lod in finest.items():
+        colour = _colour(lod)
         if cell in marks:
             strip.append(marks[cell], style=f"black on {colour}")
         else:

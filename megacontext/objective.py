@@ -18,6 +18,7 @@ from megacontext.losses import ASKING, attention_to_blocks, beyond_place, lens_l
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
 from megacontext.variants import auto_batch_size, dense_share, random_variants, step_work, target_length
+from megacontext.working_context import old_blocks
 from nanochat.common import Stopwatch
 
 
@@ -72,7 +73,7 @@ class MCObjective:
         embeds = reader.embed(x)
         loss, stats = embeds.new_zeros((), dtype=torch.float32), {"mc/tree_tokens": T, "mc/wc_entries": length}
 
-        old = max(0, T - recent) // K  # blocks that may be gists
+        old = old_blocks(T, K, recent)  # blocks that may be gists
         judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
         looks = []  # of the model at the dense sequences
         if dense and not c.mc_freeze_base:
@@ -91,11 +92,11 @@ class MCObjective:
             inputs = table.rows(dense - first, B - first).materialize(context)
             reading = reader.read(inputs, context, y[dense:])
             loss = loss + reading.loss
-            stats |= {"mc/token_loss": reading.loss, "mc/variants_total": len(context.lod_map)}
+            stats |= {"mc/token_loss": reading.loss, "mc/variants_total": context.num_rows}
             stats |= by_level(context, reading)
             reader.networks.gistnet.mark_trained(context.coarsest)
             cos, sin, fade = (*reading.positions, None)[:3]
-            for name, i in zip(names[dense:], range(0, len(context.lod_map), V), strict=True):
+            for name, i in zip(names[dense:], range(0, context.num_rows, V), strict=True):
                 caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
         if judged:

@@ -20,7 +20,7 @@ from megacontext.focus import Focus, focus_state
 from megacontext.reader import Reader
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import WorkingContext, smallest_length
 from nanochat.common import Stopwatch, UserError, autocast
 from nanochat.decode import Decoder
 from nanochat.kv_cache import KVCache, RowCaches
@@ -30,7 +30,7 @@ PER_ENTRY = 4  # tokens that GistNet takes up, or entries that LensNet scores, w
 
 
 class Snapshot(NamedTuple):
-    """A moment of one session; nothing in it is as long as the stream except the LOD maps, a byte per block and row."""
+    """A moment of one session; nothing in it is as long as the stream."""
 
     session: "MCSession"
     cuts: int
@@ -122,7 +122,7 @@ class MCSession:
             raise ValueError("expected at least one token, got none")
         watch = Stopwatch(self.device)
         N = self.past + len(tokens)
-        smallest = WorkingContext.finest(1, N, self.config.block_size).smallest_length(self.recent)
+        smallest = smallest_length(N, self.config.block_size, self.recent)
         if smallest > self.room:
             raise UserError(
                 f"expected room for {smallest} entries, the fewest for {N:,} tokens with {self.recent} at full "
@@ -153,9 +153,9 @@ class MCSession:
         """All in the budget: the first `kept` in focus as they were if possible, the rest as fine as can be."""
         N, K = self.num_tokens, self.config.block_size
         first_new = min(kept, max(0, N - self.recent)) // K  # first block that is new or recent
-        context = WorkingContext.finest(1, N, K)
-        if first_new:
-            context = self._context.truncate(first_new * K).append(N - first_new * K)
+        if not first_new:
+            return WorkingContext.initial(N, K, self.room, self.recent)
+        context = self._context.truncate(first_new * K).append(N - first_new * K)
         context = context.collapse_oldest(self.room, self.recent, first_new)  # what was in focus stays, if it can
         return context.collapse_oldest(self.room, self.recent)
 
@@ -176,7 +176,7 @@ class MCSession:
         self._check_begun()
         due = self._since + 1 >= self.interval
         watch = Stopwatch(self.device) if due else None
-        if due and self._context_now(1).smallest_length(self.recent) > self.room:
+        if due and smallest_length(self.num_tokens + 1, self.config.block_size, self.recent) > self.room:
             return None
         self.tree.append(ids[:, None])
         self._since += 1
@@ -304,9 +304,9 @@ class MCSession:
     def _caches(self) -> list[KVCache]:
         return self.cache.rows if isinstance(self.cache, RowCaches) else [self.cache]
 
-    def _context_now(self, more=0):
-        """The working context with the tokens since it was last edited, and `more` to come."""
-        new = self.num_tokens + more - self._context.num_tokens
+    def _context_now(self):
+        """The working context with the tokens since it was last edited."""
+        new = self.num_tokens - self._context.num_tokens
         return self._context.append(new) if new else self._context
 
     def _adopt(self, context):

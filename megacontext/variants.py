@@ -8,7 +8,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.lensnet import MAX_WIDTH
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import WorkingContext, old_blocks
 
 START_SHARE = 0.8  # of the tokens, the entries of the first variants
 STAGES = 8
@@ -40,9 +40,8 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
     COARSE_SHARE. Blocks of tokens save the rest.
     """
     K = block_size
-    context = WorkingContext.finest(rows, num_tokens, K)
-    blocks = context.old_blocks(recent_tokens)
-    lod_map = context.lod_map
+    blocks = old_blocks(num_tokens, K, recent_tokens)
+    lod_map = torch.zeros(rows, -(-num_tokens // K), dtype=torch.int8)
     excess = torch.full((rows,), max(0, num_tokens - length))
     top = 1
     while blocks >= K**top:  # a node of LOD top + 1 would fit
@@ -63,7 +62,7 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
         chosen = rank < count[:, None]
         lod_map[:, : nodes * size] += lod * chosen.repeat_interleave(size, 1).to(torch.int8)
         excess = excess - count * saved
-    return WorkingContext(lod_map, num_tokens, K)
+    return WorkingContext.from_map(lod_map, num_tokens, K)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,23 +1,25 @@
 """
 The working context: the tokens so far, tiled in order by nodes of the tree at mixed levels of detail (LOD).
 
-Shapes: B rows, N tokens so far, K = block_size, n_blocks = ceil(N / K), W entries (of the longest row).
+Shapes: B rows, N tokens so far, K = block_size, n_blocks = ceil(N / K), W entries and P tiles (of the longest row).
 
-Node i of LOD l covers the tokens [i·K^l, (i+1)·K^l); LOD 0 is the tokens themselves. A row is held as one small
-integer per block of K tokens, its *LOD map*: a block mapped to l >= 1 lies inside a node of LOD l, so K^(l−1)
-aligned blocks carry the same l. Gaps, overlaps and disorder cannot be written down. What is derived costs
-O(N / K + W): nothing here has one element per token.
+Node i of LOD l covers the tokens [i·K^l, (i+1)·K^l); LOD 0 is the tokens themselves. A row is held as the levels of its
+*tiles*, from the oldest to the newest: a tile of LOD l >= 1 is one node, a tile of LOD 0 is a block of K tokens, the
+last of which may be unfinished. Where a tile begins follows from those before it, so gaps and overlaps cannot be
+written down. P <= W, and everything costs O(W) however long the stream is, except `lod_map` and `per_block`.
 
-The map stays on the CPU, where edits are planned, so that no plan waits for a GPU. Methods that take a tensor work on
+All of it stays on the CPU, where edits are planned, so that no plan waits for a GPU. Methods that take a tensor work on
 its device.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import UserError
 
@@ -46,12 +48,13 @@ class Edit(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class WorkingContext:
     """
-    An immutable value: changes give a new one, and lod_map [B, n_blocks] int8, on the CPU, must not be written to.
+    An immutable value: changes give a new one, and tiles [B, P] int8, on the CPU, must not be written to.
 
-    Raises ValueError for a map of the wrong shape or type; `check` looks at what is in it too.
+    tiles: the level of each tile, −1 for the padding at the end of shorter rows. Raises ValueError for tiles of the
+    wrong shape or type; `check` looks at what is in them too.
     """
 
-    lod_map: torch.Tensor
+    tiles: torch.Tensor
     num_tokens: int
     block_size: int
 
@@ -60,12 +63,8 @@ class WorkingContext:
             raise ValueError(
                 f"expected at least 1 token and a block_size of at least 2, got {self.num_tokens} and {self.block_size}"
             )
-        n_blocks = -(-self.num_tokens // self.block_size)
-        if self.lod_map.dtype != torch.int8 or self.lod_map.dim() != 2 or self.lod_map.size(1) != n_blocks:
-            raise ValueError(
-                f"lod_map: expected int8 [B, {n_blocks}] for {self.num_tokens} tokens in blocks of {self.block_size}, "
-                f"got {self.lod_map.dtype} {list(self.lod_map.shape)}"
-            )
+        if self.tiles.dtype != torch.int8 or self.tiles.dim() != 2:
+            raise ValueError(f"tiles: expected int8 [B, P], got {self.tiles.dtype} {list(self.tiles.shape)}")
 
     # -----------------------------------------------------------------------------------------------------
     # Making one
@@ -73,8 +72,7 @@ class WorkingContext:
     @classmethod
     def finest(cls, rows, num_tokens, block_size):
         """Every token at LOD 0."""
-        n_blocks = -(-num_tokens // block_size)
-        return cls(torch.zeros(rows, n_blocks, dtype=torch.int8), num_tokens, block_size)
+        return cls(torch.zeros(rows, -(-num_tokens // block_size), dtype=torch.int8), num_tokens, block_size)
 
     @classmethod
     def initial(cls, num_tokens, block_size, budget, recent_tokens, rows=1):
@@ -84,54 +82,71 @@ class WorkingContext:
         The oldest blocks become LOD 1, as few as will do; if all of them are not enough, the oldest of those become
         LOD 2, and so on. The last recent_tokens tokens stay LOD 0. Raises UserError if no such context fits.
         """
-        context = cls.finest(rows, num_tokens, block_size)
-        smallest = context.smallest_length(recent_tokens)
+        K, old = block_size, old_blocks(num_tokens, block_size, recent_tokens)
+        smallest = smallest_length(num_tokens, block_size, recent_tokens)
         if budget < smallest:
             raise UserError(
                 f"expected a budget of at least {smallest} entries for {num_tokens} tokens, of which the last "
                 f"{recent_tokens} stay at full detail, got {budget}: raise the budget or keep fewer recent tokens"
             )
-        return context.collapse_oldest(budget, recent_tokens)
+        counts, excess = [-(-num_tokens // K)], num_tokens - budget  # tiles of each level
+        while excess > 0:
+            level = len(counts)
+            nodes = min(old // K ** (level - 1), -(-excess // (K - 1)))
+            counts[-1] -= nodes * (K if level > 1 else 1)
+            counts.append(nodes)
+            excess -= nodes * (K - 1)
+        levels = torch.arange(len(counts), dtype=torch.int8).repeat_interleave(torch.tensor(counts)).flip(0)
+        return cls(levels.repeat(rows, 1), num_tokens, K)
+
+    @classmethod
+    def from_map(cls, lod_map, num_tokens, block_size):
+        """
+        From the level of the tile that each block lies in, [B, n_blocks] int8: what `lod_map` is of some context.
+        """
+        n_blocks = -(-num_tokens // block_size)
+        if lod_map.dtype != torch.int8 or lod_map.dim() != 2 or lod_map.size(1) != n_blocks:
+            raise ValueError(
+                f"lod_map: expected int8 [B, {n_blocks}] for {num_tokens} tokens in blocks of {block_size}, "
+                f"got {lod_map.dtype} {list(lod_map.shape)}"
+            )
+        begins = torch.arange(n_blocks) % block_size ** (lod_map.long() - 1).clamp(min=0) == 0
+        return cls(_compact(lod_map, begins), num_tokens, block_size)
 
     # -----------------------------------------------------------------------------------------------------
     # Reading it
 
     @property
     def num_rows(self) -> int:
-        return self.lod_map.size(0)
+        return self.tiles.size(0)
 
     @property
     def num_blocks(self) -> int:
-        return self.lod_map.size(1)
+        return -(-self.num_tokens // self.block_size)
 
     def old_blocks(self, recent_tokens) -> int:
-        """How many of the first blocks lie wholly before the last recent_tokens tokens, so that they may collapse."""
-        return max(0, self.num_tokens - recent_tokens) // self.block_size
+        """See the function of this name."""
+        return old_blocks(self.num_tokens, self.block_size, recent_tokens)
 
-    def smallest_length(self, recent_tokens) -> int:
-        """Entries of the coarsest possible row that keeps the last recent_tokens tokens at LOD 0."""
-        blocks = self.old_blocks(recent_tokens)
-        length = self.num_tokens - blocks * self.block_size
-        while blocks:  # the largest nodes first: as many of each level as the digits of `blocks` in base K say
-            blocks, digit = divmod(blocks, self.block_size)
-            length += digit
-        return length
+    @cached_property
+    def tile_blocks(self):
+        """Blocks that each tile covers, [B, P]: K^(l−1), 1 at LOD 0; 0 for padding."""
+        return (self.block_size ** (self.tiles.long() - 1).clamp(min=0)).where(self.tiles >= 0, 0)
+
+    @cached_property
+    def first_blocks(self):
+        """The first block of each tile, [B, P]; n_blocks for padding."""
+        return self.tile_blocks.cumsum(1) - self.tile_blocks
 
     @cached_property
     def _counts(self):
-        """Entries that begin in each block, [B, n_blocks]: K at LOD 0; 1 in the first block of a node, else 0."""
-        counts = (self.lod_map == 0) * self.block_size
-        if self.num_tokens % self.block_size:
-            counts[:, -1] = self.num_tokens % self.block_size
-        lod, size = 1, 1  # a node of LOD l begins at every size-th block, size = K^(l−1)
-        while size * self.block_size <= self.num_tokens:
-            counts[:, ::size] += self.lod_map[:, ::size] == lod
-            lod, size = lod + 1, size * self.block_size
-        return counts
+        """Entries of each tile, [B, P]: as many as it has tokens at LOD 0, else 1; 0 for padding."""
+        tokens = (self.num_tokens - self.first_blocks * self.block_size).clamp(max=self.block_size)
+        return tokens.where(self.tiles == 0, self.tiles > 0)
 
     @cached_property
     def _before(self):
-        """Entries before each block, and at last all of them: [B, n_blocks + 1]."""
+        """Entries before each tile, and at last all of them: [B, P + 1]."""
         return F.pad(self._counts.cumsum(1), (1, 0))
 
     def lengths(self):
@@ -140,24 +155,37 @@ class WorkingContext:
 
     @cached_property
     def coarsest(self) -> int:
-        """The highest level of any block."""
-        return int(self.lod_map.max())
+        """The highest level of any tile."""
+        return int(self.tiles.max())
+
+    @cached_property
+    def _tile_of_entry(self):
+        """The tile that each entry lies in, [B, W]; the first for padding."""
+        lengths = self.lengths()
+        rank = torch.arange(int(lengths.max())).repeat(self.num_rows, 1)
+        return (torch.searchsorted(self._before, rank, right=True) - 1).where(rank < lengths[:, None], 0)
 
     @cached_property
     def entries(self) -> Entries:
         """The entries of all rows, padded at the end to the longest. Found once, then kept."""
-        lengths = self.lengths()
-        rank = torch.arange(int(lengths.max()), device=lengths.device).repeat(self.num_rows, 1)
-        valid = rank < lengths[:, None]
-        # Blocks that begin no entry share their count with the next one that does; right=True finds the latter.
-        block = (torch.searchsorted(self._before, rank, right=True) - 1).where(valid, 0)
-        lod = self.lod_map.gather(1, block).long().where(valid, 0)
-        start = (block * self.block_size + rank - self._before.gather(1, block)).where(valid, 0)
+        tile = self._tile_of_entry
+        rank = torch.arange(tile.size(1))
+        valid = rank < self.lengths()[:, None]
+        lod = self.tiles.gather(1, tile).long().where(valid, 0)
+        first = self.first_blocks.gather(1, tile) * self.block_size
+        start = (first + rank - self._before.gather(1, tile)).where(valid, 0)
         return Entries(lod, start, self.block_size**lod, valid)
 
-    def block_of_entry(self):
-        """The (first) block of each entry, [B, W]; 0 for padding."""
-        return self.entries.start // self.block_size
+    @cached_property
+    def _tile_of_block(self):
+        """The tile that each block lies in, [B, n_blocks]."""
+        blocks = torch.arange(self.num_blocks).repeat(self.num_rows, 1)
+        return torch.searchsorted(self.first_blocks, blocks, right=True) - 1
+
+    @property
+    def lod_map(self):
+        """The level of the tile that each block lies in, [B, n_blocks] int8. For short streams: O(N / K)."""
+        return self.tiles.gather(1, self._tile_of_block)
 
     def table_index(self, offsets):
         """Where each entry stands in the tree's table, [B, W]; offsets: the first place of each level there."""
@@ -178,102 +206,104 @@ class WorkingContext:
         last, predicts = (t.to(y.device, non_blocking=True) for t in (start + span - 1, valid & token_next))
         return y.gather(1, last).where(predicts, -1)
 
-    def per_block(self, values):
-        """
-        Values [B, W] of entries, on any device, as values [B, n_blocks] of blocks; differentiable.
+    def per_tile(self, values):
+        """Means [B, P] of the values [B, W] of each tile's entries, on any device; differentiable. 0 for padding."""
+        needed = self.entries.valid, self._tile_of_entry, self._counts.clamp(min=1)
+        valid, tile, counts = (t.to(values.device, non_blocking=True) for t in needed)
+        return values.new_zeros(self.tiles.shape).scatter_add(1, tile, values.where(valid, 0)) / counts
 
-        A block at LOD 0 gets the mean of its tokens' values, a block inside a node the value of the node.
-        """
-        first = torch.arange(self.num_blocks).where(self._counts > 0, 0).cummax(1).values  # where the node begins
-        needed = self.entries.valid, self.block_of_entry(), self._counts.clamp(min=1), first
-        valid, block, counts, first = (t.to(values.device, non_blocking=True) for t in needed)
-        sums = values.new_zeros(self.lod_map.shape).scatter_add(1, block, values.where(valid, 0))
-        return (sums / counts).gather(1, first)
+    def per_block(self, values):
+        """`per_tile` for the tile that each block lies in, [B, n_blocks]. For short streams: O(N / K)."""
+        return self.per_tile(values).gather(1, self._tile_of_block.to(values.device, non_blocking=True))
 
     def check(self):
-        """Raise ValueError unless each block of a LOD l >= 1 lies in an aligned, complete node that is all LOD l."""
-        least, most = (int(level) for level in self.lod_map.aminmax())
-        if least < 0:
-            raise ValueError(f"expected levels of 0 or more, got {least}")
-        for lod in range(1, most + 1):
-            size = self._blocks_per_node(lod)
-            complete = self.num_tokens // (size * self.block_size) * size  # blocks in complete nodes
-            here = self.lod_map == lod
-            nodes = here[:, :complete].unflatten(1, (complete // size, size))
-            for row, node in (nodes.any(2) & ~nodes.all(2)).nonzero()[:1].tolist():
-                raise ValueError(
-                    f"row {row}: expected LOD {lod} in all of the blocks {node * size} to {node * size + size - 1} "
-                    f"or in none, got it in {int(nodes[row, node].sum())} of {size}"
-                )
-            for row, block in here[:, complete:].nonzero()[:1].tolist():
-                raise ValueError(
-                    f"row {row}: expected only complete nodes, got LOD {lod} in block {complete + block}, whose node "
-                    f"would end after the last of {self.num_tokens} tokens"
-                )
+        """Raise ValueError unless the tiles of each row are complete, aligned nodes and blocks of all N tokens."""
+        first, blocks, end = self.first_blocks, self.tile_blocks, self.num_blocks
+        complete = (self.tiles <= 0) | ((first + blocks) * self.block_size <= self.num_tokens)
+        fine = complete & (first % blocks.clamp(min=1) == 0) & ((self.tiles >= 0) == (first < end)) & (self.tiles >= -1)
+        for row, good in enumerate((fine.all(1) & (blocks.sum(1) == end)).tolist()):
+            if not good:
+                got = f"got levels {str(self.tiles[row].tolist())[:200]} for {self.num_tokens} tokens"
+                raise ValueError(f"row {row}: expected aligned, complete nodes that cover all tokens, {got}")
 
-    def _blocks_per_node(self, lod) -> int:
-        return self.block_size ** max(lod - 1, 0)
+    def siblings(self, lod, recent_tokens=0):
+        """
+        Bool [B, P]: the tiles at which a group of level lod begins that may collapse into one node, K nodes with one
+        parent, or a block of tokens; not the last recent_tokens tokens.
+        """
+        K, n, first = self.block_size, self.group(lod), self.first_blocks
+        here = F.pad(self.tiles == lod, (0, n - 1)).unfold(1, n, 1).all(2)
+        return here & (first % K**lod == 0) & (first + K**lod <= self.old_blocks(recent_tokens))
+
+    def group(self, lod) -> int:
+        """Tiles of level lod that collapse into one."""
+        return self.block_size if lod else 1
 
     # -----------------------------------------------------------------------------------------------------
     # Changing it
 
     def apply(self, edits) -> "WorkingContext":
         """The context after the edits, in their order. Raises ValueError for one that would break a node."""
-        lod_map = self.lod_map.clone()
+        K, rows = self.block_size, {}
         for edit in edits:
-            self._check_edit(lod_map, edit)
-            lod_map[edit.row, edit.first_block : edit.first_block + edit.num_blocks] = edit.new_lod
-        return WorkingContext(lod_map, self.num_tokens, self.block_size)
-
-    def _check_edit(self, lod_map, edit):
-        row, first, count, lod = edit
-        end, size = first + count, self._blocks_per_node(lod)
-        if not (0 <= row < self.num_rows and 0 <= first < end <= self.num_blocks):
-            raise ValueError(f"{edit}: expected a row below {self.num_rows} and blocks within {self.num_blocks}")
-        if lod < 0 or first % size or count % size or (lod > 0 and end * self.block_size > self.num_tokens):
-            raise ValueError(f"{edit}: expected whole, complete nodes of LOD {lod}, {size} aligned blocks each")
-        for edge in {first, end} - {self.num_blocks}:
-            old = int(lod_map[row, edge])
-            if edge % self._blocks_per_node(old):
-                raise ValueError(
-                    f"{edit}: expected to begin and end between entries, got block {edge} inside LOD {old}"
-                )
+            row, first, count, lod = edit
+            end, size = first + count, K ** max(lod - 1, 0)
+            if not (0 <= row < self.num_rows and 0 <= first < end <= self.num_blocks):
+                raise ValueError(f"{edit}: expected a row below {self.num_rows} and blocks within {self.num_blocks}")
+            if lod < 0 or first % size or count % size or (lod > 0 and end * K > self.num_tokens):
+                raise ValueError(f"{edit}: expected whole, complete nodes of LOD {lod}, {size} aligned blocks each")
+            if row not in rows:
+                rows[row] = self.tiles[row].tolist(), self.first_blocks[row].tolist()
+            lods, firsts = rows[row]
+            i, j = bisect_left(firsts, first), bisect_left(firsts, end)
+            for edge, tile in ((first, i), (end, j)):
+                if edge < self.num_blocks and firsts[tile : tile + 1] != [edge]:
+                    inside = f"block {edge} inside LOD {lods[tile - 1]}"
+                    raise ValueError(f"{edit}: expected to begin and end between entries, got {inside}")
+            lods[i:j], firsts[i:j] = [lod] * (count // size), range(first, end, size)
+        tiles = [torch.tensor(rows[i][0], dtype=torch.int8) if i in rows else row for i, row in enumerate(self.tiles)]
+        return self._with(tiles)
 
     def collapse_oldest(self, budget, recent_tokens, first_block=0) -> "WorkingContext":
         """
         The context with its oldest nodes collapsed, finest level first and no more than it takes for `budget` entries
         a row: from first_block on, but not the last recent_tokens tokens. Larger than the budget if that is too little.
         """
-        lod_map, saved = self.lod_map.clone(), self.block_size - 1  # entries saved by making any one node of K children
-        excess = (self.lengths() - budget).clamp(min=0)[:, None]  # [B, 1]
-        lod, size = 1, 1
-        while nodes := self.old_blocks(recent_tokens) // size:
-            runs = lod_map[:, : nodes * size].unflatten(1, (nodes, size))  # a view
-            ready = (runs == lod - 1).all(2)
-            ready[:, : -(-first_block // size)] = False
-            taken = ready & (ready.cumsum(1) <= -(-excess // saved))
-            runs.masked_fill_(taken[..., None], lod)
-            excess = (excess - saved * taken.sum(1, keepdim=True)).clamp(min=0)
-            lod, size = lod + 1, size * self.block_size
-        return WorkingContext(lod_map, self.num_tokens, self.block_size)
+        context, lod = self, 0
+        while self.block_size**lod <= self.old_blocks(recent_tokens):  # blocks of a parent
+            ready = context.siblings(lod, recent_tokens) & (context.first_blocks >= first_block)
+            excess = (context.lengths() - budget).clamp(min=0)[:, None]
+            taken = ready & (ready.cumsum(1) <= -(-excess // (self.block_size - 1)))
+            in_one = F.pad(taken, (self.group(lod) - 1, 0)).unfold(1, self.group(lod), 1).any(2)
+            lod += 1
+            context = self._with(_compact(context.tiles.masked_fill(taken, lod), taken | ~in_one))
+        return context
 
     def truncate(self, num_tokens) -> "WorkingContext":
         """The context of the first num_tokens tokens: nodes that reach beyond become the coarsest that do not."""
-        lod_map = self.lod_map[:, : -(-num_tokens // self.block_size)].clone()
+        context, K = self, self.block_size
         for lod in range(self.coarsest, 0, -1):
-            cut = lod_map[:, num_tokens // self.block_size**lod * self._blocks_per_node(lod) :]
-            cut.masked_fill_(cut == lod, lod - 1)
-        return WorkingContext(lod_map, num_tokens, self.block_size)
+            first, blocks = context.first_blocks, context.tile_blocks
+            cut = (context.tiles == lod) & (first * K < num_tokens) & ((first + blocks) * K > num_tokens)
+            context = context.apply(Edit(at[0], int(first[at]), int(blocks[at]), lod - 1) for at in _places(cut))
+        return self._with(_compact(context.tiles, context.first_blocks * K < num_tokens), num_tokens)
 
     def append(self, n) -> "WorkingContext":
         """The context after n more tokens, at LOD 0."""
-        num_tokens = self.num_tokens + n
-        new_blocks = -(-num_tokens // self.block_size) - self.num_blocks
-        return WorkingContext(F.pad(self.lod_map, (0, new_blocks)), num_tokens, self.block_size)
+        new = -(-(self.num_tokens + n) // self.block_size) - self.num_blocks
+        tiles, used = F.pad(self.tiles, (0, new), value=-1), (self.tiles >= 0).sum(1, keepdim=True)
+        place = torch.arange(tiles.size(1))
+        return self._with(tiles.masked_fill((used <= place) & (place < used + new), 0), self.num_tokens + n)
 
     def select(self, rows) -> "WorkingContext":
         """The context of some of the rows: a slice, a list or an index tensor."""
-        return WorkingContext(self.lod_map[rows], self.num_tokens, self.block_size)
+        return self._with(self.tiles[rows])
+
+    def _with(self, tiles, num_tokens=None) -> "WorkingContext":
+        """This context with other tiles [B, P], or a row [P] each."""
+        tiles = _padded(list(tiles))
+        longest = int((tiles >= 0).sum(1).max())
+        return WorkingContext(tiles[:, :longest], num_tokens or self.num_tokens, self.block_size)
 
     def first_difference(self, other):
         """
@@ -288,8 +318,39 @@ class WorkingContext:
                 f"{self.block_size} and {other.num_rows} of {other.block_size}"
             )
         shorter = min(self, other, key=lambda context: context.num_tokens)
-        n = shorter.num_blocks
-        differs = F.pad(self.lod_map[:, :n] != other.lod_map[:, :n], (0, 1), value=True)
-        block = differs.byte().argmax(1)  # the first one; rows part only between nodes, since nodes are aligned
-        entries = shorter._before.gather(1, block[:, None])[:, 0]
-        return entries, (block * self.block_size).clamp(max=shorter.num_tokens)
+        one, two = _padded([*self.tiles, *other.tiles]).chunk(2)
+        differs = F.pad(one != two, (0, 1), value=True)
+        tile = differs.byte().argmax(1, keepdim=True).clamp(max=shorter.tiles.size(1))
+        first = F.pad(shorter.first_blocks, (0, 1), value=shorter.num_blocks).gather(1, tile)[:, 0]
+        return shorter._before.gather(1, tile)[:, 0], (first * self.block_size).clamp(max=shorter.num_tokens)
+
+
+def old_blocks(num_tokens, block_size, recent_tokens) -> int:
+    """How many of the first blocks lie wholly before the last recent_tokens tokens, so that they may collapse."""
+    return max(0, num_tokens - recent_tokens) // block_size
+
+
+def smallest_length(num_tokens, block_size, recent_tokens) -> int:
+    """Entries of the coarsest possible row that keeps the last recent_tokens tokens at LOD 0."""
+    blocks = old_blocks(num_tokens, block_size, recent_tokens)
+    length = num_tokens - blocks * block_size
+    while blocks:  # the largest nodes first: as many of each level as the digits of `blocks` in base K say
+        blocks, digit = divmod(blocks, block_size)
+        length += digit
+    return length
+
+
+def _places(mask):
+    """(row, column) of each True."""
+    return map(tuple, mask.nonzero().tolist())
+
+
+def _padded(rows):
+    """Rows of tiles [P], of different P, as one tensor."""
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def _compact(values, keep):
+    """The values [B, n] to be kept, in order, each row padded at its end."""
+    order = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : int(keep.sum(1).max())]
+    return values.masked_fill(~keep, -1).gather(1, order)

@@ -102,3 +102,43 @@ def tree(gist, leaves, K):
         below = out[-1]
         out.append([gist(below[i * K : (i + 1) * K], len(out)) for i in range(len(below) // K)])
     return out
+
+
+class DenseContext:
+    """A working context of one row as the level of each block of K tokens: the whole stream at each step."""
+
+    def __init__(self, lods, N, K):
+        self.lods, self.N, self.K = list(lods), N, K
+
+    def entries(self):
+        return entries(self.lods, self.N, self.K)
+
+    def append(self, n):
+        more = num_blocks(self.N + n, self.K) - len(self.lods)
+        return DenseContext(self.lods + [0] * more, self.N + n, self.K)
+
+    def truncate(self, n):
+        lods = self.lods[: num_blocks(n, self.K)]
+        for lod in range(max(lods), 0, -1):
+            for block in range(n // self.K**lod * self.K ** (lod - 1), len(lods)):
+                lods[block] -= lods[block] == lod
+        return DenseContext(lods, n, self.K)
+
+    def groups(self, recent):
+        """(level, first block, blocks) of all that may collapse, finest level first, oldest first."""
+        for lod in range(levels(self.N, self.K)):
+            size = self.K**lod
+            for first in range(0, (self.N - recent) // self.K - size + 1, size):
+                if self.lods[first : first + size] == [lod] * size:
+                    yield lod, first, size
+
+    def collapse_oldest(self, budget, recent, first_block=0):
+        context = self
+        for level in range(levels(self.N, self.K)):
+            for lod, first, size in list(context.groups(recent)):
+                if lod == level and first >= first_block and len(context.entries()) > budget:
+                    context = context.edit(first, size, lod + 1)
+        return context
+
+    def edit(self, first, count, lod):
+        return DenseContext(self.lods[:first] + [lod] * count + self.lods[first + count :], self.N, self.K)

@@ -36,7 +36,7 @@ def tail_loss(model, x, y, last):
 def loss_of(evaluator, lod_row, gist, table_rows=None):
     """One row at a time, entry by entry; the gists of row r are those of table_rows[r]."""
     model, (x, y) = evaluator.model, tokens(B=4)
-    context = WorkingContext(torch.tensor([lod_row], dtype=torch.int8), T, K)
+    context = WorkingContext.from_map(torch.tensor([lod_row], dtype=torch.int8), T, K)
     lod, start, span, _ = (t[0] for t in context.entries)
     losses = []
     for row in range(4):

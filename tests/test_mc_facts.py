@@ -38,7 +38,7 @@ def logits(x, context):
 @settings(max_examples=150, deadline=None)
 def test_what_ends_before_a_token_does_not_know_it(N, coarse, rng, data):
     """For any mixture of levels: entries that end at or before a changed token stay as they were, bit for bit."""
-    context = WorkingContext(torch.tensor([reference.random_row(rng, N, K, coarse)], dtype=torch.int8), N, K)
+    context = WorkingContext.from_map(torch.tensor([reference.random_row(rng, N, K, coarse)], dtype=torch.int8), N, K)
     t = data.draw(st.integers(0, N - 1))
     x = torch.tensor([[rng.randrange(VOCAB) for _ in range(N)]])
     changed = x.clone()

@@ -12,7 +12,7 @@ K, BUDGET = 4, 60
 
 def of_level_2():
     """64 tokens as nodes of level 2, and 16 tokens more."""
-    return WorkingContext(torch.tensor([[2] * 16 + [0] * 4], dtype=torch.int8), 80, K)
+    return WorkingContext.from_map(torch.tensor([[2] * 16 + [0] * 4], dtype=torch.int8), 80, K)
 
 
 def wants(*blocks):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext.config import MCConfig
-from megacontext.focus_allocator import plan
-from megacontext.working_context import Edit, WorkingContext
+from megacontext.focus_allocator import Change, plan
+from megacontext.working_context import Edit, WorkingContext, smallest_length
 from nanochat.common import UserError
 
 NO_WISHES = {"allocator_expand_threshold": 1.0, "allocator_collapse_threshold": 1.0}
@@ -24,9 +24,14 @@ def configure(recent=0, most=4, **options):
 def context_of(lods, K, tail=0):
     """One row with these LODs a block, and `tail` tokens more."""
     lod_map = torch.tensor([lods + [0] * (tail > 0)], dtype=torch.int8)
-    context = WorkingContext(lod_map, len(lods) * K + tail, K)
+    context = WorkingContext.from_map(lod_map, len(lods) * K + tail, K)
     context.check()
     return context
+
+
+def changes(directions):
+    """What makes `recent` of 1 for each block that was expanded, −1 for those that were collapsed, else 0."""
+    return [Change(block, 1, 1, 1 - direction) for block, direction in enumerate(directions) if direction]
 
 
 def length(context):
@@ -131,14 +136,14 @@ def problems(draw, **options):
     context = draw(contexts())
     newest = draw(st.integers(0, context.num_tokens))
     scores = draw_scores(draw, length(context))
-    smallest = context.smallest_length(newest)
+    smallest = smallest_length(context.num_tokens, context.block_size, newest)
     budget = draw(st.integers(smallest, max(smallest, length(context)) + 6))
     recent = draw(st.lists(st.integers(-1, 1), min_size=context.num_blocks, max_size=context.num_blocks))
     for name in ("expand", "collapse"):
         options.setdefault(f"allocator_{name}_threshold", draw(st.sampled_from((0.0, 0.125, 0.5))))
     options.setdefault("allocator", draw(st.sampled_from(("greedy", "stochastic_greedy"))))
     config = configure(newest, draw(st.integers(1, 5)), **options)
-    return context, scores, budget, config, torch.tensor(recent, dtype=torch.int8)
+    return context, scores, budget, config, recent
 
 
 @settings(max_examples=300, deadline=None)
@@ -146,7 +151,9 @@ def problems(draw, **options):
 def test_every_plan_keeps_its_promises(problem):
     context, scores, budget, config, recent = problem
     before = context.lod_map.clone()
-    edits = plan(torch.tensor(scores), context, budget, config, recent, generator=torch.Generator().manual_seed(0))
+    edits = plan(
+        torch.tensor(scores), context, budget, config, changes(recent), generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(context.lod_map, before)
 
     K, newest = context.block_size, config.allocator_recent_tokens
@@ -168,7 +175,7 @@ def test_every_plan_keeps_its_promises(problem):
     assert len(set(touched)) == len(touched)
     for edit in wishes:
         expands = edit.new_lod < before[0, edit.first_block]
-        assert not (recent[list(blocks(edit))] == (-1 if expands else 1)).any()  # nothing is undone
+        assert (-1 if expands else 1) not in [recent[b] for b in blocks(edit)]  # nothing is undone
     assert not {b for edit in edits[:forced] for b in blocks(edit)} & set(touched)
     if not forced:
         expand, collapse = config.allocator_expand_threshold, config.allocator_collapse_threshold
@@ -186,8 +193,8 @@ def test_every_plan_keeps_its_promises(problem):
 @given(problems(allocator="greedy", **NO_WISHES))
 def test_what_must_go_is_what_the_reference_lets_go(problem):
     context, scores, budget, config, recent = problem
-    expected = fit(context, scores, budget, config.allocator_recent_tokens, recent.tolist())
-    assert plan(torch.tensor(scores), context, budget, config, recent) == expected
+    expected = fit(context, scores, budget, config.allocator_recent_tokens, recent)
+    assert plan(torch.tensor(scores), context, budget, config, changes(recent)) == expected
 
 
 @st.composite
@@ -216,14 +223,14 @@ def test_greedy_gains_as_much_as_the_best_of_all_plans(problem):
 @given(problems(allocator="greedy"), st.data())
 def test_a_higher_score_never_costs_a_node_its_expansion(problem, data):
     context, scores, budget, config, recent = problem
-    edits = plan(torch.tensor(scores), context, budget, config, recent)
+    edits = plan(torch.tensor(scores), context, budget, config, changes(recent))
     nodes = list(expansions(context, range(len(scores))).items())
     expanded = [(edit, entry) for edit, entry in nodes if edit in edits]
     if not expanded:
         return
     edit, entry = data.draw(st.sampled_from(expanded))
     scores[entry] = data.draw(st.floats(scores[entry], 1.0, width=16))
-    assert edit in plan(torch.tensor(scores), context, budget, config, recent)
+    assert edit in plan(torch.tensor(scores), context, budget, config, changes(recent))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -286,7 +293,7 @@ def test_siblings_of_a_node_that_asks_for_detail_do_not_wish_to_collapse():
     context = context_of([1, 1], K=2)
     assert plan(torch.tensor([-0.9, -0.8]), context, 9, configure()) == [Edit(0, 0, 2, 2)]
     assert plan(torch.tensor([-0.9, 0.2]), context, 9, configure()) == [Edit(0, 1, 1, 0)]
-    collapsed = torch.tensor([0, -1], dtype=torch.int8)
+    collapsed = changes([0, -1])
     assert plan(torch.tensor([-0.9, 0.2]), context, 9, configure(), collapsed) == []
 
 
@@ -302,7 +309,7 @@ def test_what_was_expanded_is_not_collapsed_but_expanded_further():
     wanted = torch.tensor([0.9, 0.0])
     edits = plan(wanted, context, 99, configure())
     assert edits == [Edit(0, 0, 4, 1)]
-    expanded = torch.tensor([1, 1, 1, 1, 0], dtype=torch.int8)
+    expanded = changes([1, 1, 1, 1, 0])
     after = context.apply(edits)
     assert plan(torch.tensor([-0.9, 0.9, -0.9, -0.9, 0.0]), after, 99, configure(), expanded) == [Edit(0, 1, 1, 0)]
     assert plan(torch.full((5,), -0.9), after, 99, configure(), expanded) == []
@@ -311,7 +318,7 @@ def test_what_was_expanded_is_not_collapsed_but_expanded_further():
 
 def test_a_collapse_is_not_undone():
     context = context_of([1, 1, 1, 1, 0], K=4)
-    collapsed = torch.tensor([-1] * 4 + [0], dtype=torch.int8)
+    collapsed = changes([-1] * 4 + [0])
     assert plan(torch.tensor([0.9] * 4 + [0.0] * 4), context, 99, configure(), collapsed) == []
     assert plan(torch.tensor([-0.9] * 4 + [0.0] * 4), context, 99, configure(), collapsed) == [Edit(0, 0, 4, 2)]
 
@@ -322,15 +329,14 @@ def test_an_expansion_is_not_undone():
     edits = plan(eager, context, 99, config)
     assert edits == [Edit(0, 0, 1, 0)]
     bored = torch.tensor([*[-0.9] * 4, *[0.0] * 8])
-    expanded = torch.tensor([1, 0, 0], dtype=torch.int8)
+    expanded = changes([1, 0, 0])
     assert plan(bored, context.apply(edits), 99, config, expanded) == []
     assert plan(bored, context.apply(edits), 99, config) == [Edit(0, 0, 1, 1)]
 
 
 def test_the_budget_is_above_rest_and_the_number_of_edits():
     context = WorkingContext.finest(1, 64, 4)
-    expanded = torch.ones(16, dtype=torch.int8)
-    expanded[15] = 0
+    expanded = changes([1] * 15 + [0])
     edits = plan(torch.zeros(64), context, 1, configure(most=1), expanded)
     assert edits[0] == Edit(0, 15, 1, 1)  # what was not expanded just now goes first
     after = context.apply(edits)
@@ -399,7 +405,7 @@ def test_one_candidate_or_no_temperature_is_greedy():
 def test_a_budget_that_nothing_fits_names_the_smallest_that_does():
     context = WorkingContext.finest(1, 100, 4)
     config = configure(recent=10)
-    smallest = context.smallest_length(10)
+    smallest = smallest_length(100, 4, 10)
     with pytest.raises(UserError, match=f"budget of {smallest} entries or more.*last 10 .* got {smallest - 1}"):
         plan(torch.zeros(100), context, smallest - 1, config)
     after = context.apply(plan(torch.zeros(100), context, smallest, config))

@@ -102,7 +102,7 @@ def test_lens_targets():
     beyond = torch.tensor([[1.5, -2.0, -1.0, -0.5, 0.7, -0.1, 0.1, 0.0]])
     values = beyond.tanh()[0].tolist()
     lod_map = torch.tensor([[0, 1, 2, 2, 3, 3, 3, 3, 0, 0]], dtype=torch.int8)
-    context = WorkingContext(lod_map, 20, 2)
+    context = WorkingContext.from_map(lod_map, 20, 2)
     got = lens_targets(beyond, context)[0].tolist()
     assert got == pytest.approx([values[0], values[1], values[3], values[3], *[values[4]] * 4], abs=1e-6)
     assert lens_loss(torch.zeros(1, 10), beyond, context).item() == pytest.approx(sum(v * v for v in got) / 8, rel=1e-5)
@@ -122,7 +122,7 @@ def test_lens_learns_where_the_model_looks():
         asked = torch.randint(n, (B,), generator=generator)
         x = torch.cat((words[order], words[order.gather(1, asked[:, None])].expand(B, K, 32)), 1)
         lod_map = torch.tensor([[1] * n + [0]], dtype=torch.int8).expand(B, -1)
-        context = WorkingContext(lod_map, n * K + K, K)
+        context = WorkingContext.from_map(lod_map, n * K + K, K)
         return context, context.per_block(lens(x, *context.entries, context.num_tokens)), asked
 
     for _ in range(150):

@@ -14,7 +14,7 @@ from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from megacontext.telemetry.events import tell_session
 from megacontext.tree import build_table
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import smallest_length
 from nanochat.common import UserError
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession, Engine
@@ -364,7 +364,7 @@ def test_the_budget_is_hard(seed, recent, interval, spare, rows, policy, prompts
         try:
             logits = session.prefill(text)
         except UserError:
-            assert WorkingContext.finest(1, len(text), K).smallest_length(recent) > session.room
+            assert smallest_length(len(text), K, recent) > session.room
             text = held(session).tolist() if session.num_tokens else []
             continue
         assert_in_budget(session)
@@ -373,7 +373,7 @@ def test_the_budget_is_hard(seed, recent, interval, spare, rows, policy, prompts
             after = session.step(column)
             assert_in_budget(session)
             if after is None:
-                assert session._context_now(1).smallest_length(recent) > session.room
+                assert smallest_length(session.num_tokens + 1, K, recent) > session.room
                 break
             logits = after
             text.append(int(column[0]))

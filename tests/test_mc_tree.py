@@ -32,7 +32,7 @@ def embedding(V=50, dtype=torch.float64):
 def random_context(N, K, rows, rng):
     coarse = rng.random()
     maps = [reference.random_row(rng, N, K, coarse) for _ in range(rows)]
-    return WorkingContext(torch.tensor(maps, dtype=torch.int8), N, K)
+    return WorkingContext.from_map(torch.tensor(maps, dtype=torch.int8), N, K)
 
 
 def new_tree(K, store=None, **options):

@@ -14,7 +14,7 @@ from megacontext.variants import (
     step_work,
     target_length,
 )
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import smallest_length
 from nanochat.gpt import GPTConfig
 from tests.helpers import K, T, make_model, make_objective, tokens
 
@@ -29,7 +29,7 @@ from tests.helpers import K, T, make_model, make_objective, tokens
 )
 @settings(max_examples=150, deadline=None)
 def test_variants_have_the_length_and_keep_the_tail(K, n, recent, progress, share, seed):
-    smallest = WorkingContext.finest(1, n, K).smallest_length(recent)
+    smallest = smallest_length(n, K, recent)
     length = target_length(progress, n, K, max(smallest, round(share * n)))
     context = random_variants(5, n, K, length, recent, torch.Generator().manual_seed(seed))
     context.check()

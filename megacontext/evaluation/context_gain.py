@@ -21,7 +21,7 @@ import torch
 
 from megacontext.reader import Reader, newest
 from megacontext.tree import build_table
-from megacontext.working_context import WorkingContext
+from megacontext.working_context import Edit, WorkingContext, old_blocks, smallest_length
 from nanochat.common import UserError
 from nanochat.gpt import norm
 
@@ -77,7 +77,7 @@ class Evaluator:
 
     def budget(self, T, ratio) -> int:
         """Entries of a working context whose history of T − tail tokens is compressed by `ratio`."""
-        smallest = WorkingContext.finest(1, T, self.config.block_size).smallest_length(self.tail)
+        smallest = smallest_length(T, self.config.block_size, self.tail)
         return max(smallest, self.tail + -(-(T - self.tail) // ratio))
 
     # -----------------------------------------------------------------------------------------------------
@@ -99,11 +99,11 @@ class Evaluator:
 
     def _levels(self, x):
         K, T = self.config.block_size, x.size(1)
-        context = WorkingContext.finest(len(x), T, K)
-        blocks, level = context.old_blocks(self.tail), 1
+        lod_map = torch.zeros(len(x), -(-T // K), dtype=torch.int8)
+        blocks, level = old_blocks(T, K, self.tail), 1
         while nodes := blocks // K ** (level - 1):
-            context.lod_map[:, : nodes * K ** (level - 1)] = level  # read before the next level is written
-            yield level, WorkingContext(context.lod_map.clone(), T, K)
+            lod_map[:, : nodes * K ** (level - 1)] = level
+            yield level, WorkingContext.from_map(lod_map, T, K)
             level += 1
 
     @torch.no_grad()
@@ -117,12 +117,11 @@ class Evaluator:
             B, T = x.shape
             tables, full = self._tables(x), self._tokens(x, y, T)
             embeds = tables["gists"].values[:, :T]  # its level 0
-            last, width = WorkingContext.finest(1, T, K).old_blocks(self.tail), 1
+            last, width = old_blocks(T, K, self.tail), 1
             while last > 0:
                 first = max(0, last - width)
                 row = losses[T - self.tail - last * K, T - self.tail - first * K]
-                context = WorkingContext.finest(B, T, K)
-                context.lod_map[:, first:last] = 1  # nobody has read it yet
+                context = WorkingContext.finest(B, T, K).apply(Edit(b, first, last - first, 1) for b in range(B))
                 row["full"].append(full)
                 self._gists(row, tables, context, y)
                 row["truncated"].append(self._without(embeds, y, first * K, last * K))

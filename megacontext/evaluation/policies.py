@@ -94,9 +94,9 @@ def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) ->
 
     def with_open(chosen):
         """All old blocks as gists but those chosen, bool [R, old]."""
-        lod_map = finest.lod_map.clone()
+        lod_map = finest.lod_map
         lod_map[:, :old] = (~chosen).to("cpu", torch.int8)
-        return WorkingContext(lod_map, N, K)
+        return WorkingContext.from_map(lod_map, N, K)
 
     def best(scores):
         """The E blocks of highest score [R, old]; of equal ones the newest."""
