@@ -252,12 +252,16 @@ base_tag() {
     extra_option model_tag "d$(extra_option depth "$1")"
 }
 
-# Options of base_train that the later stages must have too: starting anew.
-later_options() {
-    local resume
-    resume="$(extra_option resume "")"
-    [ -z "$resume" ] || echo "--resume=$resume"
+# shared_options NAME…: those of these options for base_train that were given, for later stages.
+shared_options() {
+    local name value
+    for name in "$@"; do
+        value="$(extra_option "$name" "")"
+        [ -z "$value" ] || echo "--$name=$value"
+    done
 }
+later_options() { shared_options resume compile dtype device_type; }  # of stages that train
+device_options() { shared_options dtype device_type; }                # of those that evaluate
 
 # A tokenizer that is there is used again.
 tokenizer_stage() {
@@ -310,9 +314,11 @@ identity_stage() {
 
 # hub_recipe DEPTH DEVICE_BATCH_SIZE TRAIN_SHARDS TOKENIZER_CHARS: the full pipeline on web text.
 hub_recipe() {
-    local depth="$1" batch shards="${SHARDS:-$3}" chars="$4" tag later
-    batch="$(extra_option device_batch_size "$2")"
-    later="$(later_options)"
+    local depth="$1" batch="$2" shards="${SHARDS:-$3}" chars="$4" tag later device
+    # What is not compiled keeps more for the backward pass
+    [ "$(extra_option compile auto)" != off ] || batch=$((batch / 2))
+    batch="$(extra_option device_batch_size "$batch")"
+    later="$(later_options)" device="$(device_options)"
     recipe_setup gpu
     install_sandbox
     report_reset
@@ -321,20 +327,20 @@ hub_recipe() {
     identity_stage
     stage python -m scripts.prepare
     hub_data_wait
-    module scripts.base_train --depth="$depth" --device_batch_size="$2" --save_every=1000 --keep_last=2 --run="$WANDB_RUN" \
+    module scripts.base_train --depth="$depth" --device_batch_size="$batch" --save_every=1000 --keep_last=2 --run="$WANDB_RUN" \
         ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
     tag="$(base_tag "$depth")"
-    module scripts.base_loss --device_batch_size="$batch" --model_tag="$tag"
-    module scripts.base_eval --model_tag="$tag"
-    mc_evaluation "$tag" --sequences=1024
+    module scripts.base_loss --device_batch_size="$batch" --model_tag="$tag" $device
+    module scripts.base_eval --model_tag="$tag" $device
+    mc_evaluation "$tag" --sequences=1024 $device
     module scripts.mid_train --device_batch_size="$batch" --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" \
         ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} $later
-    module scripts.chat_eval -i mid --model_tag="$tag"
+    module scripts.chat_eval -i mid --model_tag="$tag" $device
     module scripts.chat_sft --model_tag="$tag" --save_every=200 --keep_last=2 --run="$WANDB_RUN" $later
-    module scripts.chat_eval -i sft --model_tag="$tag"
+    module scripts.chat_eval -i sft --model_tag="$tag" $device
     if [ "$RL" = 1 ]; then
         module scripts.chat_rl --model_tag="$tag" --keep_last=2 --run="$WANDB_RUN" $later
-        module scripts.chat_eval -i rl -a GSM8K --model_tag="$tag"
+        module scripts.chat_eval -i rl -a GSM8K --model_tag="$tag" $device
     fi
     stage python -m nanochat.report generate
     chat_hint "$tag"

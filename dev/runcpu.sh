@@ -20,27 +20,27 @@ module scripts.base_train --depth=$DEPTH --max_seq_len=$T --device_batch_size=$B
     --streams=$BATCH --piece_tokens=$((4 * T)) --target_minutes=$MINUTES --warmdown_ratio=0.4 --eval_every=150 \
     --eval_tokens=$EVAL --core_metric_every=-1 --sample_every=450 --save_every=50 --run="$WANDB_RUN" \
     ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
-TAG="$(base_tag $DEPTH)" LATER="$(later_options)"
+TAG="$(base_tag $DEPTH)" LATER="$(later_options)" DEVICE="$(device_options)"
 # Pretraining has as many steps as this machine manages in its minutes; midtraining up to 2/5 of that
 STEPS="$(cat "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG"/meta_*.json 2>/dev/null |
     sed -n 's/^ *"total": \([0-9]*\).*/\1/p' | tail -n 1)" || STEPS=""
 MID=()
 [ "${STEPS:-1000}" -ge 625 ] || MID=(--num_iterations=$((STEPS * 2 / 5 + 1)))
-module scripts.base_loss --device_batch_size=$BATCH --split_tokens=262144 --model_tag="$TAG"
-module scripts.base_eval --model_tag="$TAG"
-mc_evaluation "$TAG" --sequences=96 --probe_steps=150
+module scripts.base_loss --device_batch_size=$BATCH --split_tokens=262144 --model_tag="$TAG" $DEVICE
+module scripts.base_eval --model_tag="$TAG" $DEVICE
+mc_evaluation "$TAG" --sequences=96 --probe_steps=150 $DEVICE
 identity_stage
 module scripts.mid_train --tasks=local --device_batch_size=$BATCH --total_batch_size=4096 --eval_every=80 \
     --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN" ${MID[@]+"${MID[@]}"} \
     ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} $LATER
-stage python -m scripts.chat_eval -i mid --tasks=local -m 128 --model_tag="$TAG"
+stage python -m scripts.chat_eval -i mid --tasks=local -m 128 --model_tag="$TAG" $DEVICE
 module scripts.chat_sft --tasks=local --device_batch_size=32 --eval_every=40 --eval_steps=5 --eval_metrics_every=-1 \
     --save_every=20 --model_tag="$TAG" --run="$WANDB_RUN" $LATER
-stage python -m scripts.chat_eval -i sft --tasks=local -m 128 --model_tag="$TAG"
+stage python -m scripts.chat_eval -i sft --tasks=local -m 128 --model_tag="$TAG" $DEVICE
 if [ "$RL" = 1 ]; then
     module scripts.chat_rl --tasks=local --num_iterations=60 --max_new_tokens=32 --device_batch_size=16 \
         --examples_per_step=8 --eval_every=20 --eval_examples=64 --model_tag="$TAG" --run="$WANDB_RUN" $LATER
-    stage python -m scripts.chat_eval -i rl --tasks=local -m 128 --model_tag="$TAG"
+    stage python -m scripts.chat_eval -i rl --tasks=local -m 128 --model_tag="$TAG" $DEVICE
 fi
 stage python -m nanochat.report generate
 chat_hint "$TAG"

@@ -3,11 +3,14 @@
 import os
 import re
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from dev import memory
+from nanochat.options import DeviceOptions, TrainingOptions
+from tests.helpers import ROOT, dry_run
 
 SCRIPTS = [
     "mc_setup",
@@ -84,3 +87,35 @@ def test_the_tokenizer_starts_when_its_shards_are_there(recipe, shards):
     tokenizer = next(i for i, command in enumerate(commands) if "tok_train" in command)
     assert data < tokenizer
     assert re.search(r"--max_chars=(\d+)", commands[tokenizer])[1] == str(shards * 250_000_000)
+
+
+def test_what_fits_is_what_the_recipes_do():
+    """The table of memory in the vault: of the recipes as they are, below what each card has, and counted right."""
+    page = (ROOT / "obsidian" / "ops" / "Training & Operations.md").read_text("utf-8")
+    for recipe, card in memory.RECIPES.items():
+        row = re.search(rf"\| `{re.escape(recipe)}` \| (\d+) \| (\d+) \| {card} \|(.*)\|", page)
+        assert tuple(map(int, row.groups()[:2])) == memory.pretrains(recipe)
+        assert int(row[3].split("(")[1].strip(" )")) == memory.pretrains(f"{recipe} --compile=off")[1]
+        takes = [int(gigabytes) for gigabytes in re.findall(r"(\d+) GB", row[3])]
+        assert len(takes) == 3
+        assert max(takes) * 1e9 <= memory.CARDS[card]
+    counted = memory.step_memory(*memory.pretrains("run10.sh --gpu 5090 --compile=off")) + memory.RESERVE
+    assert f"{counted / 1e9:.0f} GB (4)" in re.search(r"`run10.sh --gpu 5090`.*", page)[0]
+
+
+def stages_of(command):
+    """{script: its options} of a recipe."""
+    lines = re.findall(r"-m (scripts\.\w+)(.*?)\x1b", dry_run(*command.split()))
+    return {script: options.split() for script, options in lines}
+
+
+@pytest.mark.parametrize("recipe", ["run10.sh --gpu=cpu --rl --mc", "speedrun.sh --rl --mc"])
+def test_where_and_how_to_compute_is_for_all_stages(recipe):
+    stages = stages_of(f"{recipe} --dtype fp32 --device-type=cpu --compile=off --depth=2")
+    computing = {script for script in stages if issubclass(import_module(script).Config, DeviceOptions)}
+    assert len(computing) == 8
+    for script in computing:
+        assert {"--dtype=fp32", "--device_type=cpu"} <= set(stages[script]) or script == "scripts.base_train"
+        trains = issubclass(import_module(script).Config, TrainingOptions)
+        assert ("--compile=off" in stages[script]) == trains
+        assert ("--depth=2" in stages[script]) == (script == "scripts.base_train")
