@@ -633,26 +633,31 @@ def test_the_client_leaves(serve, tokenizer, api, moment, batch_size):
     assert counts["tokens"] < 3000
 
 
-def test_slow_reader(serve, tokenizer, monkeypatch):
-    """One who takes nothing holds no worker, and is cut off after a while."""
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_slow_reader(serve, tokenizer, monkeypatch, batch_size):
+    """One who takes nothing holds no worker, nor those whose answers share its steps, and is cut off after a while."""
     monkeypatch.setattr(PatientProtocol, "send_seconds", 3.0)  # far longer than the answer takes
-    script = Script(tokenizer, "x", endless=True)
-    server = serve(script, sndbuf=4096)
+    script = Script(tokenizer, "é", endless=True)  # six characters in JSON
+    server = serve(script, sndbuf=4096, batch_size=batch_size)
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     reader.connect(("127.0.0.1", server.port))
-    body = json.dumps(chat(max_tokens=1000)).encode()
-    head = (
-        f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
-    reader.sendall(f"{head}\r\n\r\n".encode() + body)
+    body = json.dumps(chat(model=MODEL.id, stream=True, max_tokens=2000, n=8)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+    reader.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     assert script.started.wait(10)
-    until(lambda: server.pool.totals["completed"] == 1)  # the answer is made, though nobody has read it
-    assert len(server.server.server_state.connections) == 1
-    until(lambda: not server.server.server_state.connections)
+    assert said(ask(server, max_tokens=6)) == "ééé"
+    until(lambda: server.pool.totals["completed"] == 9)  # the answers are made, though nobody has read them
+    until(lambda: len(server.server.server_state.connections) == 1)  # the other client's is left
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while some := reader.recv(10_000):
+            received += some
+    assert 1000 < len(received) < 40_000
+    assert b"[DONE]" not in received
     reader.close()
     script.endless = False
-    assert said(ask(server)) == "x"
+    assert said(ask(server)) == "é"
 
 
 @pytest.mark.parametrize("fault_at", [0, 3])
