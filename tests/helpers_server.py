@@ -112,7 +112,7 @@ class ScriptBatch:
 
 
 @contextlib.contextmanager
-def serving(*engines, queue_size=64, batch_size=1, drain_seconds=30.0, sndbuf=None, **options):
+def serving(*engines, queue_size=64, batch_size=8, drain_seconds=30.0, sndbuf=None, **options):
     """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
     pool = WorkerPool(queue_size, batch_size=batch_size)
     app = create_app(pool, **options)

@@ -314,7 +314,7 @@ def test_what_would_change_the_meaning_is_refused(shared, name, value, message):
     [
         (CHATS, {"n": 129}, "n: .* 128, got 129"),
         (CHATS, {"n": 0}, "n: .* 1, got 0"),
-        (CHATS, {"n": 100}, "at most 65 answers at once"),
+        (CHATS, {"n": 100}, "at most 72 answers at once"),
         (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens: expected 1 or more"),
         (CHATS, {"logprobs": 2}, "logprobs: .*boolean"),
         (CHATS, {"top_logprobs": 21}, "top_logprobs: .* 20, got 21"),
@@ -470,7 +470,7 @@ def test_cut(pieces, stop):
 
 def test_openai_errors(client, tokenizer):
     go = threading.Event()
-    openai_client, server = client(Script(tokenizer, go=go, context=20), queue_size=0)
+    openai_client, server = client(Script(tokenizer, go=go, context=20), queue_size=0, batch_size=1)
     create = openai_client.chat.completions.create
     with pytest.raises(openai.BadRequestError) as caught:
         create(model=MODEL.id, messages=[{"role": "user", "content": "y" * 50}])
@@ -498,7 +498,7 @@ def test_openai_errors(client, tokenizer):
 def test_openai_client_tries_again(client, tokenizer):
     """A busy server's Retry-After is understood: the client comes back by itself and is served."""
     go = threading.Event()
-    openai_client, server = client(Script(tokenizer, go=go), queue_size=0, max_retries=2)
+    openai_client, server = client(Script(tokenizer, go=go), queue_size=0, batch_size=1, max_retries=2)
     with send_raw(server, chat()):
         until(lambda: not is_idle(server))
         thread, results = in_background(openai_client.chat.completions.create, model=MODEL.id, messages=USER)

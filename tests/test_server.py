@@ -553,11 +553,12 @@ def test_slow_senders_are_cut_off(serve, tokenizer, monkeypatch):
 # The queue, clients that leave, engines that fail
 
 
-def test_full_queue(serve, tokenizer):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_full_queue(serve, tokenizer, batch_size):
     go = threading.Event()
-    server = serve(Script(tokenizer, go=go), queue_size=2)
-    connections = [send_raw(server, chat()) for _ in range(3)]  # one runs, two wait
-    until(lambda: server.pool.stats()["queue"]["length"] == 2)
+    server = serve(Script(tokenizer, go=go), queue_size=2, batch_size=batch_size)
+    connections = [send_raw(server, chat()) for _ in range(batch_size + 2)]  # two more than are answered at once
+    until(lambda: server.pool.totals["requests"] == batch_size + 2)
     assert server.client.get("/health").json()["available_workers"] == 0
     response = server.client.post("/chat/completions", json=chat())
     assert response.status_code == 503
@@ -577,12 +578,12 @@ def test_full_queue(serve, tokenizer):
         connection.close()
     assert said(ask(server)) == "Hello there."
     counts = totals(server)
-    assert (counts["requests"], counts["completed"], counts["rejected"]) == (6, 4, 2)
+    assert (counts["requests"], counts["completed"], counts["rejected"]) == (batch_size + 5, batch_size + 3, 2)
 
 
 def test_without_a_queue(serve, tokenizer):
     go = threading.Event()
-    server = serve(Script(tokenizer, go=go), queue_size=0)
+    server = serve(Script(tokenizer, go=go), queue_size=0, batch_size=1)
     with send_raw(server, chat()):
         until(lambda: not is_idle(server))
         assert server.client.post("/chat/completions", json=chat()).status_code == 503
