@@ -92,7 +92,8 @@ class ChatTokenizer:
 
         conversation: {"messages": [{"role": …, "content": str or list of parts}, …]}, alternating between user and
         assistant, with an optional system message first, which is merged into the first user message. A part is
-        {"type": "text" | "python" | "python_output", "text": str}; only assistants have parts.
+        {"type": "text" | "python" | "python_output", "text": str}; only assistants have parts. An assistant's message
+        of weight 0 need not be produced.
         """
         ids, mask = [self.get_bos_token_id()], [0]
 
@@ -106,11 +107,12 @@ class ChatTokenizer:
             if message["role"] == "user":
                 add("<|user_start|>", content, "<|user_end|>", 0)
                 continue
+            produced = message.get("weight", 1)
             add("<|assistant_start|>", "", None, 0)
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 before, after, trained = PART_TOKENS[part["type"]]
-                add(before, part["text"], after, trained)
-            add(None, "", "<|assistant_end|>", 1)
+                add(before, part["text"], after, trained * produced)
+            add(None, "", "<|assistant_end|>", produced)
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation):

@@ -3,7 +3,8 @@ Conversations from a file of one's own: one per line, or all in one JSON array, 
 
 A conversation is an array of {"role": …, "content": …}; or, as OpenAI and ShareGPT have it, an object with such an
 array under "messages" or "conversations". "from" and "value" may stand for "role" and "content", "human" for "user",
-and "gpt" for "assistant".
+and "gpt" for "assistant". An assistant's message with "weight": 0, as OpenAI has it, is context only: finetuning does
+not learn it. (Midtraining predicts every token, whoever says it.)
 """
 
 import json
@@ -84,4 +85,9 @@ def _messages(value, place) -> list[dict]:
         if not isinstance(content, str) or not content:
             raise UserError(f"{place}: expected text as the content, got {content!r}: mend it")
         messages.append({"role": role, "content": content})
+        weight = message.get("weight", 1)
+        if role == "assistant" and weight != 1:
+            if weight != 0:
+                raise UserError(f"{place}: expected a weight of 0 or 1, got {weight!r}: make it one of them")
+            messages[-1]["weight"] = 0
     return messages

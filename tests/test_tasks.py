@@ -395,6 +395,21 @@ class TestCustomJSON:
             path.write_text(one_after_the_other)
             assert [example["messages"] for example in CustomJSON(path)] == talks
 
+    def test_a_message_of_weight_0_is_not_learned(self, tmp_path, tokenizer):
+        """As in OpenAI's files; its tokens are read, and those of the others are learned as ever."""
+        talk = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+        weighed = [{**talk[0], "weight": 0}, {**talk[1], "weight": 0}, talk[2], {**talk[3], "weight": 1}]
+        path = tmp_path / "c.jsonl"
+        path.write_text(f"{json.dumps(talk)}\n{json.dumps({'messages': weighed})}\n")
+        (ids, mask), (same, learned) = map(tokenizer.render_conversation, CustomJSON(path))
+        assert same == ids
+        second = ids.index(tokenizer.encode_special("<|assistant_end|>")) + 1
+        assert sum(mask[:second]) > 10
+        assert learned == [0] * second + mask[second:]
+        path.write_text(json.dumps([*talk[:3], {**talk[3], "weight": 0.5}]))
+        with pytest.raises(UserError, match=r"c\.jsonl:1: expected a weight of 0 or 1, got 0.5: make it"):
+            CustomJSON(path)
+
     def test_what_is_not_clear_is_named(self, tmp_path):
         path = tmp_path / "c.jsonl"
         talk = json.dumps(
