@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from nanochat.common import UserError
 FORMAT = "megacontext arrays 1"
 CHUNK_BYTES = 65536  # of the chunks of new arrays, if a row is not longer
 PAGE_BYTES = 8192
+INCOMPLETE = ".new-"  # how the names of folders begin that are being made
 DTYPES = {"uint16": "<u2", "uint32": "<u4", "float32": "<f4", "bfloat16": "<u2"}  # numpy has no bfloat16: its bits
 
 
@@ -93,15 +95,18 @@ class Arrays:
     @classmethod
     def create(cls, folder, facts=None, **arrays: tuple[str, int]) -> "Arrays":
         """
-        A new folder, open for writing, with these arrays: name → dtype and width, without rows. It is there whole or
-        not at all. Raises UserError if there is one already.
+        A new folder, open for writing, with these arrays: name → dtype and width, without rows. It is made under a
+        hidden name and then renamed, so that nobody finds it incomplete. Raises UserError if there is one already.
         """
-        folder, temporary = Path(folder), None
+        folder, temporary, lock = Path(folder), None, None
         entries = {name: asdict(_Array.new(*shape)) for name, shape in arrays.items()}
         page = _page({"format": FORMAT, "sequence": 0, "facts": facts or {}, "arrays": entries})
         try:
             folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            delete_incomplete(folder.parent)
+            temporary = Path(tempfile.mkdtemp(prefix=INCOMPLETE, dir=folder.parent))
+            lock = os.open(temporary, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
             for name in ["manifest", *(f"{array}.{ending}" for array in arrays for ending in ("bin", "crc"))]:
                 fd = os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 try:
@@ -118,6 +123,9 @@ class Arrays:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise UserError(f"{folder} is there already: choose another name") from None
             raise UserError(f"cannot create {folder} ({error.strerror}): free some space or change it") from error
+        finally:
+            if lock is not None:
+                os.close(lock)
         return cls(folder, write=True)
 
     def close(self):
@@ -367,6 +375,19 @@ class Arrays:
         for offset in (0, PAGE_BYTES):
             _write(self._manifest, page, offset)
             os.fsync(self._manifest)
+
+
+def delete_incomplete(folder):
+    """Delete what killed calls of `Arrays.create` left in a folder: what is older than a minute and not locked."""
+    for left in Path(folder).glob(f"{INCOMPLETE}*"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # somebody was faster; its maker lives
+            fd = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(fd).st_mtime > 60:  # a new one may not be locked yet
+                    shutil.rmtree(left)
+            finally:
+                os.close(fd)
 
 
 def _bytes_of(rows):

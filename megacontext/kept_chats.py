@@ -104,7 +104,7 @@ class KeptChats:
 
     def folders(self) -> list[Path]:
         """Of all conversations, the least recently used first."""
-        return sorted(self.root.iterdir(), key=_last_used)
+        return sorted((path for path in self.root.iterdir() if path.name[0] != "."), key=_last_used)
 
     def stats(self):
         folders = self.folders()

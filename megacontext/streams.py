@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megacontext.arrays import Arrays, Damaged
+from megacontext.arrays import Arrays, Damaged, delete_incomplete
 from megacontext.tree import MegaContextTree, RamStore
 from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
@@ -172,6 +172,12 @@ def private_folder(path) -> Path:
     return path
 
 
+def list_streams() -> list[Path]:
+    """The folders of all streams, by name."""
+    delete_incomplete(streams_dir())
+    return sorted(path for path in streams_dir().iterdir() if path.is_dir() and path.name[0] != ".")
+
+
 def stream_folder(name) -> Path:
     """The folder of a stream. UserError unless the name can be one."""
     if not re.fullmatch(r"\w[\w.+=@-]{0,99}", name):
@@ -280,7 +286,8 @@ def compact(folder, gist_key):
         with contextlib.closing(Arrays(path, write=True)) as arrays:
             arrays.check()
             arrays.trim()
-    for path in [*Path(folder).glob("gists-*"), *Path(folder).glob(".gists-*")]:  # the latter were never completed
+    delete_incomplete(folder)
+    for path in Path(folder).glob("gists-*"):
         if path != own:
             delete_stream(path)
 

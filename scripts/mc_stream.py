@@ -163,7 +163,7 @@ def size_of(folder):
 
 def show_list():
     rows = []
-    for folder in sorted(path for path in streams.streams_dir().iterdir() if path.is_dir() and path.name[0] != "."):
+    for folder in streams.list_streams():
         try:
             tokens = Arrays(folder)
             rows.append((folder.name, f"{tokens.rows('tokens'):,} tokens, {size_of(folder) / 1e6:,.1f} MB"))

@@ -52,6 +52,26 @@ def make_model(config=SMALL, seed=0, spread=0.3):
     return model
 
 
+# Of sessions: a model of 300 tokens, and room for 48 entries
+SESSION_GPT = GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+
+
+def session_settings(**options) -> MCConfig:
+    options = {"mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 2, **options}
+    return MCConfig(block_size=K, allocator_soft_max=48, allocator_recent_tokens=RECENT, **options).resolve(T)
+
+
+def disturbed_networks(settings):
+    """Networks that are not as they begin: gists differ from means, and all levels count as trained."""
+    torch.manual_seed(3)
+    networks = MCNetworks(SESSION_GPT.n_embd, settings).eval()
+    with torch.no_grad():
+        for p in networks.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    networks.gistnet.trained_levels.fill_(8)
+    return networks
+
+
 def make_objective(model, **options):
     options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **options}
     config = MCConfig(**options).resolve(model.config.sequence_len)

@@ -2,9 +2,11 @@
 
 import os
 import random
+import signal
 import stat
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,30 @@ def test_appends_and_cuts_equal_a_list(tmp_path_factory, steps):
 
 # ---------------------------------------------------------------------------------------------------------
 # Kills and power failures
+
+
+def create_until(signal, folder):
+    Path.rename = lambda *paths: os.kill(os.getpid(), signal)
+    Arrays.create(folder)
+
+
+def test_what_a_killed_maker_left_is_deleted_and_what_a_living_one_makes_stays(tmp_path):
+    living = start(create_until, signal.SIGSTOP, tmp_path / "x")
+    until(lambda: list(tmp_path.glob(".new-*/manifest")))
+    stopped = set(tmp_path.iterdir())
+    killed = start(create_until, signal.SIGKILL, tmp_path / "x")
+    killed.join()
+    assert len(set(tmp_path.iterdir()) - stopped) == 1
+    Arrays.create(tmp_path / "a").close()
+    assert len(list(tmp_path.glob(".new-*"))) == 2  # too young
+    for folder in tmp_path.glob(".new-*"):
+        os.utime(folder, (time.time() - 61,) * 2)
+    Arrays.create(tmp_path / "b").close()
+    assert set(tmp_path.glob(".new-*")) == stopped
+    living.kill()
+    living.join()
+    arrays.delete_incomplete(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
 class Disk:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from megacontext.telemetry.events import tell_session
@@ -19,39 +18,17 @@ from nanochat.common import UserError
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession, Engine
 from nanochat.gpt import GPTConfig
-from tests.helpers import Told, make_model
+from tests.helpers import SESSION_GPT, K, Told, disturbed_networks, make_model, session_settings
 
-V, K = 300, 4
+V = SESSION_GPT.vocab_size
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
-SETTINGS = MCConfig(
-    block_size=K,
-    allocator_soft_max=48,
-    allocator_recent_tokens=8,
-    mc_infer_refocus_interval=6,
-    mc_infer_allocator_iterations=2,
-    mc_infer_allocator_max_replacements=3,
-    mc_aux_dtype="fp32",
-).resolve(64)
+SETTINGS = session_settings(mc_infer_allocator_max_replacements=3, mc_aux_dtype="fp32")
+GISTNET = disturbed_networks(SETTINGS).gistnet
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = GPTConfig(sequence_len=64, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
-    return make_model(config).eval()
-
-
-def gistnet():
-    torch.manual_seed(3)
-    gistnet = MCNetworks(32, SETTINGS).gistnet.eval()
-    with torch.no_grad():
-        for p in gistnet.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    if hasattr(gistnet, "trained_levels"):
-        gistnet.trained_levels.fill_(8)
-    return gistnet
-
-
-GISTNET = gistnet()
+    return make_model(SESSION_GPT).eval()
 
 
 @pytest.fixture(autouse=True)

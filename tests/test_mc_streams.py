@@ -15,26 +15,16 @@ from hypothesis import strategies as st
 
 from megacontext import streams
 from megacontext.arrays import Arrays
-from megacontext.config import MCConfig
-from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from megacontext.streams import create_stream, make_gists, missing_gists, open_store
 from megacontext.tree import MegaContextTree, RamStore
+from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig
-from tests.helpers import make_model
+from tests.helpers import SESSION_GPT, K, disturbed_networks, make_model, session_settings
 
-V, K = 300, 4
-SETTINGS = MCConfig(
-    block_size=K,
-    allocator_soft_max=48,
-    allocator_recent_tokens=8,
-    mc_infer_refocus_interval=6,
-    mc_infer_allocator_iterations=2,
-    allocator_expand_threshold=0.0,
-    allocator_collapse_threshold=0.0,
-).resolve(64)
+V = SESSION_GPT.vocab_size
+SETTINGS = session_settings(allocator_expand_threshold=0.0, allocator_collapse_threshold=0.0)
 GIST_KEY = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "block_size": K}
 
 
@@ -46,19 +36,12 @@ def here(base_dir, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    config = GPTConfig(sequence_len=64, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
-    return make_model(config).eval()
+    return make_model(SESSION_GPT).eval()
 
 
 @pytest.fixture(scope="module")
 def networks():
-    torch.manual_seed(3)
-    networks = MCNetworks(32, SETTINGS).eval()
-    with torch.no_grad():
-        for p in networks.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    networks.gistnet.trained_levels.fill_(8)
-    return networks
+    return disturbed_networks(SETTINGS)
 
 
 def gist(children, level):
@@ -437,6 +420,24 @@ def test_a_stream_is_the_past_of_many_chats_and_not_changed_by_them(model, netwo
         chat.close()
     store.tokens.refresh()
     assert store.tokens.rows("tokens") == size
+
+
+def test_the_first_prompt_about_a_stream_looks_where_it_asks(model, networks, tmp_path):
+    """It refocuses as any prompt does, and the answer is read from what that chose."""
+    store = new_stream(tmp_path)
+    session = MCSession(model, networks, SETTINGS, store=store)
+    session.prefill(ids(700, 3)[0].tolist())
+    store.commit()
+    store.close()
+    chat = MCSession(model, networks, SETTINGS, store=open_store(tmp_path / "s", GIST_KEY), past=700)
+    assert chat.focus.records[0].refocuses == 0
+    logits = chat.prefill(PROMPTS[0])
+    assert chat.focus.records[0].refocuses == 1
+    unfocused = WorkingContext.initial(chat.num_tokens, K, chat.room, chat.recent)
+    assert not torch.equal(chat.context.lod_map, unfocused.lod_map)
+    x, positions = chat.tree.materialize(chat.context), chat.reader.positions(chat.context)
+    expected = model(inputs_embeds=x, cos_sin=positions)[:, -1]
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-4)
 
 
 def test_a_state_that_is_none_is_refused(model, networks, tmp_path):
