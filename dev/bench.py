@@ -81,6 +81,8 @@ class Config:
     """decode, mc-infer: tokens per row to measure, after some for warm-up; serve: tokens per answer"""
     stream_tokens: int = 65536
     """mc-infer: tokens in the tree of the longer of two streams; stream: in the longest"""
+    stream_filled: bool = False
+    """stream: of random tokens and gists, which takes seconds; else text is read in, which is measured, too"""
     device_type: str = ""
     """train, decode, serve: cuda, cpu or mps"""
     dtype: str = "auto"

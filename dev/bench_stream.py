@@ -22,7 +22,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.sources import stdlib_documents, stdlib_files
 from nanochat.tokenizer import RustBPETokenizer
 
-ANSWER = 256  # tokens of which the time is taken
+ANSWER = 512  # tokens of which the time is taken
 
 
 class Timed:
@@ -67,6 +67,18 @@ def at_this_length(folder, gist_key, make_session, engine):
     }
 
 
+def fill(store, length, vocab_size, n_embd):
+    """Random tokens and gists, until the stream is as long as that."""
+    while (n := store.count(0)) < length:
+        N = min(length, n + 2**20)
+        store.append(0, torch.randint(0, vocab_size, (1, N - n)))
+        level, nodes = 1, N // store.block_size
+        while nodes:
+            store.append(level, torch.randn(1, nodes - store.count(level), n_embd))
+            level, nodes = level + 1, nodes // store.block_size
+        store.commit()
+
+
 def bench_stream(config, show):
     """A row per length, ten times as long each, up to config.stream_tokens."""
     device = compute_init(config.device_type)[-1]
@@ -92,21 +104,25 @@ def bench_stream(config, show):
     spent, before = 0.0, 0
     with torch.no_grad():
         while length <= config.stream_tokens:
-            started = time.perf_counter()
-            for _ in streams.ingest(tree, documents, tokenizer, commit_seconds=0.5):
-                if store.count(0) >= length:
-                    break
-            store.commit()
-            took, n = time.perf_counter() - started, store.count(0)
-            parts = {
-                "tokenizer": tokenizer.encode_to_numpy.seconds,
-                "gistnet": gist.seconds,
-                "disk": store.commit.seconds,
-            }
-            spent += took
-            row = {"tokens": n, "tokens_per_second": (n - before) / took, "seconds": spent, **parts}
-            size = sum(path.stat().st_size for path in folder.rglob("*.*"))
-            row |= {"bytes_per_token": size / n, **at_this_length(folder, gist_key, make_session, engine)}
+            row = {}
+            if config.stream_filled:
+                fill(store, length, config.vocab_size, gpt.n_embd)
+            else:
+                started = time.perf_counter()
+                for _ in streams.ingest(tree, documents, tokenizer, commit_seconds=0.5):
+                    if store.count(0) >= length:
+                        break
+                store.commit()
+                took = time.perf_counter() - started
+                spent += took
+                row |= {"tokens_per_second": (store.count(0) - before) / took, "seconds": spent}
+                row |= {"tokenizer": tokenizer.encode_to_numpy.seconds, "gistnet": gist.seconds}
+                row |= {"disk": store.commit.seconds}
+            n, size = store.count(0), sum(path.stat().st_size for path in folder.rglob("*.*"))
+            if not rows:
+                at_this_length(folder, gist_key, make_session, engine)  # to warm up
+            row = {"tokens": n, "bytes_per_token": size / n, **row}
+            row |= at_this_length(folder, gist_key, make_session, engine)
             rows.append({key: round(value, 3) for key, value in row.items()})
             before, length = n, length * 10
     store.close()

@@ -14,15 +14,19 @@ A worker has one thread, and a session answers one job at a time: another one of
 import threading
 import time
 from array import array
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from megacontext import streams
 from megacontext.kept_chats import KeptChats
+from megacontext.look import look
 from megacontext.session import MCSession
 from megacontext.working_context import smallest_length
 from nanochat.serving.job import FocusState, Job
+
+KEPT_EDITS = 200  # refocuses that changed something, of each conversation
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class Held:
     prompt: array = field(default_factory=lambda: array("i"))  # of the last job
     answer: list[int] = field(default_factory=list)  # to it
     state: dict | None = None  # the newest that was told
+    edits: deque = field(default_factory=lambda: deque(maxlen=KEPT_EDITS))  # see `ChatSessions.edits`
     used: float = 0.0  # when it was taken last, by time.monotonic()
     num_tokens: int = 0
     num_bytes: int = 0
@@ -71,7 +76,7 @@ class ChatSessions:
             if held.is_kept and not held.forgotten:
                 if job.ids:  # else the prompt may have been given up, too
                     held.session.note(job.prompt + job.ids)
-                self.kept.save(held.conversation, held.session, held.session.focus_state())
+                self.kept.save(held.conversation, held.session, held.session.focus_state(), list(held.edits))
         except BaseException:  # in the middle of something: nobody knows what the session holds
             self._drop(held)
             raise
@@ -105,6 +110,7 @@ class ChatSessions:
             store, state = self.kept.open(held.conversation)
         options = {"store": store, "state": state} if store else {}
         held.is_kept = bool(store)
+        held.edits.extend(self.kept.edits(held.conversation) if store else ())
         held.session = self.make_session(on_update=partial(self._on_update, held), **options)
 
     def _find(self, prompt, conversation, idle=False):
@@ -125,6 +131,10 @@ class ChatSessions:
         if self.on_update:
             self.on_update(session, entries_read, watch)
         held.job.compacted |= session.context.coarsest > 0
+        changes = session.focus.records[0].changes
+        if changes:
+            told = {"time": round(time.time(), 1), "num_tokens": session.num_tokens}
+            held.edits.append(told | {"changes": [list(change) for change in changes]})
         self._tell(held)
 
     def _tell(self, held):
@@ -180,6 +190,29 @@ class ChatSessions:
         with self.lock:
             held = self._find(array("i"), conversation)
         return held.state if held else self.kept.view(conversation) if self.kept else None
+
+    def edits(self, conversation):
+        """
+        What the newest refocuses changed, oldest first: time (seconds since 1970), num_tokens there were then, changes
+        (first block, number of blocks, old and new level).
+        """
+        with self.lock:
+            held = self._find(array("i"), conversation)
+            return list(held.edits) if held else self.kept.edits(conversation) if self.kept else []
+
+    def look(self, conversation, question):
+        with self.lock:
+            held = self._find(array("i"), conversation)
+        if held:
+            return look(held.session, question)
+        store = self.kept.read(conversation) if self.kept else None
+        if store is None:
+            return None
+        session = self.make_session(store=store)
+        try:
+            return look(session, question)
+        finally:
+            session.close()
 
     def tokens(self, conversation, start, end):
         """With the past, if there is one."""

@@ -64,14 +64,19 @@ class KeptChats:
             return None, None
         return store, self._read(folder).get("session")
 
-    def save(self, name, session, view):
-        """Keep what the session holds; view: what `view` is to answer."""
+    def read(self, name):
+        """The store of a conversation that no session has, to be read only; None where there is none."""
+        folder = self._folder(name)
+        return streams.open_store(folder, self.gist_key, self.device) if folder.exists() else None
+
+    def save(self, name, session, view, edits=()):
+        """Keep what the session holds; view and edits: what the methods of these names are to answer."""
         try:
             session.tree.store.commit()
             path = self._folder(name) / "focus.json"
             with atomic_write(path, "w") as file:
                 os.fchmod(file.fileno(), 0o600)
-                json.dump({"session": session.state(), "view": view}, file)
+                json.dump({"session": session.state(), "view": view, "edits": edits}, file)
         except (UserError, OSError) as error:  # the answer has been given; the next one may find room
             self.refused += 1
             logger.error("an answer is not kept: %s", error)
@@ -88,6 +93,10 @@ class KeptChats:
     def view(self, name):
         """The focus at the end of the last answer; None where there is no such conversation."""
         return self._read(self._folder(name)).get("view")
+
+    def edits(self, name) -> list[dict]:
+        """What the newest refocuses changed, see ChatSessions.edits."""
+        return self._read(self._folder(name)).get("edits", [])
 
     def tokens(self, name, start, end) -> list[int] | None:
         """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""

@@ -372,28 +372,6 @@ def _check_tokenizer(tokens, checksum):
         raise UserError(f"{tokens.folder} was written with another tokenizer: put that back, or make a new stream")
 
 
-def find_text(tokens: Arrays, tokenizer, text, start=0):
-    """Where a text stands: yields (first token, end) for tokens from `start` on."""
-    needle, lengths = text.encode(), _byte_lengths(tokenizer)
-    overlap = len(needle)  # tokens of one byte, at the least
-    for first in range(start, tokens.rows("tokens"), PIECE_TOKENS):
-        ids = token_ids(tokens, first, first + PIECE_TOKENS + overlap)
-        content = tokenizer.enc.decode_bytes(ids)
-        ends = np.cumsum(lengths[ids])
-        at = content.find(needle)
-        while at >= 0:
-            token, end = (int(np.searchsorted(ends, byte, side="right")) for byte in (at, at + len(needle) - 1))
-            if token >= PIECE_TOKENS:
-                break
-            yield first + token, first + end + 1
-            at = content.find(needle, at + 1)
-
-
-@lru_cache(maxsize=1)
-def _byte_lengths(tokenizer):
-    return np.array([len(tokenizer.id_to_bytes(i)) for i in range(tokenizer.get_vocab_size())])
-
-
 def token_ids(tokens: Arrays, start, end) -> list[int]:
     """The tokens from start to end, so far as they are there."""
     return tokens.slice("tokens", start, min(end, tokens.rows("tokens")))[:, 0].tolist()

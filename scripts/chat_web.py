@@ -15,6 +15,10 @@ POST /chat/completions       {"messages": [{"role", "content"}], "temperature", 
                              event: focus, data: {"focus": {…}}; the name, 22 characters or more, is the key to
 POST /focus                  {"conversation"}: the last of these
 POST /focus/text             {"conversation", "start", "end"}: the tokens from start to end, as text
+POST /focus/blocks           {"conversation", "blocks": [n, …]}: the texts of these blocks
+POST /focus/edits            {"conversation"}: what the newest refocuses changed, and when
+POST /focus/find             {"conversation", "text", "start"}: where a text stands, from token start on, in pages
+POST /focus/look             {"conversation", "text"}: where LensNet would look for it
 POST /forget                 {"conversation"}: delete it
 POST /render                 {"texts": […]}: Markdown as safe HTML
 GET /health, /stats, /config

@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +41,7 @@ from megacontext.tree import MegaContextTree
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, autocast, compute_init
 from nanochat.configurator import run, short
+from nanochat.find import find_text
 from nanochat.options import ModelOptions
 from nanochat.sources import decode_text, folder_documents, folder_files
 
@@ -186,7 +188,8 @@ def show(config, folder):
         return
     tokenizer = streams.tokenizer_of(tokens)
     if config.find:
-        for start, end in itertools.islice(streams.find_text(tokens, tokenizer, config.find), 20):
+        found = find_text(partial(streams.token_ids, tokens), tokenizer, config.find, 0, tokens.rows("tokens"))
+        for start, end in itertools.islice(found, 20):
             around = tokenizer.decode(streams.token_ids(tokens, max(0, start - 12), end + 12))
             print(f"{start:>12,}  {' '.join(around.split())}")
     if config.at >= 0:

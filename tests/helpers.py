@@ -57,8 +57,8 @@ SESSION_GPT = GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=4, n_k
 
 
 def session_settings(**options) -> MCConfig:
-    options = {"mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 2, **options}
-    return MCConfig(block_size=K, allocator_soft_max=48, allocator_recent_tokens=RECENT, **options).resolve(T)
+    usual = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 2}
+    return MCConfig(block_size=K, allocator_recent_tokens=RECENT, **usual | options).resolve(T)
 
 
 def disturbed_networks(settings):

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import httpx
 import torch
 
+from megacontext.arrays import Arrays
 from megacontext.chat_sessions import ChatSessions
 from megacontext.config import MCConfig
 from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
+from megacontext.streams import open_store
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.app import create_app
@@ -244,6 +246,11 @@ class Watched(MCSession):
             self.inside.release()
 
 
+def _about(make, folder, key, **options):
+    store = open_store(folder, key)
+    return make(store=store, past=store.count(0), **options)
+
+
 @contextlib.contextmanager
 def serving_mc(
     tokenizer,
@@ -256,11 +263,12 @@ def serving_mc(
     batch_size=4,
     keep_in=None,
     bounds=None,
+    about=None,
 ):
     """
     A running server. Yields .url, .client, .pool, .sessions (of each worker) and .made (sessions ever made).
 
-    keep_in: a folder for conversations that outlive it.
+    keep_in: a folder for conversations that outlive it. about: a stream's folder, the past of all conversations.
     """
     made, pool = [], WorkerPool(queue_size, on_end, batch_size)
     server = Server(create_app(pool, LIMITS), pool)
@@ -271,9 +279,12 @@ def serving_mc(
     for _ in range(workers):
         engine, networks, config = tiny(tokenizer)
         make = partial(Watched, engine.model, networks, config, decoder=engine.decoder, made=made)
+        if about:
+            make = partial(_about, make, about, gist_key(tokenizer))
         engines.append(engine)
         on_disk = KeptChats(keep_in, gist_key(tokenizer), bounds=bounds or Bounds()) if keep_in else None
-        kept.append(ChatSessions(make, config, limit, on_update, on_disk))
+        past = Arrays(about) if about else None
+        kept.append(ChatSessions(make, config, limit, on_update, on_disk, past))
     pool.start(engines, model, kept)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:

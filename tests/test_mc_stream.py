@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
+from nanochat.find import find_text
 from nanochat.tokenizer import get_tokenizer
 from tests.helpers import ROOT, call_script, until
 
@@ -117,11 +119,14 @@ def test_find_text_finds_every_place_across_pieces(text, capsys, monkeypatch):
     tokens = Arrays(streams.stream_folder("hay"))
     tokenizer, whole = get_tokenizer(), "<|bos|>" + "<|bos|>".join(documents_of(text))
     for needle in ("import", "def ", "鯨", "a" * 200):
-        monkeypatch.setattr(streams, "PIECE_TOKENS", 97)
-        found = list(streams.find_text(tokens, tokenizer, needle))
-        assert len(found) == whole.count(needle)
+        monkeypatch.setattr("nanochat.find.PIECE_TOKENS", 97)
+        n = tokens.rows("tokens")
+        found = list(find_text(partial(streams.token_ids, tokens), tokenizer, needle, 0, n))
+        assert len(found) == whole.lower().count(needle.lower())
+        middle = list(find_text(partial(streams.token_ids, tokens), tokenizer, needle.upper(), n // 3, n // 2))
+        assert middle == [place for place in found if n // 3 <= place[0] < n // 2]
         for start, end in found:
-            assert needle in tokenizer.decode(streams.token_ids(tokens, start, end))
+            assert needle.lower() in tokenizer.decode(streams.token_ids(tokens, start, end)).lower()
 
 
 @pytest.mark.parametrize("when", [0.0, 0.4])

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from nanochat.markdown import render_markdown
-from nanochat.serving import openai_api, schema
+from nanochat.serving import explore, openai_api, schema
 from nanochat.serving.job import Done, Failed, FocusState, Piece
 from nanochat.serving.openai_format import error_body
 from nanochat.serving.page import page_files
@@ -137,6 +137,8 @@ def create_app(
         end = min(body.end, body.start + schema.SHOWN_TOKENS)
         ids = service.sessions_of(body.conversation).tokens(body.conversation, body.start, end)
         return {"text": None if ids is None else readable(pool.tokenizer, ids)}
+
+    app.include_router(explore.create_router(service))
 
     @app.post("/forget")
     async def forget(body: schema.FocusRequest):

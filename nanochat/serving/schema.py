@@ -14,6 +14,7 @@ TOP_K = (1, 200)
 MAX_TOKENS = (1, 4096)
 RENDER_CHARS = 200_000
 STOP_CHARS = 10_000  # of all stop strings together
+FOUND_PLACES = 20  # in one answer to /focus/find
 SHOWN_TOKENS = 256  # of a conversation, in one answer to /focus/text
 
 
@@ -139,6 +140,26 @@ class TextRequest(FocusRequest):
 
     start: Annotated[int, Field(ge=0)]
     end: Annotated[int, Field(ge=0)]
+
+
+class BlocksRequest(FocusRequest):
+    """POST /focus/blocks: the texts of these blocks, or, from where each begins, of so many tokens."""
+
+    blocks: Annotated[list[Annotated[int, Field(ge=0, lt=2**48)]], Field(max_length=64)]
+    tokens: Annotated[int, Field(ge=1, le=SHOWN_TOKENS)] | None = None
+
+
+class FindRequest(FocusRequest):
+    """POST /focus/find: places of a text from token `start` on."""
+
+    text: Annotated[str, Field(min_length=1, max_length=1000)]
+    start: Annotated[int, Field(ge=0, lt=2**48)] = 0
+
+
+class LookRequest(FocusRequest):
+    """POST /focus/look: where the model would look for this."""
+
+    text: Annotated[str, Field(min_length=1, max_length=4000)]
 
 
 class RenderRequest(Strict):

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,6 +23,7 @@ from nanochat.serving.job import Done, Failed, Job, Outbox, Scored
 
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER = 60  # seconds
+MAX_CALLS = 8  # that wait for one worker
 
 
 class Unavailable(Exception):
@@ -72,6 +74,15 @@ class Sessions(Protocol):
     def tokens(self, conversation: str, start: int, end: int) -> list[int] | None:
         """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
 
+    def edits(self, conversation: str) -> list[dict]:
+        """The newest changes of the focus in this conversation, oldest first; see POST /focus/edits."""
+
+    def look(self, conversation: str, question: list[int]) -> list | None:
+        """
+        Places in which the answer to a question may stand, for POST /focus/look; None where there is no such
+        conversation. For the worker's thread.
+        """
+
     def forget(self, conversation: str) -> None:
         """Delete a conversation, at the end of its answer if there is one now."""
 
@@ -98,6 +109,7 @@ class Worker:
         self.batch = None
         self.scoring = deque()  # (_Making, what `score` yields) of those whose prompt comes first
         self.making = {}  # stream → _Making
+        self.calls = deque()  # (function, Future) for `step` to call
         self.jobs = []  # of all these
         self.served = self.failed = 0
         self.outbox = Outbox()
@@ -153,7 +165,14 @@ class Worker:
             self._add(making)
 
     def step(self):
-        """A step of all answers; their clients hear of it at its end."""
+        """A step of all answers; their clients hear of it at its end. Before it, one call of those that wait."""
+        if self.calls:
+            function, future = self.calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:  # whoever asked hears of it
+                    future.set_exception(error)
         if self.scoring:
             self._score()
         try:
@@ -294,6 +313,18 @@ class WorkerPool:
             self.waiting.append(job)
             self.changed.notify_all()
 
+    def call(self, sessions, function) -> Future:
+        """What function() gives, called in the thread of the worker that has these sessions. Raises Unavailable."""
+        [worker] = [worker for worker in self.workers if worker.sessions is sessions]
+        with self.changed:
+            self.check_ready()
+            if len(worker.calls) >= MAX_CALLS:
+                raise Unavailable("the server is busy: others are searching", 5)
+            future = Future()
+            worker.calls.append((function, future))
+            self.changed.notify_all()
+        return future
+
     def cancel(self, job):
         """Nobody waits for this job any more. Does nothing if it has ended."""
         with self.changed:
@@ -376,10 +407,12 @@ class WorkerPool:
         """Let a worker begin with all jobs that are its own, waiting for one if it has none. False at the end."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: worker.jobs or self._next(worker) or self.state == "closed")
+                self.changed.wait_for(
+                    lambda: worker.jobs or worker.calls or self._next(worker) or self.state == "closed"
+                )
                 job = self._next(worker)
                 if job is None:
-                    return bool(worker.jobs)
+                    return bool(worker.jobs or worker.calls)
                 self.waiting.remove(job)
                 worker.jobs.append(job)
                 self.changed.notify_all()  # others may have the least to do now

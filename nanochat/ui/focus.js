@@ -280,6 +280,8 @@ export function setUpFocus(settings) {
   if (chat) showFocus(chat);
 }
 
+export const shownChat = () => chat;
+
 export function showFocus(shown) {
   if (shown !== chat) leave();
   chat = shown;

@@ -7,6 +7,7 @@ import { draw, openChat, state } from "./page.js";
 import { loadConfig, server } from "./settings.js";
 import { setSidebar } from "./sidebar.js";
 import { drawTheme } from "./theme.js";
+import "./explore.js";
 import "./scroll.js";
 
 document.addEventListener("keydown", (event) => {

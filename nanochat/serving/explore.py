@@ -1,0 +1,66 @@
+"""Endpoints of the page with which a long conversation is looked through: /focus/edits, blocks, find and look."""
+
+import asyncio
+from dataclasses import asdict
+from itertools import islice
+
+from fastapi import APIRouter
+
+from nanochat.find import find_text
+from nanochat.serving import schema
+from nanochat.serving.schema import ApiError
+from nanochat.serving.service import unavailable_as_503
+from nanochat.streaming import readable
+
+SCANNED_TOKENS = 2**21  # in one answer to /focus/find
+AROUND = 12  # tokens shown before and after what was found
+
+
+def create_router(service):
+    """An APIRouter; each path takes the conversation's name."""
+    router = APIRouter(prefix="/focus")
+
+    def texts(conversation, spans):
+        """The text of each span of tokens [start, end)."""
+        sessions = service.sessions_of(conversation)
+        tokens = (sessions.tokens(conversation, *span) for span in spans)
+        return [readable(service.pool.tokenizer, ids) if ids else "" for ids in tokens]
+
+    @router.post("/edits")
+    async def edits(body: schema.FocusRequest):
+        return {"edits": service.sessions_of(body.conversation).edits(body.conversation)}
+
+    @router.post("/blocks")
+    async def blocks(body: schema.BlocksRequest):
+        K = service.sessions_of(body.conversation).describe()["block_size"]
+        spans = [(i * K, i * K + min(body.tokens or K, schema.SHOWN_TOKENS)) for i in body.blocks]
+        return {"texts": await asyncio.to_thread(texts, body.conversation, spans)}
+
+    def search(conversation, text, start):
+        sessions, end = service.sessions_of(conversation), start + SCANNED_TOKENS
+
+        def read(first, last):
+            return sessions.tokens(conversation, first, last) or []
+
+        found = list(islice(find_text(read, service.pool.tokenizer, text, start, end), schema.FOUND_PLACES))
+        then = found[-1][0] + 1 if len(found) == schema.FOUND_PLACES else end
+        around = texts(conversation, [(max(0, first - AROUND), last + AROUND) for first, last in found])
+        places = [{"start": a, "end": b, "text": text} for (a, b), text in zip(found, around, strict=True)]
+        return {"found": places, "next": then if read(then, then + 1) else None}
+
+    @router.post("/find")
+    async def find(body: schema.FindRequest):
+        return await asyncio.to_thread(search, body.conversation, body.text, body.start)
+
+    @router.post("/look")
+    async def look(body: schema.LookRequest):
+        sessions = service.sessions_of(body.conversation)
+        ids = service.pool.tokenizer.encode(body.text)
+        with unavailable_as_503():
+            answer = service.pool.call(sessions, lambda: sessions.look(body.conversation, ids))
+        places = await asyncio.wrap_future(answer)
+        if places is None:
+            raise ApiError(404, "there is no such conversation here", "not_found")
+        return {"places": [asdict(place) for place in places]}
+
+    return router
