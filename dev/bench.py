@@ -49,6 +49,7 @@ from nanochat.engine import CacheSession
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.loop import accumulation_steps, maybe_compile
+from nanochat.ranges import Count, Range
 from nanochat.sampling import Sampler, Sampling
 from nanochat.sharding import clip_gradients
 from nanochat.sources import stdlib_documents, stdlib_files
@@ -59,27 +60,27 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 class Config:
     benchmark: str = ""
     """tokenizer, loader, train, loss, decode, sample, serve, stream, mc or mc-infer; also as the first word"""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """tokens"""
-    repeat: int = 3
+    repeat: Count = 3
     """repetitions, of which the fastest counts"""
-    device_batch_size: int = 8
+    device_batch_size: Count = 8
     """loader, train, loss: B"""
-    max_seq_len: int = 512
+    max_seq_len: Count = 512
     """loader, train, loss, serve: T; mc-infer: entries of the working context"""
-    total_batch_size: int = -1
+    total_batch_size: Count = -1
     """train: tokens per step; -1 for B × T"""
-    depth: int = 4
+    depth: Annotated[int, Range(1, 1000)] = 4
     """train, loss, decode, serve: layers"""
     mc: bool = False
     """train: with MegaContext, half-way through the training"""
-    steps: int = 10
+    steps: Count = 10
     """train: steps to measure, after 3 for warm-up"""
-    prompt_tokens: int = 64
+    prompt_tokens: Count = 64
     """decode, serve: length of the prompt"""
-    new_tokens: int = 100
+    new_tokens: Count = 100
     """decode, mc-infer: tokens per row to measure, after some for warm-up; serve: tokens per answer"""
-    stream_tokens: int = 65536
+    stream_tokens: Count = 65536
     """mc-infer: tokens in the tree of the longer of two streams; stream: in the longest"""
     stream_filled: bool = False
     """stream: of random tokens and gists, which takes seconds; else text is read in, which is measured, too"""

@@ -13,12 +13,12 @@ import re
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 from megacontext.config import MCConfig
 from megacontext.inference import MCInference
 from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS, metric_of
 from nanochat.common import atomic_write
+from nanochat.ranges import Range, rules
 
 VAULT = Path(__file__).resolve().parent.parent / "obsidian"
 BLOCK = re.compile(r"(<!-- dev\.docs: (\w+) -->\n).*?(<!-- /dev\.docs -->)", re.DOTALL)
@@ -45,11 +45,11 @@ def table(heads, rows) -> str:
 def flags() -> str:
     """Tables of MCConfig's fields, one per group."""
     again = {field.name for field in fields(MCInference)}
-    helps, groups = option_helps(MCConfig), {}
+    helps, groups, allowed = option_helps(MCConfig), {}, rules(MCConfig)
     for field in fields(MCConfig):
         group, text = helps[field.name]
-        values = ", ".join(f"`{v}`" for v in get_args(field.type)) if get_origin(field.type) is Literal else ""
-        values = values or {bool: "`0`, `1`", int: "whole number", float: "number"}[field.type]
+        values = (0, 1) if field.type is bool else allowed[field.name]
+        values = str(values) if isinstance(values, Range) else ", ".join(f"`{v}`" for v in values)
         default = int(field.default) if field.type is bool else field.default
         row = [f"`--{field.name}`", f"`{default}`", values, text, "yes" if field.name in again else ""]
         groups.setdefault(group, []).append(row)

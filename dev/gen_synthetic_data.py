@@ -10,9 +10,11 @@ own, write any file of this form by hand or with another model's help: midtraini
 import json
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run
+from nanochat.ranges import CountOr0, Range
 
 # Topics: the ways to ask, the ways to answer.
 WHO = (
@@ -83,9 +85,9 @@ OPENERS = ["", "", "", "Hi, ", "Hello, ", "Hey, ", "Hi {name}, ", "So, ", "Pleas
 
 @dataclass
 class Config:
-    num: int = 1000
+    num: Annotated[int, Range(1, 100_000)] = 1000
     """number of conversations"""
-    seed: int = 42
+    seed: CountOr0 = 42
     """random seed"""
     name: str = "nanochat"
     """name of the model"""
@@ -128,8 +130,6 @@ def generate(num: int, seed: int, name: str) -> list[list[dict]]:
 
 
 def main(config: Config):
-    if not 1 <= config.num <= 100_000:
-        raise UserError(f"expected --num from 1 to 100000, got {config.num}")
     if not config.name.strip() or "{" in config.name or "}" in config.name:
         raise UserError(f"expected --name to be a name without braces, got {config.name!r}")
     path = get_base_dir() / "identity_conversations.jsonl"

@@ -32,6 +32,7 @@ import psutil
 
 from nanochat.common import UserError
 from nanochat.configurator import run
+from nanochat.ranges import Amount, Count, CountOr0
 
 HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -40,17 +41,17 @@ HOSTS = ("127.0.0.1", "localhost", "::1")
 class Config:
     url: str = "http://127.0.0.1:8000"
     """address of the server, on this machine"""
-    pid: int = 0
+    pid: CountOr0 = 0
     """process id of the server, to report its memory; 0 for no report"""
-    chats: int = 20
+    chats: Count = 20
     """number of simultaneous chats"""
-    minutes: float = 10.0
+    minutes: Amount = 10.0
     """duration"""
-    turns: int = 12
+    turns: Count = 12
     """turns of a conversation before the chat starts a new one"""
-    max_tokens: int = 32
+    max_tokens: Count = 32
     """tokens per answer, at most"""
-    restarts: int = 0
+    restarts: CountOr0 = 0
     """how often a server of its own is ended, every other time by SIGKILL, with a turn of each chat between"""
     serve: str = ""
     """options of scripts.chat_web for --restarts"""

@@ -1,11 +1,11 @@
 """The settings of MegaContext. A field's name is its option's name; -1 stands for a value derived from others."""
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from megacontext.working_context import old_blocks, smallest_length
 from nanochat.common import UserError
+from nanochat.ranges import Amount, Count, CountOr0, Fraction, Range, check
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class MCConfig:
     """All settings, checked on construction (UserError). `resolve` replaces each -1 by a number."""
 
     # Tree
-    block_size: int = 32
+    block_size: Annotated[int, Range(2)] = 32
     """K: number of tokens, or of gists of the level below, that one gist stands for"""
     mc_tree: Literal["ram", "disk"] = "ram"
     """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
@@ -38,30 +38,30 @@ class MCConfig:
     # Focus allocator
     allocator: Literal["greedy", "stochastic_greedy"] = "greedy"
     """take the best edits, or draw at random among the best"""
-    allocator_sample_top_k: int = 4
+    allocator_sample_top_k: Count = 4
     """stochastic_greedy: number of candidates from which an edit is drawn"""
-    allocator_sample_temperature: float = 1.0
+    allocator_sample_temperature: Annotated[float, Range(1e-6, 1e30)] = 1.0
     """stochastic_greedy: temperature of the draw"""
-    allocator_soft_max: int = -1
+    allocator_soft_max: Count = -1
     """budget: most entries of a working context; -1 for max_seq_len"""
-    allocator_recent_tokens: int = -1
+    allocator_recent_tokens: CountOr0 = -1
     """newest tokens that are never compressed; -1 for 1/16 of max_seq_len in whole blocks"""
-    allocator_expand_threshold: float = 0.1
+    allocator_expand_threshold: Fraction = 0.1
     """minimum score for expanding an entry, 0 to 1"""
-    allocator_collapse_threshold: float = 0.1
+    allocator_collapse_threshold: Fraction = 0.1
     """siblings collapse if their highest score is at most minus this, 0 to 1"""
-    allocator_max_replacements: int = 4
+    allocator_max_replacements: Count = 4
     """edits per round, at most"""
-    allocator_iterations: int = 1
+    allocator_iterations: Count = 1
     """rounds of scoring and editing per refocus"""
     # Training
-    mc_num_random_variants: int = 2
+    mc_num_random_variants: Count = 2
     """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
-    mc_train_wc_length: int = -1
+    mc_train_wc_length: Count = -1
     """entries per variant at the end of training; -1 for 20% of max_seq_len, or for two open blocks"""
-    mc_max_counterfactuals: int = 4
+    mc_max_counterfactuals: Count = 4
     """random working contexts on which LensNet is trained, per sequence that is read in full"""
-    mc_lens_loss_weight: float = 1.0
+    mc_lens_loss_weight: Amount = 1.0
     """weight of LensNet's loss in the sum; it also multiplies LensNet's learning rates. 0: LensNet is not trained"""
     mc_auto_batch: bool = True
     """split micro-batches for which MegaContext needs more memory than the plain model"""
@@ -70,30 +70,17 @@ class MCConfig:
     mc_freeze_base: bool = False
     """train GistNet and LensNet only, and leave the model unchanged"""
     # Evaluation and inference
-    mc_eval_soft_max_length: int = -1
+    mc_eval_soft_max_length: Count = -1
     """budget of working contexts in validation; -1 for what a refocus of a session may leave"""
-    mc_infer_allocator_max_replacements: int = -1
+    mc_infer_allocator_max_replacements: Count = -1
     """edits per round in inference, at most; -1 for allocator_max_replacements"""
-    mc_infer_allocator_iterations: int = -1
+    mc_infer_allocator_iterations: Count = -1
     """rounds per refocus in inference; -1 for allocator_iterations"""
-    mc_infer_refocus_interval: int = 32
+    mc_infer_refocus_interval: Count = 32
     """generated tokens between two refocuses"""
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if get_origin(field.type) is Literal:
-                choices = get_args(field.type)
-                _expect(field.name, value, value in choices, f"one of {', '.join(map(str, choices))}")
-            elif field.name in AT_LEAST:
-                least, derivable = AT_LEAST[field.name], field.default == -1
-                what = f"{least} or more{', or -1' * derivable}"
-                _expect(field.name, value, value >= least or (derivable and value == -1), what)
-        T, weight = self.allocator_sample_temperature, self.mc_lens_loss_weight
-        _expect("allocator_sample_temperature", T, 1e-6 <= T < math.inf, "a number of 1e-6 or more")
-        _expect("mc_lens_loss_weight", weight, 0 <= weight < math.inf, "a number of 0 or more")
-        for name in ("allocator_expand_threshold", "allocator_collapse_threshold"):
-            _expect(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        check(self)
 
     def resolve(self, max_seq_len: int) -> "MCConfig":
         """
@@ -150,23 +137,6 @@ class MCConfig:
     def _derive(self, **values):
         """These settings with the given values for those that are -1."""
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) == -1})
-
-
-AT_LEAST = {  # fields whose default is -1 may also be -1
-    "block_size": 2,
-    "allocator_sample_top_k": 1,
-    "allocator_soft_max": 1,
-    "allocator_recent_tokens": 0,
-    "allocator_max_replacements": 1,
-    "allocator_iterations": 1,
-    "mc_num_random_variants": 1,
-    "mc_train_wc_length": 1,
-    "mc_max_counterfactuals": 1,
-    "mc_eval_soft_max_length": 1,
-    "mc_infer_allocator_max_replacements": 1,
-    "mc_infer_allocator_iterations": 1,
-    "mc_infer_refocus_interval": 1,
-}
 
 
 def _expect(name, value, holds, what):

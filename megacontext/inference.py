@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -11,6 +11,7 @@ from megacontext.networks import load_networks
 from megacontext.session import MCSession
 from nanochat.common import UserError
 from nanochat.decode import Decoder
+from nanochat.ranges import Count, CountOr0, Fraction, Range
 
 
 @dataclass
@@ -19,23 +20,23 @@ class MCInference:
 
     allocator: Literal["", "greedy", "stochastic_greedy"] = ""
     """take the best edits, or draw at random among the best"""
-    allocator_sample_top_k: int = -1
+    allocator_sample_top_k: Count = -1
     """stochastic_greedy: number of candidates from which an edit is drawn"""
-    allocator_sample_temperature: float = -1.0
+    allocator_sample_temperature: Annotated[float, Range(1e-6, 1e30)] = -1.0
     """stochastic_greedy: temperature of the draw"""
-    allocator_soft_max: int = -1
+    allocator_soft_max: Count = -1
     """budget: most entries of the working context"""
-    allocator_recent_tokens: int = -1
+    allocator_recent_tokens: CountOr0 = -1
     """newest tokens that are never compressed"""
-    allocator_expand_threshold: float = -1.0
+    allocator_expand_threshold: Fraction = -1.0
     """minimum score for expanding an entry, 0 to 1"""
-    allocator_collapse_threshold: float = -1.0
+    allocator_collapse_threshold: Fraction = -1.0
     """siblings collapse if their highest score is at most minus this, 0 to 1"""
-    mc_infer_allocator_max_replacements: int = -1
+    mc_infer_allocator_max_replacements: Count = -1
     """edits per round, at most"""
-    mc_infer_allocator_iterations: int = -1
+    mc_infer_allocator_iterations: Count = -1
     """rounds of scoring and editing per refocus"""
-    mc_infer_refocus_interval: int = -1
+    mc_infer_refocus_interval: Count = -1
     """generated tokens between two refocuses"""
     mc_tree: Literal["", "ram", "disk"] = ""
     """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""

@@ -22,6 +22,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from nanochat.common import UserError, fail
+from nanochat.ranges import check
 
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
@@ -99,20 +100,22 @@ def _settings(path) -> list[str]:
 
 def parse(config_class, argv=None):
     """
-    An instance of config_class from the command line. Exits with a message for invalid options; raises UserError for an
-    invalid settings file.
+    An instance of config_class from the command line. Exits with a message for options of other names and types; raises
+    UserError for numbers out of range and an invalid settings file.
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
     if argv and argv[0].endswith(".py") and not argv[0].startswith("-"):
         argv = _settings(argv[0]) + argv[1:]
     argv = _spell_out_booleans(argv, _booleans(config_class))
-    return tyro.cli(
+    config = tyro.cli(
         config_class,
         args=argv,
         description=sys.modules[config_class.__module__].__doc__,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
+    check(config)
+    return config
 
 
 REMEDIES = {  # for what a machine may refuse a program

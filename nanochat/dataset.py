@@ -31,6 +31,7 @@ from nanochat import recall, sources
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run, short
 from nanochat.download import fetch_from_hub, locked
+from nanochat.ranges import Count, CountOr0
 
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
 VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
@@ -278,43 +279,39 @@ def _build(record, make_shards, num_files, data_dir):
 
 @dataclass
 class Config:
-    num_files: Annotated[int, short("-n")] = -1
+    num_files: Annotated[Count, short("-n")] = -1
     """training shards, -1 for all; the validation shard comes on top"""
-    num_workers: Annotated[int, short("-w")] = 4
+    num_workers: Annotated[Count, short("-w")] = 4
     """parallel downloads"""
     source: str = "hub"
     """hub (FineWeb-Edu), stdlib (Python's standard library), recall (generated documents whose later parts ask for
     facts of earlier ones), or a folder of text, code, .jsonl, .parquet"""
     # For --source recall
-    seed: int = 0
+    seed: CountOr0 = 0
     """recall: another seed gives other documents"""
-    recall_documents: int = 8000
+    recall_documents: Count = 8000
     """recall: training documents; 5% more are for validation"""
-    recall_chars: int = recall.Sizes.chars
+    recall_chars: Count = recall.Sizes.chars
     """recall: characters of a document"""
-    recall_questions: int = recall.Sizes.questions
+    recall_questions: CountOr0 = recall.Sizes.questions
     """recall: facts of a document that are asked for"""
-    recall_tables: int = recall.Sizes.tables
+    recall_tables: CountOr0 = recall.Sizes.tables
     """recall: tables of a document; one cell of each is asked for"""
-    recall_distractors: int = recall.Sizes.distractors
+    recall_distractors: CountOr0 = recall.Sizes.distractors
     """recall: facts of a document that are not asked for"""
-    recall_words: int = recall.Sizes.words
+    recall_words: Count = recall.Sizes.words
     """recall: size of the vocabulary that a document has to itself"""
-    recall_min_distance: int = recall.Sizes.min_distance
+    recall_min_distance: Count = recall.Sizes.min_distance
     """recall: characters from a fact to the answer, at least; the distances are log-uniform"""
-    recall_max_distance: int = recall.Sizes.max_distance
+    recall_max_distance: Count = recall.Sizes.max_distance
     """recall: characters from a fact to the answer, at most; -1 for as far as the document reaches"""
-    recall_times: int = recall.Sizes.times
+    recall_times: Count = recall.Sizes.times
     """recall: times that each is asked for, at distances of their own"""
     recall_ask: bool = recall.Sizes.ask
     """recall: ask for facts; 0 tells them again instead, which a small model learns sooner"""
 
 
 def main(config: Config):
-    if config.num_files != -1 and config.num_files < 1:
-        raise UserError(f"expected -n 1 or more training shards, or -1 for all, got {config.num_files}")
-    if config.num_workers < 1:
-        raise UserError(f"expected -w 1 or more download workers, got {config.num_workers}")
     data_dir = get_data_dir()
     if config.source == "hub":
         count = download_hub(config.num_files, config.num_workers, data_dir)

@@ -1,10 +1,11 @@
 """
 Files from the Hugging Face hub and from other servers, by huggingface_hub: it goes on where a cut connection ended,
-checks sizes, and waits as it is told when there are too many requests.
+checks sizes, and waits as it is told when there are too many requests. Hashes are checked here.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -17,6 +18,8 @@ from nanochat.common import atomic_write
 
 RETRIES = 5  # of a server that is out of order
 BACKOFF_SECONDS = 1.0  # before the first retry; doubles with each
+# A wrong hash; and after a fault in one thread, huggingface_hub closes the connections that others are about to use
+BY_CHANCE = RuntimeError, AttributeError
 
 
 @contextlib.contextmanager
@@ -53,16 +56,26 @@ def fetch_from_hub(repo: str, names: list[str], folder: Path, workers: int) -> d
 
     When the first `workers` files all fail, the hub counts as out of reach and the rest is not tried.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar is enough
-    failed, done = {}, 0
+    failed, done, incoming = {}, 0, folder / ".incoming"
+
+    def transfer(name):
+        path = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=incoming))  # which checks its size
+        expected = get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset")).etag
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if len(expected) == len(digest) and expected != digest:  # small files have another kind of hash
+            path.unlink()
+            raise RuntimeError(f"expected a file with the SHA-256 {expected}, got {digest}")
+        os.replace(path, folder / name)
 
     def attempt(name):
-        return name, _attempts(lambda: hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
+        return name, _attempts(lambda: transfer(name))
 
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # what killed processes left
+    shutil.rmtree(incoming, ignore_errors=True)  # what killed processes left
     try:
         with ThreadPool(workers) as pool:  # its threads are no reason to wait after Ctrl-C
             for name, reason in progress.track(pool.imap_unordered(attempt, names), "downloading", len(names)):
@@ -73,7 +86,7 @@ def fetch_from_hub(repo: str, names: list[str], folder: Path, workers: int) -> d
                 if not done and len(failed) == workers:
                     return failed | {name: "not tried" for name in names if name not in failed}
     finally:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        shutil.rmtree(incoming, ignore_errors=True)
     return failed
 
 
@@ -85,9 +98,8 @@ def _attempts(transfer) -> str | None:
         try:
             transfer()
             return None
-        except (OSError, HTTPError, RuntimeError) as error:
+        except (OSError, HTTPError, *BY_CHANCE) as error:
             status = getattr(getattr(error, "response", None), "status_code", 0)
-            # RuntimeError: after a fault in one thread, huggingface_hub closes the connections of all
-            if attempt == RETRIES or not (status >= 500 or isinstance(error, RuntimeError)):
+            if attempt == RETRIES or not (status >= 500 or isinstance(error, BY_CHANCE)):
                 return str(error.__cause__ or error).partition("\n")[0]  # huggingface_hub says it in its cause
             time.sleep(BACKOFF_SECONDS * 2**attempt)

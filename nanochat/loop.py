@@ -20,10 +20,6 @@ from nanochat.dataset import list_row_groups
 
 def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_size) -> int:
     """Number of micro-batches that each process accumulates for one step of total_batch_size tokens."""
-    if device_batch_size < 1 or max_seq_len < 1:
-        raise UserError(
-            f"device_batch_size and max_seq_len must be at least 1, got {device_batch_size} and {max_seq_len}"
-        )
     tokens = device_batch_size * max_seq_len * world_size
     if total_batch_size < tokens or total_batch_size % tokens:
         fits = max(1, round(total_batch_size / tokens)) * tokens
@@ -51,7 +47,7 @@ class MicroBatches:
 
     def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None, piece=0):
         _, rank, _, world_size = get_dist_info()
-        if streams < 1 or B % streams:
+        if B % streams:
             raise UserError(f"streams must divide the device_batch_size of {B}, got {streams}")
         turns = accumulation if accumulation * world_size * streams <= len(list_row_groups("train")) else 1
         total = turns * world_size * streams
@@ -138,16 +134,9 @@ def maybe_compile(model, mode: str, device):
     return model
 
 
-def steps_asked_for(num_iterations) -> int | None:
-    """--num_iterations; None for -1, which leaves it to another option. UserError for 0 and the like."""
-    if num_iterations != -1 and num_iterations < 1:
-        raise UserError(f"num_iterations must be 1 or more, or -1 for the usual horizon, got {num_iterations}")
-    return None if num_iterations == -1 else num_iterations
-
-
 def passes(examples, num_iterations, num_epochs, per_step) -> int:
     """Steps of `per_step` examples: num_iterations, or with -1 num_epochs passes over all examples."""
-    steps = steps_asked_for(num_iterations) or examples * num_epochs // per_step
+    steps = num_iterations if num_iterations > 0 else examples * num_epochs // per_step
     if steps < 1:
         raise UserError(f"{examples} conversations are less than one step of {per_step}")
     return steps

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat.configurator import OptionalInt, short
+from nanochat.ranges import Amount, Count, Every, Range
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ModelOptions:
 
     model_tag: Annotated[str, short("-g")] = ""
     """name of the model's folder; empty for the largest model"""
-    step: Annotated[OptionalInt, short("-s", "--model_step")] = None
+    step: Annotated[OptionalInt, Range(0, or_minus_one=True), short("-s", "--model_step")] = None
     """step of the checkpoint; -1 for the newest"""
 
 
@@ -34,9 +35,9 @@ class TrainingOptions(DeviceOptions):
     """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
     compile: str = "auto"
     """auto (on for CUDA), on or off: torch.compile"""
-    save_every: int = -1
+    save_every: Every = -1
     """steps between checkpoints; -1 for one at the end only"""
-    keep_last: int = -1
+    keep_last: Count = -1
     """number of checkpoints to keep, the newest ones; -1 for all"""
     resume: bool = True
     """resume from the newest checkpoint in the folder, if any; 0 moves old checkpoints aside and starts again"""
@@ -46,11 +47,11 @@ class TrainingOptions(DeviceOptions):
 class OptimizerOptions:
     """Learning rates for a model of width 768; they are scaled for other widths."""
 
-    embedding_lr: float = 0.2
+    embedding_lr: Amount = 0.2
     """AdamW, token embedding"""
-    unembedding_lr: float = 0.004
+    unembedding_lr: Amount = 0.004
     """AdamW, head"""
-    matrix_lr: float = 0.02
+    matrix_lr: Amount = 0.02
     """Muon, block matrices"""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """AdamW"""

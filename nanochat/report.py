@@ -16,12 +16,13 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info
 from nanochat.configurator import run
+from nanochat.ranges import Range
 from nanochat.report_header import header_info
 
 STAGES = [  # sections in the order of the pipeline; all others follow in alphabetical order
@@ -281,7 +282,7 @@ def get_report():
 class Config:
     command: tyro.conf.Positional[Literal["reset", "generate", "live"]] = "generate"
     """reset: start a new report; generate: write report.md; live: show the training logs in the browser"""
-    port: int = 8080
+    port: Annotated[int, Range(0, 65535)] = 8080
     """live: port to listen on; 0 for any free one"""
     host: str = "127.0.0.1"
     """live: address to listen on; 0.0.0.0 accepts connections from other machines"""

@@ -35,6 +35,7 @@ from nanochat.configurator import group, run
 from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.ranges import Count
 from nanochat.report import get_report
 
 evaluate_model = evaluate_core  # its name in nanochat
@@ -44,7 +45,7 @@ evaluate_model = evaluate_core  # its name in nanochat
 class Config(ModelOptions, DeviceOptions):
     hf_path: str | None = None
     """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
-    max_per_task: int = -1
+    max_per_task: Count = -1
     """examples per task, at most; -1 for all"""
     mc: bool = False
     """read prompts through a working context; prompts longer than the model's context are then not cut"""

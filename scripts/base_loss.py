@@ -12,13 +12,14 @@ from megacontext.evaluation.validation import validate
 from megacontext.inference import MCInference, load_for_inference, session_maker
 from megacontext.reader import Reader
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
+from nanochat.common import autocast, compute_cleanup, compute_init, print0, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.ranges import Count
 from nanochat.report import compression_yardstick, get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes
@@ -28,9 +29,9 @@ YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a se
 
 @dataclass
 class Config(ModelOptions, DeviceOptions):
-    device_batch_size: int = 32
+    device_batch_size: Count = 32
     """sequences per batch"""
-    split_tokens: int = 20 * 524288
+    split_tokens: Count = 20 * 524288
     """tokens to evaluate per split"""
     mc: bool = False
     """also evaluate the newest tokens in working contexts, and generate the samples with MegaContext"""
@@ -53,8 +54,6 @@ def validation_bytes(limit) -> bytes:
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    if config.device_batch_size < 1 or config.split_tokens < 1:
-        raise UserError("device_batch_size and split_tokens must be at least 1")
     model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
     mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
     B, T = config.device_batch_size, model.config.sequence_len

@@ -41,9 +41,9 @@ from nanochat.loop import (
     lr_multiplier,
     muon_momentum,
     print_facts,
-    steps_asked_for,
 )
 from nanochat.options import OptimizerOptions, TrainingOptions
+from nanochat.ranges import Amount, Count, CountOrAll, Every, Fraction, Range
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import WARM_UP, Training
@@ -52,48 +52,48 @@ from nanochat.training import WARM_UP, Training
 @dataclass
 class Config(TrainingOptions, OptimizerOptions):
     # Model
-    depth: int = 20
+    depth: Annotated[int, Range(1, 1000)] = 20
     """number of layers; width and heads follow from it"""
-    max_seq_len: int = 2048
+    max_seq_len: Count = 2048
     """context length T"""
     model_tag: str = ""
     """folder of the checkpoints; empty for d<depth>"""
     # Horizon: the first of these four that is positive
-    num_iterations: int = -1
+    num_iterations: Count = -1
     """optimization steps"""
-    target_minutes: float = -1.0
+    target_minutes: Amount = -1.0
     """train for this many minutes at the speed of the first steps; a run that is resumed keeps its number of steps"""
-    target_flops: float = -1.0
+    target_flops: Amount = -1.0
     """train for this many FLOPs"""
-    target_param_data_ratio: float = 20.0
+    target_param_data_ratio: Annotated[float, Range(0, 1e30, or_minus_one=True)] = 20.0
     """train for this many tokens per parameter (Chinchilla: 20)"""
     # Optimization
-    device_batch_size: int = 32
+    device_batch_size: Count = 32
     """sequences per process in a micro-batch; lower it if memory runs out"""
-    total_batch_size: int = 524288
+    total_batch_size: Count = 524288
     """tokens per step over all processes, reached by gradient accumulation"""
-    streams: int = 1
+    streams: Count = 1
     """streams of text that make up a micro-batch; more streams mix more documents into small batches"""
-    piece_tokens: int = -1
+    piece_tokens: Count = -1
     """cut the text of a row group into pieces of this many tokens and shuffle them; -1 for documents in their order"""
-    grad_clip: float = 1.0
+    grad_clip: Amount = 1.0
     """largest global gradient norm; 0 for no clipping"""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Fraction = 0.0
     """fraction of the steps in which the learning rate rises"""
-    warmdown_ratio: float = 0.2
+    warmdown_ratio: Fraction = 0.2
     """fraction of the steps, at the end, in which the learning rate falls"""
-    final_lr_frac: float = 0.0
+    final_lr_frac: Fraction = 0.0
     """fraction of the learning rate at the last step"""
     # Evaluation
-    eval_every: int = 250
+    eval_every: Every = 250
     """steps between validations; -1 for never"""
-    eval_tokens: int = 20 * 524288
+    eval_tokens: Count = 20 * 524288
     """tokens per validation"""
-    core_metric_every: int = 2000
+    core_metric_every: Every = 2000
     """steps between CORE evaluations; -1 for never"""
-    core_metric_max_per_task: int = 500
+    core_metric_max_per_task: CountOrAll = 500
     """examples per task during training"""
-    sample_every: int = 2000
+    sample_every: Every = 2000
     """steps between samples; -1 for never"""
     # MegaContext
     mc: bool = False
@@ -107,7 +107,7 @@ MEASURED = 20  # after this many steps, their speed makes a number of steps of -
 
 def horizon(config, flops_per_token, num_params) -> int | None:
     """Number of steps, by the first option of the horizon that is set; None if they are to be measured first."""
-    if steps_asked_for(config.num_iterations):
+    if config.num_iterations > 0:
         return config.num_iterations
     if config.target_minutes > 0:
         if config.warmup_ratio > 0:
@@ -136,8 +136,6 @@ def main(config: Config):
             "--mc_freeze_base: expected a trained model, but this one is new: train it first, then use "
             "scripts.mc_train, or scripts.mid_train with this option"
         )
-    if config.depth < 1:
-        raise UserError(f"depth must be 1 or more, got {config.depth}")
     # Check all inputs before anything long begins
     T = config.max_seq_len
     B, streams = config.device_batch_size, config.streams

@@ -28,6 +28,7 @@ from nanochat.common import UserError, autocast, compute_init, get_base_dir, res
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.ranges import Count, CountOr0, Range
 from nanochat.sources import decode_text
 from nanochat.streaming import join_parts, stream_parts
 
@@ -41,13 +42,13 @@ class Config(ModelOptions, DeviceOptions):
     """stage of the model: mid, sft, rl or base"""
     prompt: Annotated[str, short("-p")] = ""
     """answer this prompt and exit"""
-    temperature: Annotated[float, short("-t")] = 0.6
+    temperature: Annotated[float, Range(0, 2), short("-t")] = 0.6
     """sampling temperature; 0 always takes the most likely token"""
-    top_k: Annotated[int, short("-k")] = 50
+    top_k: Annotated[CountOr0, short("-k")] = 50
     """sample from the most likely tokens, this many; 0 for all"""
-    max_tokens: Annotated[int, short("-m")] = 256
+    max_tokens: Annotated[Count, short("-m")] = 256
     """tokens per answer, at most"""
-    seed: int = -1
+    seed: CountOr0 = -1
     """random seed of the sampling; -1 for a different one each time"""
     mc: bool = False
     """MegaContext: conversations of any length, read through a working context"""
@@ -117,10 +118,6 @@ def remember_lines():
 
 
 def main(config: Config):
-    if not 0 <= config.temperature <= 2:
-        raise UserError(f"temperature must be from 0 to 2, got {config.temperature}")
-    if config.top_k < 0 or config.max_tokens < 1:
-        raise UserError(f"expected top_k >= 0 and max_tokens >= 1, got {config.top_k} and {config.max_tokens}")
     text = config.prompt
     if not text and not (sys.stdin and sys.stdin.isatty()):  # a pipe is read as one message
         text = decode_text(sys.stdin.buffer.read() if sys.stdin else b"", "standard input").strip()

@@ -22,6 +22,7 @@ from nanochat.engine import Engine
 from nanochat.execution import SandboxUnavailable, find_sandbox
 from nanochat.loop import ProgressLine
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.ranges import Amount, Count, CountOr0, Range
 from nanochat.report import get_report
 from tasks.mixtures import eval_tasks
 from tasks.scoring import chat_core, evaluate
@@ -37,17 +38,17 @@ class Config(ModelOptions, DeviceOptions):
     """tasks, separated by |; empty for all"""
     tasks: str = "full"
     """full (datasets of the hub), local or recall"""
-    temperature: Annotated[float, short("-t")] = 0.0
+    temperature: Annotated[Amount, short("-t")] = 0.0
     """sampling temperature of generated answers"""
-    max_new_tokens: Annotated[int, short("-m")] = 512
+    max_new_tokens: Annotated[Count, short("-m")] = 512
     """tokens per answer, at most"""
-    num_samples: Annotated[int, short("-n")] = 1
+    num_samples: Annotated[Count, short("-n")] = 1
     """answers per problem; one right answer is enough"""
-    top_k: Annotated[int, short("-k")] = 50
+    top_k: Annotated[CountOr0, short("-k")] = 50
     """sample from the most likely tokens, this many; 0 for all"""
-    batch_size: Annotated[int, short("-b")] = 8
+    batch_size: Annotated[Count, short("-b")] = 8
     """multiple choice questions per batch"""
-    max_problems: Annotated[OptionalInt, short("-x")] = None
+    max_problems: Annotated[OptionalInt, Range(1, or_minus_one=True), short("-x")] = None
     """problems per task, at most; -1 for all"""
     mc: bool = False
     """generate with MegaContext; multiple choice questions are always read at full detail"""
@@ -82,10 +83,6 @@ def talk(model, tokenizer, make_session=None) -> str:
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    if min(config.num_samples, config.max_new_tokens, config.batch_size) < 1:
-        raise UserError("num_samples, max_new_tokens and batch_size must be at least 1")
-    if not config.temperature >= 0 or config.top_k < 0:
-        raise UserError(f"temperature and top_k must be 0 or more, got {config.temperature} and {config.top_k}")
     available = eval_tasks(config.tasks)
     names = [name.strip() for name in config.task_name.split("|")] if config.task_name else list(available)
     unknown = [name for name in names if name not in available]

@@ -12,6 +12,7 @@ model that generated it.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -30,6 +31,7 @@ from nanochat.conversations import pad_rows
 from nanochat.engine import Engine
 from nanochat.loop import passes, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
+from nanochat.ranges import Count, CountOr0, Every, Fraction, Range
 from nanochat.training import Training, parent_model
 from tasks.mixtures import rl_tasks
 from tasks.scoring import pass_at_k
@@ -44,32 +46,32 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     compile: str = "off"
     """off, or on: torch.compile (answers differ in length, so it compiles often)"""
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """passes over the problems"""
-    num_iterations: int = -1
+    num_iterations: Count = -1
     """optimization steps; -1 for num_epochs passes"""
-    save_every: int = 60
+    save_every: Every = 60
     """steps between checkpoints; -1 for one at the end only"""
     # Sampling
-    examples_per_step: int = 16
+    examples_per_step: Count = 16
     """problems per step, over all processes"""
-    num_samples: int = 16
-    """answers sampled per problem"""
-    device_batch_size: int = 8
+    num_samples: Annotated[int, Range(2)] = 16
+    """answers sampled per problem, which are compared with each other"""
+    device_batch_size: Count = 8
     """answers per process in a batch, for sampling and for learning"""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """tokens per answer, at most"""
-    temperature: float = 1.0
-    """sampling temperature"""
-    top_k: int = 50
+    temperature: Annotated[float, Range(1e-5, 100)] = 1.0
+    """sampling temperature; above 0, since answers must differ to learn from them"""
+    top_k: CountOr0 = 50
     """sample from the most likely tokens, this many; 0 for all"""
     # Optimization
-    init_lr_frac: float = 0.05
+    init_lr_frac: Fraction = 0.05
     """fraction of the learning rates at the start; they fall linearly to 0"""
     # Evaluation
-    eval_every: int = 60
+    eval_every: Every = 60
     """steps between evaluations of pass@k, k up to device_batch_size; -1 for never"""
-    eval_examples: int = 400
+    eval_examples: Count = 400
     """problems per evaluation"""
 
 
@@ -79,12 +81,8 @@ def main(config: Config):
     print_banner()
 
     B, examples, samples = config.device_batch_size, config.examples_per_step, config.num_samples
-    if examples < 1 or examples % world_size:
+    if examples % world_size:
         raise UserError(f"examples_per_step must be a multiple of the {world_size} processes, got {examples}")
-    if B < 1 or samples < 2:
-        raise UserError(f"expected device_batch_size >= 1 and num_samples >= 2, got {B} and {samples}")
-    if not config.temperature > 0:
-        raise UserError(f"answers must differ to learn from them: expected temperature > 0, got {config.temperature}")
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     train_set, val_set = rl_tasks(config.tasks)
     num_iterations = passes(len(train_set), config.num_iterations, config.num_epochs, examples)

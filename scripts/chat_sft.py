@@ -25,6 +25,7 @@ from nanochat.configurator import run
 from nanochat.conversations import padded_batches
 from nanochat.loop import passes, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
+from nanochat.ranges import Count, Every, Fraction
 from nanochat.training import Training, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
 from tasks.scoring import evaluate
@@ -45,25 +46,25 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     compile: str = "off"
     """off, or on: torch.compile (rows differ in length, so it compiles often)"""
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """passes over the conversations"""
-    num_iterations: int = -1
+    num_iterations: Count = -1
     """optimization steps; -1 for num_epochs passes"""
     # Optimization
-    device_batch_size: int = 4
+    device_batch_size: Count = 4
     """conversations per process in a micro-batch"""
-    target_examples_per_step: int = 32
+    target_examples_per_step: Count = 32
     """conversations per step over all processes, reached by gradient accumulation"""
-    init_lr_frac: float = 0.02
+    init_lr_frac: Fraction = 0.02
     """fraction of the learning rates at the start; they fall linearly to 0"""
     # Evaluation
-    eval_every: int = 100
+    eval_every: Every = 100
     """steps between validations; -1 for never"""
-    eval_steps: int = 100
+    eval_steps: Count = 100
     """micro-batches per validation, on each process"""
-    eval_metrics_every: int = 200
+    eval_metrics_every: Every = 200
     """steps between evaluations on tasks; -1 for never"""
-    eval_metrics_max_problems: int = 1024
+    eval_metrics_max_problems: Count = 1024
     """problems per task"""
 
 
@@ -73,11 +74,8 @@ def main(config: Config):
     print_banner()
 
     B, examples = config.device_batch_size, config.target_examples_per_step
-    if B < 1 or examples < 1 or examples % world_size:
-        raise UserError(
-            f"target_examples_per_step must be a multiple of the {world_size} processes and device_batch_size at "
-            f"least 1, got {examples} and {B}"
-        )
+    if examples % world_size:
+        raise UserError(f"target_examples_per_step must be a multiple of the {world_size} processes, got {examples}")
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     T = model.config.sequence_len
     train_set, val_set = sft_mixture(config.tasks), sft_val(config.tasks)

@@ -56,6 +56,7 @@ from nanochat.common import UserError, autocast, compute_init, get_base_dir, res
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.ranges import Range
 from nanochat.serving import schema
 from nanochat.serving.app import create_app
 from nanochat.serving.schema import Defaults, Limits
@@ -68,17 +69,17 @@ CAPTURE_TEXT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"  # OpenTelem
 
 @dataclass
 class Config(ModelOptions, DeviceOptions):
-    num_gpus: Annotated[int, short("-n")] = 1
+    num_gpus: Annotated[int, Range(1, 1024), short("-n")] = 1
     """workers, each on a GPU of its own; without GPUs, threads that share the cores"""
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: sft, rl, mid or base"""
-    temperature: Annotated[float, short("-t")] = 0.8
+    temperature: Annotated[float, Range(*schema.TEMPERATURE), short("-t")] = 0.8
     """where a request names none"""
-    top_k: Annotated[int, short("-k")] = 50
+    top_k: Annotated[int, Range(*schema.TOP_K), short("-k")] = 50
     """where a request names none"""
-    max_tokens: Annotated[int, short("-m")] = 512
+    max_tokens: Annotated[int, Range(*schema.MAX_TOKENS), short("-m")] = 512
     """of one answer, where a request names none"""
-    port: Annotated[int, short("-p")] = 8000
+    port: Annotated[int, Range(0, 65535), short("-p")] = 8000
     """to listen on; 0 for any free one"""
     host: str = "127.0.0.1"
     """address to listen on; the default is this machine only, 0.0.0.0 is all networks (the default in nanochat)"""
@@ -86,29 +87,29 @@ class Config(ModelOptions, DeviceOptions):
     """key that clients must send, or @FILE that contains it; empty for $NANOCHAT_API_KEY, or none if that is not set"""
     allow_origin: str = ""
     """comma-separated origins of other web pages that may send requests (CORS); * for all"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Range(1, 1024)] = 32
     """answers that a worker generates at once; with --mc, at most --mc_sessions"""
-    queue_size: int = 64
+    queue_size: Annotated[int, Range(0, 100_000)] = 64
     """requests that may wait for a worker; more get 503"""
-    max_messages: int = -1
+    max_messages: Annotated[int, Range(1, 100_000)] = -1
     """of one conversation; -1 for 500, or 20,000 with --mc"""
-    max_message_chars: int = -1
+    max_message_chars: Annotated[int, Range(1, 10_000_000)] = -1
     """characters of one message; -1 for 8,000, or with --mc as many as in one conversation"""
-    max_conversation_chars: int = -1
+    max_conversation_chars: Annotated[int, Range(1, 10_000_000)] = -1
     """characters of one conversation; -1 for 32,000, or 2,000,000 with --mc"""
-    drain_seconds: float = 30.0
+    drain_seconds: Annotated[float, Range(0, 3600)] = 30.0
     """for running answers to finish when the server is told to end"""
     mc: bool = False
     """MegaContext: conversations of any length, of which the model reads a working context"""
-    mc_sessions: int = 8
+    mc_sessions: Annotated[int, Range(1, 10_000)] = 8
     """conversations that a worker keeps at hand, with --mc; others are read again at their next turn"""
     stream: str = ""
     """with --mc, name of a stream of scripts.mc_stream that the conversations are about"""
-    mc_keep_chats: int = 1000
+    mc_keep_chats: Annotated[int, Range(1, 10_000_000)] = 1000
     """conversations that are kept on disk, with --mc_tree disk; the least recently used go first"""
-    mc_keep_gigabytes: float = 10.0
+    mc_keep_gigabytes: Annotated[float, Range(0.001, 1e9)] = 10.0
     """of all conversations that are kept on disk"""
-    mc_keep_days: float = 30.0
+    mc_keep_days: Annotated[float, Range(0.001, 1e6)] = 30.0
     """that a conversation is kept after its last answer, when room is made for another"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
     """what follows counts with --mc only"""
@@ -116,27 +117,6 @@ class Config(ModelOptions, DeviceOptions):
 
 def check(config):
     """UserError when an option is out of bounds."""
-    bounds = {
-        "temperature": schema.TEMPERATURE,
-        "top_k": schema.TOP_K,
-        "max_tokens": schema.MAX_TOKENS,
-        "num_gpus": (1, 1024),
-        "batch_size": (1, 1024),
-        "queue_size": (0, 100_000),
-        "max_messages": (1, 100_000),
-        "max_message_chars": (1, 10_000_000),
-        "max_conversation_chars": (1, 10_000_000),
-        "drain_seconds": (0, 3600),
-        "mc_sessions": (1, 10_000),
-        "mc_keep_chats": (1, 10_000_000),
-        "mc_keep_gigabytes": (0.001, 1e9),
-        "mc_keep_days": (0.001, 1e6),
-    }
-    for name, (low, high) in bounds.items():
-        if name in ("max_messages", "max_message_chars", "max_conversation_chars") and getattr(config, name) == -1:
-            continue
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"--{name} must be {low} to {high}, got {getattr(config, name)}")
     if config.stream and not config.mc:
         raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
     resolve_dtype(config.dtype, "cpu")

@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import resolve_dtype
 from nanochat.configurator import OptionalInt, run, short
 from nanochat.hf_export import export_hf
+from nanochat.ranges import Range
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Config:
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
     """model to load; empty for the largest"""
-    step: Annotated[OptionalInt, short("-s", "--model_step")] = None
+    step: Annotated[OptionalInt, Range(0, or_minus_one=True), short("-s", "--model_step")] = None
     """checkpoint to load; -1 for the newest"""
     dtype: str = "fp32"
     """bf16 or fp32, precision of the weights; fp32 is what was trained, bf16 is half as large"""

@@ -19,6 +19,7 @@ from megacontext.inference import MCInference, SessionScorer, load_for_inference
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import OptionalInt, group, run, short
+from nanochat.ranges import Count, Range
 from nanochat.report import get_report
 
 
@@ -30,19 +31,19 @@ class Config:
     """stage of the model: base, mid, sft or rl"""
     model_tag: Annotated[str, short("-g")] = ""
     """model to load; empty for the largest"""
-    step: Annotated[OptionalInt, short("-s", "--model_step")] = None
+    step: Annotated[OptionalInt, Range(0, or_minus_one=True), short("-s", "--model_step")] = None
     """checkpoint to load; -1 for the newest"""
     include_path: Path | None = None
     """folder of YAML files to take tasks from, instead of those of the harness"""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int | None, Range(0)] = None
     """solved examples before each question (default: as defined by the task)"""
-    limit: int | None = None
+    limit: Annotated[int | None, Range(1)] = None
     """examples per task, at most"""
     chat: bool = False
     """ask in the chat format, for mid, sft and rl"""
     gen_kwargs: str = ""
     """options for generated answers, such as max_gen_toks=64,temperature=0"""
-    batch_size: int = 8
+    batch_size: Count = 8
     """rows per batch"""
     device_type: str = ""
     """cuda, cpu or mps; empty for the best there is"""

@@ -43,6 +43,7 @@ from nanochat.configurator import run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_data_dir
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.ranges import Count, CountOr0, Range
 from nanochat.report import format_value, get_report
 from nanochat.tokenizer import get_token_bytes
 
@@ -92,23 +93,23 @@ COLUMNS = {  # of the tables: key → head
 class Config(ModelOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
-    max_seq_len: int = -1
+    max_seq_len: Count = -1
     """tokens per sequence; -1 for the context length of the model"""
-    sequences: int = 256
+    sequences: Count = 256
     """number of sequences"""
-    device_batch_size: int = 8
-    """sequences per batch"""
+    device_batch_size: Annotated[int, Range(2)] = 8
+    """sequences per batch, at least two, whose gists are exchanged"""
     ratios: str = "4,8,16,32"
     """compression ratios of the history"""
-    recall: int = 128
+    recall: CountOr0 = 128
     """questions per length, if the data was made by nanochat.dataset --source recall; 0 for none"""
     recall_lengths: str = ""
     """numbers of tokens before an answer; empty for 0.5, 1, 2 and 4 times max_seq_len"""
-    open_blocks: int = 2
+    open_blocks: Count = 2
     """number of blocks at full detail that a policy chooses"""
-    stream_tokens: int = 0
+    stream_tokens: CountOr0 = 0
     """grow a session to this many tokens and measure its cost; 0 for none"""
-    probe_steps: int = 300
+    probe_steps: CountOr0 = 300
     """training steps of the decoder that reads blocks back from gists; 0 for none"""
 
 
@@ -142,11 +143,6 @@ def main(config: Config):
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     ratios = numbers("ratios", config.ratios)
-    if config.sequences < 1 or config.device_batch_size < 2:
-        raise UserError(
-            f"expected 1 or more sequences and a device_batch_size of 2 or more (the gists of two are exchanged), "
-            f"got {config.sequences} and {config.device_batch_size}"
-        )
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, True)
     networks, mc = load_networks(config.source, meta, device)
     if networks is None:
@@ -177,8 +173,6 @@ def main(config: Config):
     lengths = [length for length in lengths if shortest <= length <= longest]
     if like and not lengths:
         raise UserError(f"--recall_lengths: expected lengths from {shortest} to {longest}, got {config.recall_lengths}")
-    if like and config.open_blocks < 1:
-        raise UserError(f"--open_blocks: expected 1 or more, got {config.open_blocks}")
     if config.stream_tokens > 0:
         mc.check_session(T)
     figures = {

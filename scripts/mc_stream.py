@@ -43,6 +43,7 @@ from nanochat.common import UserError, autocast, compute_init
 from nanochat.configurator import run, short
 from nanochat.find import find_text
 from nanochat.options import ModelOptions
+from nanochat.ranges import Count, CountOr0
 from nanochat.sources import decode_text, folder_documents, folder_files
 
 
@@ -60,9 +61,9 @@ class Config(ModelOptions):
     """cuda, cpu or mps; empty for the best available"""
     find: str = ""
     """show: a text to look for"""
-    at: int = -1
+    at: CountOr0 = -1
     """show: print the text from this token on"""
-    length: int = 500
+    length: Count = 500
     """show --at: tokens to print"""
 
 

@@ -20,6 +20,7 @@ from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
 from nanochat.options import ModelOptions, TrainingOptions
+from nanochat.ranges import Amount, Count, Every, Fraction
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, parent_model
 
@@ -31,24 +32,24 @@ class Config(TrainingOptions, ModelOptions):
     output_tag: str = ""
     """folder of the new checkpoints; empty for <model_tag>-mc"""
     # Training
-    num_iterations: int = 1000
+    num_iterations: Count = 1000
     """optimization steps"""
-    max_seq_len: int = -1
+    max_seq_len: Count = -1
     """context length T; -1 for that of the model"""
-    device_batch_size: int = 32
+    device_batch_size: Count = 32
     """sequences per process in a micro-batch; lower it if memory runs out"""
-    total_batch_size: int = 524288
+    total_batch_size: Count = 524288
     """tokens per step over all processes, reached by gradient accumulation"""
-    streams: int = 1
+    streams: Count = 1
     """streams of text that make up a micro-batch"""
-    grad_clip: float = 1.0
+    grad_clip: Amount = 1.0
     """largest global gradient norm; 0 for no clipping"""
-    warmdown_ratio: float = 0.2
+    warmdown_ratio: Fraction = 0.2
     """fraction of the steps, at the end, in which the learning rate falls to 0"""
     # Evaluation
-    eval_every: int = 100
+    eval_every: Every = 100
     """steps between validations; -1 for never"""
-    eval_tokens: int = 20 * 524288
+    eval_tokens: Count = 20 * 524288
     """tokens per validation"""
     # MegaContext
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
@@ -59,14 +60,12 @@ def main(config: Config):
     *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
-    if config.num_iterations < 1:
-        raise UserError(f"num_iterations must be at least 1, got {config.num_iterations}")
     config = replace(config, megacontext=replace(config.megacontext, mc_freeze_base=True))
 
     model, tokenizer, parent, _ = parent_model(config.source, device, config.model_tag, config.step)
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
-    if not 0 < T <= model.max_seq_len:
-        raise UserError(f"max_seq_len must be from 1 to the model's {model.max_seq_len} positions, got {T}")
+    if model.max_seq_len < T:
+        raise UserError(f"max_seq_len must be at most the model's {model.max_seq_len} positions, got {T}")
     model.config.sequence_len = T
     B, streams = config.device_batch_size, config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)

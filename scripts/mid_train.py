@@ -21,8 +21,9 @@ from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
-from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts, steps_asked_for
+from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts
 from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
+from nanochat.ranges import Count, Every, Fraction
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, parent_model
 from tasks.mixtures import mid_mixture, mid_val
@@ -35,23 +36,23 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
     source: str = "base"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
-    num_iterations: int = -1
+    num_iterations: Count = -1
     """optimization steps; -1 for one pass over the mixture"""
     # Optimization
-    max_seq_len: int = -1
+    max_seq_len: Count = -1
     """context length T; -1 for that of the model"""
-    device_batch_size: int = 32
+    device_batch_size: Count = 32
     """rows per process in a micro-batch; lower it if memory runs out"""
-    total_batch_size: int = 524288
+    total_batch_size: Count = 524288
     """tokens per step over all processes, reached by gradient accumulation"""
-    init_lr_frac: float = 1.0
+    init_lr_frac: Fraction = 1.0
     """fraction of the learning rates to use"""
-    warmdown_ratio: float = 0.2
+    warmdown_ratio: Fraction = 0.2
     """fraction of the run, at its end, in which the learning rates fall to 0"""
     # Evaluation
-    eval_every: int = 150
+    eval_every: Every = 150
     """steps between validations; -1 for never"""
-    eval_tokens: int = 20 * 524288
+    eval_tokens: Count = 20 * 524288
     """tokens per validation"""
     # MegaContext
     mc: bool = False
@@ -67,15 +68,15 @@ def main(config: Config):
 
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
-    if not 0 < T <= model.max_seq_len:
-        raise UserError(f"max_seq_len must be from 1 to the model's {model.max_seq_len} positions, got {T}")
+    if model.max_seq_len < T:
+        raise UserError(f"max_seq_len must be at most the model's {model.max_seq_len} positions, got {T}")
     model.config.sequence_len = T
     B = config.device_batch_size
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = get_token_bytes(device)
     train_set, val_set = mid_mixture(config.tasks), mid_val(config.tasks)
 
-    total = steps_asked_for(config.num_iterations)
+    total = config.num_iterations if config.num_iterations > 0 else None
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), networks)
     frozen = config.mc and config.megacontext.mc_freeze_base
 

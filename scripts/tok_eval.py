@@ -6,6 +6,7 @@ Compare how well our tokenizer compresses several kinds of text with the vocabul
 
 import threading
 from dataclasses import dataclass
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from nanochat.common import UserError
 from nanochat.configurator import run
 from nanochat.dataset import iter_documents
+from nanochat.ranges import Range
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -48,7 +50,7 @@ membrane powers ATP synthase, while NADP+ is reduced to NADPH for the Calvin–B
 
 @dataclass
 class Config:
-    download_timeout: float = 30.0
+    download_timeout: Annotated[float, Range(0.1, 86400)] = 30.0
     """seconds to wait for the download of the vocabularies of GPT-2 and GPT-4"""
 
 

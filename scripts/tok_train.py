@@ -14,6 +14,7 @@ from rich.progress import Progress
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run
 from nanochat.dataset import iter_documents
+from nanochat.ranges import Count
 from nanochat.report import get_report
 from nanochat.tokenizer import BYTES_FILE, RustBPETokenizer, count_token_bytes
 
@@ -24,11 +25,11 @@ Unicode: 你好 🌍 café naïve — "quotes" <|bos|> is ordinary text here."""
 
 @dataclass
 class Config:
-    max_chars: int = 10_000_000_000
+    max_chars: Count = 10_000_000_000
     """characters of training text, at most"""
-    doc_cap: int = 10_000
+    doc_cap: Count = 10_000
     """characters per document, at most"""
-    vocab_size: int = 65536
+    vocab_size: Count = 65536
     """size of the vocabulary: bytes, merges and special tokens"""
 
 
@@ -45,8 +46,6 @@ def training_texts(max_chars, doc_cap):
 
 
 def main(config: Config):
-    if config.max_chars < 1 or config.doc_cap < 1:
-        raise UserError("max_chars and doc_cap must be at least 1")
     started = time.time()
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {}

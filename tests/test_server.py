@@ -910,18 +910,9 @@ def test_the_whole_program(base_dir, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 3.0}, "--temperature must be 0.0 to 2.0, got 3.0"),
-        ({"temperature": float("nan")}, "--temperature must be 0.0 to 2.0, got nan"),
-        ({"top_k": 0}, "--top_k must be 1 to 200, got 0"),
-        ({"max_tokens": 5000}, "--max_tokens must be 1 to 4096"),
-        ({"num_gpus": 0}, "--num_gpus must be 1 to"),
-        ({"queue_size": -1}, "--queue_size must be 0 to"),
-        ({"max_messages": 0}, "--max_messages must be 1 to"),
-        ({"drain_seconds": -1}, "--drain_seconds must be 0 to"),
         ({"dtype": "fp8"}, "--dtype must be auto, bf16 or fp32, got 'fp8'"),
         ({"source": "best"}, "source must be one of base, mid, sft, rl, got 'best'"),
         ({"device_type": "abacus"}, "device_type 'abacus' is not available"),
-        ({"port": 70_000}, "port must be 0 .* to 65535, got 70000"),
         ({"api_key": "a b"}, "API key must be ASCII without spaces"),
         ({"allow_origin": "everyone"}, "--allow_origin takes origins such as"),
         ({"host": "256.256.256.256"}, "cannot listen on 256.256.256.256"),

@@ -151,13 +151,10 @@ def test_evaluation_and_its_report(trained, capsys):
     [
         ("mid", ["--total_batch_size=100"], "total_batch_size must be a multiple"),
         ("mid", ["--tasks=some"], "expected --tasks full or local or recall"),
-        ("mid", ["--max_seq_len=100000"], "max_seq_len must be from 1"),
+        ("mid", ["--max_seq_len=100000"], "max_seq_len must be at most"),
         ("mid", ["--model_tag=absent"], "no complete checkpoint"),
         ("sft", ["--source=nowhere"], "source must be one of"),
-        ("sft", ["--device_batch_size=0"], "device_batch_size at least 1"),
         ("sft", ["--step=3000"], "no complete checkpoint of step 3000"),
-        ("rl", ["--temperature=0"], "expected temperature > 0"),
-        ("rl", ["--num_samples=1"], "num_samples >= 2"),
         ("rl", ["--init_lr_frac=0.5"], "made with init_lr_frac=0.05"),
     ],
 )
