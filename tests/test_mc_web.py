@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -224,6 +225,31 @@ def test_a_client_that_leaves(serve):
     assert chat.end["done"]
     assert len(server.made) == 1
     assert not server.made[0].closed
+
+
+BLANKS = [" " * 1_000_000 + "x", "x" + " " * 1_000_000 + "\n"]
+
+
+@pytest.mark.parametrize("text", BLANKS, ids=["before a word", "before a line's end"])
+def test_a_run_of_a_million_blanks(serve, text):
+    """Is read as any text, in seconds; the model is told of all of it."""
+    server = serve()
+    began = time.monotonic()
+    assert len(said(ask(server, [user(text)], max_tokens=9))) > 1
+    assert time.monotonic() - began < 20
+    [held] = server.sessions[0].held
+    assert server.pool.tokenizer.decode(held.prompt.tolist()).count(" ") == 1_000_000
+
+
+@pytest.mark.parametrize(("path", "more"), [("/chat/completions", {}), ("/v1/chat/completions", {"model": MODEL.id})])
+def test_a_text_that_the_tokenizer_cannot_take(serve, path, more, monkeypatch):
+    server = serve()
+    fault = UserError("expected a text that can be split into words: shorten it")
+    monkeypatch.setattr(server.pool.tokenizer, "render_for_completion", Mock(side_effect=fault), raising=True)
+    response = server.client.post(path, json={"messages": [user("hi")], **more})
+    assert response.status_code == 400
+    assert str(fault) in response.text
+    assert server.pool.is_idle()
 
 
 def test_a_fault_costs_the_session_and_no_more(serve):

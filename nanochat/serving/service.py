@@ -5,6 +5,7 @@ import contextlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from nanochat.common import UserError
 from nanochat.sampling import row_seed
 from nanochat.serving import schema
 from nanochat.serving.job import Done, Failed, Job
@@ -46,7 +47,11 @@ class Service:
         stop, events, sessions = request.stops(), asyncio.Queue(), self.pool.sessions
         context = None if sessions and not job.get("score") else self.pool.context_length
         jobs = []
-        for prompt in await asyncio.to_thread(prompts):
+        try:
+            prompts = await asyncio.to_thread(prompts)
+        except UserError as error:  # a text that the tokenizer cannot take
+            raise ApiError(400, str(error), param=param) from error
+        for prompt in prompts:
             fits = not sessions or sessions[0].fits(len(prompt))
             tokens = schema.room(len(prompt), max_tokens, context, fits, param)
             for _ in range(n):
