@@ -63,7 +63,7 @@ def watched_pages(browser):
             faults += page.evaluate("window.ran")
             faults += [line for line in page.evaluate("window.violations") if not re.search(expected, line)]
         context.close()
-    assert faults == []
+    assert faults == [], faults
 
 
 def ask(page, text):

@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import expect
 
 from nanochat.serving.worker_pool import ServedModel
+from tests.helpers import until
 from tests.helpers_browser import ask, finished
 from tests.helpers_server import CONTEXT, K, serving_mc
 
@@ -291,6 +292,34 @@ def test_by_keyboard_and_in_words(visit, shot):
     page.keyboard.press("Tab")
     page.locator("#scroller").press("Escape")
     finished(page)
+
+
+@pytest.fixture
+def keeping(tokenizer, tmp_path):
+    with serving_mc(tokenizer, keep_in=tmp_path) as running:
+        yield running
+
+
+def test_a_chat_that_is_deleted_is_gone_from_the_disk(keeping, open_page, tmp_path):
+    """The page says that the server keeps it; only its own folder goes."""
+    page = open_page(keeping.url, script=SHORT)
+    expect(page.locator("#kept")).to_contain_text("also on the server")
+    before, folders = set(), lambda: set(tmp_path.iterdir())
+    for text in ("The first chat", "The second chat"):
+        page.get_by_role("button", name="New chat").first.click()
+        ask(page, text)
+        finished(page)
+        until(keeping.pool.is_idle)
+        [own] = folders() - before
+        before.add(own)
+    page.get_by_role("button", name="More for “The second chat”").click()
+    page.get_by_role("menuitem", name="Delete").click()
+    until(lambda: folders() == before - {own})
+    expect(page.locator("#history .open")).to_have_text(["The first chat"])
+    page.get_by_role("button", name="Undo").click()
+    ask(page, "And on")
+    finished(page)
+    until(lambda: folders() == before)  # it is read again and kept again
 
 
 def test_it_folds_away(visit):

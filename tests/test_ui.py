@@ -291,6 +291,22 @@ def test_several_answers_to_one_question(visit, server):
     assert [m["content"] for m in server.requests[-1]["messages"]] == ["One?", "third", "Two?", "next", "Three?"]
 
 
+def test_the_answer_that_is_chosen_is_in_sight(visit, server):
+    """Also where not all of them fit beside each other."""
+    page = visit(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
+    server(say("first"), say("second"), say("third"))
+    ask(page, "One?")
+    finished(page)
+    for _ in range(2):
+        page.get_by_role("button", name="Answer again").click()
+        finished(page)
+    page.get_by_role("button", name="Side by side").click()
+    for text in ("third", "second", "first"):
+        box = page.locator(".version", has_text=text).bounding_box()
+        assert 0 <= box["x"] < box["x"] + box["width"] <= 360
+        page.get_by_role("button", name="The answer before").click(force=True)
+
+
 def test_an_answer_that_was_cut_says_why_and_goes_on(visit, server):
     page = visit()
     server(say("one two", end="length"), say(" three", end="length", limit="context"))

@@ -55,6 +55,7 @@ export async function loadConfig() {
   $("model").title = `${model}, ${source}, step ${step}, ${mc ? `a working context of ${mc.budget} entries`
     : `a context of ${length} tokens`}`;
   $("greeting").textContent = model;
+  if (mc?.kept) $("kept").textContent = "History is kept in this browser, and what the model reads also on the server.";
   buildSettings();
   drawComposer();
   setUpFocus(mc);

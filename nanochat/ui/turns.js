@@ -173,7 +173,13 @@ class Reply {
     if (runs.has(state.current.id)) return;
     this.message.shown = Math.min(Math.max(index, 0), this.message.answers.length - 1);
     this.update();
+    this.reveal();
     save(state.current);
+  }
+
+  reveal() { // where they are side by side and wider than the page
+    const { element } = this.versions.get(shownAnswer(this.message));
+    this.row.scrollLeft = element.offsetLeft - (this.row.clientWidth - element.offsetWidth) / 2;
   }
 
   choose(element) {
@@ -192,6 +198,7 @@ const actions = { // data-act of a button → action
   spread(message) {
     viewOf(message).spread = !viewOf(message).spread;
     viewOf(message).update();
+    viewOf(message).reveal();
   },
   regenerate() {
     answer(state.current);
