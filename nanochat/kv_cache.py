@@ -86,7 +86,7 @@ class RowCaches:
     KVCaches of one row each, `rows`, side by side in data [2, L, R, K, capacity, d], each filled as far as it likes.
 
     Keys carry their positions, so that a row may be cut, edited and read on alone; one step of all rows together writes
-    each row's key behind its own last. Rows come and go between two steps; R >= len(rows) and the capacity grow.
+    each row's key behind its own last. Rows come and go between two steps; R >= len(rows) and the capacity follow.
     """
 
     def __init__(self):
@@ -118,6 +118,9 @@ class RowCaches:
             place[..., : last.pos, :] = last.data[..., : last.pos, :]
             last.hold(place, self)
             self.rows[row] = last
+        if self.data.size(2) >= 4 * max(len(self.rows), 2):  # half of it, so that it moves seldom
+            longest = max((cache.pos for cache in self.rows), default=0)
+            self._move(self.data.size(2) // 2, min(self.capacity, longest + ROOM), self.data)
 
     def grow(self, capacity):
         """Have room for so many positions in each row."""
@@ -129,6 +132,9 @@ class RowCaches:
             return
         if old is not None:  # twice the rows: else each that joins would move all
             rows = old.size(2) if rows <= old.size(2) else max(rows, 2 * old.size(2))
+        self._move(rows, capacity, like)
+
+    def _move(self, rows, capacity, like):
         self.data = like.new_zeros(2, like.size(1), rows, like.size(3), capacity, like.size(5))
         for i, cache in enumerate(self.rows):
             self._row(i)[..., : cache.pos, :] = cache.data[..., : cache.pos, :]

@@ -114,7 +114,9 @@ class ScriptBatch:
 
 
 @contextlib.contextmanager
-def serving(*engines, queue_size=64, batch_size=8, drain_seconds=30.0, sndbuf=None, **options):
+def serving(
+    *engines, queue_size=64, batch_size=8, drain_seconds=30.0, sndbuf=None, model=MODEL, sessions=(), **options
+):
     """A running server with these engines. Yields .url, .pool, .server, .client and .port."""
     pool = WorkerPool(queue_size, batch_size=batch_size)
     app = create_app(pool, **options)
@@ -126,7 +128,7 @@ def serving(*engines, queue_size=64, batch_size=8, drain_seconds=30.0, sndbuf=No
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     if engines:
-        pool.start(engines, MODEL)
+        pool.start(engines, model, sessions)
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=30) as client:

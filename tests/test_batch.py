@@ -386,6 +386,34 @@ def test_rows_hold_what_they_would_alone(model, edits, graph, copies):
         torch.testing.assert_close(read([5], cache), expected([*text, 5]))
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@torch.inference_mode()
+def test_memory_follows_the_rows(model, graph):
+    """After a burst it is given back, in few moves, and those that stay go on as if they were alone."""
+    decoder, caches = Decoder(model, EXACT, graph), RowCaches()
+    step = decoder.stepper(caches)
+    texts = [prompt(90 if i == 7 else 3, i) for i in range(32)]
+    for text in texts:
+        cache = KVCache(2, 4)
+        decoder.extend(torch.tensor([text]), cache)
+        caches.join(cache)
+    full, moved = caches.nbytes, []
+    while len(texts) > 1:
+        caches.leave(1, keep=False)
+        texts[1] = texts[-1]
+        texts.pop()
+        moved += [caches.data] if not moved or caches.data is not moved[-1] else []
+        if len(texts) % 5 == 1:
+            logits = step(torch.tensor([5] * len(texts)), [len(text) for text in texts])
+            texts = [[*text, 5] for text in texts]
+            for row, text in enumerate(texts):
+                torch.testing.assert_close(logits[row], decoder.extend(torch.tensor([text]), KVCache(2, 9))[0])
+    assert caches.nbytes < full / 8
+    assert len(moved) <= 4
+    caches.leave(0, keep=False)
+    assert caches.data.size(2) <= 4
+
+
 @torch.inference_mode()
 def test_a_row_leaves_nothing_behind(model):
     """What is hidden counts 0 times, which is NaN if it is infinite: a row that went wrong must not reach the next."""

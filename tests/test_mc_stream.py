@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -20,7 +21,9 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.find import find_text
 from nanochat.tokenizer import get_tokenizer
+from scripts import chat_web
 from tests.helpers import ROOT, call_script, until
+from tests.helpers_server import ask, said, serving
 
 SETTINGS = MCConfig(block_size=4, allocator_soft_max=40, allocator_recent_tokens=8, mc_infer_refocus_interval=6)
 CPU = ["--device_type=cpu"]
@@ -218,3 +221,37 @@ def test_a_chat_about_a_stream(text, capsys):
         call_script("chat_cli", ["--mc", "--stream=straw", "-p", "Where?", *CPU])
     with pytest.raises(UserError, match="expected --mc with it"):
         call_script("chat_cli", ["--stream=hay", "-p", "Where?", *CPU])
+
+
+def test_a_server_whose_chats_are_about_a_stream(text, capsys):
+    """Each begins where the stream ends, beside others, and leaves nothing in it; it can be looked at and deleted."""
+    stream("create", "hay", text)
+    tokens = Arrays(streams.stream_folder("hay"))
+    size = tokens.rows("tokens")
+    config = chat_web.Config(mc=True, stream="hay", step=3, device_type="cpu", dtype="fp32")
+    engine, model, sessions = chat_web.load(config, torch.device("cpu"))
+    with serving(engine, model=model, sessions=[sessions], batch_size=4) as server:
+        post = server.client.post
+        assert server.client.get("/config").json()["mc"]["past"] == size
+
+        def chat(name, content="Where is the white whale?"):
+            options = {"conversation": name, "focus": True, "temperature": 0, "max_tokens": 9}
+            return ask(server, [{"role": "user", "content": content}], **options)
+
+        names = [f"conversation-number-{i:04}" for i in range(3)]
+        with ThreadPoolExecutor(3) as clients:
+            replies = list(clients.map(chat, names))
+        assert replies[0][-1]["done"]
+        assert said(replies[0]) == said(replies[1]) == said(replies[2]) == said(chat(names[0]))
+        focus = [event["focus"] for event in replies[0] if "focus" in event]
+        assert all(size < state["num_tokens"] < size + 200 and state["entries"] <= 40 for state in focus)
+        shown = post("/focus/text", json={"conversation": names[1], "start": 0, "end": size}).json()["text"]
+        assert shown.strip()[:30] in get_tokenizer().decode(streams.token_ids(tokens, 0, 200))
+        shown = post("/focus/text", json={"conversation": names[1], "start": size, "end": size + 99}).json()["text"]
+        assert "Where is the white whale?" in shown
+        assert post("/forget", json={"conversation": names[1]}).status_code == 200
+        assert post("/focus", json={"conversation": names[1]}).json() == {"focus": None}
+        until(server.pool.is_idle)
+    for held in sessions.held:
+        held.session.close()
+    assert Arrays(streams.stream_folder("hay")).rows("tokens") == size

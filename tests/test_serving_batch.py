@@ -221,7 +221,8 @@ def test_a_cancelled_answer_that_cannot_be_removed_does_not_cost_the_worker(serv
 
     monkeypatch.setattr(Batch, "remove", remove)
     with send_raw(server, {**request(1), "max_tokens": 200}) as connection:
-        connection.recv(1000)
+        while b"token" not in connection.recv(1000):  # the worker has begun
+            pass
     assert failed.wait(10)
     until(server.pool.is_idle)
     assert said(ask(server, **request(1))) == alone(engine, request(1))
