@@ -1,5 +1,5 @@
 """
-Append-only arrays in a folder. What was committed survives a kill, a torn write and a full disk; damage is named.
+Append-only arrays in a folder. Committed rows survive SIGKILL, torn writes and a full disk; damaged files are reported.
 
     NAME.bin   rows of little-endian numbers, one after the other
     NAME.crc   CRC-32 (uint32) of each full chunk of rows, one after the other
@@ -7,13 +7,13 @@ Append-only arrays in a folder. What was committed survives a kill, a torn write
 
 The JSON has `format`, `sequence`, a number that each commit raises, `facts`, whatever the owner wants to know again,
 and `arrays`: name → dtype, width (numbers per row), chunk_rows, rows, and crc, of the rows after the last full chunk.
-What is in a file beyond its rows does not count.
+Bytes of a file beyond its rows are ignored.
 
-A commit flushes the data, then writes and flushes the first page, then the second. So one whole page is always there,
-and once a commit has returned, both say the same: the loss of either loses nothing. Where a failure has left two that
-differ, the newer one counts, unless the last rows it names are damaged; who opens for writing makes both the same
-before anything else. Rows are checked when they are first read, a chunk at a time, with pread and not mapped: a file
-that shrinks is an error and no signal, and the process's memory does not grow with the arrays.
+A commit flushes the data, then writes and flushes the first page, then the second. So at least one page is always
+intact, and after a commit both are equal: losing either of them loses no data. If a failure has left two pages that
+differ, the newer one is used, unless the last rows it names are damaged; opening for writing first makes both equal.
+The checksum of a chunk is verified when one of its rows is first read. Files are read with pread rather than mapped: a
+file that was cut raises an error instead of SIGBUS, and the process's memory does not grow with the arrays.
 
 Files are private (0600, folders 0700). One process may write, under a lock (flock) on the manifest; others may read.
 """
@@ -42,7 +42,7 @@ DTYPES = {"uint16": "<u2", "uint32": "<u4", "float32": "<f4", "bfloat16": "<u2"}
 
 
 class Damaged(UserError):
-    """A file that is not what was committed. The message names it."""
+    """A file differs from what was committed to it. The message names the file."""
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Arrays:
     """
     The arrays of a folder, opened for reading or (write=True) for reading and writing.
 
-    `append` and `truncate` count for this object at once, for others and for good after `commit`. A write that the disk
-    refuses raises UserError, and the object is at its last commit again.
+    This object sees `append` and `truncate` at once; other processes see them, and they become durable, after `commit`.
+    If the disk refuses a write, UserError is raised and the object returns to the state of its last commit.
     """
 
     def __init__(self, folder, write=False):
@@ -129,7 +129,7 @@ class Arrays:
         return cls(folder, write=True)
 
     def close(self):
-        """Let go of the files, and of the lock. Does nothing a second time."""
+        """Close the files and release the lock. May be called twice."""
         fds = [self._manifest, *(fd for pair in self._files.values() for fd in pair)]
         self._files, self._manifest = {}, None
         for fd in fds:
@@ -146,7 +146,7 @@ class Arrays:
         return list(self._arrays)
 
     def rows(self, name) -> int:
-        """Rows of an array, those that are not yet committed included; 0 if there is no such array."""
+        """Number of rows of an array, including uncommitted ones; 0 if there is no such array."""
         return self._arrays[name].rows if name in self._arrays else 0
 
     def dtype(self, name) -> str:
@@ -157,11 +157,11 @@ class Arrays:
         return sum(array.rows * array.row_bytes for array in self._arrays.values())
 
     def refresh(self):
-        """Be at the last commit, of this or another process."""
+        """Go to the state of the last commit, of this or another process."""
         self._go_to(self._pages()[0])
 
     def _pages(self) -> list[dict]:
-        """The two pages of the manifest, or the one that is whole; the newer one first."""
+        """The intact pages of the manifest, the newer one first."""
         content = os.pread(self._manifest, 2 * PAGE_BYTES, 0)
         pages = [page for i in (0, PAGE_BYTES) if (page := _read_page(content[i : i + PAGE_BYTES]))]
         pages.sort(key=lambda page: page["sequence"], reverse=True)
@@ -176,7 +176,7 @@ class Arrays:
         self._to_sync = set()
 
     def _begin(self):
-        """Be at the newest commit whose last rows are whole."""
+        """Go to the newest commit whose last rows are intact."""
         pages, error = self._pages(), None
         for page in pages:
             self._go_to(page)
@@ -194,7 +194,7 @@ class Arrays:
                 self._write_manifest()
 
     def read(self, name, index) -> np.ndarray:
-        """Rows [n, width] at index [n]. Raises Damaged if they are not what was committed."""
+        """Rows [n, width] at index [n]. Raises Damaged if their checksum is wrong."""
         array = self._arrays[name]
         if not len(index):
             return np.empty((0, array.width), DTYPES[array.dtype])
@@ -213,7 +213,7 @@ class Arrays:
         return self.read(name, np.arange(start, end))
 
     def check(self):
-        """Read everything. Raises Damaged at the first chunk that is not what was committed."""
+        """Read everything. Raises Damaged at the first chunk whose checksum is wrong."""
         self._checked, self._tail_checked = {}, {}
         for name, array in self._arrays.items():
             self._check(name, range(-(-array.rows // array.chunk_rows)))
@@ -280,7 +280,7 @@ class Arrays:
         return zlib.crc32(rows)
 
     def _check_tail(self, name):
-        """What a torn write would have hit; and whether the files are as long as they should be."""
+        """Check the last rows, which a torn write would have damaged, and the lengths of the files."""
         array = self._arrays[name]
         for fd, size, ending in zip(
             self._open(name),
@@ -340,7 +340,7 @@ class Arrays:
         self._to_sync.add(name)
 
     def truncate(self, rows: dict[str, int]):
-        """Keep the first rows only of these arrays, and commit: the next rows go where others were."""
+        """Keep only the first rows of these arrays, and commit, since the next rows overwrite the others."""
         for name, count in rows.items():
             array = self._arrays[name]
             chunk = count // array.chunk_rows
@@ -351,7 +351,7 @@ class Arrays:
         self.commit()
 
     def trim(self):
-        """Cut off the files what was not committed."""
+        """Truncate the files to what was committed."""
         self.refresh()
         for name, array in self._arrays.items():
             data, crcs = self._open(name)
@@ -359,7 +359,7 @@ class Arrays:
             os.ftruncate(crcs, array.rows // array.chunk_rows * 4)
 
     def commit(self, **facts):
-        """Keep all that was done, and these facts, also when the power fails."""
+        """Make all changes, and these facts, durable: they survive a power failure."""
         self.facts, self.sequence = self.facts | facts, self.sequence + 1
         with self._writing():
             for fd in [fd for name in self._to_sync for fd in self._open(name)]:
@@ -403,13 +403,13 @@ def _page(content: dict) -> bytes:
 
 
 def _read_page(page: bytes) -> dict | None:
-    """None if it is damaged or only partly written."""
+    """The content of a page; None if it is damaged or only partly written."""
     crc, _, text = page.rstrip(b"\0").partition(b" ")
     return json.loads(text) if crc == b"%08x" % zlib.crc32(text) else None
 
 
 def _write(fd, data, offset):
-    """All of it: a write may be cut short by a disk that is nearly full."""
+    """Write all of the data: one call may write less of it when the disk is nearly full."""
     data = memoryview(data)
     while data:
         n = os.pwrite(fd, data, offset)

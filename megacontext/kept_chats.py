@@ -1,8 +1,8 @@
 """
 Conversations that outlive the server: a stream each, in a folder named by a hash of the conversation's secret name.
 
-Whoever reads the folder learns no names, and who has a name gets that conversation alone. Several workers may share
-one object; each conversation is written by one session at a time.
+The folder reveals no names, and a name gives access to its own conversation only. Several workers may share one object;
+each conversation is written by one session at a time.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of what is kept; the conversations that were used least recently go first."""
+    """Limits of what is kept; beyond them the least recently used conversations are deleted."""
 
     count: int = 1000
     gigabytes: float = 10.0
@@ -32,7 +32,7 @@ class Bounds:
 
 
 class KeptChats:
-    """gist_key: see streams.gist_key_of. bounds: looked after when a conversation is new."""
+    """gist_key: see streams.gist_key_of. bounds: enforced when a conversation is created."""
 
     def __init__(self, root, gist_key, device="cpu", bounds: Bounds = Bounds()):
         self.root = streams.private_folder(Path(root))
@@ -45,8 +45,8 @@ class KeptChats:
 
     def open(self, name):
         """
-        (store, state) for a session to go on with, empty and None for a new conversation; None for both where there is
-        no room, or another session has it.
+        (store, state) with which a session continues; an empty store and None for a new conversation; None and None if
+        the disk is full or another session has the conversation.
         """
         folder = self._folder(name)
         try:

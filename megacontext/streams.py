@@ -1,13 +1,14 @@
 """
-Streams: trees on disk, which outlive the process. `--mc_tree disk`.
+Streams: trees on disk that outlive the process (`--mc_tree disk`).
 
-    NAME/                  Arrays of the tokens; facts: the tokenizer's checksum, and what the owner notes
-    NAME/gists-<id>/       Arrays level_1, level_2, …: gists of these tokens as one model's networks make them
-    NAME/focus.json        where a conversation looked last, see MCSession.state
+    NAME/                  Arrays with the tokens; facts: the tokenizer's checksum, and the owner's own
+    NAME/gists-<id>/       Arrays level_1, level_2, …: gists of these tokens by one model's networks
+    NAME/focus.json        of a conversation: the last focus, see MCSession.state
 
-The tokens are what is kept; gists can always be made from them. Appending commits tokens before their gists and
-truncating the gists first, so that gists may be behind, never ahead; who opens a stream makes those that are missing.
-A model that was trained further has an <id> of its own: its gists are made beside the old ones, which serve meanwhile.
+The tokens are the data; gists are derived from them and can be computed again. Appending commits tokens before their
+gists, and truncating cuts gists before tokens, so that the gists may lag behind the tokens but are never ahead of them;
+a session that opens the stream computes the missing ones. Another model, or further training, gives another <id>: its
+gists are computed beside the old ones, which are used until then.
 """
 
 import contextlib
@@ -36,9 +37,9 @@ from nanochat.tokenizer import get_tokenizer
 logger = logging.getLogger(__name__)
 
 GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
-SPILL_TOKENS = 16384  # in memory before they are put away
-INGEST_CHARS = 100_000  # that are made tokens at a time
-PIECE_TOKENS = 65536  # that are made text at a time
+SPILL_TOKENS = 16384  # tokens kept in memory before a commit
+INGEST_CHARS = 100_000  # characters tokenized at a time
+PIECE_TOKENS = 65536  # tokens decoded at a time
 
 
 def _name(level):
@@ -47,10 +48,11 @@ def _name(level):
 
 class DiskStore:
     """
-    A tree.Store of one stream: in files what was committed, in memory what came since.
+    A tree.Store of one stream: committed values are in files, later ones in memory.
 
-    tokens, gists: Arrays, None for no gists; what cannot be written to them stays in memory and is gone at the end. So
-    do the values of several rows (`repeat`), which share what was committed before. device: where values are asked for.
+    tokens, gists: Arrays; gists may be None. Values that cannot be written, since the arrays are open for reading only,
+    stay in memory and are lost at the end. The same holds after `repeat`, where rows share what was committed before.
+    device: of the values that `get` returns.
     """
 
     def __init__(self, tokens: Arrays, gists: Arrays | None, block_size: int, device="cpu"):
@@ -119,7 +121,8 @@ class DiskStore:
 
     def commit(self, **facts):
         """
-        Keep all values, and these facts with the tokens. Raises UserError if the disk refuses; nothing is lost then.
+        Write all values, and these facts with the tokens, durably. Raises UserError if the disk refuses; the values
+        then stay in memory.
         """
         for arrays, levels in ((self.gists, range(1, len(self._kept))), (self.tokens, range(1))):
             cut = {_name(level): self._kept[level] for level in levels if self._kept[level] < arrays.rows(_name(level))}
@@ -152,7 +155,7 @@ class DiskStore:
 
 
 def _as_rows(values):
-    """Values as numpy rows [n, width], and the name of their type in the files."""
+    """Values as numpy rows [n, width], and their dtype's name in the files, None for numpy's own."""
     if values.dtype == torch.bfloat16:
         return values.view(torch.uint16).numpy(), "bfloat16"
     return (values if values.is_floating_point() else values[:, None]).numpy(), None
@@ -163,7 +166,7 @@ def _as_rows(values):
 
 
 def streams_dir() -> Path:
-    """Where streams with a name are."""
+    """The folder of the named streams."""
     return private_folder(get_base_dir() / "streams")
 
 
@@ -179,7 +182,7 @@ def list_streams() -> list[Path]:
 
 
 def stream_folder(name) -> Path:
-    """The folder of a stream. UserError unless the name can be one."""
+    """The folder of a stream. Raises UserError for a name that cannot be one."""
     if not re.fullmatch(r"\w[\w.+=@-]{0,99}", name):
         raise UserError(f"a stream's name is of letters, digits and _ . + = @ -, at most 100, got {name!r}")
     return streams_dir() / name
@@ -187,7 +190,7 @@ def stream_folder(name) -> Path:
 
 def gist_key_of(source, meta, tokenizer, config) -> dict:
     """
-    What gists depend on, and where they can be read: of a checkpoint (meta: from `load_model`) and its MCConfig.
+    The facts that determine the gists of a checkpoint (meta: from `load_model`) and its MCConfig.
     """
     folder = checkpoint_root(source) / meta["model_tag"]
     return {
@@ -201,7 +204,7 @@ def gist_key_of(source, meta, tokenizer, config) -> dict:
 
 
 def create_stream(folder, gist_key, **facts):
-    """An empty stream for texts in the tokens of the tokenizer that the key names. Raises UserError if there is one."""
+    """Create an empty stream for the tokenizer that the key names. Raises UserError if the folder exists."""
     private_folder(Path(folder).parent)
     _create_tokens(folder, gist_key["vocab_size"], tokenizer=gist_key["tokenizer"], **facts).close()
 
@@ -212,9 +215,9 @@ def _create_tokens(folder, vocab_size, **facts):
 
 def open_store(folder, gist_key, device="cpu", write=False) -> DiskStore:
     """
-    The store of a stream, with the gists of this key; while those are being made, with others of the same shape.
+    The store of a stream, with the gists of this key, or, until those are complete, with others of the same shape.
 
-    Raises UserError if the stream is another tokenizer's, damaged, or being written to by another (write=True).
+    Raises UserError if the stream belongs to another tokenizer, is damaged, or (write=True) has another writer.
     """
     tokens = Arrays(folder, write)
     try:
@@ -233,7 +236,7 @@ def _gists_folder(folder, gist_key):
 
 
 def _open_or_create(path, gist_key):
-    """Gists to be written to; new ones in the place of damaged ones."""
+    """Arrays of gists, open for writing; damaged ones are replaced by empty ones."""
     if path.exists():
         try:
             return Arrays(path, write=True)
@@ -244,7 +247,7 @@ def _open_or_create(path, gist_key):
 
 
 def gist_sets(folder, gist_key=None) -> dict[Path, int]:
-    """The folders of a stream's gists that can be opened, or that fit this key → how many of level 1."""
+    """Folder → number of level-1 gists, for each readable set of gists of a stream that has the shape of this key."""
     found = {}
     for path in sorted(Path(folder).glob("gists-*")):
         with contextlib.suppress(Damaged), contextlib.closing(Arrays(path)) as gists:
@@ -254,7 +257,7 @@ def gist_sets(folder, gist_key=None) -> dict[Path, int]:
 
 
 def missing_gists(folder, gist_key) -> int:
-    """How many blocks of a stream have no gist of this key."""
+    """Number of blocks of a stream that have no gist of this key."""
     with contextlib.closing(Arrays(folder)) as tokens:
         blocks = tokens.rows("tokens") // gist_key["block_size"]
     return blocks - gist_sets(folder, gist_key).get(_gists_folder(folder, gist_key), 0)
@@ -262,8 +265,8 @@ def missing_gists(folder, gist_key) -> int:
 
 def make_gists(folder, gist_key, gist_fn, embed_fn, device="cpu"):
     """
-    Make the gists of this key that are missing, beside whoever uses the stream; a generator of the blocks that
-    have theirs. Goes on where it was ended.
+    Compute the missing gists of this key while others use the stream; yields the number of blocks done so far. It
+    continues where an earlier call was ended.
     """
     tokens, gists = Arrays(folder), _open_or_create(_gists_folder(folder, gist_key), gist_key)
     store = DiskStore(tokens, gists, gist_key["block_size"], device)
@@ -277,9 +280,9 @@ def make_gists(folder, gist_key, gist_fn, embed_fn, device="cpu"):
 
 def compact(folder, gist_key):
     """
-    Check all of a stream, cut off what was not committed, and delete the gists of other keys.
+    Verify a whole stream, truncate its files to what was committed, and delete the gists of other keys.
 
-    Those who have them open keep them. Raises Damaged, and UserError if somebody is writing.
+    Processes that have those gists open can go on reading them. Raises Damaged, or UserError if there is a writer.
     """
     own = _gists_folder(folder, gist_key)
     for path in (Path(folder), own):
@@ -293,7 +296,7 @@ def compact(folder, gist_key):
 
 
 def delete_stream(folder):
-    """Delete a folder of tokens or of gists, whole or not. Raises UserError if somebody is writing to it."""
+    """Delete a folder of tokens or of gists, also an incomplete one. Raises UserError if it has a writer."""
     with contextlib.suppress(Damaged):  # nobody can be using it
         Arrays(folder, write=True).close()
     shutil.rmtree(folder)
@@ -304,7 +307,7 @@ def delete_stream(folder):
 
 
 class Progress(NamedTuple):
-    """Of an ingestion: documents and characters that were read, tokens in the stream."""
+    """Documents and characters read by an ingestion, and tokens in the stream."""
 
     documents: int
     characters: int
@@ -313,11 +316,11 @@ class Progress(NamedTuple):
 
 def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
     """
-    Append documents, each after a BOS token, to a tree over a DiskStore; a generator of Progress, of what is kept.
+    Append documents, each after a BOS token, to a tree over a DiskStore; yields the Progress after each commit.
 
-    source: what the documents are known by, the same for the same ones. If the stream's last ingestion was of this
-    source and did not come to its end, it goes on there; empty: it is never taken up again. Without a document and a
-    source the last ingestion can still be taken up.
+    source: an identifier of these documents. If the stream's last ingestion was of the same source and was interrupted,
+    it continues there. An ingestion with an empty source cannot be resumed; if it has no documents either, the
+    interrupted one before it still can.
     """
     store, last = tree.store, tree.store.tokens.facts.get("ingested", {})
     done = Progress(0, 0, tree.num_tokens)
@@ -361,7 +364,7 @@ def _batches(documents):
 
 
 def tokenizer_of(tokens: Arrays):
-    """The tokenizer of this machine, if it is the stream's. Raises UserError."""
+    """This machine's tokenizer. Raises UserError if the stream was written with another one."""
     tokenizer = get_tokenizer()
     _check_tokenizer(tokens, tokenizer.checksum())
     return tokenizer
@@ -373,7 +376,7 @@ def _check_tokenizer(tokens, checksum):
 
 
 def token_ids(tokens: Arrays, start, end) -> list[int]:
-    """The tokens from start to end, so far as they are there."""
+    """The tokens in [start, end), fewer where the stream ends before."""
     return tokens.slice("tokens", start, min(end, tokens.rows("tokens")))[:, 0].tolist()
 
 
@@ -397,7 +400,7 @@ def export_documents(tokens: Arrays, tokenizer):
 
 
 def _scratch_store(block_size):
-    """A store on disk that is gone with the session."""
+    """A store on disk that is deleted at the end of its session."""
     root = private_folder(get_base_dir() / "scratch")
     _sweep(root)
     folder = Path(tempfile.mkdtemp(dir=root))

@@ -198,11 +198,11 @@ def show(config, folder):
 
 
 def compact(config, folder):
-    """Read all of it once; keep what was committed, and the gists of one model."""
+    """Verify the stream, and keep only what was committed and the gists of this model."""
     before, model = size_of(folder), Model(config)
     make_gists(model, folder)
     streams.compact(folder, model.gist_key)
-    print(f"{config.name}: {before / 1e6:,.1f} MB before, {size_of(folder) / 1e6:,.1f} MB now; all of it is whole")
+    print(f"{config.name}: {before / 1e6:,.1f} MB before, {size_of(folder) / 1e6:,.1f} MB now; all of it was verified")
 
 
 def main(config: Config):

@@ -1,4 +1,4 @@
-"""Arrays on disk: after a kill, a power failure, a full disk or damage there is what was committed, or a refusal."""
+"""Arrays on disk: after a kill, a power failure or a full disk, committed rows are read back; damage is refused."""
 
 import os
 import random
@@ -61,7 +61,7 @@ def test_what_was_committed_is_read_back(tmp_path):
 @given(st.lists(st.one_of(st.integers(0, 40), st.floats(0, 1)), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_appends_and_cuts_equal_a_list(tmp_path_factory, steps):
-    """Integers append so many rows, fractions keep that part; each step is committed, opened anew or neither."""
+    """An integer step appends that many rows, a fraction truncates to it; some steps commit, some also reopen."""
     folder, expected = tmp_path_factory.mktemp("arrays") / "x", rows_of(0, 0)
     store = Arrays.create(folder)
     store.append("a", expected)
@@ -117,7 +117,7 @@ def test_what_a_killed_maker_left_is_deleted_and_what_a_living_one_makes_stays(t
 
 
 class Disk:
-    """Notes all writes and flushes, so that the folder can be made as it would be after a failure at any of them."""
+    """Records all writes and flushes, to reconstruct the folder as a failure at any of them would leave it."""
 
     def __init__(self, patch):
         self.log, pwrite, fsync = [], os.pwrite, os.fsync
@@ -135,8 +135,8 @@ class Disk:
 
     def fail_at(self, at, folder, rng=None):
         """
-        Files as after the first `at` operations. rng: what was not flushed is there or not, whole or in part, at random
-        (a power failure), else all of it is (a kill), the last one in part.
+        Create the files as they are after the first `at` operations. With rng, a power failure: each write that was not
+        flushed is lost, partly there or complete, at random. Without, a kill: all writes are there, the last in part.
         """
         files, log = {}, self.log[:at]
         for i, (path, offset, data) in enumerate(log):
@@ -158,7 +158,7 @@ class Disk:
 
 
 def write_a_history(folder, kept):
-    """Appends, commits and cuts; kept: after each commit, the number of writes until then, and all that there is."""
+    """Appends, commits and truncates; notes in `kept`, after each commit, the number of writes and the content."""
     store = Arrays.create(folder)
     kept.append(everything(store))
     for seed, n in enumerate((3, 20, 0, 9)):
@@ -224,7 +224,7 @@ def test_a_newer_page_whose_rows_are_damaged_gives_way_to_the_older(tmp_path):
 
 
 def test_who_goes_on_after_a_failure_between_the_pages_may_fail_again(tmp_path):
-    """The page that was not written names rows that are then written over: it must not come back to count."""
+    """A page left over from before names rows that were overwritten since: it must never be used again."""
     store, path = filled(tmp_path / "x"), tmp_path / "x" / "manifest"
     older = path.read_bytes()[: arrays.PAGE_BYTES]
     store.truncate({"a": 10})
@@ -240,7 +240,7 @@ def test_who_goes_on_after_a_failure_between_the_pages_may_fail_again(tmp_path):
 
 
 def test_a_folder_that_was_not_made_to_the_end_is_not_there(tmp_path, monkeypatch):
-    """Whatever call the process dies in."""
+    """At each system call in turn, as if the process had died in it."""
     for at in range(100):
         (tmp_path / str(at)).mkdir()
         folder, left = tmp_path / str(at) / "x", [at]
@@ -301,7 +301,7 @@ def test_sigkill_loses_nothing_that_was_reported(tmp_path):
 
 @pytest.fixture
 def tmpfs(tmp_path):
-    """A disk of 256 KiB, mounted with the options it is called with."""
+    """Mounts a file system of 256 KiB with the given options."""
     mounted = []
 
     def mount(options="size=256k"):

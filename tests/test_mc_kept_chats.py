@@ -1,4 +1,4 @@
-"""Conversations that a server keeps on disk: after a restart they go on, and each is its name's alone."""
+"""Conversations that a server keeps on disk: they continue after a restart, and only their name gives access."""
 
 import contextlib
 import os
@@ -72,7 +72,7 @@ def test_chats_go_on_after_restarts_as_if_there_had_been_none(serve, tokenizer):
 
 @pytest.mark.parametrize("known", [0, 300])
 def test_a_message_that_is_given_up_is_not_kept_in_part(tokenizer, tmp_path, known):
-    """Neither in memory nor on the disk, where a long one has been put away by then; a new conversation is gone."""
+    """Neither in memory nor on disk, although a long one has been committed by then; a new conversation is deleted."""
     engine, networks, config = tiny(tokenizer)
     disk = kept(tmp_path, tokenizer)
     chats = ChatSessions(partial(MCSession, engine.model, networks, config), config, 8, kept=disk)

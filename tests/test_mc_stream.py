@@ -1,4 +1,4 @@
-"""scripts.mc_stream, as its users call it: reading, going on, looking, giving back; chats about a stream."""
+"""scripts.mc_stream as users call it: create, append, resume, show, export, compact; chats about a stream."""
 
 import dataclasses
 import json

@@ -332,7 +332,7 @@ def test_the_format_is_what_the_page_says(tmp_path, monkeypatch):
 
 
 def turns(model, tokenizer, session, prompts, after=lambda session: session, past=()):
-    """The greedy answers to prompts that each go on from the last answer; after each, the session for the next."""
+    """Greedy answers to prompts that each continue the conversation; the session may be another one at each turn."""
     history, answers = [], []
     for prompt in prompts:
         history += prompt
@@ -423,7 +423,7 @@ def test_a_stream_is_the_past_of_many_chats_and_not_changed_by_them(model, netwo
 
 
 def test_the_first_prompt_about_a_stream_looks_where_it_asks(model, networks, tmp_path):
-    """It refocuses as any prompt does, and the answer is read from what that chose."""
+    """It refocuses as any prompt does, and its logits are those of the context after that refocus."""
     store = new_stream(tmp_path)
     session = MCSession(model, networks, SETTINGS, store=store)
     session.prefill(ids(700, 3)[0].tolist())
