@@ -203,6 +203,7 @@ class Batch:
         if stream.logits is None:
             self.reading.append(stream)
         else:
+            stream.parts.close()  # it holds what it read
             self.streams.append(stream)
             self.sampler.add(stream.sampling, stream.prompt)
         return cost
