@@ -131,7 +131,7 @@ def bench_stream(config, show):
         if config.stream_filled:
             fill(store, config.stream_tokens, config.vocab_size, gpt.n_embd)
         else:
-            tree = MegaContextTree(reader.gist, mc.block_size, store, reader.embed)
+            tree = MegaContextTree(reader.node, mc.block_size, store, reader.embed)
             show("reading in", [read_in(tree, itertools.cycle(texts), tokenizer, config.stream_tokens)])
     lengths = [10**i for i in range(5, 12) if 10**i <= store.count(0)]
     size = sum(path.stat().st_size for path in folder.rglob("*.*")) / store.count(0)

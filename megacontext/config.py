@@ -47,11 +47,11 @@ class MCConfig:
     allocator_recent_tokens: CountOr0 = -1
     """newest tokens that are never compressed; -1 for 1/16 of max_seq_len in whole blocks"""
     allocator_expand_threshold: Fraction = 0.1
-    """minimum score for expanding an entry, 0 to 1"""
+    """minimum score for opening a block, 0 to 1"""
     allocator_collapse_threshold: Fraction = 0.1
-    """siblings collapse if their highest score is at most minus this, 0 to 1"""
+    """siblings collapse to make room if a score is higher than theirs by this and the other threshold, 0 to 1"""
     allocator_max_replacements: Count = 4
-    """edits per round, at most"""
+    """blocks that are opened per round, at most"""
     allocator_iterations: Count = 1
     """rounds of scoring and editing per refocus"""
     # Training
@@ -59,8 +59,8 @@ class MCConfig:
     """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
     mc_train_wc_length: Count = -1
     """entries per variant at the end of training; -1 for 20% of max_seq_len, or for two open blocks"""
-    mc_max_counterfactuals: Count = 4
-    """random working contexts on which LensNet is trained, per sequence that is read in full"""
+    mc_max_counterfactuals: Count = 1
+    """random working contexts, per sequence that is read in full, from which LensNet learns to ask for the rest"""
     mc_lens_loss_weight: Amount = 1.0
     """weight of LensNet's loss in the sum; it also multiplies LensNet's learning rates. 0: LensNet is not trained"""
     mc_auto_batch: bool = True
@@ -73,11 +73,13 @@ class MCConfig:
     mc_eval_soft_max_length: Count = -1
     """budget of working contexts in validation; -1 for what a refocus of a session may leave"""
     mc_infer_allocator_max_replacements: Count = -1
-    """edits per round in inference, at most; -1 for allocator_max_replacements"""
+    """blocks that are opened per round in inference, at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: Count = -1
     """rounds per refocus in inference; -1 for allocator_iterations"""
     mc_infer_refocus_interval: Count = 32
-    """generated tokens between two refocuses"""
+    """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
+    mc_infer_exact: bool = False
+    """at a refocus read all again that follows an edit, as a reference; else what comes in and the newest tokens"""
 
     def __post_init__(self):
         check(self)

@@ -1,7 +1,7 @@
 """
 Focus at inference: LensNet's scores become edits, some rest, and what was done is kept to be looked at.
 
-Shapes: B rows, W entries and P tiles of a working context.
+Shapes: B rows, n blocks of the stream, P tiles of a working context.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.focus_allocator import Change, plan
+from megacontext.focus_allocator import Change, plan, worth
 from megacontext.working_context import WorkingContext
 
 
@@ -18,8 +18,8 @@ class Record:
     """What is known of the focus of one row: the last refocus, and sums over all of them. A value."""
 
     changes: tuple[Change, ...] = ()  # of the last refocus, which the next one does not undo
-    scored: WorkingContext | None = None  # this row in the last round of scoring
-    scores: torch.Tensor | None = None  # [P], of its tiles then
+    scored: WorkingContext | None = None  # this row before its last round
+    scores: torch.Tensor | None = None  # [P], the best in each of its tiles then
     refocuses: int = 0
     edits: int = 0
     entries: int = 0  # at each refocus, summed up
@@ -62,42 +62,30 @@ class Focus:
         self.generator = torch.Generator().manual_seed(seed)
         self.records = [Record()] * rows
 
-    def refocus(self, context, lens, budget):
+    def refocus(self, context, scores, budget, again=False):
         """
-        The context after `mc_infer_allocator_iterations` rounds of scoring and editing, no row above the budget.
+        The context after a round of editing, no row above the budget; the very same object if nothing was edited.
 
-        lens(context) -> scores [B, W] of a context's entries, on the CPU. What was expanded or collapsed in the refocus
-        before, or in an earlier round of this one, may be expanded or collapsed further, but not undone. Gives back the
-        very same object if there was nothing to edit.
+        scores: of the blocks of each row, [B, n] in (−1, 1), on the CPU. What was expanded or collapsed in the refocus
+        before may be expanded or collapsed further, but not undone. again: this is one more round of that refocus.
         """
-        before = [record.changes for record in self.records]
-        changes = [()] * context.num_rows
-        exposed = context.old_blocks(self.settings.allocator_recent_tokens)
-        for _ in range(self.settings.mc_infer_allocator_iterations):
-            scores = lens(context)
-            scored, edits = [], []
-            for row, length in enumerate(context.lengths().tolist()):
-                one = context.select([row])
-                scored.append((one, one.per_tile(scores[row : row + 1, :length])[0]))
-                recent = before[row] + changes[row]
-                planned = plan(scores[row, :length], one, budget, self.settings, recent, self.generator)
-                changes[row] += tuple(_change(edit, context.block_size) for edit in planned)
-                edits += [edit._replace(row=row) for edit in planned]
-            if not edits:
-                break
-            context = context.apply(edits)
-        lengths = context.lengths().tolist()
-        for row, record in enumerate(self.records):
+        exposed, edits = context.old_blocks(self.settings.allocator_recent_tokens), []
+        for row, (record, length) in enumerate(zip(self.records, context.lengths().tolist(), strict=True)):
+            one = context.select([row])
+            planned = plan(scores[row], one, budget, self.settings, record.changes, self.generator)
+            changes = tuple(_change(edit, context.block_size) for edit in planned)
+            edits += [edit._replace(row=row) for edit in planned]
             self.records[row] = Record(
-                changes[row],
-                *scored[row],
-                record.refocuses + 1,
-                record.edits + len(changes[row]),
-                record.entries + lengths[row],
-                record.exposed + exposed,
-                record.edited + sum(change.num_blocks for change in changes[row]),
+                record.changes * again + changes,
+                one,
+                worth(scores[row], one),
+                record.refocuses + (not again),
+                record.edits + len(changes),
+                record.entries + length * (not again),
+                record.exposed + exposed * (not again),
+                record.edited + sum(change.num_blocks for change in changes),
             )
-        return context
+        return context.apply(edits) if edits else context
 
     def repeat(self, rows):
         self.records = self.records[:1] * rows

@@ -1,16 +1,17 @@
 """
-The focus allocator: LensNet's scores and a budget become edits of a working context. Pure.
+The focus allocator: the scores of all blocks and a budget become edits of a working context. Pure.
 
-Shapes: W entries and P tiles of a working context, K = block_size. The length of the stream does not count.
+Shapes: n blocks of the stream, P tiles of a working context, K = block_size.
 
-An edit either *expands* a node into its K children, which costs K − 1 entries, or *collapses* K siblings into
-their parent, which saves as many. An expansion gains the score of its node, a collapse minus the worth of its group:
-of gists, the score of the best; of tokens, the mean score, as LensNet was trained. Equal gains: the finer level goes
-first, then the older blocks.
+A block that is wanted is *opened*, whatever node hides it: the node *expands* into its K children, that child into
+its own, down to the block's tokens; each costs K − 1 entries. To make room, K siblings *collapse* into their parent,
+which saves as many. Opening gains the block's score, a collapse minus the worth of its group: the best score in it.
+Equal gains: the finer level goes first, then the older blocks.
 """
 
 import heapq
 from bisect import bisect_left
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -35,35 +36,34 @@ class Change(NamedTuple):
 
 
 class Move(NamedTuple):
-    """An edit that could be made, and what it would gain; cost +1 expands, −1 collapses (units of K − 1 entries)."""
+    """What could be done, by edits in this order, and what it would gain; cost in units of K − 1 entries."""
 
     gain: float
     cost: int
-    edit: Edit
+    edits: tuple[Edit, ...]
 
 
 def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None) -> list[Edit]:
     """
-    Edits, to be applied in order, of a context of one row whose entries have these scores [W].
+    Edits, to be applied in order, of a context of one row; scores [n] of the first n blocks, others count as 0.
 
     The result has at most `budget` entries. If there are more now, the lowest-scored siblings collapse, whatever
-    their score and, if need be, right after they were expanded and in more than allocator_max_replacements edits.
-    What is left of that number goes to wishes, the highest gain first ("greedy"), or each drawn from the
-    allocator_sample_top_k highest by softmax(gain / allocator_sample_temperature) ("stochastic_greedy"). Wishes are
-
-    - expansions that gain allocator_expand_threshold or more. Where there is no room for one, the collapse that
-      gains most pays for it, wished for or not, if the two together gain both thresholds and more than nothing;
-    - collapses that gain allocator_collapse_threshold or more.
+    their score and, if need be, right after they were expanded and in more than allocator_max_replacements moves.
+    What is left of that number goes to blocks that are hidden in a node and score allocator_expand_threshold or more,
+    the highest first ("greedy"), or each drawn from the allocator_sample_top_k highest by softmax(score /
+    allocator_sample_temperature) ("stochastic_greedy"). Where there is no room for one, the collapses that gain most
+    pay for it, if each gains, together with it, both thresholds and more than nothing. What nobody has to make room for
+    stays as it is.
 
     The last allocator_recent_tokens tokens and the unfinished last block never collapse. What was done lately is not
     undone: blocks may be expanded or collapsed further by what the last of the Changes `recent` did to them, but not
-    back. Each block is edited once. `settings` must be resolved.
+    back. Each tile is edited once. `settings` must be resolved.
     Raises UserError if no context is as small as the budget.
     """
     length = int(context.lengths()[0])
-    if context.num_rows != 1 or scores.shape != (length,) or not scores.isfinite().all():
+    if context.num_rows != 1 or scores.dim() != 1 or len(scores) > context.num_blocks or not scores.isfinite().all():
         raise ValueError(
-            f"expected one row and, for its {length} entries, finite scores [{length}], "
+            f"expected one row and finite scores of at most its {context.num_blocks} blocks, "
             f"got {context.num_rows} rows and scores {list(scores.shape)}: {scores}"
         )
     newest = settings.allocator_recent_tokens
@@ -80,54 +80,61 @@ def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recen
     return row.edits
 
 
+def worth(scores, context):
+    """The best score in each tile of a context of one row, [P], of scores [n] of blocks; 0 where there are none."""
+    tile = torch.searchsorted(context.first_blocks[0], torch.arange(len(scores)), right=True) - 1
+    return scores.new_zeros(context.tiles.size(1)).scatter_reduce(0, tile, scores, "amax", include_self=False)
+
+
 class _Row:
     """
-    A row being edited: the edits so far, and of each tile of the context as it was given its value (its score, after a
-    collapse that of the node) and whether it rests, each [P].
+    A row being edited: the edits so far, and of each tile of the context as it was given its worth (after a collapse
+    that of the node) and whether it rests, each [P].
     """
 
     def __init__(self, scores, context, newest, recent):
         self.context, self.K, self.newest, self.edits = context, context.block_size, newest, []
-        self.lod, self.first = context.tiles[0], context.first_blocks[0].tolist()
-        # In float64 the mean of many equal float32 values is exactly that value
-        self.value = context.per_tile(scores[None].double())[0]
+        self.scores, self.lod, self.first = scores, context.tiles[0], context.first_blocks[0].tolist()
+        self.worth = worth(scores, context)
         self.resting = {cost: _last_done(recent, context, expands=cost < 0) for cost in (1, -1)}
 
-    def tiles(self, edit):
-        """Where an edit is."""
-        return slice(*(bisect_left(self.first, b) for b in (edit.first_block, edit.first_block + edit.num_blocks)))
+    def tiles(self, edits):
+        """Where edits are: the first of them covers the others."""
+        first, blocks = edits[0].first_block, edits[0].num_blocks
+        return slice(*(bisect_left(self.first, edge) for edge in (first, first + blocks)))
 
-    def edit(self, edit):
-        for resting in self.resting.values():  # once per plan: scores of what comes in are not known yet
-            resting[self.tiles(edit)] = True
-        self.edits.append(edit)
+    def make(self, move):
+        for resting in self.resting.values():  # once per plan
+            resting[self.tiles(move.edits)] = True
+        self.edits += move.edits
 
-    def rests(self, edit, cost):
-        return bool(self.resting[cost][self.tiles(edit)].any())
+    def rests(self, move):
+        return bool(self.resting[1 if move.cost > 0 else -1][self.tiles(move.edits)].any())
 
-    def expansions(self, wanted, most) -> list[Move]:
-        """The nodes that gain most, of these tiles [P]."""
-        lods = range(1, self.context.coarsest + 1)
-        return self._moves(1, [(wanted & (self.lod == lod), 1, self.K ** (lod - 1), lod - 1) for lod in lods], most)
+    def openings(self, threshold, most) -> list[Move]:
+        """The hidden blocks that score most, at least the threshold."""
+        tile = torch.searchsorted(self.context.first_blocks[0], torch.arange(len(self.scores)), right=True) - 1
+        scores = self.scores.masked_fill((self.lod <= 0)[tile], -torch.inf)
+        best, blocks = scores.sort(descending=True, stable=True)
+        blocks = blocks[best >= threshold][:most]
+        return [self._opening(b, t) for b, t in zip(blocks.tolist(), tile[blocks].tolist(), strict=True)]
+
+    def _opening(self, block, tile):
+        lods = range(int(self.lod[tile]), 0, -1)
+        nodes = [(block // self.K ** (lod - 1) * self.K ** (lod - 1), self.K ** (lod - 1), lod - 1) for lod in lods]
+        return Move(float(self.scores[block]), len(nodes), tuple(Edit(0, *node) for node in nodes))
 
     def collapses(self) -> list[Move]:
-        """All complete groups of siblings that are old enough to collapse."""
-        of_lod, n = self.context.siblings, self.context.group
-        lods = range(self.context.coarsest + 1)
-        return self._moves(-1, [(of_lod(lod, self.newest)[0], n(lod), self.K**lod, lod + 1) for lod in lods])
-
-    def _moves(self, cost, kinds, most=None):
-        """Moves by falling gain; kinds of them: the first tiles, bool [P]; number of tiles; of blocks; new LOD."""
+        """All complete groups of siblings that are old enough to collapse, by falling gain."""
         gains, edits = [], []
-        for begins, n, blocks, new_lod in kinds:
-            tile = begins.nonzero()
-            gains.append(cost * self.value[tile + torch.arange(n)].amax(1))
-            edits += [Edit(0, self.first[i], blocks, new_lod) for i in tile[:, 0].tolist()]
+        for lod in range(self.context.coarsest + 1):
+            tile = self.context.siblings(lod, self.newest)[0].nonzero()
+            gains.append(-self.worth[tile + torch.arange(self.context.group(lod))].amax(1))
+            edits += [Edit(0, self.first[i], self.K**lod, lod + 1) for i in tile[:, 0].tolist()]
         if not edits:
             return []
         gains, order = torch.cat(gains).sort(descending=True, stable=True)
-        best = zip(gains[:most].tolist(), order[:most].tolist(), strict=True)
-        return [Move(gain, cost, edits[i]) for gain, i in best]
+        return [Move(gain, -1, (edits[i],)) for gain, i in zip(gains.tolist(), order.tolist(), strict=True)]
 
     def fit(self, excess):
         """Collapse until `excess` entries are saved, resting blocks last; also what was collapsed just now."""
@@ -136,49 +143,42 @@ class _Row:
         lod, resting = self.lod.clone(), self.resting[-1].clone()
 
         def urgency(edit, score):
-            return bool(resting[self.tiles(edit)].any()), score, edit.new_lod, edit.first_block, edit
+            return bool(resting[self.tiles([edit])].any()), score, edit.new_lod, edit.first_block, edit
 
-        heap = [urgency(move.edit, -move.gain) for move in self.collapses()]
+        heap = [urgency(move.edits[0], -move.gain) for move in self.collapses()]
         heapq.heapify(heap)
         while excess > 0:
             _, score, *_, edit = heapq.heappop(heap)
-            self.edit(edit)
-            lod[self.tiles(edit)], self.value[self.tiles(edit)] = edit.new_lod, score
+            self.make(Move(-score, -1, (edit,)))
+            lod[self.tiles([edit])], self.worth[self.tiles([edit])] = edit.new_lod, score
             excess -= self.K - 1
             size = edit.num_blocks * self.K
             parent = Edit(0, edit.first_block // size * size, size, edit.new_lod + 1)
-            siblings, old = self.tiles(parent), self.context.old_blocks(self.newest)
+            siblings, old = self.tiles([parent]), self.context.old_blocks(self.newest)
             if parent.first_block + size <= old and (lod[siblings] == edit.new_lod).all():
-                heapq.heappush(heap, urgency(parent, float(self.value[siblings].max())))
+                heapq.heappush(heap, urgency(parent, float(self.worth[siblings].max())))
 
     def grant_wishes(self, room, settings, generator):
-        """Make edits that promise enough; room: how many expansions fit before anything else collapses."""
+        """Open what is wanted enough; room: how many expansions fit before anything else collapses."""
         expand, collapse = settings.allocator_expand_threshold, settings.allocator_collapse_threshold
         top_k = 1 if settings.allocator == "greedy" else settings.allocator_sample_top_k
         left = settings.allocator_max_replacements - len(self.edits)
         if left <= 0:
             return
-        wanted = (self.lod > 0) & (self.value >= expand)
-        collapses = [m for m in self.collapses() if not self.rests(m.edit, -1)]
-        # An edit takes no more than K expansions out of the running
-        wishes = self.expansions(wanted & ~self.resting[1], most=left * self.K + top_k)
-        wishes += [m for m in collapses if m.gain >= collapse and not wanted[self.tiles(m.edit)].any()]
+        wishes = self.openings(expand, most=left * self.K + top_k)  # an opening takes few others out of the running
+        payments = [move for move in self.collapses() if not self.rests(move)] if wishes else []
         turns = _in_turn(wishes, top_k, settings.allocator_sample_temperature, generator)
         while left and (move := next(turns, None)):
-            if self.rests(move.edit, move.cost):
+            if self.rests(move):
                 continue
-            moves = [move]
-            if move.cost > room:
-                payment = next((m for m in collapses if not self.rests(m.edit, -1)), None)
-                # Together they gain more than nothing, so what is expanded is not among what collapses for it
-                if payment is None or (both := payment.gain + move.gain) < expand + collapse or both <= 0:
-                    continue
-                moves = [payment, move]
-            if len(moves) <= left:
-                left -= len(moves)
-                room -= sum(m.cost for m in moves)
-                for m in moves:
-                    self.edit(m.edit)
+            need = max(0, move.cost - room)
+            free = (m for m in payments if not self.rests(m) and m.gain + move.gain >= max(expand + collapse, 1e-9))
+            paid = list(islice(free, need))
+            if len(paid) == need:
+                left -= 1
+                room += need - move.cost
+                for m in (*paid, move):
+                    self.make(m)
 
 
 def _last_done(changes, context, expands):

@@ -1,79 +1,96 @@
 """
-LensNet: which parts of the working context deserve more detail, judged in the light of all the others.
+LensNet: which blocks of the stream, however long it is, deserve detail now. The trunk asks, each block answers.
 
-Shapes: B rows, W entries (padded at the end), D = n_embd, C = min(D, MAX_WIDTH) channels, H heads.
+Shapes: R rows, P tokens that ask, n blocks of K tokens, D = n_embd, H = HEADS, C = KEY.
 
-To the transformer the entries are a set: their places are known only through their distance d to the newest
-token, in two ways that hold however long the stream.
+    query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h
+    key      of a block, from the embeddings of its tokens: `layers` of attention within it, mean, head → [C]
+    z      = bias + Σ_h w_h · relu(q_h · key)
 
-- As a feature, d / (d + s) for a few scales s: sigmoids of log d, which settle once d >> s. Very old spans are
-  judged by their content alone.
-- In attention, head h of H weighs an entry by (1 + d)^(−STEEPEST·h / (H − 1)): the first sees the whole context
-  alike, the last little but the newest tokens, where what is asked for stands.
+z is the logarithm of the odds that the token looks into that block for what it says, and not into none; the score is
+tanh(z / 2) = 2·sigmoid(z) − 1. A key knows neither its place nor the length of the stream, so what is far is found as
+what is near is. The form of z is that of DeepSeek-V3.2's lightning indexer; what it is trained for, see losses.
 
-Queries and keys start with the same projection: attention is at first a search for what is similar. Measured on
-finding, among 64, the gist that holds the newest word: with unrelated projections or rotary positions it learns
-slower, with flat heads not at all.
-
-Parameters, P: about 12·layers·C² + D·C, and 4·C² for the mlp head. Forward FLOPs per row: 2·P·W + 4·layers·C·W².
-With 2 layers, D = 768 and W = 2,048 that is 2.0M and 17 GFLOP.
+Parameters: about 12·layers·WIDTH² + WIDTH·D and, for the mlp head, 4·WIDTH·(WIDTH + C), for keys; (C + 1)·H·D for
+queries.
 """
 
 import torch
 import torch.nn as nn
 
 from megacontext.layers import Encoder, Head, check_choice, init_linear
-from nanochat.gpt import norm
+from nanochat.decode import Matrix
+from nanochat.gpt import norm, rotary_cos_sin
 
 TYPES = ("transformer",)
-MAX_WIDTH = 256
-HEAD_DIM = 32  # many narrow heads, for a choice of slopes
-STEEPEST = 2.0
-SCALES = tuple(4.0**i for i in range(6))  # 1 to 1,024 tokens
+WIDTH = 128  # of the encoder
+KEY = 64
+HEADS = 8
+HEAD_DIM = 32
+SHARP = 8.0  # z is large where it is sure: without the factor, steps of bounded size take long to get there
+FADE = 0.5  # of what a token wants, per token after it
 
 
 class LensNet(nn.Module):
-    """A bidirectional transformer; `head` is "linear" or "mlp", zero at first: an untrained lens has no wishes."""
+    """A query and a key network; `head` is "linear" or "mlp". An untrained lens has no wishes: all scores are 0."""
 
-    def __init__(self, n_embd: int, max_levels: int, layers=2, head="mlp", type="transformer"):
+    def __init__(self, n_embd: int, layers=2, head="mlp", type="transformer"):
         super().__init__()
         check_choice("lensnet type", type, TYPES)
-        width = min(n_embd, MAX_WIDTH)
-        self.max_levels = max_levels
-        self.embed = nn.Linear(n_embd, width, bias=False)
-        self.embed_place = nn.Linear(1 + len(SCALES), width, bias=False)
-        self.register_buffer("scales", torch.empty(len(SCALES)), persistent=False)  # on the device: no copy per call
-        self.lod_embed = nn.Embedding(max_levels + 1, width)
-        self.encoder = Encoder(layers, width, HEAD_DIM)
-        self.head = Head(head, width, 1)
+        self.query = nn.Linear(n_embd, HEADS * KEY, bias=False)
+        self.weigh = nn.Linear(n_embd, HEADS, bias=False)
+        self.bias = nn.Parameter(torch.empty(1))
+        self.embed = nn.Linear(n_embd, WIDTH, bias=False)
+        self.encoder = Encoder(layers, WIDTH, HEAD_DIM)
+        self.head = Head(head, WIDTH, KEY)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
-        self.scales.copy_(torch.tensor(SCALES))
-        nn.init.zeros_(self.lod_embed.weight)
-        for attn in self.encoder.attn:
-            attn.c_k.weight.copy_(attn.c_q.weight)
+        nn.init.normal_(self.head.c_proj.weight, std=self.head.c_proj.weight.size(1) ** -0.5)
+        nn.init.zeros_(self.weigh.weight)
+        nn.init.zeros_(self.bias)
 
-    def forward(self, x, lod, start, span, valid, num_tokens):
-        """
-        Scores [B, W], float32 in (−1, 1): positive = expand, negative = collapse, 0 where not valid.
+    def keys(self, children):
+        """Keys [M, C] of blocks, from the embeddings [M, K, D] of their tokens."""
+        cos, sin = rotary_cos_sin(torch.arange(children.size(1), device=children.device), self.encoder.head_dim)
+        h = self.encoder(self.embed(children), (cos[:, None], sin[:, None]))
+        return norm(self.head(h.mean(1)))
 
-        x [B, W, D] embeddings; lod, start and span (in tokens) [B, W] int64 and valid [B, W] bool, as
-        WorkingContext.entries gives them; num_tokens: length of the stream, an int or [B].
-        Levels above max_levels share its embedding.
-        """
-        length = num_tokens.view(-1, 1) if isinstance(num_tokens, torch.Tensor) else num_tokens
-        distance = (length - start - span).clamp(min=0).float()  # [B, W]; 0 for the newest entry
-        d, scales = distance[..., None], self.scales
-        place = torch.cat((span.float().log2()[..., None] / 10, d / (d + scales)), dim=-1)
-        h = self.embed(x) + self.embed_place(place.to(x.dtype))
-        h = h + self.lod_embed(lod.clamp(max=self.max_levels)).to(h.dtype)
+    def wanted(self, states, keys):
+        """What P tokens in a row want together, [R, n]: the highest z of any, less FADE per token after it."""
+        age = torch.arange(states.size(1) - 1, -1, -1, device=states.device)
+        return (self(states, keys) - FADE * age[:, None]).amax(1)
 
-        slopes = torch.linspace(0, STEEPEST, self.encoder.n_head, device=x.device)
-        bias = -slopes[:, None, None] * distance.log1p()[:, None, None]  # [B, H, 1, W]
-        h = self.encoder(norm(h), bias=bias.masked_fill(~valid[:, None, None], -torch.inf))
-        score = self.head(h).squeeze(-1).float() / h.size(-1) ** 0.5  # no single step may saturate the tanh
-        return score.tanh().masked_fill(~valid, 0.0)
+    def forward(self, states, keys):
+        """z [R, P, n], float32, of states [R, P, D] of tokens and keys [R, n, C] of blocks."""
+        h = norm(states)
+        q = self.query(h).unflatten(-1, (HEADS, KEY))
+        found = torch.einsum("rphc,rnc->rphn", q, keys.to(q.dtype)).relu().float() / KEY**0.5
+        return SHARP * ((self.weigh(h).float()[..., None] * found).sum(2) + self.bias.float())
+
+    def listener(self):
+        """`wanted` as decoding needs it. It does not follow the weights."""
+        return Listener(self)
+
+
+class Listener:
+    """`LensNet.wanted` of one row in a handful of operations, with weights laid out once; float32."""
+
+    @torch.no_grad()
+    def __init__(self, lensnet):
+        weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh.weight))
+        self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * float(lensnet.bias)
+
+    def __call__(self, states, keys):
+        """What tokens with these states [P, D], the newest last, want together of blocks with keys [n, C]: [n]."""
+        asked = self.matrix(norm(states.float()))
+        q, w = asked[:, :-HEADS].reshape(-1, KEY), asked[:, -HEADS:]
+        found = torch.mm(keys, q.T).relu_()
+        if len(w) == 1:
+            return torch.mv(found, w[0]).add_(self.bias)
+        age = torch.arange(len(w) - 1, -1, -1, device=w.device)
+        z = (found.view(len(keys), *w.shape) * w).sum(2)
+        return (z - FADE * age).amax(1) + self.bias

@@ -1,86 +1,76 @@
 """
 What LensNet learns from: where the dense model looks.
 
-Shapes: B streams of T tokens, R rows of working contexts, K = block_size, n old blocks, D = n_embd, H heads of d
-channels.
+Shapes: B streams of T tokens, P of each that are asked, K = block_size, n old blocks, H heads of d channels.
 """
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import autocast
+ASKED = 64  # tokens per sequence that are asked where they look
 
-ASKING = 4  # newest tokens whose attention says what detail is for
+
+def asked_tokens(context, recent_tokens, generator=None):
+    """
+    ASKED tokens of each row, at random among those that stand in a context [B rows] and have an old block before them.
+
+    Returns (tokens [B, P], their places among the entries [B, P], valid [B, P] bool: False where there were fewer).
+    """
+    lod, start, _, valid = context.entries
+    fit = valid & (lod == 0) & (start + 1 >= recent_tokens + context.block_size)
+    chance = torch.rand(fit.shape, generator=generator).masked_fill(~fit, -1.0)
+    chance, places = chance.topk(min(ASKED, fit.size(1)), dim=1)
+    return start.gather(1, places), places, chance >= 0
+
+
+def old_blocks_of(tokens, num_blocks, block_size, recent_tokens):
+    """Bool [B, P, n]: whether a block ends before the newest recent_tokens tokens, when tokens [B, P] are the last."""
+    end = torch.arange(1, num_blocks + 1, device=tokens.device) * block_size
+    return tokens[..., None] + 1 - recent_tokens >= end
 
 
 @torch.no_grad()
-def attention_to_blocks(looks, sinks, block_size, num_blocks):
+def looks_for_content(looks, tokens, sinks, block_size, old):
     """
-    The most [B, num_blocks] that one of the newest tokens, in one head of one layer, attends to each of the first
-    num_blocks blocks, as a share of all its attention. looks: what GPT.trunk says of ASKING tokens.
+    [B, P, n]: the most that one head looks into each old block beyond what heads look at that distance on average.
 
-    Attention to sinks [B, T], bool, is not counted: a BOS draws it whatever its block says. The maximum, and over few
-    tokens: sums over heads and tokens drown the one head that looks up what is asked for now (see dev/LOG.md).
+    looks: what GPT.trunk says of tokens [B, P]. sinks [B, T], bool: tokens that draw attention whatever they say, as a
+    BOS does; it is not counted. old [B, P, n]: blocks that count. Near blocks are looked at whatever they say, too, so
+    each head's mean over all rows and tokens at that distance, in blocks, is taken away. The maximum, for sums over
+    heads drown the one that looks up what is asked for now (see dev/LOG.md).
     """
-    (B, _, asking, d), (_, H_kv, T, _) = (t.shape for t in looks[0])
-    logits = [q.reshape(B, H_kv, -1, d) @ k.mT for q, k in looks]  # heads that share keys are queries of one head
-    logits = torch.stack(logits, 1).view(B, -1, asking, T).float() / d**0.5
-    hidden = torch.ones(asking, T, dtype=torch.bool, device=sinks.device).triu(T - asking + 1)
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(sinks[:, None, None], 0)
-    shares = weights[..., : num_blocks * block_size].unflatten(-1, (num_blocks, block_size)).sum(-1)
-    return shares.amax((1, 2))
+    n, T = old.size(2), sinks.size(1)
+    later = torch.arange(T, device=sinks.device) > tokens[..., None]  # [B, P, T]
+    age = (tokens[..., None] // block_size - torch.arange(n, device=tokens.device)).clamp(min=0)  # [B, P, n]
+    count = old.new_zeros(age.numel(), dtype=torch.float32).index_add(0, age.flatten(), old.flatten().float())
+    most = torch.zeros(old.shape, device=old.device)
+    for q, k in zip(looks.queries, looks.keys, strict=True):
+        B, H, P, d = q.shape
+        logits = (q.reshape(B, k.size(1), -1, d) @ k.mT).view(B, H, P, T).float() / d**0.5
+        weights = logits.masked_fill_(later[:, None], -torch.inf).softmax(-1).masked_fill_(sinks[:, None, None], 0)
+        shares = weights[..., : n * block_size].unflatten(-1, (n, block_size)).sum(-1) * old[:, None]  # [B, H, P, n]
+        shares = shares.transpose(0, 1).flatten(1)  # [H, B·P·n]
+        mean = torch.zeros(H, len(count), device=q.device).index_add(1, age.flatten(), shares) / count.clamp(min=1)
+        beyond = (shares - mean[:, age.flatten()]).view(H, *old.shape).amax(0)
+        most = torch.maximum(most, beyond.masked_fill(~old, 0))
+    return most
 
 
-@lru_cache(maxsize=8)
-def _place_fit(n, device):
-    """(features [n, 5] of the places of n blocks, the matrix [5, n] that fits them by least squares)."""
-    distance = torch.arange(n, 0, -1, dtype=torch.float64)  # in blocks
-    features = (torch.ones_like(distance), distance.log(), distance.log() ** 2, distance == 1, distance == n)
-    place = torch.stack([feature.double() for feature in features], dim=1)
-    normal = place.T @ place + 1e-4 * torch.eye(5, dtype=torch.float64)  # a ridge, for when there are few blocks
-    return place.float().to(device), torch.linalg.solve(normal, place.T).float().to(device)
-
-
-def beyond_place(shares):
+def lens_loss(z, content, old, valid):
     """
-    The logarithm of attention shares [B, n], less what the place of a block alone explains; [B, n].
+    How far LensNet's z [B, P, n] is from where the model looks, `looks_for_content` [B, P, n]; in nats.
 
-    Near blocks, and the oldest, are looked at whatever they say. So a quadratic in the logarithm of the distance, with
-    a step for the newest and the oldest block, is fitted to all rows (least squares) and taken away. With few rows it
-    takes some of the content along: more rows tell better what is content.
+    A distribution over the old blocks and "none", whose logarithm of odds is 0, is compared with what content says: the
+    Kullback-Leibler divergence, weighted by the most that a token looks into any block. So those count that look
+    something up. valid [B, P], bool: tokens that count.
     """
-    log = shares.float().clamp(min=1e-6).log()
-    place, fit = _place_fit(log.size(1), log.device)
-    with autocast(log.device, torch.float32):
-        return log - place @ (fit @ log.mean(0))
+    p = content / content.sum(-1, keepdim=True).clamp(min=1)
+    p = torch.cat((p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)), dim=-1)
+    log_q = F.pad(z.masked_fill(~old, -torch.inf), (0, 1)).log_softmax(-1)
+    log_q = log_q.masked_fill(~F.pad(old, (0, 1), value=True), 0)
+    divergence = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    weight = (content.amax(-1) + LEAST) * valid
+    return (weight * divergence).sum() / weight.sum().clamp(min=LEAST)
 
 
-def lens_targets(beyond, context):
-    """
-    What LensNet is to say of each old block, [R, n] in (−1, 1), from `beyond_place` of its attention, [R, n].
-
-    tanh of it: positive where the model looks more than the place explains, so that detail moves there, negative where
-    it looks less. A node of several blocks is worth as much as the best of them.
-    """
-    n = beyond.size(1)
-    targets = beyond.tanh()
-    lod_map = context.lod_map[:, :n].to(beyond.device, non_blocking=True)
-    level, size = 2, context.block_size
-    while size <= n and level <= context.coarsest:
-        whole = n // size * size
-        best = targets[:, :whole].unflatten(1, (-1, size)).amax(2).repeat_interleave(size, 1)
-        targets[:, :whole] = best.where(lod_map[:, :whole] == level, targets[:, :whole])
-        level, size = level + 1, size * context.block_size
-    return targets
-
-
-def lens_loss(scores, beyond, context):
-    """
-    Mean squared difference of LensNet's scores [R, n_blocks] of each block, in the light of its row's own context, and
-    the targets above. Measured against a preference between pairs of contexts, and against the divergence of the two
-    distributions: it finds what is asked for in a fraction of the steps (see dev/LOG.md).
-    """
-    targets = lens_targets(beyond, context)
-    return F.mse_loss(scores[:, : targets.size(1)], targets)
+LEAST = 0.02  # weight of a token that looks nothing up

@@ -26,7 +26,7 @@ class MCNetworks(nn.Module):
         self.gistnet = GistNet(
             n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
         )
-        self.lensnet = LensNet(n_embd, MAX_LEVELS, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
+        self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
 
     def load(self, state: dict, settings: dict):
         """Take over a checkpoint's weights. Raises UserError when they were made with settings they do not fit."""

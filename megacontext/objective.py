@@ -4,8 +4,8 @@ The recipe by which a GPT learns to read gists, GistNet to make them and LensNet
     embed → dense sequences:      next-token loss; where the model looks → LensNet's loss
           → compressed sequences: tree → variants → read → next-token loss
 
-Shapes: B sequences of T tokens, by chance dense or compressed; V variants of each compressed one and C working contexts
-of each dense one, which only LensNet sees; W entries, n old blocks, D = n_embd.
+Shapes: B sequences of T tokens, by chance dense or compressed; V variants of each compressed one and C counterfactuals
+of each dense one, in which P tokens ask LensNet, as they do in the dense one; W entries, n old blocks, D = n_embd.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
-from megacontext.losses import ASKING, attention_to_blocks, beyond_place, lens_loss
+from megacontext.losses import asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
 from megacontext.variants import auto_batch_size, dense_share, random_variants, step_work, target_length
@@ -75,21 +75,22 @@ class MCObjective:
 
         old = old_blocks(T, K, recent)  # blocks that may be gists
         judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
-        looks = []  # of the model at the dense sequences
+        asking = None
+        if judged:
+            counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
+            tokens, places, valid = asked_tokens(counterfactuals, recent, generator)
+            asking = tokens.view(dense, -1).to(x.device, non_blocking=True)
         if dense and not c.mc_freeze_base:
-            stats["mc/base_loss"], looks = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=ASKING)
+            result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=asking)
+            stats["mc/base_loss"], looks = result if judged else (result, None)
             loss = loss + stats["mc/base_loss"]
         elif judged:
             with torch.no_grad():
-                _, looks = self.model.trunk(embeds[:dense], asking=ASKING)
-
-        first = 0 if judged else dense  # sequences from here on have a tree, the dense ones for LensNet
-        if first < B:  # whose loss teaches GistNet too, but not the embeddings
-            table = reader.tree(torch.cat((embeds[first:dense].detach(), embeds[dense:])))
+                _, looks = self.model.trunk(embeds[:dense], asking=asking)
 
         if dense < B:
             context = random_variants(V * (B - dense), T, K, length, recent, generator)
-            inputs = table.rows(dense - first, B - first).materialize(context)
+            inputs = reader.tree(embeds[dense:]).materialize(context)
             reading = reader.read(inputs, context, y[dense:])
             loss = loss + reading.loss
             stats |= {"mc/token_loss": reading.loss, "mc/variants_total": context.num_rows}
@@ -100,11 +101,15 @@ class MCObjective:
                 caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
         if judged:
-            context = random_variants(C * dense, T, K, length, recent, generator)
-            inputs = table.rows(0, dense).materialize(context)
-            scores = context.per_block(reader.score(inputs, context))
-            beyond = beyond_place(attention_to_blocks(looks, x[:dense] == self.bos, K, old))
-            stats["mc/lens_loss"] = lens_loss(scores, beyond.repeat_interleave(C, 0), context)
+            blocks = embeds[:dense, : old * K].detach()
+            with torch.no_grad():
+                inputs = reader.tree(embeds[:dense]).materialize(counterfactuals)
+            compressed = reader.states(inputs, counterfactuals, places).view(*asking.shape, -1)
+            z = reader.wants(torch.cat((looks.states, compressed), 1), reader.keys(blocks))
+            among = old_blocks_of(asking, old, K, recent)
+            content = looks_for_content(looks, asking, x[:dense] == self.bos, K, among)
+            valid = valid.view(dense, -1).to(x.device, non_blocking=True)
+            stats["mc/lens_loss"] = lens_loss(z, content.repeat(1, 2, 1), among.repeat(1, 2, 1), valid.repeat(1, 2))
             loss = loss + c.mc_lens_loss_weight * stats["mc/lens_loss"]
 
         stats = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in stats.items()}

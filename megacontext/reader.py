@@ -36,6 +36,14 @@ class Reading(NamedTuple):
     positions: tuple[torch.Tensor, ...]
 
 
+ASKING = 16  # newest tokens that focus listens to
+
+
+def score(wanted):
+    """LensNet's score in (−1, 1) of what is wanted, z [..., n], on the CPU."""
+    return torch.tanh(wanted.float() / 2).cpu()
+
+
 def newest(values, context, tail):
     """The values [R, tail] of each row's last `tail` entries, of values [R, W]; rows differ in length."""
     index = context.lengths()[:, None] - tail + torch.arange(tail)
@@ -63,19 +71,47 @@ class Reader:
         with autocast(self.device, self.dtype):
             return self.networks.gistnet(self._suited(children), level)
 
+    def node(self, children, level):
+        """`gist`; at level 1 LensNet's key of the block stands behind it: [M, D + C]. What sessions keep."""
+        children = children[..., : self.model.config.n_embd]
+        gists = self.gist(children, level)
+        return gists if level > 1 else torch.cat((gists, self.block_keys(children).to(gists.dtype)), dim=-1)
+
     def tree(self, embeds) -> Table:
         """The tree over embeddings [B, N, D], all levels in one table."""
         return build_table(self.gist, embeds, self.config.block_size)
 
-    def score(self, inputs, context):
-        """LensNet's scores [R, W] of a context's entries, whose embeddings are inputs [R, W, D]."""
-        entries = context.entries.to(self.device)
-        with autocast(self.device, self.dtype):
-            return self.networks.lensnet(self._suited(inputs), *entries, context.num_tokens)
+    def keys(self, embeds):
+        """LensNet's keys [B, n, C] of the whole blocks of tokens with embeddings [B, N, D]."""
+        K = self.config.block_size
+        blocks = embeds[:, : embeds.size(1) // K * K].unflatten(1, (-1, K))
+        return self.block_keys(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2])
 
-    def positions(self, context):
-        """The rotary positions of a context's entries: see entry_positions."""
-        entries = context.entries.to(self.device)
+    def block_keys(self, children):
+        """LensNet's keys [M, C] of blocks with embeddings [M, K, D]."""
+        with autocast(self.device, self.dtype):
+            return self.networks.lensnet.keys(self._suited(children))
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # a graph of its own costs more than it saves
+    def states(self, inputs, context, places):
+        """The trunk's states [R, P, D] of the entries at these places [R, P] of a context with inputs [R, W, D]."""
+        states = self.model.states(inputs, self.positions(context))
+        return states.gather(1, places.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
+
+    def wants(self, states, keys):
+        """LensNet's z [R, P, n] of blocks with keys [R, n, C], each for tokens with states [R, P, D]."""
+        with autocast(self.device, self.dtype):
+            return self.networks.lensnet(self._suited(states), keys)
+
+    def wanted(self, states, keys):
+        """What the tokens want together, [R, n]: see `LensNet.wanted`."""
+        with autocast(self.device, self.dtype):
+            return self.networks.lensnet.wanted(self._suited(states), keys)
+
+    def positions(self, context, places=None):
+        """The rotary positions of a context's entries, or of those at places [R, n]: see entry_positions."""
+        entries = context.entries.at(places).to(self.device)
         return entry_positions(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
 
     def read(self, inputs, context, y) -> Reading:
@@ -93,12 +129,20 @@ class Reader:
         return Reading(loss / counts.sum(), nll.view_as(targets), targets, positions)
 
     def focus(self, table, context, budget, config=None):
-        """The context after a refocus as at inference, within the budget. config: other settings of the allocator."""
-
-        def lens(context):
-            return self.score(table.materialize(context), context).float().cpu()
-
-        return Focus(config or self.config, context.num_rows).refocus(context, lens, budget)
+        """
+        The context after a refocus as at inference, within the budget. config: other settings of the allocator.
+        """
+        config = config or self.config
+        focus, keys = Focus(config, context.num_rows), self.keys(table.values[:, : context.num_tokens])
+        keys = keys.repeat_interleave(context.num_rows // len(keys), 0)
+        for i in range(config.mc_infer_allocator_iterations):
+            newest = context.lengths()[:, None] + torch.arange(-min(ASKING, context.num_tokens), 0)
+            states = self.states(table.materialize(context), context, newest.clamp(min=0))
+            edited = focus.refocus(context, score(self.wanted(states, keys)), budget, again=i > 0)
+            if edited is context:
+                break
+            context = edited
+        return context
 
     def _suited(self, x):
         return x.float() if self.dtype == torch.float32 else x  # embeddings are bf16 on GPUs

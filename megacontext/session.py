@@ -1,23 +1,31 @@
 """
 MCSession: one conversation of any length, at a fixed cost per token.
 
-    prefill: tokens → tree → a first working context → LensNet and allocator → KV cache → logits
-    step:    token → tree, working context, cache → logits; every mc_infer_refocus_interval tokens a refocus
+    prefill: tokens → tree → a first working context → KV cache → refocuses, by what the prompt asks → logits
+    step:    token → tree, working context, cache → logits; a refocus when the token wants a block that is hidden
 
-Shapes: B rows, N tokens so far, W entries, D = n_embd, V = vocab_size, K = block_size.
+Shapes: B rows, N tokens so far, n whole blocks, W entries, D = n_embd, V = vocab_size, K = block_size.
 
-A *refocus* scores the entries, edits the working context and computes the cache anew from the first changed entry on.
-It leaves room for the tokens until the next one, so that no call ends with more entries than the budget,
-allocator_soft_max. Between two refocuses a step does what plain decoding does, and nothing grows with N.
+The newest tokens tell LensNet what they want of the stream. A *refocus* edits the working context by that, and at
+least every mc_infer_refocus_interval tokens. It leaves room for the tokens until the next one, so that no call ends
+with more entries than the budget, allocator_soft_max.
+
+A refocus is *spliced* into the cache: what is gone leaves it, what comes in is read and sees what stands before it, by
+position, and the newest tokens are read again to see it. All others stay as they were read. Measured, that is nearly
+as good as reading all again that follows an edit (mc_infer_exact), at a cost that does not depend on W.
 """
 
+import math
+import operator
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megacontext.config import MCConfig
+from megacontext.demand import Demand
 from megacontext.focus import Focus, focus_state
-from megacontext.reader import Reader
+from megacontext.reader import ASKING, Reader, score
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import WorkingContext, smallest_length
@@ -26,7 +34,12 @@ from nanochat.decode import Decoder
 from nanochat.kv_cache import KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
-PER_ENTRY = 4  # tokens that GistNet takes up, or entries that LensNet scores, while the model reads one entry
+PER_ENTRY = 4  # tokens that GistNet takes up while the model reads one entry
+ROUNDS = 4  # of refocusing after a prompt, at most
+READ_AGAIN = 8  # newest tokens that see at once what a refocus brought in, while an answer is made
+BLOCKS_PER_TOKEN = 4096  # that LensNet looks through, on average: in longer streams not every token is listened to
+MARGIN = 0.2  # z above which a token is listened to again after a refocus that found nothing to do
+LEVELS = 64  # more than there are levels of detail
 
 
 class Snapshot(NamedTuple):
@@ -37,6 +50,7 @@ class Snapshot(NamedTuple):
     context: WorkingContext | None
     since: int
     focus: tuple
+    heard: tuple
 
 
 class MCSession:
@@ -73,10 +87,12 @@ class MCSession:
         self.reader, self.device = Reader(model, networks, config), model.get_device()
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
         self.budget = config.allocator_soft_max
+        self._least = 2 * math.atanh(min(config.allocator_expand_threshold, 1 - 1e-6))  # z that is worth a refocus
         self.room = config.budget_of_a_refocus
         config.check_session(model.config.sequence_len)
         self.decoder = decoder or Decoder(model)
         self.seed = seed
+        self._listener = networks.lensnet.listener()
         self.closed, self.past, self._store = False, past, store
         self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
         self._reset()
@@ -85,13 +101,16 @@ class MCSession:
 
     def _reset(self):
         store = self._store or STORES[self.config.mc_tree](self.config.block_size)
-        self.tree = MegaContextTree(self.reader.gist, self.config.block_size, store, self._embed)
+        self.tree = MegaContextTree(self.reader.node, self.config.block_size, store, self._embed)
+        self.demand = Demand(self._listener, store)
         self.focus = Focus(self.config, 1, self.seed)
         self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
         self._since = 0  # tokens since the last refocus
         self._stepper = None
+        self._held, self._held_to = [torch.empty(0, dtype=torch.long)], 0  # see _holds
         self._up_to_date = True  # whether the cache holds all entries
+        self._bar = [self._least]  # z of each row above which focus moves
 
     # -----------------------------------------------------------------------------------------------------
     # What the Engine calls
@@ -138,16 +157,23 @@ class MCSession:
         except GeneratorExit:
             self._keep(kept)
             raise
-        self._adopt(self._collapsed(kept))
-        self._adopt(self._refocused(self._context))
-        yield int(self._context.lengths()) // PER_ENTRY, None
+        self.demand.clear()
         read = 0
-        for n, logits in self._read_parts(part):
-            read += n
-            if logits is None:
+        self._adopt(self._collapsed(kept))
+        for again in range(ROUNDS + 1):
+            if again:
+                context = self._refocused(self._context, again > 1)
+                if context is self._context:
+                    break
+                self._adopt(context, ASKING)
+            for n, after in self._read_parts(part):
+                logits = after
+                read += n
                 yield n, None
+            if self._context.coarsest == 0:
+                break
         self._tell(read, watch)
-        yield n, logits
+        yield 0, logits
 
     def _collapsed(self, kept):
         """All in the budget: the first `kept` in focus as they were if possible, the rest as fine as can be."""
@@ -165,7 +191,11 @@ class MCSession:
         Logits [B, V] after one more token per row, ids [B]; None if there is no room for it, and nothing has changed.
         """
         entered = self.enter(ids)
-        return self._step(ids) if isinstance(entered, int) else entered
+        if not isinstance(entered, int):
+            return entered
+        logits = self._step(ids)
+        better = self.saw(self.decoder.states)
+        return logits if better is None else better
 
     @torch.inference_mode()
     def enter(self, ids):
@@ -184,12 +214,43 @@ class MCSession:
             before = self._context_now()
             context = self._refocused(before)
             if context is not before:
-                self._adopt(context)
+                self._adopt(context, READ_AGAIN)
         if not self._up_to_date:
-            return self._read(watch)
+            logits = self._read(watch)
+            better = None if due else self._follow()
+            return logits if better is None else better
         if due:
             self._tell(self.rows, watch)
         return self.num_tokens - 1
+
+    @torch.inference_mode()
+    def saw(self, states):
+        """
+        Told after a step of the states [B, D] of its tokens. Where they want a block that is hidden, focus moves, and
+        the newest tokens are read again: logits [B, V] in place of the step's. Else None.
+        """
+        blocks = self.tree.store.count(1)
+        if self._context.coarsest <= 0 or self._since % (1 + blocks // BLOCKS_PER_TOKEN):
+            return None
+        self.demand.listen(states.unsqueeze(1).unbind(), self.num_tokens)
+        return self._follow()
+
+    def _follow(self):
+        """Move focus if a hidden block is wanted: logits [B, V] after that. Else None."""
+        if self._context.coarsest <= 0:
+            return None
+        most = self.demand.most(self._closed)
+        if not any(map(operator.gt, most, self._bar)):
+            return None
+        watch = Stopwatch(self.device)
+        before = self._context_now()
+        context = self._refocused(before)
+        if context is before:
+            self._bar = [z + MARGIN for z in most]
+            self._tell(0, watch)
+            return None
+        self._adopt(context, READ_AGAIN)
+        return self._read(watch)
 
     # -----------------------------------------------------------------------------------------------------
     # Back and forth
@@ -198,7 +259,8 @@ class MCSession:
         """This moment, to `restore` later; void once the session has forgotten tokens that it had by then."""
         self._check_open()
         context = self._context_now() if self.num_tokens else None
-        return Snapshot(self, len(self._cuts), context, self._since, self.focus.snapshot())
+        heard = self.demand.snapshot(), self._bar
+        return Snapshot(self, len(self._cuts), context, self._since, self.focus.snapshot(), heard)
 
     def restore(self, snapshot: Snapshot):
         """
@@ -217,6 +279,8 @@ class MCSession:
         self._adopt(snapshot.context)
         self._since = snapshot.since
         self.focus.restore(snapshot.focus)
+        demand, self._bar = snapshot.heard
+        self.demand.restore(demand)
 
     def note(self, tokens):
         """Keep the tokens after those that the session holds, if these are how they begin, to be read at need."""
@@ -244,7 +308,8 @@ class MCSession:
         if not self.closed:
             self.tree.store.close()
         self.closed = True
-        self.tree = self.focus = self.cache = self.decoder = self._context = self._stepper = None
+        self.tree = self.focus = self.cache = self.decoder = self._stepper = None
+        self._context = self.demand = None
 
     def _check_open(self):
         if self.closed:
@@ -291,6 +356,7 @@ class MCSession:
         before = self._context_now()
         self._adopt(before.truncate(num_tokens))
         self.tree.truncate(num_tokens)
+        self.demand.truncate(num_tokens // self.config.block_size)
 
     # -----------------------------------------------------------------------------------------------------
     # Tree, working context, cache
@@ -309,21 +375,40 @@ class MCSession:
         new = self.num_tokens - self._context.num_tokens
         return self._context.append(new) if new else self._context
 
-    def _adopt(self, context):
-        """Go on with this context; the cache keeps the entries before the first that is another one."""
-        if self._context is not None:
-            entries, _ = self._context_now().first_difference(context)
-            for cache, n in zip(self._caches, entries.tolist(), strict=True):
-                cache.truncate(n)
-        self._context = context
-        filled = [cache.pos for cache in self._caches]
-        self._up_to_date = filled == context.lengths().tolist()
+    def _holds(self, row):
+        """The entry in each position of a row's cache, as `_codes` names it: those noted, then the tokens since."""
+        held = self._held[row]
+        new = self._caches[row].pos - len(held)
+        return torch.cat((held, LEVELS * (self._held_to + torch.arange(new)))) if new else held
+
+    def _adopt(self, context, again=0):
+        """
+        Go on with this context; the cache keeps what stays of it, less the newest `again` tokens if anything has left.
+        """
+        self._held = [self._holds(row) for row in range(context.num_rows)]
+        self._context, self._held_to = context, context.num_tokens
+        self._bar = [self._least] * context.num_rows
+        self._closed = torch.zeros(context.lod_map.shape).masked_fill(context.lod_map <= 0, -math.inf).to(self.device)
+        codes, self._up_to_date = _codes(context), True
+        stays = [torch.isin(held, row) for held, row in zip(self._held, codes, strict=True)]
+        again *= not all(kept.all() for kept in stays)
+        for row, (cache, held, kept) in enumerate(zip(self._caches, self._held, stays, strict=True)):
+            first = LEVELS * (context.num_tokens - again)  # not to be kept
+            if self.config.mc_infer_exact:
+                changed = torch.cat((held[~kept], codes[row][~torch.isin(codes[row], held)]))
+                first = min([first, *changed.tolist()])
+            kept = kept & (held < first)
+            self._held[row] = held if kept.all() else held[cache.keep(kept)]
+            self._up_to_date &= len(self._held[row]) == len(codes[row])
 
     def _become_many(self):
         """Rows that are equal now, and may go apart."""
         self.tree.repeat(self.rows)
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)
+        self._held = self._held * self.rows
+        self._closed, self._bar = self._closed.expand(self.rows, -1), self._bar * self.rows
+        self.demand.repeat(self.rows)
         cache, self.cache, self._stepper = self.cache, RowCaches(), None
         self.cache.join(cache, self.rows, self.budget)
 
@@ -331,12 +416,9 @@ class MCSession:
         with autocast(self.device, torch.float32):  # what goes into the decoder is rounded as the decoder does
             return self.model.embed(ids)
 
-    def _scores(self, context):
-        return self.reader.score(self.tree.materialize(context), context).float().cpu()
-
-    def _refocused(self, context):
+    def _refocused(self, context, again=False):
         self._since = 0
-        return self.focus.refocus(context, self._scores, self.room)
+        return self.focus.refocus(context, score(self.demand.wanted(context.num_rows)), self.room, again)
 
     def _step(self, ids):
         if self._stepper is None:
@@ -352,19 +434,36 @@ class MCSession:
 
     def _read_parts(self, size):
         """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
-        context = self._context_now()
-        x, positions = self.tree.materialize(context), self.reader.positions(context)
-        caches, lengths, logits = self._caches, context.lengths().tolist(), [None] * context.num_rows
-        while unread := [row for row in range(len(caches)) if caches[row].pos < lengths[row]]:  # all of them at once
-            parts = [range(caches[row].pos, lengths[row])[: size // len(caches)] for row in unread]
-            index = torch.tensor([(row, i) for row, part in zip(unread, parts, strict=True) for i in part])
+        context, caches = self._context_now(), self._caches
+        codes, rows = _codes(context), range(context.num_rows)
+        self._held, self._held_to = [self._holds(row) for row in rows], context.num_tokens
+        unread = [(~torch.isin(codes[row], self._held[row])).nonzero()[:, 0] for row in rows]
+        places = pad_sequence(unread, batch_first=True)
+        x, positions = self.tree.materialize(context, places), self.reader.positions(context, places)
+        done, logits, states = [0] * len(rows), [None] * len(rows), [None] * len(rows)
+        while these := [row for row in rows if done[row] < len(unread[row])]:  # all of them at once
+            spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]
+            index = torch.tensor([(row, i) for row, span in zip(these, spans, strict=True) for i in span])
             index = index.to(self.device, non_blocking=True).unbind(1)
-            of_rows, counts = [caches[row] for row in unread], list(map(len, parts))
-            after = self.decoder.extend_rows(x[index], of_rows, counts, [t[index] for t in positions])
-            for row, last in zip(unread, after.split(1), strict=True):
-                logits[row] = last
-            self._up_to_date = [cache.pos for cache in caches] == lengths
+            parts = [codes[row][unread[row][span.start : span.stop]] for row, span in zip(these, spans, strict=True)]
+            seen = [self._seen(self._held[row], part) for row, part in zip(these, parts, strict=True)]
+            counts, of_rows = list(map(len, parts)), [caches[row] for row in these]
+            after = self.decoder.extend_rows(x[index], of_rows, counts, [t[index] for t in positions], seen)
+            news = zip(these, spans, parts, after.split(1), self.decoder.states.split(counts), strict=True)
+            for row, span, part, logits[row], state in news:
+                done[row] = span.stop
+                self._held[row] = torch.cat((self._held[row], part))
+                states[row] = state[(part >= LEVELS * (context.num_tokens - ASKING)).to(self.device)]
+            self._up_to_date = all(done[row] == len(unread[row]) for row in rows)
+            if self._up_to_date:
+                self.demand.listen(states, context.num_tokens)
             yield len(index[0]), torch.cat(logits) if self._up_to_date else None
+
+    def _seen(self, held, part):
+        """What each entry of `part` sees of those held and of the part itself, as Decoder.extend_rows takes it."""
+        if not len(held) or held.max() < part.min():
+            return None
+        return (torch.cat((held, part)) <= part[:, None]).to(self.device, non_blocking=True)
 
     # -----------------------------------------------------------------------------------------------------
     # To be looked at
@@ -388,3 +487,10 @@ class MCSession:
         watch.stop()
         if self.on_update is not None:
             self.on_update(self, entries_read, watch)
+
+
+def _codes(context) -> list:
+    """The entries of each row [W], in order, as numbers: their first token and level."""
+    lod, start, _, _ = context.entries
+    codes = LEVELS * start + lod
+    return [row[:length] for row, length in zip(codes, context.lengths().tolist(), strict=True)]

@@ -5,7 +5,8 @@ Shapes: B rows, N tokens, K = block_size, D = n_embd, W entries of a working con
 
 Level 0 is the tokens. Node i of level l >= 1 is the gist of nodes K·i … K·i + K − 1 of level l − 1 and so covers
 the tokens [i·K^l, (i+1)·K^l); it exists once they are all there. Both forms ask a gist function for the nodes of
-one level at a time: gist_fn(children [M, K, D], level) -> [M, D].
+one level at a time: gist_fn(children [M, K, D], level) -> [M, D]. For a MegaContextTree it may be wider than D: what
+stands behind a gist is kept with it.
 
 - `build_table`, for training: a whole batch at once, with gradients; a value.
 - `MegaContextTree`, for inference: grows by any number of tokens, in a store that may be large.
@@ -123,8 +124,13 @@ class RamStore:
     def count(self, level):
         return self._counts[level] if level < len(self._counts) else 0
 
+    def all(self, level):
+        """All values of a level, [B, count, …]: a view."""
+        return self._buffers[level][:, : self._counts[level]]
+
     def truncate(self, level, count):
-        self._counts[level] = count
+        if level < len(self._counts):
+            self._counts[level] = count
 
     def settle(self):
         pass
@@ -190,17 +196,17 @@ class MegaContextTree:
         return self.embed_fn(values) if level == 0 else values
 
     @torch.no_grad()
-    def materialize(self, context):
-        """Embeddings [B, W, D] of a working context's entries; padding gets the first token's."""
+    def materialize(self, context, places=None):
+        """Embeddings [B, W, D] of a working context's entries, or of those at places [B, n]; of padding any."""
         if context.num_tokens > self.num_tokens:
             raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
-        lod, start, span, _ = context.entries.to(self.store.device)
+        lod, start, span, _ = context.entries.at(places).to(self.store.device)
         index = start // span
         x = self._get(0, index.where(lod == 0, 0))
         level = 1
         while level <= context.coarsest:
             here = lod == level
-            values = self._get(level, index.where(here, 0)).to(x.dtype)
+            values = self._get(level, index.where(here, 0))[..., : x.size(-1)].to(x.dtype)
             x = values.where(here[..., None], x)
             level += 1
         return x

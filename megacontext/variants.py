@@ -7,7 +7,7 @@ Shapes: R rows, N tokens, K = block_size, T = context length.
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.lensnet import MAX_WIDTH
+from megacontext.lensnet import WIDTH
 from megacontext.working_context import WorkingContext, old_blocks
 
 START_SHARE = 0.8  # of the tokens, the entries of the first variants
@@ -85,7 +85,7 @@ def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, fl
     children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
     trunk = (1 - dense) * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else dense * T)
     judged = dense if c.mc_lens_loss_weight > 0 else 0
-    return trunk, (1 - dense + judged) * children, judged * c.mc_max_counterfactuals * length
+    return trunk, (1 - dense + judged / 3) * children, judged * T
 
 
 def step_work(model, networks, config: MCConfig, progress, T) -> float:
@@ -94,10 +94,12 @@ def step_work(model, networks, config: MCConfig, progress, T) -> float:
     trained on, 6 FLOPs per parameter and input of the small ones. A frozen model's look at the dense sequences is a
     third of a training pass; else it is part of that.
     """
-    trunk, gists, entries = inputs_per_sequence(config, progress, T)
-    small = {networks.gistnet: gists, networks.lensnet: entries}
+    trunk, gists, tokens = inputs_per_sequence(config, progress, T)
+    small = {networks.gistnet: gists, networks.lensnet: tokens}
     flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
-    looks = dense_share(config) / 3 if config.mc_freeze_base and config.mc_lens_loss_weight > 0 else 0
+    length = target_length(progress, T, config.block_size, config.mc_train_wc_length)
+    looks = config.mc_freeze_base + config.mc_max_counterfactuals * length / T  # without a gradient: a third of a pass
+    looks *= dense_share(config) / 3 if config.mc_lens_loss_weight > 0 else 0
     return trunk / T + looks + flops / (T * model.flops_per_token())
 
 
@@ -112,7 +114,7 @@ def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> i
         return device_batch_size
     T, D = model_config.sequence_len, model_config.n_embd
     gist_layers = config.gistnet_layers if config.gistnet_type == "transformer" else 0
-    sizes = (model_config.n_layer * D, gist_layers * D, config.lensnet_layers * min(D, MAX_WIDTH))
+    sizes = (model_config.n_layer * D, gist_layers * D, config.lensnet_layers * WIDTH)
     inputs = inputs_per_sequence(config, 0.0, T)  # variants are longest at the start
     need = sum(n * size for n, size in zip(inputs, sizes, strict=True)) / (T * sizes[0])
     least = 1 + (device_batch_size + 1) % 2

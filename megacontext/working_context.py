@@ -35,6 +35,10 @@ class Entries(NamedTuple):
     def to(self, device) -> "Entries":
         return Entries(*(t.to(device, non_blocking=True) for t in self))
 
+    def at(self, places) -> "Entries":
+        """Those at places [B, n]; all of them for None."""
+        return self if places is None else Entries(*(t.gather(1, places) for t in self))
+
 
 class Edit(NamedTuple):
     """Give num_blocks blocks of a row, from first_block on, the level new_lod: finer expands, coarser collapses."""

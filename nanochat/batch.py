@@ -59,6 +59,9 @@ class CacheSession:
         """Logits [rows, V] after one more token a row, ids [rows]; None when the model's positions are used up."""
         return self._step(ids) if self.enter(ids) is not None else None
 
+    def saw(self, states):
+        """Told after a step of the state of its token; answers with logits in place of the step's, or None."""
+
     def enter(self, ids):
         """For a step that is shared with others: the position of one more token, or None, as in `step`."""
         return self.cache.pos if self.cache.pos < self.decoder.max_seq_len else None
@@ -231,7 +234,10 @@ class Batch:
                 for stream in [self.streams[row] for row in rows]:
                     self._end(stream, error)
                 rows = []
-        if rows and len(rows) == len(self.streams):
+        states = self.decoder.states
+        for row in rows:
+            self.streams[row].logits = self.streams[row].session.saw(states[row : row + 1])
+        if rows and all(stream.logits is None for stream in self.streams):
             return logits
         parts = [logits[i : i + 1] if stream.logits is None else stream.logits for i, stream in enumerate(self.streams)]
         return torch.cat(parts) if parts else None

@@ -100,6 +100,7 @@ class Decoder:
             self.layers.append([Matrix(weight, self.dtype) for weight in weights])
         self.head = Matrix(model.lm_head.weight, self.dtype)
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
+        self.states = None  # of the inputs of the last call, before the last layer: [B·T, D], or of a step [B, D]
 
     @property
     def max_seq_len(self) -> int:
@@ -127,17 +128,18 @@ class Decoder:
         return logits
 
     @torch.inference_mode()
-    def extend_rows(self, inputs, caches, counts, positions):
+    def extend_rows(self, inputs, caches, counts, positions, seen):
         """
         Logits [R, V] in float32 after each of R rows has read inputs of its own, in one pass.
 
         inputs: embeddings [N, D], those of one row after the other: counts[r] >= 1 for KVCache caches[r], N in all.
-        positions: their (cos, sin) or (cos, sin, fade), each [N, 1, ...].
+        positions: their (cos, sin) or (cos, sin, fade), each [N, 1, ...]. seen: for each row, None where each input
+        sees all that is in the cache and the inputs up to itself, else bool [counts[r], pos + counts[r]].
         """
 
         def attend(layer, q, k, v):
-            rows = zip(caches, q.split(counts, 2), k.split(counts, 2), v.split(counts, 2), strict=True)
-            return torch.cat([attend_causally(q, *cache.insert(layer, k, v)) for cache, q, k, v in rows])
+            rows = zip(caches, q.split(counts, 2), k.split(counts, 2), v.split(counts, 2), seen, strict=True)
+            return torch.cat([attend_causally(q, *cache.insert(layer, k, v), mask) for cache, q, k, v, mask in rows])
 
         last = (torch.tensor(counts).cumsum(0) - 1).to(self.device, non_blocking=True)
         logits = self._run(
@@ -264,6 +266,7 @@ class Decoder:
         if not x.is_floating_point():
             x = norm(F.embedding(x, self.embedding))
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
+            self.states = x
             heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = positioned(qk, *rotation).transpose(1, 2).split((H, K), dim=1)
@@ -286,14 +289,16 @@ def positioned(x, cos, sin, fade=None):
     return x if fade is None else x * fade
 
 
-def attend_causally(q, k, v):
-    """[B·T, D]. The T queries are at the last T of k's positions; each sees all up to its own."""
+def attend_causally(q, k, v, mask=None):
+    """[B·T, D]. The T queries are at the last T of k's positions; each sees all up to its own, or what mask says."""
     B, H, T, d = q.shape
-    if T == 1:
+    if T == 1 and mask is None:
         return attend_to_all(q, k, v)
     past = k.size(2) - T
-    mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past) if past else None
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=k.size(1) != H)
+    causal = mask is None and not past
+    if past and mask is None:
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) != H)
     return y.transpose(1, 2).reshape(B * T, H * d)
 
 
@@ -333,6 +338,7 @@ class StaticStep:
             self.graph.replay()
         else:
             self._step()
+        self.decoder.states = self.states[:n]
         cache.advance(1, rows) if several else cache.advance(1)
         return self.logits[:n].clone()  # the next step writes over it
 
@@ -355,3 +361,4 @@ class StaticStep:
 
     def _step(self):
         self.logits = self.decoder.static_step(self.ids, self.slot, self.positions, self.data)
+        self.states = self.decoder.states

@@ -8,6 +8,7 @@ The model does not deal with devices, precision, compilation or processes; calle
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -83,6 +84,17 @@ def positioned(x, cos, sin, fade=None):
     return x if fade is None else x * fade
 
 
+class Looks(NamedTuple):
+    """
+    Where P tokens of each row look, without a gradient: per layer their queries [B, H, P, d] and the keys of all tokens
+    [B, H_kv, T, d]; states [B, P, D]: of the tokens, before the last layer.
+    """
+
+    queries: tuple
+    keys: tuple
+    states: torch.Tensor
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -94,7 +106,7 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos_sin, kv_cache, asking=0):
+    def forward(self, x, cos_sin, kv_cache, asking=None):
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -112,7 +124,10 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
         )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
-        return (y, (q[:, :, -asking:].detach(), k.detach())) if asking else y
+        if asking is None:
+            return y
+        asked = q.detach().gather(2, asking[:, None, :, None].expand(-1, self.n_head, -1, self.head_dim))
+        return y, (asked, k.detach())
 
 
 class MLP(nn.Module):
@@ -131,12 +146,12 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos_sin, kv_cache, asking=0):
+    def forward(self, x, cos_sin, kv_cache, asking=None):
         y = self.attn(norm(x), cos_sin, kv_cache, asking)
-        y, look = y if asking else (y, None)
+        y, look = (y, None) if asking is None else y
         x = x + y
         x = x + self.mlp(norm(x))
-        return (x, look) if asking else x
+        return x if asking is None else (x, look)
 
 
 def _embedding(rows, n_embd):
@@ -237,31 +252,43 @@ class GPT(nn.Module):
 
     loss_of_rows = staticmethod(loss_of_rows)  # in whose place a compiled one may be put
 
-    def trunk(self, x, cos_sin=None, kv_cache=None, asking=0):
+    def trunk(self, x, cos_sin=None, kv_cache=None, asking=None):
         """
         (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D]; the other arguments as of forward.
 
-        looks: without a gradient, each layer's queries [B, H, asking, d] of the newest `asking` tokens, and all keys
-        [B, H_kv, T, d]; empty for asking 0. Together they tell where the model looks.
+        asking: tokens [B, P] int64 that are asked where they look, None for nobody, with no looks. See Looks.
         """
-        T = x.size(1)
+        cos_sin, pairs, states = self._angles(x, cos_sin, kv_cache), [], None
+        for block in self.transformer.h:
+            if asking is not None and block is self.transformer.h[-1]:
+                states = x.detach().gather(1, asking[..., None].expand(-1, -1, x.size(-1)))
+            x = block(x, cos_sin, kv_cache, asking)
+            if asking is not None:
+                x, pair = x
+                pairs.append(pair)
+        if kv_cache is not None:
+            kv_cache.advance(x.size(1))
+        return norm(x), None if asking is None else Looks(*zip(*pairs, strict=True), states)
+
+    @torch.no_grad()
+    def states(self, x, cos_sin=None):
+        """What goes into the last layer, [B, T, D], of embeddings x [B, T, D]; without a gradient."""
+        cos_sin = self._angles(x, cos_sin, None)
+        for block in self.transformer.h[:-1]:
+            x = block(x, cos_sin, None)
+        return x
+
+    def _angles(self, x, cos_sin, kv_cache):
+        """The rotary angles of x, in the precision of the layers; None for those of the positions that come next."""
         if cos_sin is None:
-            past = 0 if kv_cache is None else kv_cache.pos
+            past, T = 0 if kv_cache is None else kv_cache.pos, x.size(1)
             if past + T > self.max_seq_len:
                 raise ValueError(
                     f"{past + T} tokens are more than the {self.max_seq_len} positions of this model "
                     f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
                 )
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
-        cos_sin, looks = tuple(t.to(activation_dtype(x)) for t in cos_sin), []  # once for all layers
-        for block in self.transformer.h:
-            x = block(x, cos_sin, kv_cache, asking)
-            if asking:
-                x, look = x
-                looks.append(look)
-        if kv_cache is not None:
-            kv_cache.advance(T)
-        return norm(x), looks
+        return tuple(t.to(activation_dtype(x)) for t in cos_sin)  # once for all layers
 
     def forward(
         self,
@@ -273,7 +300,7 @@ class GPT(nn.Module):
         inputs_embeds=None,
         cos_sin=None,
         row_weights=None,
-        asking=0,
+        asking=None,
     ):
         """
         Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.
@@ -284,7 +311,7 @@ class GPT(nn.Module):
         row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.
         cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions past, past + 1, …; or (cos, sin, fade), the
         last [B or 1, T, 1, d], a factor of the normalized queries and keys.
-        asking: if not 0, return (all this, looks): see trunk.
+        asking: if given, return (all this, looks): see trunk.
         """
         if (idx is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of idx and inputs_embeds, got both or neither")
@@ -298,7 +325,7 @@ class GPT(nn.Module):
             result = softcap_cross_entropy(
                 x, weight, targets, V, LOGIT_SOFTCAP, loss_reduction, row_weights, self.loss_of_rows
             )
-        return (result, looks) if asking else result
+        return result if asking is None else (result, looks)
 
     @torch.inference_mode()
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):

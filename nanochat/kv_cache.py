@@ -48,6 +48,21 @@ class KVCache:
         """Forget everything from position `pos` on."""
         self.pos = min(self.pos, pos)
 
+    @torch.inference_mode()
+    def keep(self, kept):
+        """
+        Forget the positions that are not among `kept`, bool [pos] on the CPU. Keys carry their places in the text, so
+        their order is free: the last ones move into the gaps. Returns where each one left stood before, [new pos].
+        """
+        n = int(kept.sum())
+        order, gaps = torch.arange(n), (~kept[:n]).nonzero()[:, 0]
+        order[gaps] = n + kept[n:].nonzero()[:, 0]
+        if len(gaps):
+            to, moved = gaps.to(self.data.device), order[gaps].to(self.data.device)
+            self.data[..., to, :] = self.data[..., moved, :]
+        self.pos = n
+        return order
+
     def repeat(self, rows):
         """Turn a cache of one row into one of `rows` equal rows."""
         self.hold(self._copied(rows, self.capacity))

@@ -203,7 +203,7 @@ def renew_gists(folders, gist_key, reader):
         for folder in folders:
             try:
                 if missing_gists(folder, gist_key):
-                    for _ in make_gists(folder, gist_key, reader.gist, embed, reader.device):
+                    for _ in make_gists(folder, gist_key, reader.node, embed, reader.device):
                         time.sleep(0.01)  # answers come first
             except UserError as error:  # another worker or process is at it, or damage, which its readers will name
                 logging.info("gists of %s are not renewed: %s", folder.name, error)

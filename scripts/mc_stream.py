@@ -84,7 +84,7 @@ class Model:
 
     def tree(self, folder, write=False):
         store = streams.open_store(folder, self.gist_key, self.device, write)
-        return MegaContextTree(self.reader.gist, self.gist_key["block_size"], store, self.embed)
+        return MegaContextTree(self.reader.node, self.gist_key["block_size"], store, self.embed)
 
 
 def bar(*columns):
@@ -154,7 +154,7 @@ def make_gists(model, folder):
     if missing := streams.missing_gists(folder, model.gist_key):
         with bar() as shown:
             task, before = shown.add_task("gists", total=missing), None
-            for done in streams.make_gists(folder, model.gist_key, model.reader.gist, model.embed, model.device):
+            for done in streams.make_gists(folder, model.gist_key, model.reader.node, model.embed, model.device):
                 before = done if before is None else before
                 shown.update(task, completed=done - before)
     return missing
