@@ -52,8 +52,8 @@ class MCConfig:
     """siblings collapse to make room if a score is higher than theirs by this and the other threshold, 0 to 1"""
     allocator_max_replacements: Count = 4
     """blocks that are opened per round, at most"""
-    allocator_iterations: Count = 1
-    """rounds of scoring and editing per refocus"""
+    allocator_iterations: Count = 4
+    """rounds of scoring and editing per refocus, as long as they change anything, at most"""
     # Training
     mc_num_random_variants: Count = 2
     """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
@@ -75,7 +75,7 @@ class MCConfig:
     mc_infer_allocator_max_replacements: Count = -1
     """blocks that are opened per round in inference, at most; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: Count = -1
-    """rounds per refocus in inference; -1 for allocator_iterations"""
+    """rounds of refocusing when a prompt was read, at most; -1 for allocator_iterations"""
     mc_infer_refocus_interval: Count = 32
     """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
     mc_infer_exact: bool = False

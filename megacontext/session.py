@@ -35,7 +35,6 @@ from nanochat.kv_cache import KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
 PER_ENTRY = 4  # tokens that GistNet takes up while the model reads one entry
-ROUNDS = 4  # of refocusing after a prompt, at most
 READ_AGAIN = 8  # newest tokens that see at once what a refocus brought in, while an answer is made
 BLOCKS_PER_TOKEN = 4096  # that LensNet looks through, on average: in longer streams not every token is listened to
 MARGIN = 0.2  # z above which a token is listened to again after a refocus that found nothing to do
@@ -160,7 +159,7 @@ class MCSession:
         self.demand.clear()
         read = 0
         self._adopt(self._collapsed(kept))
-        for again in range(ROUNDS + 1):
+        for again in range(self.config.mc_infer_allocator_iterations + 1):
             if again:
                 context = self._refocused(self._context, again > 1)
                 if context is self._context:

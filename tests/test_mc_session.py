@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from megacontext.lensnet import KEY
 from megacontext.networks import MCNetworks
-from megacontext.session import MCSession
+from megacontext.session import READ_AGAIN, MCSession
 from megacontext.telemetry.events import tell_session
 from megacontext.tree import build_table
 from megacontext.working_context import smallest_length
 from nanochat.common import UserError
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession, Engine
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPTConfig, norm, positioned
 from tests.helpers import SESSION_GPT, K, Told, disturbed_networks, make_model, session_settings
 
 V = SESSION_GPT.vocab_size
@@ -213,6 +213,69 @@ def test_only_what_changed_is_read_again(model):
         for entries_read in filter(None, reads):
             first, _ = before.first_difference(session._context_now())
             assert entries_read == session.cache.pos - int(first[0])
+
+
+class Spliced:
+    """
+    The slow reference of a spliced cache: of each entry (level, first token) the keys and values of each layer, as they
+    were when it was last read, with all that stood before it then.
+    """
+
+    def __init__(self, model, session):
+        self.model, self.session, self.entries = model, session, {}
+        self.adopted, self.listened = session._adopt, session.demand.listen
+        session._adopt, session.demand.listen = self.adopt, self.listen
+
+    def adopt(self, context, again=0):
+        names = _names(context)
+        gone = self.entries.keys() - set(names)
+        newest = context.num_tokens - again if gone else context.num_tokens
+        self.entries = {name: self.entries[name] for name in names if name in self.entries and name[1] < newest}
+        self.adopted(context, again)
+
+    @torch.inference_mode()
+    def listen(self, states, num_tokens):
+        """Called when all entries have been read: those that are not known are read here, too."""
+        context, model = self.session._context_now(), self.model
+        table = build_table(GISTNET, model.embed(held(self.session)[None]), K)
+        x, angles, names = table.materialize(context)[0], self.session.reader.positions(context), _names(context)
+        new = [i for i, name in enumerate(names) if name not in self.entries]
+        h = dict(zip(new, x[new], strict=True))
+        for name in (names[i] for i in new):
+            self.entries[name] = []
+        for block in model.transformer.h:
+            attn, queries = block.attn, {}
+            for i in new:
+                row, at = norm(h[i])[None, None], [t[:, i : i + 1] for t in angles]
+                queries[i] = positioned(attn.c_q(row).view(1, 1, attn.n_head, -1), *at)[0, 0]
+                key = positioned(attn.c_k(row).view(1, 1, attn.n_kv_head, -1), *at)[0, 0]
+                self.entries[names[i]].append((key, attn.c_v(row).view(attn.n_kv_head, -1)))
+            for i in new:
+                pairs = [self.entries[name][attn.layer] for name in names[: i + 1]]
+                keys, values = (torch.stack(part, 1).repeat_interleave(2, 0) for part in zip(*pairs, strict=True))
+                weights = (keys @ queries[i][..., None] / attn.head_dim**0.5).softmax(1)
+                h[i] = h[i] + attn.c_proj((weights * values).sum(1).flatten())
+                h[i] = h[i] + block.mlp(norm(h[i]))
+        self.logits, self.read = 15 * torch.tanh(model.lm_head(norm(h[len(names) - 1]))[:V] / 15), len(new)
+        self.listened(states, num_tokens)
+
+
+def _names(context):
+    return list(zip(*(t[0].tolist() for t in context.entries[:2]), strict=True))
+
+
+@pytest.mark.parametrize("positional", ["gaussian", "simple"])
+def test_a_refocus_is_spliced_into_the_cache(model, positional):
+    """What comes in and the newest tokens are read, and see what stands before them; all others stay as they were."""
+    session = session_of(model, mc_infer_exact=False, mc_positional=positional)
+    reference, spliced = Spliced(model, session), 0
+    torch.testing.assert_close(session.prefill(ids(90))[0], reference.logits, **CLOSE)
+    for i in range(60):
+        logits = session.step(torch.tensor([i]))
+        torch.testing.assert_close(logits[0], reference.logits, **CLOSE)
+        assert_in_budget(session)
+        spliced += 1 < reference.read < session.cache.pos // 2 + READ_AGAIN
+    assert spliced > 5
 
 
 @pytest.mark.parametrize("piece", [4096, 9])  # entries read at once; 3 of each row
