@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from megacontext import streams
+from megacontext.lensnet import KEY
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
 from megacontext.session import MCSession
@@ -84,7 +85,8 @@ def fill(store, length, vocab_size, n_embd):
         store.append(0, torch.randint(0, vocab_size, (1, N - n)))
         level, nodes = 1, N // store.block_size
         while nodes:
-            store.append(level, torch.randn(1, nodes - store.count(level), n_embd))
+            width = n_embd + KEY if level == 1 else n_embd
+            store.append(level, torch.randn(1, nodes - store.count(level), width))
             level, nodes = level + 1, nodes // store.block_size
         store.commit()
 

@@ -62,23 +62,24 @@ class Focus:
         self.generator = torch.Generator().manual_seed(seed)
         self.records = [Record()] * rows
 
-    def refocus(self, context, scores, budget, again=False):
+    def refocus(self, context, scores, budget, again=False, first=0):
         """
         The context after a round of editing, no row above the budget; the very same object if nothing was edited.
 
-        scores: of the blocks of each row, [B, n] in (−1, 1), on the CPU. What was expanded or collapsed in the refocus
-        before may be expanded or collapsed further, but not undone. again: this is one more round of that refocus.
+        scores: of the blocks of each row from number `first` on, [B, n] in (−1, 1), on the CPU. What was expanded or
+        collapsed in the refocus before may be expanded or collapsed further, but not undone. again: this is one more
+        round of that refocus.
         """
         exposed, edits = context.old_blocks(self.settings.allocator_recent_tokens), []
         for row, (record, length) in enumerate(zip(self.records, context.lengths().tolist(), strict=True)):
             one = context.select([row])
-            planned = plan(scores[row], one, budget, self.settings, record.changes, self.generator)
+            planned = plan(scores[row], one, budget, self.settings, record.changes, self.generator, first)
             changes = tuple(_change(edit, context.block_size) for edit in planned)
             edits += [edit._replace(row=row) for edit in planned]
             self.records[row] = Record(
                 record.changes * again + changes,
                 one,
-                worth(scores[row], one),
+                worth(scores[row], one, first),
                 record.refocuses + (not again),
                 record.edits + len(changes),
                 record.entries + length * (not again),

@@ -43,9 +43,12 @@ class Move(NamedTuple):
     edits: tuple[Edit, ...]
 
 
-def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None) -> list[Edit]:
+def plan(
+    scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None, first=0
+) -> list[Edit]:
     """
-    Edits, to be applied in order, of a context of one row; scores [n] of the first n blocks, others count as 0.
+    Edits, to be applied in order, of a context of one row; scores [n] in (−1, 1) of the blocks from number `first` on.
+    What has no score counts as −1 and is not opened.
 
     The result has at most `budget` entries. If there are more now, the lowest-scored siblings collapse, whatever
     their score and, if need be, right after they were expanded and in more than allocator_max_replacements moves.
@@ -61,9 +64,10 @@ def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recen
     Raises UserError if no context is as small as the budget.
     """
     length = int(context.lengths()[0])
-    if context.num_rows != 1 or scores.dim() != 1 or len(scores) > context.num_blocks or not scores.isfinite().all():
+    known = scores.dim() == 1 and 0 <= first <= first + len(scores) <= context.num_blocks
+    if context.num_rows != 1 or not known or not scores.isfinite().all():
         raise ValueError(
-            f"expected one row and finite scores of at most its {context.num_blocks} blocks, "
+            f"expected one row and finite scores of blocks among its {context.num_blocks}, "
             f"got {context.num_rows} rows and scores {list(scores.shape)}: {scores}"
         )
     newest = settings.allocator_recent_tokens
@@ -73,17 +77,22 @@ def plan(scores, context: WorkingContext, budget: int, settings: MCConfig, recen
             f"expected a budget of {smallest} entries or more, the fewest for {context.num_tokens} tokens of which the "
             f"last {newest} stay at full detail, got {budget}: raise the budget or keep fewer recent tokens"
         )
-    row = _Row(scores, context, newest, recent)
+    row = _Row(scores, first, context, newest, recent)
     row.fit(length - budget)
     room = (budget - length) // (row.K - 1) + len(row.edits)
     row.grant_wishes(room, settings, generator)
     return row.edits
 
 
-def worth(scores, context):
-    """The best score in each tile of a context of one row, [P], of scores [n] of blocks; 0 where there are none."""
-    tile = torch.searchsorted(context.first_blocks[0], torch.arange(len(scores)), right=True) - 1
-    return scores.new_zeros(context.tiles.size(1)).scatter_reduce(0, tile, scores, "amax", include_self=False)
+def worth(scores, context, first=0):
+    """The best score in each tile of a context of one row, [P], of scores [n] of the blocks from `first` on; or −1."""
+    tile = _tile_of(first, len(scores), context)
+    return scores.new_full((context.tiles.size(1),), -1.0).scatter_reduce(0, tile, scores, "amax")
+
+
+def _tile_of(first, n, context):
+    """The tiles that n blocks lie in, from `first` on."""
+    return torch.searchsorted(context.first_blocks[0], torch.arange(first, first + n), right=True) - 1
 
 
 class _Row:
@@ -92,10 +101,11 @@ class _Row:
     that of the node) and whether it rests, each [P].
     """
 
-    def __init__(self, scores, context, newest, recent):
+    def __init__(self, scores, begin, context, newest, recent):
+        self.begin = begin  # number of the block that the first score is of
         self.context, self.K, self.newest, self.edits = context, context.block_size, newest, []
         self.scores, self.lod, self.first = scores, context.tiles[0], context.first_blocks[0].tolist()
-        self.worth = worth(scores, context)
+        self.worth = worth(scores, context, begin)
         self.resting = {cost: _last_done(recent, context, expands=cost < 0) for cost in (1, -1)}
 
     def tiles(self, edits):
@@ -113,16 +123,17 @@ class _Row:
 
     def openings(self, threshold, most) -> list[Move]:
         """The hidden blocks that score most, at least the threshold."""
-        tile = torch.searchsorted(self.context.first_blocks[0], torch.arange(len(self.scores)), right=True) - 1
+        tile = _tile_of(self.begin, len(self.scores), self.context)
         scores = self.scores.masked_fill((self.lod <= 0)[tile], -torch.inf)
         best, blocks = scores.sort(descending=True, stable=True)
         blocks = blocks[best >= threshold][:most]
-        return [self._opening(b, t) for b, t in zip(blocks.tolist(), tile[blocks].tolist(), strict=True)]
+        of = zip(best.tolist(), (self.begin + blocks).tolist(), tile[blocks].tolist(), strict=False)
+        return [self._opening(*one) for one in of]
 
-    def _opening(self, block, tile):
+    def _opening(self, score, block, tile):
         lods = range(int(self.lod[tile]), 0, -1)
         nodes = [(block // self.K ** (lod - 1) * self.K ** (lod - 1), self.K ** (lod - 1), lod - 1) for lod in lods]
-        return Move(float(self.scores[block]), len(nodes), tuple(Edit(0, *node) for node in nodes))
+        return Move(score, len(nodes), tuple(Edit(0, *node) for node in nodes))
 
     def collapses(self) -> list[Move]:
         """All complete groups of siblings that are old enough to collapse, by falling gain."""

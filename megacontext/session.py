@@ -238,7 +238,9 @@ class MCSession:
         """Move focus if a hidden block is wanted: logits [B, V] after that. Else None."""
         if self._context.coarsest <= 0:
             return None
-        most = self.demand.most(self._closed)
+        if self._closed is None or self._closed[0] != self.demand.first:
+            self._closed = self.demand.first, self._closed_blocks(self.demand.first)
+        most = self.demand.most(self._closed[1])
         if not any(map(operator.gt, most, self._bar)):
             return None
         watch = Stopwatch(self.device)
@@ -387,7 +389,7 @@ class MCSession:
         self._held = [self._holds(row) for row in range(context.num_rows)]
         self._context, self._held_to = context, context.num_tokens
         self._bar = [self._least] * context.num_rows
-        self._closed = torch.zeros(context.lod_map.shape).masked_fill(context.lod_map <= 0, -math.inf).to(self.device)
+        self._closed = None
         codes, self._up_to_date = _codes(context), True
         stays = [torch.isin(held, row) for held, row in zip(self._held, codes, strict=True)]
         again *= not all(kept.all() for kept in stays)
@@ -400,13 +402,20 @@ class MCSession:
             self._held[row] = held if kept.all() else held[cache.keep(kept)]
             self._up_to_date &= len(self._held[row]) == len(codes[row])
 
+    def _closed_blocks(self, first):
+        """0 for each block from number `first` on that is hidden in a node, −inf for others, [B, m]."""
+        context, blocks = self._context, torch.arange(first, self._context.num_blocks).repeat(self._context.num_rows, 1)
+        tile = torch.searchsorted(context.first_blocks, blocks, right=True) - 1
+        mask = torch.zeros(blocks.shape).masked_fill(context.tiles.gather(1, tile) <= 0, -math.inf)
+        return mask.to(self.device, non_blocking=True)
+
     def _become_many(self):
         """Rows that are equal now, and may go apart."""
         self.tree.repeat(self.rows)
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)
         self._held = self._held * self.rows
-        self._closed, self._bar = self._closed.expand(self.rows, -1), self._bar * self.rows
+        self._closed, self._bar = None, self._bar * self.rows
         self.demand.repeat(self.rows)
         cache, self.cache, self._stepper = self.cache, RowCaches(), None
         self.cache.join(cache, self.rows, self.budget)
@@ -417,7 +426,8 @@ class MCSession:
 
     def _refocused(self, context, again=False):
         self._since = 0
-        return self.focus.refocus(context, score(self.demand.wanted(context.num_rows)), self.room, again)
+        scores = score(self.demand.wanted(context.num_rows))
+        return self.focus.refocus(context, scores, self.room, again, self.demand.first)
 
     def _step(self, ids):
         if self._stepper is None:
