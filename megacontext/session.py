@@ -11,8 +11,9 @@ least every mc_infer_refocus_interval tokens. It leaves room for the tokens unti
 with more entries than the budget, allocator_soft_max.
 
 A refocus is *spliced* into the cache: what is gone leaves it, what comes in is read and sees what stands before it, by
-position, and the newest tokens are read again to see it. All others stay as they were read. Measured, that is nearly
-as good as reading all again that follows an edit (mc_infer_exact), at a cost that does not depend on W.
+position, and the newest tokens are read again to see it. All others stay as they were read, until the next prompt.
+Measured, that is as good as reading all again that follows an edit (mc_infer_exact), at a cost that does not depend
+on W.
 """
 
 import math
@@ -108,6 +109,7 @@ class MCSession:
         self._since = 0  # tokens since the last refocus
         self._stepper = None
         self._held, self._held_to = [torch.empty(0, dtype=torch.long)], 0  # see _holds
+        self._stale = [math.inf]  # of each row, what stands from here on was read before an edit: see _codes
         self._up_to_date = True  # whether the cache holds all entries
         self._bar = [self._least]  # z of each row above which focus moves
 
@@ -158,7 +160,7 @@ class MCSession:
             raise
         self.demand.clear()
         read = 0
-        self._adopt(self._collapsed(kept))
+        self._adopt(self._collapsed(kept), fresh=True)
         for again in range(self.config.mc_infer_allocator_iterations + 1):
             if again:
                 context = self._refocused(self._context, again > 1)
@@ -382,9 +384,10 @@ class MCSession:
         new = self._caches[row].pos - len(held)
         return torch.cat((held, LEVELS * (self._held_to + torch.arange(new)))) if new else held
 
-    def _adopt(self, context, again=0):
+    def _adopt(self, context, again=0, fresh=False):
         """
         Go on with this context; the cache keeps what stays of it, less the newest `again` tokens if anything has left.
+        fresh: and less all that was read before an edit that stands before it, or as it is.
         """
         self._held = [self._holds(row) for row in range(context.num_rows)]
         self._context, self._held_to = context, context.num_tokens
@@ -395,9 +398,10 @@ class MCSession:
         again *= not all(kept.all() for kept in stays)
         for row, (cache, held, kept) in enumerate(zip(self._caches, self._held, stays, strict=True)):
             first = LEVELS * (context.num_tokens - again)  # not to be kept
-            if self.config.mc_infer_exact:
-                changed = torch.cat((held[~kept], codes[row][~torch.isin(codes[row], held)]))
-                first = min([first, *changed.tolist()])
+            changed = torch.cat((held[~kept], codes[row][~torch.isin(codes[row], held)]))
+            self._stale[row] = min([self._stale[row], *changed.tolist()])
+            if fresh or self.config.mc_infer_exact:
+                first, self._stale[row] = min(first, self._stale[row]), math.inf
             kept = kept & (held < first)
             self._held[row] = held if kept.all() else held[cache.keep(kept)]
             self._up_to_date &= len(self._held[row]) == len(codes[row])
@@ -414,7 +418,7 @@ class MCSession:
         self.tree.repeat(self.rows)
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)
-        self._held = self._held * self.rows
+        self._held, self._stale = self._held * self.rows, self._stale * self.rows
         self._closed, self._bar = None, self._bar * self.rows
         self.demand.repeat(self.rows)
         cache, self.cache, self._stepper = self.cache, RowCaches(), None
@@ -449,7 +453,7 @@ class MCSession:
         unread = [(~torch.isin(codes[row], self._held[row])).nonzero()[:, 0] for row in rows]
         places = pad_sequence(unread, batch_first=True)
         x, positions = self.tree.materialize(context, places), self.reader.positions(context, places)
-        done, logits, states = [0] * len(rows), [None] * len(rows), [None] * len(rows)
+        done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]
         while these := [row for row in rows if done[row] < len(unread[row])]:  # all of them at once
             spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]
             index = torch.tensor([(row, i) for row, span in zip(these, spans, strict=True) for i in span])
@@ -462,10 +466,10 @@ class MCSession:
             for row, span, part, logits[row], state in news:
                 done[row] = span.stop
                 self._held[row] = torch.cat((self._held[row], part))
-                states[row] = state[(part >= LEVELS * (context.num_tokens - ASKING)).to(self.device)]
+                states[row].append(state[(part >= LEVELS * (context.num_tokens - ASKING)).to(self.device)])
             self._up_to_date = all(done[row] == len(unread[row]) for row in rows)
             if self._up_to_date:
-                self.demand.listen(states, context.num_tokens)
+                self.demand.listen(list(map(torch.cat, states)), context.num_tokens)
             yield len(index[0]), torch.cat(logits) if self._up_to_date else None
 
     def _seen(self, held, part):

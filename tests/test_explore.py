@@ -200,7 +200,7 @@ def million(tokenizer, tmp_path_factory):
     needle = tokenizer.encode("The treasure lies under the old oak tree. ")
     tokens[654_321 : 654_321 + len(needle)] = needle
     reader = MCSession(engine.model, networks, config).reader
-    MegaContextTree(reader.gist, K, store, engine.model.embed).append(torch.tensor(tokens)[None])
+    MegaContextTree(reader.node, K, store, engine.model.embed).append(torch.tensor(tokens)[None])
     store.commit()
     store.close()
     return folder

@@ -226,12 +226,13 @@ class Spliced:
         self.adopted, self.listened = session._adopt, session.demand.listen
         session._adopt, session.demand.listen = self.adopt, self.listen
 
-    def adopt(self, context, again=0):
+    def adopt(self, context, again=0, fresh=False):
+        assert not (fresh and self.entries)
         names = _names(context)
         gone = self.entries.keys() - set(names)
         newest = context.num_tokens - again if gone else context.num_tokens
         self.entries = {name: self.entries[name] for name in names if name in self.entries and name[1] < newest}
-        self.adopted(context, again)
+        self.adopted(context, again, fresh)
 
     @torch.inference_mode()
     def listen(self, states, num_tokens):
@@ -276,6 +277,9 @@ def test_a_refocus_is_spliced_into_the_cache(model, positional):
         assert_in_budget(session)
         spliced += 1 < reference.read < session.cache.pos // 2 + READ_AGAIN
     assert spliced > 5
+    session._adopt, session.demand.listen = reference.adopted, reference.listened
+    session.demand.listener = NO_WISHES.listener()  # then a prompt only reads what was read before an edit
+    assert_fresh(model, session, session.prefill(held(session).tolist() + ids(5)))
 
 
 @pytest.mark.parametrize("piece", [4096, 9])  # entries read at once; 3 of each row

@@ -402,12 +402,12 @@ def test_a_conversation_has_one_folder_of_its_own_and_the_next_another(model, ne
 def test_a_stream_is_the_past_of_many_chats_and_not_changed_by_them(model, networks, tokenizer, tmp_path):
     past = ids(700, 3)
     store = new_stream(tmp_path)
-    MegaContextTree(MCSession(model, networks, SETTINGS).reader.gist, K, store, model.embed).append(past)
+    MegaContextTree(MCSession(model, networks, SETTINGS).reader.node, K, store, model.embed).append(past)
     store.commit()
     size = store.tokens.rows("tokens")
 
     in_memory = RamStore(torch.bfloat16)
-    MegaContextTree(MCSession(model, networks, SETTINGS).reader.gist, K, in_memory, model.embed).append(past)
+    MegaContextTree(MCSession(model, networks, SETTINGS).reader.node, K, in_memory, model.embed).append(past)
     expected, _ = turns(model, tokenizer, MCSession(model, networks, SETTINGS, store=in_memory, past=700), PROMPTS)
     for _ in range(2):
         chat = MCSession(model, networks, SETTINGS, store=open_store(tmp_path / "s", GIST_KEY), past=700)
