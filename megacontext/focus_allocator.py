@@ -6,12 +6,13 @@ Shapes: n blocks of the stream, P tiles of a working context, K = block_size.
 A block that is wanted is *opened*, whatever node hides it: the node *expands* into its K children, that child into
 its own, down to the block's tokens; each costs K − 1 entries. To make room, K siblings *collapse* into their parent,
 which saves as many. Opening gains the block's score, a collapse minus the worth of its group: the best score in it.
-Equal gains: the finer level goes first, then the older blocks.
+Equal gains: the finer level goes first, then the older blocks. Of a node only its best block, the oldest of several,
+is opened by a plan; the next refocus goes on from there.
 """
 
 import heapq
 from bisect import bisect_left
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -86,13 +87,8 @@ def plan(
 
 def worth(scores, context, first=0):
     """The best score in each tile of a context of one row, [P], of scores [n] of the blocks from `first` on; or −1."""
-    tile = _tile_of(first, len(scores), context)
+    tile = torch.searchsorted(context.first_blocks[0], torch.arange(first, first + len(scores)), right=True) - 1
     return scores.new_full((context.tiles.size(1),), -1.0).scatter_reduce(0, tile, scores, "amax")
-
-
-def _tile_of(first, n, context):
-    """The tiles that n blocks lie in, from `first` on."""
-    return torch.searchsorted(context.first_blocks[0], torch.arange(first, first + n), right=True) - 1
 
 
 class _Row:
@@ -121,19 +117,17 @@ class _Row:
     def rests(self, move):
         return bool(self.resting[1 if move.cost > 0 else -1][self.tiles(move.edits)].any())
 
-    def openings(self, threshold, most) -> list[Move]:
-        """The hidden blocks that score most, at least the threshold."""
-        tile = _tile_of(self.begin, len(self.scores), self.context)
-        scores = self.scores.masked_fill((self.lod <= 0)[tile], -torch.inf)
-        best, blocks = scores.sort(descending=True, stable=True)
-        blocks = blocks[best >= threshold][:most]
-        of = zip(best.tolist(), (self.begin + blocks).tolist(), tile[blocks].tolist(), strict=False)
-        return [self._opening(*one) for one in of]
+    def openings(self, threshold) -> list[Move]:
+        """Of each node that scores the threshold or more and does not rest, to open its best block."""
+        tiles = ((self.lod > 0) & (self.worth >= threshold) & ~self.resting[1]).nonzero()[:, 0]
+        return [self._opening(tile) for tile in tiles.tolist()]
 
-    def _opening(self, score, block, tile):
-        lods = range(int(self.lod[tile]), 0, -1)
-        nodes = [(block // self.K ** (lod - 1) * self.K ** (lod - 1), self.K ** (lod - 1), lod - 1) for lod in lods]
-        return Move(score, len(nodes), tuple(Edit(0, *node) for node in nodes))
+    def _opening(self, tile):
+        start, end = self.first[tile], self.first[tile] + int(self.context.tile_blocks[0, tile])
+        start, best = max(start, self.begin), self.worth[tile]
+        block = start + int((self.scores[start - self.begin : end - self.begin] == best).nonzero()[0])
+        sizes = [(self.K ** (lod - 1), lod - 1) for lod in range(int(self.lod[tile]), 0, -1)]
+        return Move(float(best), len(sizes), tuple(Edit(0, block // n * n, n, lod) for n, lod in sizes))
 
     def collapses(self) -> list[Move]:
         """All complete groups of siblings that are old enough to collapse, by falling gain."""
@@ -176,15 +170,16 @@ class _Row:
         left = settings.allocator_max_replacements - len(self.edits)
         if left <= 0:
             return
-        wishes = self.openings(expand, most=left * self.K + top_k)  # an opening takes few others out of the running
+        wishes = self.openings(expand)
         payments = [move for move in self.collapses() if not self.rests(move)] if wishes else []
         turns = _in_turn(wishes, top_k, settings.allocator_sample_temperature, generator)
         while left and (move := next(turns, None)):
             if self.rests(move):
                 continue
             need = max(0, move.cost - room)
-            free = (m for m in payments if not self.rests(m) and m.gain + move.gain >= max(expand + collapse, 1e-9))
-            paid = list(islice(free, need))
+            least = max(expand + collapse, 1e-9) - move.gain
+            paid = takewhile(lambda payment, least=least: payment.gain >= least, payments)
+            paid = list(islice((payment for payment in paid if not self.rests(payment)), need))
             if len(paid) == need:
                 left -= 1
                 room += need - move.cost
@@ -206,7 +201,7 @@ def _last_done(changes, context, expands):
 
 def _in_turn(moves, top_k, temperature, generator):
     """Yield all moves, each drawn by softmax(gain / temperature) from the top_k of highest gain that are left."""
-    moves = sorted(moves, key=lambda move: -move.gain)
+    moves = sorted(moves, key=lambda move: (-move.gain, move.cost))
     while moves:
         draw = 0
         if top_k > 1:
