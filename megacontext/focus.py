@@ -61,19 +61,23 @@ class Focus:
         self.settings = replace(config, allocator_max_replacements=config.mc_infer_allocator_max_replacements)
         self.generator = torch.Generator().manual_seed(seed)
         self.records = [Record()] * rows
+        self._before = []  # the changes of the refocus before this one
 
     def refocus(self, context, scores, budget, again=False, first=0):
         """
         The context after a round of editing, no row above the budget; the very same object if nothing was edited.
 
         scores: of the blocks of each row from number `first` on, [B, n] in (−1, 1), on the CPU. What was expanded or
-        collapsed in the refocus before may be expanded or collapsed further, but not undone. again: this is one more
-        round of that refocus.
+        collapsed in the refocus before, or in an earlier round of this one, may be expanded or collapsed further, but
+        not undone. again: this is one more round of the last refocus.
         """
+        if not again:
+            self._before = [record.changes for record in self.records]
         exposed, edits = context.old_blocks(self.settings.allocator_recent_tokens), []
         for row, (record, length) in enumerate(zip(self.records, context.lengths().tolist(), strict=True)):
             one = context.select([row])
-            planned = plan(scores[row], one, budget, self.settings, record.changes, self.generator, first)
+            recent = self._before[row] + record.changes * again
+            planned = plan(scores[row], one, budget, self.settings, recent, self.generator, first)
             changes = tuple(_change(edit, context.block_size) for edit in planned)
             edits += [edit._replace(row=row) for edit in planned]
             self.records[row] = Record(
