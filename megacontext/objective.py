@@ -75,6 +75,8 @@ class MCObjective:
 
         old = old_blocks(T, K, recent)  # blocks that may be gists
         judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
+        if dense < B:  # drawn first, so that they are the same whether LensNet learns or not
+            variants = random_variants(V * (B - dense), T, K, length, recent, generator)
         asking = None
         if judged:
             counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
@@ -89,15 +91,14 @@ class MCObjective:
                 _, looks = self.model.trunk(embeds[:dense], asking=asking)
 
         if dense < B:
-            context = random_variants(V * (B - dense), T, K, length, recent, generator)
-            inputs = reader.tree(embeds[dense:]).materialize(context)
-            reading = reader.read(inputs, context, y[dense:])
+            inputs = reader.tree(embeds[dense:]).materialize(variants)
+            reading = reader.read(inputs, variants, y[dense:])
             loss = loss + reading.loss
-            stats |= {"mc/token_loss": reading.loss, "mc/variants_total": context.num_rows}
-            stats |= by_level(context, reading)
-            reader.networks.gistnet.mark_trained(context.coarsest)
+            stats |= {"mc/token_loss": reading.loss, "mc/variants_total": variants.num_rows}
+            stats |= by_level(variants, reading)
+            reader.networks.gistnet.mark_trained(variants.coarsest)
             cos, sin, fade = (*reading.positions, None)[:3]
-            for name, i in zip(names[dense:], range(0, context.num_rows, V), strict=True):
+            for name, i in zip(names[dense:], range(0, variants.num_rows, V), strict=True):
                 caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
         if judged:
