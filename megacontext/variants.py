@@ -85,7 +85,8 @@ def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, fl
     children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
     trunk = (1 - dense) * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else dense * T)
     judged = dense if c.mc_lens_loss_weight > 0 else 0
-    return trunk, (1 - dense + judged / 3) * children, judged * T
+    old = old_blocks(T, c.block_size, c.allocator_recent_tokens) * c.block_size
+    return trunk, (1 - dense + judged / 3) * children, judged * old
 
 
 def step_work(model, networks, config: MCConfig, progress, T) -> float:

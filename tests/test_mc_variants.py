@@ -90,17 +90,18 @@ def test_inputs_are_what_a_batch_puts_in():
             return kwargs["inputs_embeds"][..., 0].numel()
 
         model.register_forward_pre_hook(counting("trunk", trunk), with_kwargs=True)
-        networks.gistnet.register_forward_pre_hook(
-            counting("gistnet", lambda args, _: args[0][..., 0].numel()), with_kwargs=True
+        networks.gistnet.register_forward_pre_hook(  # forward only: a third
+            counting("gistnet", lambda args, _: args[0][..., 0].numel() / (1 if torch.is_grad_enabled() else 3)),
+            with_kwargs=True,
         )
-        networks.lensnet.register_forward_pre_hook(
+        networks.lensnet.embed.register_forward_pre_hook(  # what keys are made of
             counting("lensnet", lambda args, _: args[0][..., 0].numel()), with_kwargs=True
         )
         objective.process_batch(*tokens(B=4), 1.0, torch.Generator().manual_seed(0))
-        trunk, gists, entries = (4 * n for n in inputs_per_sequence(objective.config, 1.0, T))
+        trunk, gists, of_blocks = (4 * n for n in inputs_per_sequence(objective.config, 1.0, T))
         assert counts["trunk"] == trunk
         assert counts["gistnet"] == pytest.approx(gists, rel=0.02)  # the geometric series ends at the top level
-        assert counts["lensnet"] == entries
+        assert counts["lensnet"] == of_blocks
 
 
 def test_work_counts_all_that_runs():
@@ -108,10 +109,13 @@ def test_work_counts_all_that_runs():
         objective = make_objective(make_model(), **options)
         return objective.work(1.0, T)
 
-    variants = (1 - DENSE_SHARE) * target_length(1.0, T, K, make_objective(make_model()).config.mc_train_wc_length) / T
+    length = target_length(1.0, T, K, make_objective(make_model()).config.mc_train_wc_length)
+    variants = (1 - DENSE_SHARE) * length / T
     assert work(mc_lens_loss_weight=0.0) > DENSE_SHARE + 3 * variants
     assert work() > work(mc_lens_loss_weight=0.0)
     assert work() - work(mc_freeze_base=True) == pytest.approx(2 / 3 * DENSE_SHARE)  # it still looks
+    more = work(mc_max_counterfactuals=3) - work(mc_max_counterfactuals=1)
+    assert more == pytest.approx(2 * length / T * DENSE_SHARE / 3)  # read without a gradient
     objective = make_objective(make_model(), gistnet_type="mean", mc_lens_loss_weight=0.0)
     own = step_work(objective.model, objective.reader.networks, objective.config, 1.0, T)
     assert own == pytest.approx(DENSE_SHARE + 3 * variants)
@@ -147,8 +151,8 @@ def test_auto_batch_keeps_to_the_memory_of_the_plain_model(options):
 
 
 def test_auto_batch_divides():
-    config = MCConfig(block_size=K, mc_num_random_variants=3).resolve(T)
+    config = MCConfig(block_size=K, mc_num_random_variants=4).resolve(T)
     model_config = GPTConfig(T, 70, 12, 6, 6, 384)
-    assert auto_batch_size(32, config, model_config) == 8  # 32 / 2.1 is 15, of which 8 divides 32
+    assert auto_batch_size(32, config, model_config) == 8  # 32 / 2.3 is 14, of which 8 divides 32
     assert [auto_batch_size(B, config, model_config) for B in (1, 2, 9)] == [1, 2, 3]
     assert auto_batch_size(32, MCConfig(block_size=K, mc_auto_batch=False).resolve(T), model_config) == 32
