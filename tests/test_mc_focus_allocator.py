@@ -57,8 +57,8 @@ def entries(context):
 
 
 def best_in(scores, first_block, num_blocks):
-    """The best score of these blocks; blocks without one, the last of the stream, count as 0 if there is no other."""
-    return max(scores[first_block : first_block + num_blocks], default=0.0)
+    """The best score of these blocks; those without one, as the unfinished last one, count as −1."""
+    return max(scores[first_block : first_block + num_blocks], default=-1.0)
 
 
 def openings(context, scores):
@@ -368,21 +368,25 @@ def test_a_lens_without_opinions_leaves_a_context_alone_and_gives_up_the_oldest_
 
 @settings(max_examples=100, deadline=None)
 @given(problems(allocator="greedy", allocator_expand_threshold=0.0), st.data())
-def test_blocks_without_a_score_count_as_0(problem, data):
+def test_blocks_without_a_score_count_as_the_worst(problem, data):
+    """Those before `first` and those after the last score."""
     context, scores, budget, config, recent = problem
-    n = data.draw(st.integers(0, len(scores)))
-    zeros = torch.tensor(scores[:n] + [0.0] * (context.num_blocks - n))
-    expected = plan(zeros, context, budget, config, changes(recent))
-    assert plan(zeros[:n], context, budget, config, changes(recent)) == expected
+    first = data.draw(st.integers(0, len(scores)))
+    end = data.draw(st.integers(first, len(scores)))
+    known = torch.full((context.num_blocks,), -1.0)
+    known[first:end] = torch.tensor(scores[first:end])
+    expected = plan(known, context, budget, config, changes(recent))
+    assert plan(known[first:end], context, budget, config, changes(recent), first=first) == expected
 
 
 @settings(max_examples=100, deadline=None)
 @given(contexts(), st.data())
 def test_worth_is_the_best_of_each_tile(context, data):
-    scores = draw_scores(data.draw, data.draw(st.integers(0, context.num_blocks)))
+    first = data.draw(st.integers(0, context.num_blocks))
+    scores = draw_scores(data.draw, data.draw(st.integers(0, context.num_blocks - first)))
     tiles = zip(context.first_blocks[0].tolist(), context.tile_blocks[0].tolist(), strict=True)
-    expected = [best_in(scores, first, n) for first, n in tiles]
-    assert worth(torch.tensor(scores), context).tolist() == expected
+    expected = [best_in([-1.0] * first + scores, begin, n) for begin, n in tiles]
+    assert worth(torch.tensor(scores), context, first).tolist() == expected
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -447,7 +451,7 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_does():
 
 @pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(1, 2), torch.full((2,), torch.nan)], ids=str)
 def test_scores_that_do_not_fit_are_refused(scores):
-    with pytest.raises(ValueError, match="finite scores of at most its 2 blocks"):
+    with pytest.raises(ValueError, match="finite scores of blocks among its 2"):
         plan(scores, WorkingContext.finest(1, 8, 4), 8, configure())
 
 
