@@ -13,16 +13,18 @@ from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampler, Sampling
 
 
-class RestlessLens(torch.nn.Module):
-    """A LensNet's work, and wishes that change each time, so that every refocus makes all the edits it may."""
+class RestlessListener:
+    """A listener's work, and when it is armed, wishes for a few blocks at random, all that a refocus may open."""
 
-    def __init__(self, lensnet):
-        super().__init__()
-        self.lensnet = lensnet
+    def __init__(self, listener, wishes):
+        self.listener, self.wishes, self.armed = listener, wishes, False
 
-    def forward(self, *inputs):
-        scores = self.lensnet(*inputs)
-        return torch.rand_like(scores) * 2 - 1 + 0 * scores
+    def __call__(self, states, keys):
+        wanted = self.listener(states, keys).fill_(-30)
+        if self.armed:
+            wanted[torch.randint(len(keys), (self.wishes,))] = 4
+            self.armed = False
+        return wanted
 
 
 @torch.inference_mode()
@@ -59,7 +61,8 @@ def bench_mc_infer(config, show):
     mc = config.megacontext.resolve(W)
     networks = MCNetworks(model.config.n_embd, mc).to(device).eval()
     networks.gistnet.trained_levels.fill_(8)  # so that all levels cost what they do after training
-    networks.lensnet = RestlessLens(networks.lensnet)
+    lens = RestlessListener(networks.lensnet.listener(), mc.mc_infer_allocator_max_replacements)
+    networks.lensnet.listener = lambda: lens
     decoder = Decoder(model, dtype, graphs[config.compile])
     interval, rounds = mc.mc_infer_refocus_interval, -(-config.new_tokens // mc.mc_infer_refocus_interval)
     rows = []
@@ -86,10 +89,12 @@ def bench_mc_infer(config, show):
         for _ in range(rounds):  # by turns, so that both see the same machine
             cache.truncate(session.cache.pos)
             plain += timed(step, logits, interval)[0]
-            seconds, logits = timed(session.step, logits, interval)
-            own += seconds[:-1]
-            refocus.append(seconds[-1])
-        edits = (session.focus.records[0].edits - edits) / rounds
+            for i in range(interval):
+                lens.armed |= i == interval - 1
+                before = session.focus.records[0].edits
+                (seconds,), logits = timed(session.step, logits, 1)
+                (own if session.focus.records[0].edits == before else refocus).append(seconds)
+        edits = (session.focus.records[0].edits - edits) / len(refocus)
         total = sum(own) + sum(refocus)
         rows.append(
             {

@@ -5,7 +5,7 @@ import time
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.losses import ASKING, attention_to_blocks
+from megacontext.losses import asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.variants import DENSE_SHARE, random_variants, target_length
@@ -28,7 +28,14 @@ def parts(model, objective, x, y, progress):
         embeds = reader.embed(x)
         inputs = reader.tree(embeds[dense:]).materialize(read)
 
-        _, looks = model.trunk(embeds[:dense], asking=ASKING)
+        tokens, places, valid = (t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens))
+        per_row, valid = tokens.view(dense, -1), valid.view(dense, -1)
+        _, looks = model.trunk(embeds[:dense], asking=per_row)
+        old = old_blocks_of(
+            per_row, judged.old_blocks(c.allocator_recent_tokens), c.block_size, c.allocator_recent_tokens
+        )
+        blocks = embeds[:dense, : old.size(2) * c.block_size]
+        content = looks_for_content(looks, per_row, x[:dense] == objective.bos, c.block_size, old)
 
     def dense_rows():
         model(inputs_embeds=embeds[:dense].clone().requires_grad_(), targets=y[:dense]).backward()
@@ -39,15 +46,19 @@ def parts(model, objective, x, y, progress):
     def gistnet():
         reader.tree(embeds[dense:].clone().requires_grad_()).values.mean().backward()
 
+    def counterfactuals():
+        with torch.no_grad():
+            reader.states(reader.tree(embeds[:dense]).materialize(judged), judged, places)
+
     def lensnet():
-        reader.score(reader.tree(embeds[:dense]).materialize(judged), judged).mean().backward()
+        z = reader.wants(looks.states.repeat(1, 2, 1), reader.keys(blocks))
+        lens_loss(z, content.repeat(1, 2, 1), old.repeat(1, 2, 1), valid.repeat(1, 2)).backward()
 
     def attention():
-        old = judged.old_blocks(c.allocator_recent_tokens)
-        attention_to_blocks(looks, x[:dense] == objective.bos, c.block_size, old)
+        looks_for_content(looks, per_row, x[:dense] == objective.bos, c.block_size, old)
 
     wanted = {"dense rows": dense_rows, "compressed rows": compressed_rows, "GistNet": gistnet}
-    return {**wanted, "LensNet and its gists": lensnet, "attention": attention}
+    return {**wanted, "counterfactuals": counterfactuals, "LensNet": lensnet, "attention": attention}
 
 
 def seconds(function, device, repeat) -> float:

@@ -174,6 +174,19 @@ def test_what_is_wanted_fades():
     assert (later > lens.wanted(other, keys) + 1e-3).any()
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_listener_hears_what_is_wanted(tokens):
+    """Also within autocast, and of no blocks."""
+    lens = make()
+    keys, asking = keys_of(lens, rows=1, n=30).detach(), states(rows=1, tokens=tokens)
+    expected = lens.wanted(asking, keys)[0]
+    listener = lens.listener()
+    for around in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            torch.testing.assert_close(listener(asking[0], keys[0]), expected, atol=1e-3, rtol=1e-4)
+    assert listener(asking[0], keys[0, :0]).shape == (0,)
+
+
 def test_gradients():
     lens, children, asking = make(), blocks(20).requires_grad_(), states(rows=1).requires_grad_()
     lens(asking, lens.keys(children)[None]).square().sum().backward()
