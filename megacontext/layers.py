@@ -24,23 +24,20 @@ def num_heads(n_embd: int, head_dim: int) -> int:
 class BidirectionalAttention(Attention):
     """The GPT's attention without the causal mask: every position sees every other."""
 
-    def forward(self, x, cos_sin, bias):
+    def forward(self, x, cos_sin):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, self.n_head, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
         if cos_sin is not None:
             cos, sin = (t.to(q.dtype) for t in cos_sin)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         q, k = norm(q).transpose(1, 2), norm(k).transpose(1, 2)  # [B, H, T, d]
-        bias = None if bias is None else bias.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=bias)
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Encoder(nn.Module):
     """
     [B, T, C] → [B, T, C], normalized. A set goes in, unless cos_sin, each [T, 1, d/2], says where its members are.
-
-    bias [B, H, 1, T] is added to the attention logits of each key; −inf hides it.
     """
 
     def __init__(self, n_layer: int, n_embd: int, head_dim: int):
@@ -51,9 +48,9 @@ class Encoder(nn.Module):
         self.attn = nn.ModuleList(BidirectionalAttention(config, layer) for layer in range(n_layer))
         self.mlp = nn.ModuleList(MLP(config) for _ in range(n_layer))
 
-    def forward(self, x, cos_sin=None, bias=None):
+    def forward(self, x, cos_sin=None):
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            x = x + attn(norm(x), cos_sin, bias)
+            x = x + attn(norm(x), cos_sin)
             x = x + mlp(norm(x))
         return norm(x)
 

@@ -82,7 +82,7 @@ class Listener:
     @torch.no_grad()
     def __init__(self, lensnet):
         weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh.weight))
-        self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * float(lensnet.bias)
+        self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * lensnet.bias.float()
 
     def __call__(self, states, keys):
         """What tokens with these states [P, D], the newest last, want together of blocks with keys [n, C]: [n]."""

@@ -41,18 +41,19 @@ def looks_for_content(looks, tokens, sinks, block_size, old):
     """
     n, T = old.size(2), sinks.size(1)
     later = torch.arange(T, device=sinks.device) > tokens[..., None]  # [B, P, T]
-    age = (tokens[..., None] // block_size - torch.arange(n, device=tokens.device)).clamp(min=0)  # [B, P, n]
-    count = old.new_zeros(age.numel(), dtype=torch.float32).index_add(0, age.flatten(), old.flatten().float())
+    age = (tokens[..., None] // block_size - torch.arange(n, device=tokens.device)).clamp(min=0).flatten()  # [B·P·n]
+    count = torch.zeros(T // block_size + 1, device=old.device).index_add(0, age, old.flatten().float()).clamp(min=1)
+    later, sinks, young = later[:, None], sinks[:, None, None], ~old
     most = torch.zeros(old.shape, device=old.device)
     for q, k in zip(looks.queries, looks.keys, strict=True):
         B, H, P, d = q.shape
         logits = (q.reshape(B, k.size(1), -1, d) @ k.mT).view(B, H, P, T).float() / d**0.5
-        weights = logits.masked_fill_(later[:, None], -torch.inf).softmax(-1).masked_fill_(sinks[:, None, None], 0)
+        weights = logits.masked_fill_(later, -torch.inf).softmax(-1).masked_fill_(sinks, 0)
         shares = weights[..., : n * block_size].unflatten(-1, (n, block_size)).sum(-1) * old[:, None]  # [B, H, P, n]
         shares = shares.transpose(0, 1).flatten(1)  # [H, B·P·n]
-        mean = torch.zeros(H, len(count), device=q.device).index_add(1, age.flatten(), shares) / count.clamp(min=1)
-        beyond = (shares - mean[:, age.flatten()]).view(H, *old.shape).amax(0)
-        most = torch.maximum(most, beyond.masked_fill(~old, 0))
+        mean = torch.zeros(H, len(count), device=q.device).index_add(1, age, shares) / count
+        beyond = (shares - mean[:, age]).view(H, *old.shape).amax(0)
+        most = torch.maximum(most, beyond.masked_fill(young, 0))
     return most
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megacontext.config import MCConfig
+from megacontext.demand import Demand
+from megacontext.focus import Focus
 from megacontext.layers import Encoder
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
@@ -106,7 +108,8 @@ def test_activations_are_bf16_under_autocast():
         assert gpu.waits == []
         assert result.loss.dtype == torch.float32
     assert set(seen) == {torch.bfloat16}
-    assert len(seen) == 2 * len(model.transformer.h) + 4  # dense, compressed; three levels of gists; scores
+    layers = len(model.transformer.h)
+    assert len(seen) == 2 * layers + (layers - 1) + 2 * 3 + 1  # dense, compressed, states; two trees of 3 levels; keys
 
 
 def test_validation_waits_for_scores_and_its_sums():
@@ -135,20 +138,32 @@ def answers(model, networks, config, rows, device):
         yield session.step(Pretended(tokens) if device == CUDA else tokens)
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """Notes each time that a session asks the device: "most", what is wanted most; "scores", of a refocus."""
+    noted, most, refocus = [], Demand.most, Focus.refocus
+    monkeypatch.setattr(Demand, "most", lambda *args: (noted.append("most"), most(*args))[1])
+    monkeypatch.setattr(Focus, "refocus", lambda *args, **more: (noted.append("scores"), refocus(*args, **more))[1])
+    return noted
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_session_waits_for_scores_alone(rows):
-    """Once per refocus, for LensNet's scores; a step between refocuses does not wait, whatever the rows."""
+def test_a_session_waits_for_what_is_wanted_alone(rows, asked):
+    """Once per token, for what it wants most, and once more per refocus, for the scores, whatever the rows."""
     options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(make_model().eval(), **options)
     networks.eval().gistnet.trained_levels.fill_(8)
     expected = list(answers(model, networks, config, rows, "cpu"))
     model, networks = moved(model), moved(networks)
+    asked.clear()
     with pretended_gpu() as gpu, torch.inference_mode():
         calls = answers(model, networks, config, rows, CUDA)
         for i, (logits, values) in enumerate(zip(calls, expected, strict=True)):
-            refocus = i == 0 or i % 6 == 0
-            assert len(gpu.waits) == (1 if refocus else 0), (i, gpu.waits)
+            assert len(gpu.waits) == len(asked), (i, gpu.waits, asked)
+            assert asked.count("most") <= 1
+            assert asked.count("scores") <= 1 or i == 0
             gpu.waits.clear()
+            asked.clear()
             torch.testing.assert_close(logits.value, values, atol=1e-4, rtol=1e-4)
 
 
@@ -158,8 +173,8 @@ WAYS = [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.5, "
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("mc", [False, True])
-def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings):
-    """Of the Engine, whatever the sampling: for the ids; with --mc, one more where a refocus is due."""
+def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
+    """Of the Engine, whatever the sampling: for the ids; with --mc, those of the session too."""
     model = make_model(GPTConfig(T, tokenizer.get_vocab_size(), 2, 2, 2, 32)).eval()
     prompt, options = list(range(1, 100)), {"num_samples": rows, "max_tokens": 20, **settings}
     mc_options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
@@ -172,21 +187,23 @@ def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings):
 
     expected = list(generate())
     model, networks = moved(model), moved(networks)
+    asked.clear()
     with pretended_gpu() as gpu:
         for i, (step, same) in enumerate(zip(generate(), expected, strict=True)):
             assert step == same
-            assert len(gpu.waits) == 1 + (mc and (i == 0 or i % 6 == 0)), (i, gpu.waits)
+            assert len(gpu.waits) == 1 + len(asked), (i, gpu.waits, asked)
+            assert bool(asked) == mc
             gpu.waits.clear()
+            asked.clear()
 
 
 @pytest.mark.parametrize("mc", [False, True])
-def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc):
-    """Of three streams that came one by one: for the ids of all; with --mc, one more for each refocus."""
+def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc, asked):
+    """Of three streams that came one by one: for the ids of all; with --mc, those of each session too."""
     model = make_model(GPTConfig(T, tokenizer.get_vocab_size(), 2, 2, 2, 32)).eval()
     mc_options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(model, **mc_options)
     networks.eval().gistnet.trained_levels.fill_(8)
-    refocuses = []
 
     def steps():
         batch = Engine(model, tokenizer, graph=False).batch()
@@ -194,10 +211,9 @@ def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc):
             if i < 3:
                 session = None
                 if mc:
-                    noted = {"on_update": lambda *_: refocuses.append(1)}
-                    session = MCSession(model, networks, config, decoder=Decoder(model, graph=False), **noted)
+                    session = MCSession(model, networks, config, decoder=Decoder(model, graph=False))
                 batch.add(list(range(1, 60 + i)), 40, Sampling(top_k=50, seed=i), session)
-            refocuses.clear()
+            asked.clear()
             yield [id for _, id, _ in batch.step()]
 
     expected = list(steps())
@@ -205,5 +221,6 @@ def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc):
     with pretended_gpu() as gpu:
         for i, (ids, same) in enumerate(zip(steps(), expected, strict=True)):
             assert ids == same
-            assert len(gpu.waits) == 1 + len(refocuses), (i, gpu.waits)
+            assert len(gpu.waits) == 1 + len(asked), (i, gpu.waits, asked)
+            assert bool(asked) == mc
             gpu.waits.clear()
