@@ -121,7 +121,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_little_is_started_one_by_one(monkeypatch):
-    """Of a forward pass with --mc, beside what is compiled: some thirty operations per layer, to tell where it looks."""
+    """Of a forward pass with --mc, beside what is compiled: about thirty operations per layer, for where it looks."""
 
     def out_of_sight(function):
         def call(*args, **kwargs):
