@@ -31,7 +31,7 @@ from nanochat import recall, sources
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run, short
 from nanochat.download import fetch_from_hub, locked
-from nanochat.ranges import Count, CountOr0
+from nanochat.ranges import Count, CountOr0, check
 
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
 VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
@@ -312,6 +312,7 @@ class Config:
 
 
 def main(config: Config):
+    check(config)
     data_dir = get_data_dir()
     if config.source == "hub":
         count = download_hub(config.num_files, config.num_workers, data_dir)

@@ -50,7 +50,7 @@ membrane powers ATP synthase, while NADP+ is reduced to NADPH for the Calvin–B
 
 @dataclass
 class Config:
-    download_timeout: Annotated[float, Range(0.1, 86400)] = 30.0
+    download_timeout: Annotated[float, Range(0.001, 86400)] = 30.0
     """seconds to wait for the download of the vocabularies of GPT-2 and GPT-4"""
 
 

@@ -245,9 +245,9 @@ def test_made_once(base_dir, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recall_documents": 0}, "1 or more documents"),
+        ({"recall_documents": 0}, "--recall_documents: expected 1 or more"),
         ({"recall_chars": 100}, "at least .* characters"),
-        ({"num_files": 0}, "-n 1 or more"),
+        ({"num_files": 0}, "--num_files: expected "),
     ],
 )
 def test_options_that_cannot_be(base_dir, options, message):

@@ -362,9 +362,9 @@ def test_a_folder_that_cannot_be_written(base):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num_iterations=0"], "num_iterations must be 1 or more, or -1 .*, got 0"),
-        (["--depth=0"], "depth must be 1 or more, got 0"),
-        (["--depth=-3"], "depth must be 1 or more, got -3"),
+        (["--num_iterations=0"], "--num_iterations: expected 1 or more, or -1, got 0"),
+        (["--depth=0"], "--depth: expected .*, got 0"),
+        (["--depth=-3"], "--depth: expected .*, got -3"),
         (["--model_tag=a/b"], "a model_tag is a name"),
         (["--model_tag=.."], "a model_tag is a name"),
     ],
