@@ -6,7 +6,7 @@ Shapes: B rows, N tokens so far, K = block_size, n_blocks = ceil(N / K), W entri
 Node i of LOD l covers the tokens [i·K^l, (i+1)·K^l); LOD 0 is the tokens themselves. A row is held as the levels of its
 *tiles*, from the oldest to the newest: a tile of LOD l >= 1 is one node, a tile of LOD 0 is a block of K tokens, the
 last of which may be unfinished. Where a tile begins follows from those before it, so gaps and overlaps cannot be
-written down. P <= W, and everything costs O(W) however long the stream is, except `lod_map` and `per_block`.
+written down. P <= W, and everything costs O(W) however long the stream is, except `lod_map`.
 
 All of it stays on the CPU, where edits are planned, so that no plan waits for a GPU. Methods that take a tensor work on
 its device.
@@ -180,16 +180,11 @@ class WorkingContext:
         start = (first + rank - self._before.gather(1, tile)).where(valid, 0)
         return Entries(lod, start, self.block_size**lod, valid)
 
-    @cached_property
-    def _tile_of_block(self):
-        """The tile that each block lies in, [B, n_blocks]."""
-        blocks = torch.arange(self.num_blocks).repeat(self.num_rows, 1)
-        return torch.searchsorted(self.first_blocks, blocks, right=True) - 1
-
     @property
     def lod_map(self):
         """The level of the tile that each block lies in, [B, n_blocks] int8. For short streams: O(N / K)."""
-        return self.tiles.gather(1, self._tile_of_block)
+        blocks = torch.arange(self.num_blocks).repeat(self.num_rows, 1)
+        return self.tiles.gather(1, torch.searchsorted(self.first_blocks, blocks, right=True) - 1)
 
     def table_index(self, offsets):
         """Where each entry stands in the tree's table, [B, W]; offsets: the first place of each level there."""
@@ -209,16 +204,6 @@ class WorkingContext:
         token_next = F.pad(lod[:, 1:] == 0, (0, 1), value=True)  # also after the last entry: padding has LOD 0
         last, predicts = (t.to(y.device, non_blocking=True) for t in (start + span - 1, valid & token_next))
         return y.gather(1, last).where(predicts, -1)
-
-    def per_tile(self, values):
-        """Means [B, P] of the values [B, W] of each tile's entries, on any device; differentiable. 0 for padding."""
-        needed = self.entries.valid, self._tile_of_entry, self._counts.clamp(min=1)
-        valid, tile, counts = (t.to(values.device, non_blocking=True) for t in needed)
-        return values.new_zeros(self.tiles.shape).scatter_add(1, tile, values.where(valid, 0)) / counts
-
-    def per_block(self, values):
-        """`per_tile` for the tile that each block lies in, [B, n_blocks]. For short streams: O(N / K)."""
-        return self.per_tile(values).gather(1, self._tile_of_block.to(values.device, non_blocking=True))
 
     def check(self):
         """Raise ValueError unless the tiles of each row are complete, aligned nodes and blocks of all N tokens."""

@@ -59,19 +59,6 @@ def targets(lod_row, y_row, N, K):
     return out
 
 
-def per_block(lod_row, values, N, K):
-    es = entries(lod_row, N, K)
-    out = []
-    for block in range(num_blocks(N, K)):
-        inside = [
-            v
-            for (_, start, span), v in zip(es, values, strict=True)
-            if start < (block + 1) * K and start + span > block * K
-        ]
-        out.append(sum(inside) / len(inside))
-    return out
-
-
 def smallest_length(N, K, recent):
     """Fewest entries of any valid row whose blocks with recent tokens are LOD 0, by dynamic programming."""
     fewest = {N: 0}

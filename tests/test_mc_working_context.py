@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from megacontext.config import MCConfig
+from megacontext.focus_allocator import plan
 from megacontext.working_context import Edit, WorkingContext, smallest_length
 from nanochat.common import UserError
 from tests import reference_mc as reference
@@ -65,34 +67,6 @@ def test_targets_of_a_row_written_out():
     context = WorkingContext.from_map(torch.tensor([[2, 2, 1, 1, 0]], dtype=torch.int8), 10, 2)
     y = torch.arange(1, 11)[None]
     assert context.targets(y).tolist() == [[-1, -1, 8, 9, 10]]
-
-
-@given(shapes)
-@settings(max_examples=200, deadline=None)
-def test_per_block(shape):
-    N, K, _, rng = shape
-    context = random_context(*shape)
-    valid = context.entries.valid
-    values = torch.tensor([[rng.random() for _ in row] for row in valid.tolist()], requires_grad=True)
-    got = context.per_block(values)
-    for row, lod_row in enumerate(context.lod_map.tolist()):
-        expected = reference.per_block(lod_row, values[row][valid[row]].tolist(), N, K)
-        assert got[row].tolist() == pytest.approx(expected, rel=1e-5)
-    (got * got.detach()).sum().backward()  # each entry gets back its share of the blocks it went into
-    for row, lod_row in enumerate(context.lod_map.tolist()):
-        for w, (lod, start, span) in enumerate(reference.entries(lod_row, N, K)):
-            block = start // K
-            share = got[row, block] / min(K, N - block * K) if lod == 0 else got[row, block] * (span // K)
-            assert values.grad[row, w].item() == pytest.approx(share.item(), rel=1e-5)
-    assert not values.grad[~valid].any()
-
-
-def test_per_block_ignores_what_stands_in_the_padding():
-    context = WorkingContext.from_map(torch.tensor([[1, 1], [0, 0]], dtype=torch.int8), 4, 2)
-    values = torch.full((2, 4), float("nan"))
-    values[0, :2] = torch.tensor([3.0, 5.0])
-    values[1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert context.per_block(values).tolist() == [[3.0, 5.0], [1.5, 3.5]]
 
 
 @given(shapes)
@@ -379,10 +353,11 @@ class LargestTensor(TorchFunctionMode):
 
 def test_no_tensor_grows_with_the_stream():
     N, K, budget = 10**9, 32, 2048
+    settings = MCConfig(allocator_recent_tokens=128)
     with LargestTensor() as largest:
         context = WorkingContext.initial(N, K, budget, 128).append(1)
         context.check()
-        context.per_tile(torch.ones(1, context.entries.lod.size(1)))
+        assert plan(torch.full((1000,), 0.5), context, budget, settings, first=context.num_blocks - 2000)
         context.apply([Edit(0, 0, K**3, 3)]).first_difference(context)
         context.collapse_oldest(budget - 500, 128).truncate(N - 1000)
     assert context.entries.span.sum() == N + 1
