@@ -30,11 +30,11 @@ class MCConfig:
     """last layer of GistNet"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
-    """network that scores the entries of a working context"""
+    """network that makes the key of a block"""
     lensnet_layers: Literal[2, 4, 8] = 2
-    """layers of LensNet"""
+    """layers of LensNet's key network"""
     lensnet_head: Literal["linear", "mlp"] = "mlp"
-    """last layer of LensNet"""
+    """last layer of LensNet's key network"""
     # Focus allocator
     allocator: Literal["greedy", "stochastic_greedy"] = "greedy"
     """take the best edits, or draw at random among the best"""

@@ -85,7 +85,7 @@ METRICS = {  # key in the log → what it is. As a metric, a slash is a dot, and
     "mc/token_loss": "loss over the variants, nats per token",
     "mc/base_loss": "loss with all tokens, nats per token",
     "mc/lod_loss/{lod}": "loss of what follows an entry of a level",
-    "mc/lens_loss": "mean squared error of LensNet's scores",
+    "mc/lens_loss": "divergence of what LensNet wants from where the model looks, in nats",
     "mc/lod_count/{lod}": "entries of a level in a working context",
     "mc/variants_total": "working contexts in a micro-batch",
     "mc/tree_tokens": "tokens in a tree",
