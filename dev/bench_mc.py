@@ -5,7 +5,7 @@ import time
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.losses import asked_tokens, lens_loss, looks_for_content, old_blocks_of
+from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.variants import DENSE_SHARE, random_variants, target_length
@@ -28,7 +28,9 @@ def parts(model, objective, x, y, progress):
         embeds = reader.embed(x)
         inputs = reader.tree(embeds[dense:]).materialize(read)
 
-        tokens, places, valid = (t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens))
+        tokens, places, valid = (
+            t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens, min(ASKED, c.mc_train_wc_length))
+        )
         per_row, valid = tokens.view(dense, -1), valid.view(dense, -1)
         _, looks = model.trunk(embeds[:dense], asking=per_row)
         old = old_blocks_of(

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 ASKED = 64  # tokens per sequence that are asked where they look
 
 
-def asked_tokens(context, recent_tokens, generator=None):
+def asked_tokens(context, recent_tokens, count, generator=None):
     """
-    ASKED tokens of each row, at random among those that stand in a context [B rows] and have an old block before them.
+    `count` tokens of each row, at random among those that stand in a context [B rows] and have an old block before them.
 
     Returns (tokens [B, P], their places among the entries [B, P], valid [B, P] bool: False where there were fewer).
     """
     lod, start, _, valid = context.entries
     fit = valid & (lod == 0) & (start + 1 >= recent_tokens + context.block_size)
     chance = torch.rand(fit.shape, generator=generator).masked_fill(~fit, -1.0)
-    chance, places = chance.topk(min(ASKED, fit.size(1)), dim=1)
+    chance, places = chance.topk(count, dim=1)
     return start.gather(1, places), places, chance >= 0
 
 

@@ -14,7 +14,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
-from megacontext.losses import asked_tokens, lens_loss, looks_for_content, old_blocks_of
+from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
 from megacontext.variants import auto_batch_size, dense_share, random_variants, step_work, target_length
@@ -80,7 +80,7 @@ class MCObjective:
         asking = None
         if judged:
             counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
-            tokens, places, valid = asked_tokens(counterfactuals, recent, generator)
+            tokens, places, valid = asked_tokens(counterfactuals, recent, min(ASKED, c.mc_train_wc_length), generator)
             asking = tokens.view(dense, -1).to(x.device, non_blocking=True)
         if dense and not c.mc_freeze_base:
             result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=asking)

@@ -93,7 +93,6 @@ class Reader:
             return self.networks.lensnet.keys(self._suited(children))
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # a graph of its own costs more than it saves
     def states(self, inputs, context, places):
         """The trunk's states [R, P, D] of the entries at these places [R, P] of a context with inputs [R, W, D]."""
         states = self.model.states(inputs, self.positions(context))

@@ -275,7 +275,7 @@ class GPT(nn.Module):
         """What goes into the last layer, [B, T, D], of embeddings x [B, T, D]; without a gradient."""
         cos_sin = self._angles(x, cos_sin, None)
         for block in self.transformer.h[:-1]:
-            x = block(x, cos_sin, None)
+            x = block.forward(x, cos_sin, None)  # never compiled: a graph of its own would cost more than it saves
         return x
 
     def _angles(self, x, cos_sin, kv_cache):

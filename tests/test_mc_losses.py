@@ -31,7 +31,7 @@ def seeded(seed=0):
 def test_tokens_that_are_asked_stand_in_the_context_and_have_a_past(n, recent, seed):
     length = max(1, n // 2)
     context = random_variants(3, n, K, length, recent, seeded(seed))
-    asked, places, valid = asked_tokens(context, recent, seeded(seed))
+    asked, places, valid = asked_tokens(context, recent, min(ASKED, context.entries.lod.size(1)), seeded(seed))
     lod, start, _, there = context.entries
     assert asked.shape == places.shape == valid.shape == (3, min(ASKED, lod.size(1)))
     for row in range(3):
@@ -47,7 +47,7 @@ def test_tokens_that_are_asked_stand_in_the_context_and_have_a_past(n, recent, s
 
 def test_every_token_is_asked_as_often_as_others():
     context = WorkingContext.finest(400, 100, K)
-    asked, _, valid = asked_tokens(context, RECENT, seeded())
+    asked, _, valid = asked_tokens(context, RECENT, ASKED, seeded())
     assert valid.all()
     first, share = RECENT + K - 1, ASKED / (100 - RECENT - K + 1)
     counts = asked.flatten().bincount(minlength=100)

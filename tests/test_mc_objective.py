@@ -9,7 +9,7 @@ from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
 from megacontext.inference import MCInference
 from megacontext.lensnet import KEY
-from megacontext.losses import asked_tokens, lens_loss, looks_for_content, old_blocks_of
+from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.reader import Reader
@@ -198,7 +198,7 @@ def test_lens_loss_against_one_sequence_at_a_time():
     length = target_length(1.0, T, K, config.mc_train_wc_length)
     random_variants(2 * config.mc_num_random_variants, T, K, length, RECENT, generator)
     contexts = random_variants(2 * 2, T, K, length, RECENT, generator)
-    asked, _, valid = asked_tokens(contexts, RECENT, generator)
+    asked, _, valid = asked_tokens(contexts, RECENT, min(ASKED, config.mc_train_wc_length), generator)
     n, lens = (T - RECENT) // K, reader.networks.lensnet
     per_row = asked.view(2, -1)
     with torch.no_grad():
