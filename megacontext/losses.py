@@ -12,7 +12,7 @@ ASKED = 64  # tokens per sequence that are asked where they look
 
 def asked_tokens(context, recent_tokens, count, generator=None):
     """
-    `count` tokens of each row, at random among those that stand in a context [B rows] and have an old block before them.
+    `count` tokens of each row, at random among those that stand in a context of B rows behind an old block.
 
     Returns (tokens [B, P], their places among the entries [B, P], valid [B, P] bool: False where there were fewer).
     """
