@@ -80,7 +80,8 @@ class MCObjective:
         asking = None
         if judged:
             counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
-            tokens, places, valid = asked_tokens(counterfactuals, recent, min(ASKED, c.mc_train_wc_length), generator)
+            count = min(ASKED, target_length(1.0, T, K, c.mc_train_wc_length))  # the same at every length of contexts
+            tokens, places, valid = asked_tokens(counterfactuals, recent, count, generator)
             asking = tokens.view(dense, -1).to(x.device, non_blocking=True)
         if dense and not c.mc_freeze_base:
             result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=asking)

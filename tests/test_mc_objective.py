@@ -70,6 +70,14 @@ def test_what_is_frozen_and_has_no_weight_needs_no_sequences():
     assert result.loss.requires_grad
 
 
+@pytest.mark.parametrize("length", [23, 24, 25])
+def test_contexts_shorter_than_the_tokens_to_be_asked(length):
+    """Variants end at this length or, where no number of collapses gives it, just below."""
+    for progress in (0.0, 1.0):
+        result = process(make_objective(make_model(), mc_train_wc_length=length), *tokens(B=4), progress)
+        assert result.stats["mc/lens_loss"].isfinite()
+
+
 def test_without_old_blocks_there_is_no_lens_loss():
     result = process(make_objective(make_model(), allocator_recent_tokens=T - 1), *tokens(B=4))
     assert "mc/lens_loss" not in result.stats
@@ -198,7 +206,7 @@ def test_lens_loss_against_one_sequence_at_a_time():
     length = target_length(1.0, T, K, config.mc_train_wc_length)
     random_variants(2 * config.mc_num_random_variants, T, K, length, RECENT, generator)
     contexts = random_variants(2 * 2, T, K, length, RECENT, generator)
-    asked, _, valid = asked_tokens(contexts, RECENT, min(ASKED, config.mc_train_wc_length), generator)
+    asked, _, valid = asked_tokens(contexts, RECENT, min(ASKED, length), generator)
     n, lens = (T - RECENT) // K, reader.networks.lensnet
     per_row = asked.view(2, -1)
     with torch.no_grad():
