@@ -87,7 +87,7 @@ def plan(
 
 def worth(scores, context, first=0):
     """The best score in each tile of a context of one row, [P], of scores [n] of the blocks from `first` on; or −1."""
-    tile = torch.searchsorted(context.first_blocks[0], torch.arange(first, first + len(scores)), right=True) - 1
+    tile = context.tile_of(torch.arange(first, first + len(scores))[None])[0]
     return scores.new_full((context.tiles.size(1),), -1.0).scatter_reduce(0, tile, scores, "amax")
 
 

@@ -43,6 +43,6 @@ def look(session: MCSession, question: list[int], most=20) -> list[Place]:
     asked = reader.states(torch.cat((x, query), dim=1), context, places)[0]
     scores, blocks = score(demand.listener(asked, demand.keys.all(0)[0])).sort(descending=True, stable=True)
     blocks = demand.first + blocks[:most]
-    tile = torch.searchsorted(context.first_blocks[0], blocks, right=True) - 1
-    found = zip(blocks.tolist(), context.tiles[0, tile].tolist(), scores.tolist(), strict=False)
+    lods = context.tiles[0, context.tile_of(blocks[None])[0]]
+    found = zip(blocks.tolist(), lods.tolist(), scores.tolist(), strict=False)
     return [Place(block, 1, lod, value) for block, lod, value in found]

@@ -409,8 +409,8 @@ class MCSession:
     def _closed_blocks(self, first):
         """0 for each block from number `first` on that is hidden in a node, −inf for others, [B, m]."""
         context, blocks = self._context, torch.arange(first, self._context.num_blocks).repeat(self._context.num_rows, 1)
-        tile = torch.searchsorted(context.first_blocks, blocks, right=True) - 1
-        mask = torch.zeros(blocks.shape).masked_fill(context.tiles.gather(1, tile) <= 0, -math.inf)
+        lods = context.tiles.gather(1, context.tile_of(blocks))
+        mask = torch.zeros(blocks.shape).masked_fill(lods <= 0, -math.inf)
         return mask.to(self.device, non_blocking=True)
 
     def _become_many(self):

@@ -184,7 +184,11 @@ class WorkingContext:
     def lod_map(self):
         """The level of the tile that each block lies in, [B, n_blocks] int8. For short streams: O(N / K)."""
         blocks = torch.arange(self.num_blocks).repeat(self.num_rows, 1)
-        return self.tiles.gather(1, torch.searchsorted(self.first_blocks, blocks, right=True) - 1)
+        return self.tiles.gather(1, self.tile_of(blocks))
+
+    def tile_of(self, blocks):
+        """The tile that each of the blocks [B, n] lies in, [B, n]."""
+        return torch.searchsorted(self.first_blocks, blocks, right=True) - 1
 
     def table_index(self, offsets):
         """Where each entry stands in the tree's table, [B, W]; offsets: the first place of each level there."""
