@@ -4,8 +4,6 @@ Demand: what the newest tokens of a session want of the blocks of its stream.
 Shapes: B rows, P tokens, n blocks that are asked, D = n_embd, C = KEY.
 """
 
-import math
-
 import torch
 
 from megacontext.lensnet import FADE, KEY
@@ -71,12 +69,11 @@ class Demand:
 
     def most(self, mask):
         """
-        The highest z of each row, as a list of B numbers. The mask [B, m], of blocks from `first` on, is added to it.
+        The highest z of each row, [B] on the device; None if nothing was asked. The mask [B, m], of blocks from `first`
+        on, is added to it.
         """
         n = 0 if self._values is None else min(mask.size(1), self._values.size(1))
-        if not n:
-            return [-math.inf] * len(mask)
-        return [most - FADE * self._end for most in (self._values[:, :n] + mask[:, :n]).amax(1).tolist()]
+        return (self._values[:, :n] + mask[:, :n]).amax(1) - FADE * self._end if n else None
 
     def truncate(self, blocks):
         """Know nothing of blocks from this number on."""

@@ -112,6 +112,7 @@ class MCSession:
         self._stale = [math.inf]  # of each row, what stands from here on was read before an edit: see _codes
         self._up_to_date = True  # whether the cache holds all entries
         self._bar = [self._least]  # z of each row above which focus moves
+        self.wish = None  # see _wish, of the newest token
 
     # -----------------------------------------------------------------------------------------------------
     # What the Engine calls
@@ -140,7 +141,7 @@ class MCSession:
         self._check_open()
         if not tokens:
             raise ValueError("expected at least one token, got none")
-        watch = Stopwatch(self.device)
+        watch, self.wish = Stopwatch(self.device), None
         N = self.past + len(tokens)
         smallest = smallest_length(N, self.config.block_size, self.recent)
         if smallest > self.room:
@@ -191,12 +192,19 @@ class MCSession:
         """
         Logits [B, V] after one more token per row, ids [B]; None if there is no room for it, and nothing has changed.
         """
+        logits = self.read(ids)
+        better = None if self.wish is None else self.follow(self.wish.tolist())
+        return logits if better is None else better
+
+    @torch.inference_mode()
+    def read(self, ids):
+        """The same, before focus moves by what the token wants: that is `wish`, to `follow` once it is known."""
         entered = self.enter(ids)
         if not isinstance(entered, int):
             return entered
         logits = self._step(ids)
-        better = self.saw(self.decoder.states)
-        return logits if better is None else better
+        self.saw(self.decoder.states)
+        return logits
 
     @torch.inference_mode()
     def enter(self, ids):
@@ -205,6 +213,7 @@ class MCSession:
         position; or logits, if a refocus had to be read, this token with it; or None, as `step`.
         """
         self._check_begun()
+        self.wish = None
         due = self._since + 1 >= self.interval
         watch = Stopwatch(self.device) if due else None
         if due and smallest_length(self.num_tokens + 1, self.config.block_size, self.recent) > self.room:
@@ -218,38 +227,42 @@ class MCSession:
                 self._adopt(context, READ_AGAIN)
         if not self._up_to_date:
             logits = self._read(watch)
-            better = None if due else self._follow()
-            return logits if better is None else better
+            self.wish = None if due else self._wish()
+            return logits
         if due:
             self._tell(self.rows, watch)
         return self.num_tokens - 1
 
     @torch.inference_mode()
     def saw(self, states):
-        """
-        Told after a step of the states [B, D] of its tokens. Where they want a block that is hidden, focus moves, and
-        the newest tokens are read again: logits [B, V] in place of the step's. Else None.
-        """
+        """Told after a step of the states [B, D] of its tokens, which say what these want."""
         blocks = self.tree.store.count(1)
-        if self._context.coarsest <= 0 or self._since % (1 + blocks // BLOCKS_PER_TOKEN):
-            return None
-        self.demand.listen(states.unsqueeze(1).unbind(), self.num_tokens)
-        return self._follow()
+        if self._context.coarsest > 0 and not self._since % (1 + blocks // BLOCKS_PER_TOKEN):
+            self.demand.listen(states.unsqueeze(1).unbind(), self.num_tokens)
+            self.wish = self._wish()
 
-    def _follow(self):
-        """Move focus if a hidden block is wanted: logits [B, V] after that. Else None."""
+    def _wish(self):
+        """How much each row wants the hidden block that it wants most, z [B] on the device; None if there is none."""
         if self._context.coarsest <= 0:
             return None
         if self._closed is None or self._closed[0] != self.demand.first:
             self._closed = self.demand.first, self._closed_blocks(self.demand.first)
-        most = self.demand.most(self._closed[1])
-        if not any(map(operator.gt, most, self._bar)):
+        return self.demand.most(self._closed[1])
+
+    @torch.inference_mode()
+    def follow(self, wish):
+        """
+        Move focus if a hidden block is wanted enough, and read the newest tokens again: logits [B, V] in place of the
+        step's. Else None. wish: the values of `wish`, a list, since whoever waits for them may wait for more at once.
+        """
+        self.wish = None
+        if not any(map(operator.gt, wish, self._bar)):
             return None
         watch = Stopwatch(self.device)
         before = self._context_now()
         context = self._refocused(before)
         if context is before:
-            self._bar = [z + MARGIN for z in most]
+            self._bar = [z + MARGIN for z in wish]
             self._tell(0, watch)
             return None
         self._adopt(context, READ_AGAIN)

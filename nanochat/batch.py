@@ -7,6 +7,7 @@ and a tool of its own.
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -18,8 +19,20 @@ from nanochat.sampling import Sampler, Sampling
 PART = 256  # tokens of prompts that are read at once, where others wait for their next token
 
 
+def wait_for(ids, wishes):
+    """
+    The values of ids [B] and of each of the wishes, a tensor or None, as lists: the one time per step that the host
+    waits for the device.
+    """
+    values = torch.cat([ids.float(), *(wish for wish in wishes if wish is not None)]).tolist()  # ids are below 2^24
+    rest = iter(values[len(ids) :])
+    return list(map(int, values[: len(ids)])), [None if w is None else list(islice(rest, len(w))) for w in wishes]
+
+
 class CacheSession:
     """The plain context: every token, at full detail, as far as the model's positions go."""
+
+    wish = None  # it has all that there is
 
     def __init__(self, decoder, rows=1, max_tokens=None):
         self.decoder, self.rows, self.max_tokens = decoder, rows, max_tokens or 0
@@ -59,8 +72,10 @@ class CacheSession:
         """Logits [rows, V] after one more token a row, ids [rows]; None when the model's positions are used up."""
         return self._step(ids) if self.enter(ids) is not None else None
 
+    read = step
+
     def saw(self, states):
-        """Told after a step of the state of its token; answers with logits in place of the step's, or None."""
+        """Told after a step of the state of its token."""
 
     def enter(self, ids):
         """For a step that is shared with others: the position of one more token, or None, as in `step`."""
@@ -236,7 +251,7 @@ class Batch:
                 rows = []
         states = self.decoder.states
         for row in rows:
-            self.streams[row].logits = self.streams[row].session.saw(states[row : row + 1])
+            self.streams[row].session.saw(states[row : row + 1])
         if rows and all(stream.logits is None for stream in self.streams):
             return logits
         parts = [logits[i : i + 1] if stream.logits is None else stream.logits for i, stream in enumerate(self.streams)]
@@ -244,15 +259,30 @@ class Batch:
 
     def _sample(self, logits):
         ids = self.sampler(logits)
-        sampled = ids.tolist()  # the one time a step that the host waits for the device
+        sampled, wishes = wait_for(ids, [stream.session.wish for stream in self.streams])
+        better = list(map(self._follow, self.streams, wishes))
+        if any(row is not None for row in better):
+            logits = torch.cat([row if row is not None else logits[i : i + 1] for i, row in enumerate(better)])
+            ids = self.sampler(logits)
+            sampled = ids.tolist()
         for stream, id in zip(self.streams, sampled, strict=True):
             stream.id, _ = stream.row.take(id)
             stream.logits, stream.left = None, stream.left - 1
-            if stream.row.done or not stream.left:
+            if not stream.ended and (stream.row.done or not stream.left):
                 stream.ended = "stop" if stream.row.done else "length"
         column = [stream.id for stream in self.streams]
         self.sampler.observe(ids if column == sampled else torch.tensor(column, device=ids.device))
         for row, stream in enumerate(list(self.streams)):
-            self.news.append((stream, stream.id, logits[row : row + 1] if stream.with_logits else None))
+            failed = isinstance(stream.ended, Exception)
+            seen = logits[row : row + 1] if stream.with_logits and not failed else None
+            self.news.append((stream, None if failed else stream.id, seen))
             if stream.ended:
                 self.remove(stream)
+
+    def _follow(self, stream, wish):
+        """Better logits for a stream's next token, or None."""
+        try:
+            return stream.session.follow(wish) if wish else None
+        except Exception as error:  # whatever it is, the others go on
+            stream.ended = error
+            return None

@@ -2,13 +2,14 @@
 Generation: prefill once, then decode all rows together, a token a row at a time.
 
 The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
-two methods: `prefill(tokens) -> logits [rows, V]` and `step(ids [rows]) -> logits [rows, V]`, or None when there
-is no room for more. CacheSession is the plain one: all tokens so far, in a KV cache.
+two methods: `prefill(tokens) -> logits [rows, V]` and `read(ids [rows]) -> logits [rows, V]`, or None when there
+is no room for more. After `read`, `wish` is None or [rows], on the device; its values, once known, are for `follow`,
+which may have better logits. CacheSession is the plain one: all tokens so far, in a KV cache.
 """
 
 import torch
 
-from nanochat.batch import Batch, CacheSession, Row
+from nanochat.batch import Batch, CacheSession, Row, wait_for
 from nanochat.decode import Decoder, compute_dtype, weights_version
 from nanochat.sampling import Sampler, Sampling, row_seed
 
@@ -76,7 +77,10 @@ class Engine:
         produced = 0
         while logits is not None:
             ids = sampler(logits)
-            sampled = ids.tolist()  # the one time a step that the host waits for the device
+            sampled, [wish] = wait_for(ids, [session.wish])
+            if wish and (better := session.follow(wish)) is not None:
+                logits, ids = better, sampler(better)
+                sampled = ids.tolist()
             column, mask = map(list, zip(*(row.take(id) for row, id in zip(rows, sampled, strict=True)), strict=True))
             if column != sampled:
                 ids = torch.tensor(column, device=ids.device)
@@ -87,7 +91,7 @@ class Engine:
             if all(row.done for row in rows) or produced == max_tokens:
                 return
             sampler.observe(ids)
-            logits = session.step(ids)
+            logits = session.read(ids)
 
     def batch(self) -> Batch:
         """For prompts that come one by one and share their steps."""

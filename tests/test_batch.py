@@ -210,6 +210,42 @@ def test_a_stream_that_fails_ends_alone(engine, at):
     assert [stream.ended for stream in streams if stream.session is failing] == [fault]
 
 
+class Wishful(CacheSession):
+    """A session that wants to look again at each token; step number `at` then says `id`, or raises it."""
+
+    def __init__(self, decoder, at, id):
+        super().__init__(decoder)
+        self.at, self.id, self.steps = at, id, 0
+
+    def saw(self, states):
+        assert states.shape[0] == 1
+        self.wish = torch.tensor([self.steps / 4])
+
+    def follow(self, wish):
+        assert wish == [self.steps / 4]
+        self.wish, self.steps = None, self.steps + 1
+        if self.steps != self.at:
+            return None
+        if isinstance(self.id, Exception):
+            raise self.id
+        return torch.zeros(1, V).index_fill(1, torch.tensor([self.id]), 1000.0)
+
+
+def test_what_a_stream_looks_at_again_is_its_own(engine):
+    """Its token is chosen anew, or it ends with its fault; the streams beside it have the tokens they would have."""
+    others = [(prompt(6, seed), 15, Sampling(seed=seed)) for seed in (1, 2)]
+    one = prompt(4), 9, Sampling(temperature=0)
+    usual, fault = alone(engine, *one), RuntimeError("on purpose")
+    other = (usual[3] + 1) % V
+    for id, expected in ((other, [*usual[:3], other]), (fault, usual[:3])):
+        wishful = Wishful(engine.decoder, 3, id)
+        ids, streams = run(engine.batch(), [(0, others[0]), (1, (*one, wishful)), (2, others[1])])
+        assert ids.pop(1)[:4] == expected
+        assert ids == [alone(engine, *arguments) for arguments in others]
+        [ended] = [stream.ended for stream in streams if stream.session is wishful]
+        assert ended is fault if id is fault else ended in ("length", "stop")
+
+
 def test_a_step_that_fails_ends_those_that_shared_it(engine):
     batch, fault = engine.batch(), MemoryError("on purpose")
     shared = [batch.add(prompt(3, seed), 20, Sampling()) for seed in (1, 2)]

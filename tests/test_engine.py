@@ -395,6 +395,8 @@ def test_arguments_at_their_limits(engine):
 class Script:
     """A session in which row i 'says' the tokens of rows[i] one after another (the last for ever), n steps long."""
 
+    wish = None
+
     def __init__(self, rows, steps=1000):
         self.rows, self.steps, self.seen = rows, steps, []
 
@@ -402,7 +404,7 @@ class Script:
         self.seen.append(tokens)
         return self._logits(0)
 
-    def step(self, ids):
+    def read(self, ids):
         self.seen.append(ids.tolist())
         t = len(self.seen) - 1
         return self._logits(t) if t < self.steps else None

@@ -140,10 +140,26 @@ def answers(model, networks, config, rows, device):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Notes each time that a session asks the device: "most", what is wanted most; "scores", of a refocus."""
-    noted, most, refocus = [], Demand.most, Focus.refocus
-    monkeypatch.setattr(Demand, "most", lambda *args: (noted.append("most"), most(*args))[1])
-    monkeypatch.setattr(Focus, "refocus", lambda *args, **more: (noted.append("scores"), refocus(*args, **more))[1])
+    """
+    Notes each time that a session has reason to wait: "most", for what is wanted most; "scores", of a refocus; "again",
+    where a token is chosen anew after one.
+    """
+    noted = []
+
+    def note(owner, name, what):
+        call = getattr(owner, name)
+
+        def noting(*args, **more):
+            result = call(*args, **more)
+            if result is not None:
+                noted.append(what)
+            return result
+
+        monkeypatch.setattr(owner, name, noting)
+
+    note(Demand, "most", "most")
+    note(Focus, "refocus", "scores")
+    note(MCSession, "follow", "again")
     return noted
 
 
@@ -159,7 +175,7 @@ def test_a_session_waits_for_what_is_wanted_alone(rows, asked):
     with pretended_gpu() as gpu, torch.inference_mode():
         calls = answers(model, networks, config, rows, CUDA)
         for i, (logits, values) in enumerate(zip(calls, expected, strict=True)):
-            assert len(gpu.waits) == len(asked), (i, gpu.waits, asked)
+            assert len(gpu.waits) == asked.count("most") + asked.count("scores"), (i, gpu.waits, asked)
             assert asked.count("most") <= 1
             assert asked.count("scores") <= 1 or i == 0
             gpu.waits.clear()
@@ -174,7 +190,7 @@ WAYS = [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.5, "
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("mc", [False, True])
 def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
-    """Of the Engine, whatever the sampling: for the ids; with --mc, those of the session too."""
+    """Of the Engine, whatever the sampling: for the ids and what they want; with --mc, two more per refocus."""
     model = make_model(GPTConfig(T, tokenizer.get_vocab_size(), 2, 2, 2, 32)).eval()
     prompt, options = list(range(1, 100)), {"num_samples": rows, "max_tokens": 20, **settings}
     mc_options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
@@ -191,7 +207,7 @@ def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
     with pretended_gpu() as gpu:
         for i, (step, same) in enumerate(zip(generate(), expected, strict=True)):
             assert step == same
-            assert len(gpu.waits) == 1 + len(asked), (i, gpu.waits, asked)
+            assert len(gpu.waits) == 1 + asked.count("scores") + min(1, asked.count("again")), (i, gpu.waits, asked)
             assert bool(asked) == mc
             gpu.waits.clear()
             asked.clear()
@@ -199,7 +215,7 @@ def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
 
 @pytest.mark.parametrize("mc", [False, True])
 def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc, asked):
-    """Of three streams that came one by one: for the ids of all; with --mc, those of each session too."""
+    """Of three streams that came one by one: for the ids of all; with --mc, those of each refocus too."""
     model = make_model(GPTConfig(T, tokenizer.get_vocab_size(), 2, 2, 2, 32)).eval()
     mc_options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(model, **mc_options)
@@ -221,6 +237,6 @@ def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc, asked):
     with pretended_gpu() as gpu:
         for i, (ids, same) in enumerate(zip(steps(), expected, strict=True)):
             assert ids == same
-            assert len(gpu.waits) == 1 + len(asked), (i, gpu.waits, asked)
+            assert len(gpu.waits) == 1 + asked.count("scores") + min(1, asked.count("again")), (i, gpu.waits, asked)
             assert bool(asked) == mc
             gpu.waits.clear()

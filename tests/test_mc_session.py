@@ -156,9 +156,9 @@ class Forcing:
         self.count = 0
         return self._forced(self.session.prefill(tokens))
 
-    def step(self, column):
+    def read(self, column):
         self.count += 1
-        return self._forced(self.session.step(column))
+        return self._forced(self.session.read(column))
 
     def _forced(self, logits):
         if self.count in self.at:
