@@ -60,7 +60,6 @@ def bench_mc_infer(config, show):
         torch.nn.init.normal_(p, std=0.02)
     mc = config.megacontext.resolve(W)
     networks = MCNetworks(model.config.n_embd, mc).to(device).eval()
-    networks.gistnet.trained_levels.fill_(8)  # so that all levels cost what they do after training
     lens = RestlessListener(networks.lensnet.listener(), mc.mc_infer_allocator_max_replacements)
     networks.lensnet.listener = lambda: lens
     decoder = Decoder(model, dtype, graphs[config.compile])

@@ -153,7 +153,6 @@ def tests(config, failures):
                     model, allocator_soft_max=64, mc_infer_refocus_interval=8, mc_aux_dtype="fp32", block_size=K
                 )
                 networks = objective.reader.networks.to(model.get_device()).eval()
-                networks.gistnet.trained_levels.fill_(8)
                 return MCSession(model, networks, objective.config, decoder=Decoder(model, graph=graph))
 
             check_answers(make_session, prompt)

@@ -57,6 +57,9 @@ class MCConfig:
     # Training
     mc_num_random_variants: Count = 2
     """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
+    mc_past: CountOr0 = -1
+    """most tokens of a stream of pretraining text before a compressed sequence that are read with it, most of them as
+    gists; 0 for none; -1 for 16 × max_seq_len, or 0 if max_seq_len is not a multiple of block_size"""
     mc_train_wc_length: Count = -1
     """entries per variant at the end of training; -1 for 20% of max_seq_len, or for two open blocks"""
     mc_max_counterfactuals: Count = 1
@@ -97,7 +100,10 @@ class MCConfig:
             allocator_soft_max=max_seq_len,
             mc_infer_allocator_max_replacements=self.allocator_max_replacements,
             mc_infer_allocator_iterations=self.allocator_iterations,
+            mc_past=0 if max_seq_len % K else 16 * max_seq_len,
         )
+        whole = config.mc_past == 0 or (config.mc_past >= max_seq_len and max_seq_len % K == 0)
+        _expect("mc_past", config.mc_past, whole, f"0, or at least max_seq_len, {max_seq_len}, in blocks of {K} tokens")
         recent = config.allocator_recent_tokens
         smallest = smallest_length(max_seq_len, K, recent)
         # Room for two open blocks, so that the model learns to read mixtures, as in inference

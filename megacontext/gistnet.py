@@ -42,7 +42,6 @@ class GistNet(nn.Module):
         if type == "mean":
             return
         self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
-        self.register_buffer("trained_levels", torch.zeros((), dtype=torch.int64))  # 0 also while it is all means
         self.encoder = Encoder(layers, n_embd, HEAD_DIM)
         if pooling == "query":
             self.query = nn.Parameter(torch.empty(self.encoder.n_head, self.encoder.head_dim))
@@ -55,7 +54,6 @@ class GistNet(nn.Module):
     def init_weights(self):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
-        self.trained_levels.zero_()
         for name, p in self.named_parameters(recurse=False):
             nn.init.normal_(p, std=1.0 if name == "cls" else 0.0)  # from a cls of zeros nothing could be learned
 
@@ -73,15 +71,7 @@ class GistNet(nn.Module):
         mean = children.mean(dim=1)
         if self.type == "mean":
             return norm(mean)
-        correction = self._correction(children, level)
-        if not self.training:  # without a look at the number of levels, which a GPU would have to be waited for
-            correction = correction * (self.trained_levels >= min(level, self.max_levels))
-        return norm(mean + correction)
-
-    def mark_trained(self, level: int):
-        """Gists of up to this level have been read in training: from now on they are more than means elsewhere too."""
-        if self.type != "mean":
-            self.trained_levels.clamp_(min=min(level, self.max_levels))
+        return norm(mean + self._correction(children, level))
 
     def _correction(self, children, level):
         x = children + self.level_embed[min(level, self.max_levels) - 1].to(children.dtype)  # bf16 on GPUs

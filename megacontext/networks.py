@@ -12,7 +12,7 @@ from nanochat.adamw import DistAdamW
 from nanochat.common import UserError, get_dist_info
 from nanochat.muon import DistMuon, Muon
 
-MAX_LEVELS = 8  # levels with an embedding of their own
+MAX_LEVELS = 2  # levels with an embedding of their own: gists of tokens, and gists of gists, which are alike
 
 
 class MCNetworks(nn.Module):

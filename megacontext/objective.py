@@ -16,8 +16,16 @@ from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
 from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
+from megacontext.past import Pasts, put_before
 from megacontext.reader import Reader
-from megacontext.variants import auto_batch_size, dense_share, random_variants, step_work, target_length
+from megacontext.variants import (
+    auto_batch_size,
+    dense_share,
+    past_entries,
+    random_variants,
+    step_work,
+    target_length,
+)
 from megacontext.working_context import old_blocks
 from nanochat.common import Stopwatch
 
@@ -42,24 +50,27 @@ class MCObjective:
     Called as `objective(x, y, progress, seed)` by the training loops; gives (loss, figures for the log).
 
     model: the GPT, compiled or not. config: resolved for its context length. bos: the token that attention sinks into.
+    keeper: the pasts of the streams, for MicroBatches; None with mc_past 0.
     """
 
     def __init__(self, model, networks: MCNetworks, config: MCConfig, bos: int):
         self.model, self.config, self.bos = model, config, bos
         self.reader = Reader(model, networks, config)
+        self.keeper = Pasts(self.reader, config.mc_past) if config.mc_past > 0 else None
 
-    def __call__(self, x, y, progress, seed):
+    def __call__(self, x, y, progress, seed, places=None):
         watch = Stopwatch(x.device)
-        result = self.process_batch(x, y, progress, torch.Generator().manual_seed(seed))
+        result = self.process_batch(x, y, progress, torch.Generator().manual_seed(seed), places=places)
         watch.stop()
         return result.loss, {**result.stats, "mc/time_controller_ms": watch}
 
-    def process_batch(self, x, y, progress, generator=None, session_ids=None) -> MCBatchResult:
+    def process_batch(self, x, y, progress, generator=None, session_ids=None, places=None) -> MCBatchResult:
         """
         Losses of one micro-batch, x and y [B, T] as the loader gives them.
 
         progress: part of the training that is done, which the length of the variants follows. generator: of chance, on
-        the CPU. session_ids: a name for each sequence, default 0 … B − 1.
+        the CPU. session_ids: a name for each sequence, default 0 … B − 1. places [B, 2]: see MicroBatches; without them
+        or with mc_past 0, sequences have no past.
         """
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
@@ -68,20 +79,36 @@ class MCObjective:
         order = torch.randperm(B, generator=generator)  # the dense ones first; each stream of text gets both roles
         names = [i if session_ids is None else session_ids[i] for i in order.tolist()]
         order = order.to(x.device, non_blocking=True)
-        x, y = x[order], y[order]
+        ids, x, y = x, x[order], y[order]
         caches = {name: (self.model.cos[:, :T], self.model.sin[:, :T], None) for name in names[:dense]}
         embeds = reader.embed(x)
         loss, stats = embeds.new_zeros((), dtype=torch.float32), {"mc/tree_tokens": T, "mc/wc_entries": length}
 
         old = old_blocks(T, K, recent)  # blocks that may be gists
         judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
+        far = self.keeper is not None and places is not None  # whether sequences have a past
+        tables = [reader.tree(embeds[dense:])] if dense < B else []
+        if dense and (judged or far):
+            with torch.no_grad():
+                tables.insert(0, reader.tree(embeds[:dense]))
         if dense < B:  # drawn first, so that they are the same whether LensNet learns or not
             variants = random_variants(V * (B - dense), T, K, length, recent, generator)
+            inputs, entries = tables[-1].materialize(variants), variants.entries
+            targets = variants.targets(y[dense:].repeat_interleave(V, 0))
+        if far:
+            gists = torch.cat([table.level(1) for table in tables])[order.argsort()].detach()
+            before = self.keeper.extend(places, ids, gists, generator)
+            before = [before[i] for i in order.tolist()[dense:]]
+            if dense < B:
+                most = past_entries(c, T)
+                inputs, entries, targets = put_before(before, K, most, inputs, entries, targets, generator)
+                stats["mc/tree_tokens"] += sum(past.num_tokens for past in before) / len(before)
+                stats["mc/wc_entries"] = entries.valid.sum().item() / len(inputs)
         asking = None
         if judged:
             counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
             count = min(ASKED, target_length(1.0, T, K, c.mc_train_wc_length))  # the same at every length of contexts
-            tokens, places, valid = asked_tokens(counterfactuals, recent, count, generator)
+            tokens, asked_at, valid = asked_tokens(counterfactuals, recent, count, generator)
             asking = tokens.view(dense, -1).to(x.device, non_blocking=True)
         if dense and not c.mc_freeze_base:
             result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=asking)
@@ -92,21 +119,18 @@ class MCObjective:
                 _, looks = self.model.trunk(embeds[:dense], asking=asking)
 
         if dense < B:
-            inputs = reader.tree(embeds[dense:]).materialize(variants)
-            reading = reader.read(inputs, variants, y[dense:])
+            reading = reader.read_entries(inputs, entries, targets)
             loss = loss + reading.loss
             stats |= {"mc/token_loss": reading.loss, "mc/variants_total": variants.num_rows}
-            stats |= by_level(variants, reading)
-            reader.networks.gistnet.mark_trained(variants.coarsest)
+            stats |= by_level(entries, reading)
             cos, sin, fade = (*reading.positions, None)[:3]
             for name, i in zip(names[dense:], range(0, variants.num_rows, V), strict=True):
                 caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
         if judged:
             blocks = embeds[:dense, : old * K].detach()
-            with torch.no_grad():
-                inputs = reader.tree(embeds[:dense]).materialize(counterfactuals)
-            compressed = reader.states(inputs, counterfactuals, places).view(*asking.shape, -1)
+            inputs = tables[0].materialize(counterfactuals)
+            compressed = reader.states(inputs, counterfactuals, asked_at).view(*asking.shape, -1)
             z = reader.wants(torch.cat((looks.states, compressed), 1), reader.keys(blocks))
             among = old_blocks_of(asking, old, K, recent)
             content = looks_for_content(looks, asking, x[:dense] == self.bos, K, among)
@@ -130,12 +154,14 @@ class MCObjective:
         return validate(self.reader, batches, steps, token_bytes)
 
 
-def by_level(context, reading) -> dict:
-    """Entries per row of each level of a context, and the loss of what follows a token (LOD 0) or a gist of it."""
-    stats, (lod, _, _, valid) = {}, context.entries
-    for level in range(context.coarsest + 1):
+def by_level(entries, reading) -> dict:
+    """Entries per row of each level, and the loss of what follows a token (LOD 0) or a gist of it, past left out."""
+    stats, (lod, start, _, valid) = {}, entries
+    for level in range(int(lod.max()) + 1):
         here = (lod == level) & valid
-        stats[f"mc/lod_count/{level}"] = here.sum().item() / context.num_rows
+        stats[f"mc/lod_count/{level}"] = here.sum().item() / len(lod)
+        if not (here & (start >= 0)).any():
+            continue
         scored = here.to(reading.nll.device, non_blocking=True) & (reading.targets >= 0)
         stats[f"mc/lod_loss/{level}"] = (reading.nll * scored).sum() / scored.sum().clamp(min=1)
     return stats

@@ -110,7 +110,11 @@ class Reader:
 
     def positions(self, context, places=None):
         """The rotary positions of a context's entries, or of those at places [R, n]: see entry_positions."""
-        entries = context.entries.at(places).to(self.device)
+        return self.positions_of(context.entries.at(places))
+
+    def positions_of(self, entries):
+        """The rotary positions of entries."""
+        entries = entries.to(self.device)
         return entry_positions(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
 
     def read(self, inputs, context, y) -> Reading:
@@ -121,7 +125,11 @@ class Reader:
         each position (−1 for none); row r of the context belongs to stream r // (R / B).
         """
         targets = context.targets(y.repeat_interleave(context.num_rows // len(y), 0))
-        positions = self.positions(context)
+        return self.read_entries(inputs, context.entries, targets)
+
+    def read_entries(self, inputs, entries, targets) -> Reading:
+        """`read` of entries [R, W] with inputs [R, W, D] and targets [R, W], which may come from several trees."""
+        positions = self.positions_of(entries)
         counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
         loss, nll = self.model(inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights)

@@ -32,6 +32,11 @@ class Table(NamedTuple):
     values: torch.Tensor
     offsets: tuple[int, ...]
 
+    def level(self, level):
+        """The nodes of a level, [B, n, D]."""
+        start, *end = *self.offsets[level : level + 2], self.values.size(1)
+        return self.values[:, start : end[0]]
+
     def rows(self, start, end) -> "Table":
         """The table of some of the batch's rows."""
         return Table(self.values[start:end], self.offsets)

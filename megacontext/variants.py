@@ -8,7 +8,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.lensnet import WIDTH
-from megacontext.working_context import WorkingContext, old_blocks
+from megacontext.working_context import WorkingContext, old_blocks, smallest_length
 
 START_SHARE = 0.8  # of the tokens, the entries of the first variants
 STAGES = 8
@@ -65,8 +65,28 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
     return WorkingContext.from_map(lod_map, num_tokens, K)
 
 
+def random_past(num_tokens, block_size, most, generator=None) -> WorkingContext:
+    """
+    A row of num_tokens tokens, whole blocks, as coarse as can be but for random nodes that were opened, into K children
+    or tokens, as long as there are no more than `most` entries. generator: a CPU generator.
+    """
+    K, smallest = block_size, smallest_length(num_tokens, block_size, 0)
+    tiles = WorkingContext.initial(num_tokens, K, smallest, 0).tiles[0].tolist()
+    for _ in range((most - smallest) // (K - 1)):
+        closed = [i for i, lod in enumerate(tiles) if lod]
+        if closed:
+            i = closed[int(torch.randint(len(closed), (), generator=generator))]
+            tiles[i : i + 1] = [tiles[i] - 1] * (K if tiles[i] > 1 else 1)
+    return WorkingContext(torch.tensor([tiles], dtype=torch.int8), num_tokens, K)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What a batch of them costs
+
+
+def past_entries(config: MCConfig, T) -> int:
+    """Entries, at most, that a variant has for the past of its sequence: see megacontext.past."""
+    return max(2 * config.block_size, T // 8) if config.mc_past > 0 else 0
 
 
 def dense_share(config: MCConfig) -> float:
@@ -83,10 +103,13 @@ def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, fl
     c, dense = config, dense_share(config)
     length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
     children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
+    length += past_entries(c, T)
     trunk = (1 - dense) * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else dense * T)
     judged = dense if c.mc_lens_loss_weight > 0 else 0
     old = old_blocks(T, c.block_size, c.allocator_recent_tokens) * c.block_size
-    return trunk, (1 - dense + judged / 3) * children, judged * old
+    looked_at = dense if c.mc_past > 0 else judged  # gists without a gradient
+    kept = (children - T) / 3 if c.mc_past > 0 else 0  # higher gists of pasts
+    return trunk, (1 - dense + looked_at / 3) * children + kept, judged * old
 
 
 def step_work(model, networks, config: MCConfig, progress, T) -> float:

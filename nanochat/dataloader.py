@@ -35,6 +35,9 @@ class TokenLoader:
     that of this process. piece: if it is above 0, the text of a row group is cut into pieces of that many tokens,
     which come in random order, so that what is read does not stay with one document. state: a `state_dict()` of the
     same ranks, to go on from there.
+
+    fresh [B], bool: of the last batch, whether a piece begins after the first token of the row before a row, up to and
+    with its own first token: nothing before that row is of the same text.
     Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
     """
 
@@ -67,7 +70,7 @@ class TokenLoader:
             _batches(_token_stream(tokenizer, threads, row_groups, self.world_size, at, piece), B, T, pin_memory)
             for at in self._positions
         ]
-        self._error = None
+        self._error = self.fresh = None
         self._ready, self._stop = queue.Queue(maxsize=prefetch * len(streams)), threading.Event()
         # The thread must not hold the loader, so that an abandoned loader is collected and the thread ends.
         batches = map(next, itertools.cycle(streams))
@@ -109,7 +112,7 @@ class TokenLoader:
             raise self._error
         if self._stop.is_set():
             raise ValueError("the loader is closed")
-        batch, position = self._ready.get()
+        batch, position, self.fresh = self._ready.get()
         if isinstance(batch, BaseException):
             self._error = batch
             raise batch
@@ -135,7 +138,10 @@ def tokenizing_distributed_data_loader(B, T, split, tokenizer_threads=4, tokeniz
 
 
 def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
-    """Yield (epoch, row group, tokens uint32 [N], index of the first to use) from `position` on, for ever."""
+    """
+    Yield (epoch, row group, tokens uint32 [N], index of the first to use, indices of the pieces' first tokens) from
+    `position` on, for ever.
+    """
     bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint32)
     epoch, first, token = position
     rank = first % world_size
@@ -146,15 +152,17 @@ def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
             if not documents:
                 continue
             tokens = np.concatenate([part for document in documents for part in (bos, document)])
+            begins = np.empty(0, dtype=np.int64)
             if piece > 0:
                 order = np.random.default_rng((epoch, number)).permutation(range(0, len(tokens), piece))
-                tokens = np.concatenate([tokens[start : start + piece] for start in order])
+                pieces = [tokens[start : start + piece] for start in order]
+                tokens, begins = np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])[:-1]
             if token >= len(tokens):
                 raise UserError(
                     f"the loader state points at token {token} of a row group that has {len(tokens)}: "
                     "restore the shards and the tokenizer that the run was started with"
                 )
-            yield epoch, number, tokens, token
+            yield epoch, number, tokens, token, begins
             found, token = found + len(tokens), 0
         if not found and first == rank:
             raise UserError(f"no text in row groups {rank}, {rank + world_size}, …: make the shards again")
@@ -162,21 +170,25 @@ def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
 
 
 def _batches(stream, B, T, pin_memory):
-    """Yield (int64 [2, B, T] holding x and y, position of its last token, where the next begins)."""
-    size = B * T
+    """Yield (int64 [2, B, T] holding x and y, position of its last token, where the next begins, fresh rows [B])."""
+    size, rows, cuts = B * T, T * np.arange(B)[:, None], None
     window, filled = torch.empty(size + 1, dtype=torch.int64), 0
     view = window.numpy()
-    for epoch, number, tokens, start in stream:
+    for epoch, number, tokens, start, begins in stream:
+        if cuts is None:  # places in the window where pieces begin; at first of those begun within the row before it
+            cuts = begins[(begins > start - T) & (begins < start)] - start
         while start < len(tokens):
             count = min(size + 1 - filled, len(tokens) - start)
+            here = begins[(begins >= start) & (begins < start + count)]
+            cuts = np.concatenate((cuts, here - start + filled))
             view[filled : filled + count] = tokens[start : start + count]
             filled, start = filled + count, start + count
             if filled == size + 1:
                 batch = torch.empty(2, B, T, dtype=torch.int64, pin_memory=pin_memory)
                 batch[0] = window[:-1].view(B, T)
                 batch[1] = window[1:].view(B, T)
-                yield batch, (epoch, number, start - 1)
-                view[0], filled = view[size], 1
+                yield batch, (epoch, number, start - 1), ((cuts > rows - T) & (cuts <= rows)).any(1)
+                view[0], filled, cuts = view[size], 1, cuts[cuts > size - T] - size
 
 
 def _produce(batches, ready, stop):
@@ -186,7 +198,7 @@ def _produce(batches, ready, stop):
             if not _put(ready, item, stop):
                 return
     except BaseException as error:  # it is raised again where the batches are consumed
-        _put(ready, (error, None), stop)
+        _put(ready, (error, None, None), stop)
 
 
 def _put(ready, item, stop):

@@ -43,9 +43,13 @@ class MicroBatches:
     piece: see TokenLoader. state: a `state_dict()` to resume from; exactly, if the number of streams is the same. If
     not, as with another B, the text continues after the last row group that was begun; what was left of those is read
     in the next epoch.
+
+    keeper: keeps something of what each stream has said: `save(stream)` gives it, as tensors in lists or dicts, and
+    `load(stream, saved)` takes it back; it is saved with the state. With one, a batch is (x, y, places), the last
+    [B, 2] int64 on the CPU: the number of each row's stream, and 1 for a row that is fresh (see TokenLoader).
     """
 
-    def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None, piece=0):
+    def __init__(self, tokenizer, B, T, device, accumulation, streams=1, state=None, piece=0, keeper=None):
         _, rank, _, world_size = get_dist_info()
         if B % streams:
             raise UserError(f"streams must divide the device_batch_size of {B}, got {streams}")
@@ -53,18 +57,29 @@ class MicroBatches:
         total = turns * world_size * streams
         numbers = [(i * world_size + rank) * streams + s for i in range(turns) for s in range(streams)]
         places = _places(state, numbers, total) if state else None
-        self.streams = streams
+        self.streams, self.numbers, self.turn, self.keeper = streams, numbers, 0, keeper
+        for saved in state or []:
+            if keeper and "kept" in saved and saved["world_size"] == total:
+                keeper.load(saved["rank"], saved["kept"])
         self.loader = TokenLoader(
             tokenizer, B // streams, T, "train", device, places, ranks=numbers, world_size=total, piece=piece
         )
 
     def __next__(self):
-        parts = [next(self.loader) for _ in range(self.streams)]
+        parts = []
+        for _ in range(self.streams):
+            parts.append(next(self.loader))
+            if self.keeper:
+                fresh = torch.from_numpy(self.loader.fresh).long()
+                stream = torch.full_like(fresh, self.numbers[self.turn % len(self.numbers)])
+                parts[-1] += (torch.stack((stream, fresh), dim=1),)
+            self.turn += 1
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def state_dict(self):
         """Call this between steps."""
-        return self.loader.state_dict()
+        states = self.loader.state_dict()
+        return [{**state, "kept": self.keeper.save(state["rank"])} for state in states] if self.keeper else states
 
     def close(self):
         self.loader.close()
@@ -72,6 +87,7 @@ class MicroBatches:
 
 def _places(states, numbers, total) -> list[dict]:
     """States for the streams with these numbers, of `total`, that continue those that the ranks had before."""
+    states = [{name: value for name, value in state.items() if name != "kept"} for state in states]
     if dist.is_initialized():
         of_ranks = [None] * get_dist_info()[3]
         dist.all_gather_object(of_ranks, states)

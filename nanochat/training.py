@@ -311,13 +311,13 @@ class Training:
         _, rank, _, world_size = get_dist_info()
         loss, metrics = torch.zeros((), device=self.device), {}
         for i in range(count):
-            x, y = next(batches)
+            x, y, *places = next(batches)
             rows = objective.rows_at_once(len(x))
             passes = count * len(x) // rows
-            for j, (x_j, y_j) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+            for j, (x_j, y_j, *places_j) in enumerate(zip(*(t.split(rows) for t in (x, y, *places)), strict=True)):
                 seed = ((self.step * count + i) * world_size + rank) * (len(x) // rows) + j
                 with autocast(self.device, dtype):
-                    part, figures = objective(x_j, y_j, progress, seed)
+                    part, figures = objective(x_j, y_j, progress, seed, *places_j)
                 metrics |= figures
                 if part.requires_grad:  # a part may have nothing to learn from
                     (part / passes).backward()
@@ -383,7 +383,13 @@ class Training:
 
 
 class PlainObjective:
-    """The loss of the model itself; --mc replaces it by another object with these methods."""
+    """
+    The loss of the model itself; --mc replaces it by another object with these methods.
+
+    keeper: see MicroBatches; with one, its places are the last argument of a call.
+    """
+
+    keeper = None
 
     def __init__(self, model):
         self.model = model

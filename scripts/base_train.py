@@ -189,7 +189,7 @@ def main(config: Config):
 
     # Data
     batches = training.batches = MicroBatches(
-        tokenizer, B, T, device, accumulation, streams, training.loader_state, config.piece_tokens
+        *(tokenizer, B, T, device, accumulation, streams, training.loader_state, config.piece_tokens, objective.keeper)
     )
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 

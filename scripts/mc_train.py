@@ -99,7 +99,9 @@ def main(config: Config):
         "Micro-batches per step": accumulation,
     }
     print_facts(facts)
-    batches = training.batches = MicroBatches(tokenizer, B, T, device, accumulation, streams, training.loader_state)
+    batches = training.batches = MicroBatches(
+        tokenizer, B, T, device, accumulation, streams, training.loader_state, keeper=objective.keeper
+    )
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     training.notes |= meta_of(config, T)

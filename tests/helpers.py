@@ -62,13 +62,12 @@ def session_settings(**options) -> MCConfig:
 
 
 def disturbed_networks(settings):
-    """Networks that are not as they begin: gists differ from means, and all levels count as trained."""
+    """Networks that are not as they begin: gists differ from means."""
     torch.manual_seed(3)
     networks = MCNetworks(SESSION_GPT.n_embd, settings).eval()
     with torch.no_grad():
         for p in networks.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    networks.gistnet.trained_levels.fill_(8)
     return networks
 
 

@@ -168,7 +168,7 @@ def test_a_session_waits_for_what_is_wanted_alone(rows, asked):
     """Once per token, for what it wants most, and once more per refocus, for the scores, whatever the rows."""
     options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(make_model().eval(), **options)
-    networks.eval().gistnet.trained_levels.fill_(8)
+    networks.eval()
     expected = list(answers(model, networks, config, rows, "cpu"))
     model, networks = moved(model), moved(networks)
     asked.clear()
@@ -195,7 +195,7 @@ def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
     prompt, options = list(range(1, 100)), {"num_samples": rows, "max_tokens": 20, **settings}
     mc_options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(model, **mc_options)
-    networks.eval().gistnet.trained_levels.fill_(8)
+    networks.eval()
 
     def generate():
         session = MCSession(model, networks, config, rows, Decoder(model, graph=False)) if mc else None
@@ -219,7 +219,7 @@ def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc, asked):
     model = make_model(GPTConfig(T, tokenizer.get_vocab_size(), 2, 2, 2, 32)).eval()
     mc_options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(model, **mc_options)
-    networks.eval().gistnet.trained_levels.fill_(8)
+    networks.eval()
 
     def steps():
         batch = Engine(model, tokenizer, graph=False).batch()

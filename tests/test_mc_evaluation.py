@@ -23,7 +23,6 @@ from tests.helpers import RECENT, K, T, make_model, make_objective, tokens
 def evaluator():
     reader = make_objective(make_model()).reader
     networks = reader.networks.eval()
-    networks.gistnet.trained_levels.fill_(8)
     for p in networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
     torch.nn.init.constant_(networks.lensnet.bias, -3.0)  # so that it wants some blocks and not others

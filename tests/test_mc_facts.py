@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.evaluation.context_gain import mean_gist
 from megacontext.gaussian_rope import entry_positions
 from megacontext.working_context import WorkingContext
 from tests import reference_mc as reference
@@ -20,7 +19,6 @@ def built(model, options=None):
     objective.reader.networks.eval()
     for name, p in objective.reader.networks.named_parameters():
         torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    objective.reader.networks.gistnet.trained_levels.fill_(8)
     return objective
 
 
@@ -78,19 +76,6 @@ def test_a_few_steps_change_every_parameter(pooling, head):
             optimizer.zero_grad()
     same = [name for name, p in networks.named_parameters() if torch.equal(p, before[name])]
     assert not same
-    assert networks.gistnet.trained_levels == 2  # the highest that these variants had
-
-
-def test_levels_never_trained_are_means():
-    """A stream longer than those of the training has levels that nothing was learned for."""
-    objective = built(make_model())
-    gistnet = objective.reader.networks.gistnet
-    gistnet.trained_levels.fill_(1)
-    children = torch.randn(3, K, 32, generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(gistnet(children, 1), mean_gist(children, 1))
-    assert torch.equal(gistnet(children, 2), mean_gist(children, 2))
-    gistnet.trained_levels.fill_(2)
-    assert not torch.equal(gistnet(children, 2), mean_gist(children, 2))
 
 
 def test_no_span_is_so_vague_that_its_key_is_lost():

@@ -32,13 +32,6 @@ def roles(B, generator=None, seed=0):
     return torch.randperm(B, generator=generator).tolist()
 
 
-def test_only_levels_that_were_read_count_as_trained():
-    """64 tokens in blocks of 4 make three levels; these variants have no node of the third."""
-    objective = make_objective(make_model())
-    process(objective, *tokens())
-    assert objective.reader.networks.gistnet.trained_levels == 2
-
-
 def test_dense_sequences_have_the_flagless_loss():
     """Bit for bit: the same tokens through the same model."""
     model, (x, y) = make_model(), tokens(B=4)

@@ -10,6 +10,7 @@ from megacontext.variants import (
     DENSE_SHARE,
     auto_batch_size,
     inputs_per_sequence,
+    past_entries,
     random_variants,
     step_work,
     target_length,
@@ -74,7 +75,7 @@ def test_lengths_go_down_in_few_steps():
 
 def test_inputs_are_what_a_batch_puts_in():
     """Counted at the networks themselves, over a batch of as many dense sequences as compressed ones."""
-    options = {"mc_num_random_variants": 3, "mc_max_counterfactuals": 2}
+    options = {"mc_num_random_variants": 3, "mc_max_counterfactuals": 2, "mc_past": 0}
     for more in ({}, {"mc_freeze_base": True}, {"mc_freeze_base": True, "mc_lens_loss_weight": 0.0}):
         model = make_model()
         objective = make_objective(model, **options, **more)
@@ -118,7 +119,9 @@ def test_work_counts_all_that_runs():
     assert more == pytest.approx(2 * length / T * DENSE_SHARE / 3)  # read without a gradient
     objective = make_objective(make_model(), gistnet_type="mean", mc_lens_loss_weight=0.0)
     own = step_work(objective.model, objective.reader.networks, objective.config, 1.0, T)
-    assert own == pytest.approx(DENSE_SHARE + 3 * variants)
+    assert own == pytest.approx(
+        DENSE_SHARE + 3 * (variants + (1 - DENSE_SHARE) * past_entries(objective.config, T) / T)
+    )
 
 
 def saved_bytes(function):
@@ -136,7 +139,9 @@ def saved_bytes(function):
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"mc_num_random_variants": 1}, {"gistnet_type": "mean"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mc_num_random_variants": 1}, {"gistnet_type": "mean"}, {"mc_past": 0}], ids=str
+)
 def test_auto_batch_keeps_to_the_memory_of_the_plain_model(options):
     """What autograd keeps of a micro-batch in the chosen number of rows is no more than of the plain one, nearly."""
     model = make_model(GPTConfig(128, 70, 4, 2, 2, 64))
@@ -145,7 +150,10 @@ def test_auto_batch_keeps_to_the_memory_of_the_plain_model(options):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(70, (16, 128), generator=generator)
     plain = saved_bytes(lambda: model(x, x))
-    ours = saved_bytes(lambda: objective.process_batch(x[:rows], x[:rows], 0.0, generator).loss)
+    places = torch.tensor([[row, 0] for row in range(rows)])
+    for _ in range(4):  # so that there is a past
+        objective.process_batch(x[:rows], x[:rows], 0.0, generator, places=places)
+    ours = saved_bytes(lambda: objective.process_batch(x[:rows], x[:rows], 0.0, generator, places=places).loss)
     assert ours < 1.15 * plain
     assert ours > 0.4 * plain  # and the memory is used
 

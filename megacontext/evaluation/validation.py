@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.distributed as dist
 
 from megacontext.reader import newest
 from megacontext.working_context import WorkingContext
@@ -23,8 +22,6 @@ def validate(reader, batches, steps, token_bytes) -> dict:
     batches: iterator of (x, y) [B, T], of which `steps` are read. token_bytes [V]: bytes of each token.
     """
     c = reader.config
-    if dist.is_initialized() and c.gistnet_type != "mean":  # levels that any rank has trained
-        dist.all_reduce(reader.networks.gistnet.trained_levels, op=dist.ReduceOp.MAX)
     tail, K, exact = max(1, c.allocator_recent_tokens), c.block_size, sum_dtype(token_bytes.device)
     nats, num_bytes = torch.zeros(4, dtype=exact, device=token_bytes.device), 0
     training = reader.networks.training
