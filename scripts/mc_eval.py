@@ -7,16 +7,17 @@ How much of its context a model with MegaContext keeps when it reads gists inste
 
 On validation text, scored on the same newest tokens throughout: context gain recovered by compression ratio and by
 distance, the loss at each level of detail, with controls (truncated history, gists of another text, means in place of
-GistNet), and how many tokens of a block can be read back from its gist. On recall documents also: how often an answer
-is found when LensNet, other policies, or an oracle choose the blocks at full detail. With --stream_tokens: the cost of
-a session of that length. Tables and plots go to the report, all figures to
+GistNet), what a past many times as long is worth as gists, and how many tokens of a block can be read back. On recall
+documents also: how often an answer is found when LensNet, other policies, or an oracle choose the blocks at full
+detail. With --stream_tokens: the cost of a session of that length. With --ruler_lengths: RULER's tasks, at any length.
+Tables and plots go to the report, all figures to
 $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 """
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 
@@ -24,7 +25,9 @@ from megacontext.evaluation.context_gain import Evaluator, mean_gist
 from megacontext.evaluation.figures import plot_context_gain, plot_focus, plot_stream
 from megacontext.evaluation.policies import focus_by_length
 from megacontext.evaluation.reconstruction import reconstruction_accuracy
+from megacontext.evaluation.ruler import RECALL_TASKS, TASKS, ruler
 from megacontext.evaluation.stream_cost import STEPS_IN_INTERVALS, stream_cost
+from megacontext.inference import session_maker
 from megacontext.networks import load_networks
 from megacontext.reader import Reader
 from megacontext.session import MCSession
@@ -41,7 +44,8 @@ from nanochat.common import (
 )
 from nanochat.configurator import run, short
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import get_data_dir
+from nanochat.dataset import get_data_dir, list_row_groups, read_row_group
+from nanochat.engine import Engine
 from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.ranges import Count, CountOr0, Range
 from nanochat.report import format_value, get_report
@@ -59,6 +63,12 @@ COLUMNS = {  # of the tables: key → head
     "gist": "gist",
     "natural": "text",
     "noise": "random tokens",
+    "task": "task",
+    "samples": "samples",
+    "past": "past",
+    "dropped": "dropped",
+    "gain": "gain",
+    "standard_error": "± standard error",
     "ratio": "ratio",
     "level": "LOD",
     "nearest": "from",
@@ -105,6 +115,14 @@ class Config(ModelOptions, DeviceOptions):
     """questions per length, if the data was made by nanochat.dataset --source recall; 0 for none"""
     recall_lengths: str = ""
     """numbers of tokens before an answer; empty for 0.5, 1, 2 and 4 times max_seq_len"""
+    past: str = "1,10"
+    """lengths of a past that is read as gists before max_seq_len tokens, in multiples of these; empty for none"""
+    ruler_lengths: str = ""
+    """numbers of tokens of RULER's tasks, of any length; empty for none"""
+    ruler_words: Literal["ruler", "recall"] = "ruler"
+    """pose them in RULER's words, or as recall documents ask, which small models are trained on"""
+    ruler_samples: Count = 20
+    """questions per task and length"""
     open_blocks: Count = 2
     """number of blocks at full detail that a policy chooses"""
     stream_tokens: CountOr0 = 0
@@ -113,14 +131,14 @@ class Config(ModelOptions, DeviceOptions):
     """training steps of the decoder that reads blocks back from gists; 0 for none"""
 
 
-def numbers(option, text) -> list[int]:
+def numbers(option, text, least=2) -> list[int]:
     """ "4,8" → [4, 8]; UserError for anything else."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"--{option}: expected whole numbers such as 4,8,16,32, got {text!r}") from error
-    if min(values) < 2:
-        raise UserError(f"--{option}: expected numbers of 2 or more, got {text!r}")
+    if min(values) < least:
+        raise UserError(f"--{option}: expected numbers of {least} or more, got {text!r}")
     return values
 
 
@@ -161,11 +179,16 @@ def main(config: Config):
     B = config.device_batch_size
     steps = -(-config.sequences // B)
 
-    def measured(title, measure):
-        with TokenLoader(tokenizer, B, T, "val", device) as batches, autocast(device, dtype):
-            rows = measure(Evaluator(reader, batches, steps))
-        print0(table(title, rows))
+    tables = []
+
+    def shown(title, rows):
+        tables.append(table(title, rows))
+        print0(tables[-1])
         return rows
+
+    def measured(method, tokens=T):
+        with TokenLoader(tokenizer, B, tokens, "val", device) as batches, autocast(device, dtype):
+            return method(Evaluator(reader, batches, steps))
 
     like = recall_sizes() if config.recall > 0 else None
     lengths = numbers("recall_lengths", config.recall_lengths) if config.recall_lengths else [T // 2, T, 2 * T, 4 * T]
@@ -173,16 +196,21 @@ def main(config: Config):
     lengths = [length for length in lengths if shortest <= length <= longest]
     if like and not lengths:
         raise UserError(f"--recall_lengths: expected lengths from {shortest} to {longest}, got {config.recall_lengths}")
-    if config.stream_tokens > 0:
+    pasts = numbers("past", config.past, 1) if config.past else []
+    ruler_lengths = numbers("ruler_lengths", config.ruler_lengths) if config.ruler_lengths else []
+    if config.stream_tokens > 0 or ruler_lengths:
         mc.check_session(T)
     figures = {
-        "by_ratio": measured("By compression of the history", lambda e: e.by_ratio(ratios)),
-        "by_distance": measured("By distance of the compressed part (tokens ago)", Evaluator.by_distance),
-        "by_level": measured("The whole history at one level", Evaluator.by_level),
+        "by_ratio": shown("By compression of the history", measured(lambda e: e.by_ratio(ratios))),
+        "by_distance": shown("By distance of the compressed part (tokens ago)", measured(Evaluator.by_distance)),
+        "by_level": shown("The whole history at one level", measured(Evaluator.by_level)),
     }
+    if pasts:
+        rows = [measured(lambda e: e.past(T), (1 + times) * T) for times in pasts]
+        figures["past"] = shown(f"What came before {T:,} tokens, as gists or dropped", rows)
     if config.probe_steps > 0:
-        figures["reconstruction"] = reconstruction(config, tokenizer, reader, dtype, T)
-        print0(table("Tokens of a block read back from its gist", figures["reconstruction"]))
+        rows = reconstruction(config, tokenizer, reader, dtype, T)
+        figures["reconstruction"] = shown("Tokens of a block read back from its gist", rows)
     if like:
         with autocast(device, dtype):
             figures["focus"] = focus_by_length(
@@ -195,12 +223,18 @@ def main(config: Config):
                 config.open_blocks,
                 B,
             )
-        print0(table("Answers found, by choice of the blocks at full detail", figures["focus"]["by_length"]))
+        shown("Answers found, by choice of the blocks at full detail", figures["focus"]["by_length"])
+    if ruler_lengths:
+        with autocast(device, dtype):
+            readers = ruler_readers(model, tokenizer, networks, mc)
+            names = TASKS if config.ruler_words == "ruler" else RECALL_TASKS
+            rows = ruler(tokenizer, readers, ruler_lengths, config.ruler_samples, local_lines(), tuple(names))
+        figures["ruler"] = shown("RULER: answers found", rows)
     if config.stream_tokens > 0:
         with autocast(device, dtype):
             session = MCSession(model, networks, mc)
         figures["stream"] = stream_cost(session, stream(tokenizer, session, config.stream_tokens), doublings(config))
-        print0(table("Cost of a growing stream", figures["stream"]))
+        shown("Cost of a growing stream", figures["stream"])
 
     facts = {
         "Model": f"{config.source} {meta['model_tag']}, step {meta['step']}",
@@ -224,16 +258,7 @@ def main(config: Config):
             facts | gained,
             "Losses in nats per token on the scored tokens. Recovered: share of the gain of the full history over one "
             "truncated to as many entries. Kept: the same, compared with no history.\n",
-            table("By compression of the history", figures["by_ratio"]),
-            table("By distance of the compressed part (tokens ago)", figures["by_distance"]),
-            table("The whole history at one level", figures["by_level"]),
-            table("Tokens of a block read back from its gist", figures["reconstruction"])
-            if "reconstruction" in figures
-            else None,
-            table("Answers found, by choice of the blocks at full detail", figures["focus"]["by_length"])
-            if like
-            else None,
-            table("Cost of a growing stream", figures["stream"]) if "stream" in figures else None,
+            *tables,
         ],
         plots={
             "Context gain": plot,
@@ -257,6 +282,39 @@ def stream(tokenizer, session, n) -> list[int]:
     """n tokens of the training split, and the tokens that follow each measured length."""
     with TokenLoader(tokenizer, 1, n + 64 + STEPS_IN_INTERVALS * session.interval, "train") as batches:
         return next(batches)[0][0].tolist()
+
+
+def ruler_readers(model, tokenizer, networks, mc) -> dict:
+    """Readers of `ruler`: all tokens, while the model has positions for them; sessions without and with focus."""
+    engine = Engine(model, tokenizer)
+
+    def answer(ids, new_tokens, session=None):
+        (said,), _ = engine.generate_batch(ids, max_tokens=new_tokens, temperature=0.0, session=session)
+        return tokenizer.decode(said[len(ids) :])
+
+    def full(ids, new_tokens):
+        return answer(ids, new_tokens) if len(ids) + new_tokens <= model.max_seq_len else None
+
+    def through(config):
+        make_session = session_maker(model, networks, config)
+
+        def read(ids, new_tokens):
+            session = make_session(1)
+            try:
+                return answer(ids, new_tokens, session)
+            finally:
+                session.close()
+
+        return read
+
+    closed = replace(mc, allocator_expand_threshold=1.0)  # nothing is opened
+    return {"full": full, "gists": through(closed), "focus": through(mc)}
+
+
+def local_lines() -> list[str]:
+    """The lines of the first validation documents."""
+    texts = read_row_group(*list_row_groups("val")[0])
+    return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
 def recall_sizes() -> dict | None:

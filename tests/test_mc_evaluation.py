@@ -117,6 +117,27 @@ def test_by_distance(evaluator):
     assert rows[3]["truncated"] == pytest.approx(tail_loss(model, x, y, 28 + RECENT), rel=1e-4)
 
 
+@torch.no_grad()
+def test_past(evaluator):
+    """Against each row read by itself: 48 tokens in 3 gists of LOD 2 before 16 tokens, of which 8 are scored."""
+    model, (x, y) = evaluator.model, tokens(B=4)
+    row = evaluator.past(16)
+    assert (row["past"], row["entries"], row["sequences"]) == (48, 3, 4)
+    gists, dropped = [], []
+    for i in range(4):
+        tree = build_table(evaluator.reader.gist, model.embed(x[i : i + 1]), K)
+        context = WorkingContext.from_map(torch.tensor([[2] * 12 + [0] * 4], dtype=torch.int8), T, K)
+        inputs = torch.cat((tree.values[:, tree.offsets[2] : tree.offsets[2] + 3], tree.values[:, 48:64]), dim=1)
+        logits = model(inputs_embeds=inputs, cos_sin=evaluator.reader.positions(context))[0, -8:]
+        gists.append(torch.nn.functional.cross_entropy(logits, y[i, -8:]))
+        logits = model(x[i : i + 1, -16:])[0, -8:]
+        dropped.append(torch.nn.functional.cross_entropy(logits, y[i, -8:]))
+    gain = torch.stack(dropped) - torch.stack(gists)
+    assert row["gists"] == pytest.approx(torch.stack(gists).mean().item(), rel=1e-4)
+    assert row["gain"] == pytest.approx(gain.mean().item(), rel=1e-3, abs=1e-4)
+    assert row["standard_error"] == pytest.approx(gain.std().item() / 2, rel=1e-3)
+
+
 def test_a_single_sequence_has_no_others(evaluator):
     evaluator.batches = repeat(tokens(B=1))
     with pytest.raises(UserError, match="2 sequences or more"):

@@ -128,6 +128,29 @@ class Evaluator:
                 last, width = first, 2 * width
         return [{"nearest": near, "farthest": far, **_figures(row, "truncated")} for (near, far), row in losses.items()]
 
+    @torch.no_grad()
+    def past(self, T) -> dict:
+        """
+        Of the last T tokens of each sequence the second half is scored, with what came before as gists (in T / 8
+        entries, or as few as can be) and without it ("dropped"); and what the past gains, with its standard error.
+        """
+        losses, K = defaultdict(list), self.config.block_size
+        for x, y in self._batches():
+            N = x.size(1)
+            W = max(T + T // 8, smallest_length(N, K, T))
+            context, table = WorkingContext.initial(N, K, W, T, len(x)), self.reader.tree(self.reader.embed(x))
+            gists = newest(self.reader.read(table.materialize(context), context, y).nll, context, T // 2)
+            dropped = self.model(x[:, -T:], y[:, -T:], loss_reduction="none").view(len(x), T)[:, -(T // 2) :]
+            for name, nll in (("gists", gists), ("dropped", dropped)):
+                losses[name].append(nll.mean(1))
+        gists, dropped = (torch.cat(losses[name]).double() for name in ("gists", "dropped"))
+        gain = dropped - gists
+        return {
+            **{"past": N - T, "entries": int(context.lengths()[0]) - T, "sequences": len(gain)},
+            **{"gists": gists.mean().item(), "dropped": dropped.mean().item()},
+            **{"gain": gain.mean().item(), "standard_error": (gain.std() / len(gain) ** 0.5).item()},
+        }
+
     def _without(self, embeds, y, first, last):
         """The loss when tokens [first, last) are cut out and the others stay where they are."""
         keep = torch.cat((torch.arange(first), torch.arange(last, y.size(1)))).to(y.device)
