@@ -195,15 +195,18 @@ def bench_train(config):
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         ids = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
         B_once = objective.rows_at_once(B)
+        streams = [torch.tensor([[row, 0] for row in range(B)])] if objective.keeper else []
         products = matmul_flops(device, dtype)
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
-        def gradients(objective=objective, ids=ids, dtype=dtype, passes=accumulation * B // B_once, B_once=B_once):
+        passes = accumulation * B // B_once
+
+        def gradients(objective=objective, ids=ids, dtype=dtype, passes=passes, B_once=B_once, streams=streams):
             for i in range(passes):
                 rows = slice(i * B_once % len(ids), i * B_once % len(ids) + B_once)
                 with autocast(ids.device, dtype):
-                    loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, seed=i)
+                    loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, i, *(places[rows] for places in streams))
                 (loss / passes).backward()
             return loss.item()  # waits for the device
 

@@ -59,7 +59,7 @@ class MCConfig:
     """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
     mc_past: CountOr0 = -1
     """most tokens of a stream of pretraining text before a compressed sequence that are read with it, most of them as
-    gists; 0 for none; -1 for 16 × max_seq_len, or 0 if max_seq_len is not a multiple of block_size"""
+    gists; 0 for none, as in mid_train; -1 for 16 × max_seq_len, or 0 if that is not a multiple of block_size"""
     mc_train_wc_length: Count = -1
     """entries per variant at the end of training; -1 for 20% of max_seq_len, or for two open blocks"""
     mc_max_counterfactuals: Count = 1

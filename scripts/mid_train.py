@@ -10,7 +10,7 @@ to resume an interrupted run from its newest checkpoint.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import torch
@@ -65,6 +65,7 @@ def main(config: Config):
     *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     print_banner()
+    config = replace(config, megacontext=replace(config.megacontext, mc_past=0))  # of conversations
 
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
