@@ -6,9 +6,10 @@ compressed sequence is read behind a past of up to many times its T tokens. It c
 is made once, in the step that reads its tokens, and kept as it then was, without a gradient; a variant reads a few of
 them. They are older than the weights by at most as many steps as a past has sequences.
 
-A stream's past begins anew where the loader says that other text begins, by chance once in `most` tokens, so that all
-lengths occur at any time, and at the latest after `most` tokens. Until then it has an origin, so that its nodes stand
-where a session's would. Memory per stream: `most` token ids and most / (K − 1) gists, K = block_size.
+A stream's past begins anew where the loader says that other text begins, by chance once in most + T tokens, so that
+all lengths occur at any time, and at the latest when it would have more than `most` tokens. Until then it has an
+origin, so that its nodes stand where a session's would. Memory per stream: most + T token ids, and a vector of D for
+each K − 1 of them, K = block_size.
 
 Shapes: B sequences of T tokens, a multiple of K; R rows of variants; W entries, P of a past; D = n_embd.
 """
@@ -53,11 +54,12 @@ class Pasts:
         places [B, 2]: see MicroBatches; those of a stream in their order. ids [B, T]: the tokens. gists [B, T / K, D]
         of level 1. generator: of chance, on the CPU.
         """
-        anew = torch.rand(len(ids), generator=generator) < ids.size(1) / self.most
+        T = ids.size(1)
+        anew = torch.rand(len(ids), generator=generator) < T / (self.most + T)
         before = []
         for (stream, fresh), chance, row, of_row in zip(places.tolist(), anew.tolist(), ids.int(), gists, strict=True):
             tree = self.trees.get(stream)
-            if tree is None or fresh or chance or tree.num_tokens + ids.size(1) > self.most:
+            if tree is None or fresh or chance or tree.num_tokens > self.most:
                 tree = self._new(stream)
             before.append(Before(tree, tree.num_tokens))
             tree.store.append(0, row[None])
@@ -81,7 +83,7 @@ class Pasts:
             level += 1
 
     def save(self, stream):
-        """The levels of a stream's tree, tensors; None if it has none."""
+        """The levels of a stream's tree, tensors; none if there is none."""
         tree, levels = self.trees.get(stream), []
         while tree and tree.store.count(len(levels)):
             levels.append(tree.store.all(len(levels)).clone())
