@@ -16,17 +16,18 @@ applied last: rotation keeps norms and commutes with the fade, so that rotate, n
 
 import torch
 
-from nanochat.gpt import rotary_cos_sin
+from nanochat.gpt import cos_sin_at
 
 MODES = ("gaussian", "simple")
 
 
-def entry_positions(start, span, head_dim, base=10000.0, mode="gaussian"):
+def entry_positions(start, span, frequencies, mode="gaussian"):
     """
     (cos, sin, fade) of entries that cover `span` tokens from `start` on, both [B, W]; all are float32.
 
-    cos and sin [B, W, 1, d/2] are bit for bit the plain model's where span is 1; fade [B, W, 1, d] is 1 there. Mode
-    "simple" gives (cos, sin): the centre of the span, without a fade. Both are what `GPT.forward(cos_sin=…)` takes.
+    frequencies: the model's. cos and sin [B, W, 1, d/2] are bit for bit those of the plain model where span is 1; fade
+    [B, W, 1, d] is 1 there. Mode "simple" gives (cos, sin): the centre of the span, without a fade. Both are what
+    `GPT.forward(cos_sin=…)` takes.
 
     A span is taken to be no vaguer than the slowest frequency can tell, σ ≤ 1/ω, so that of every key something is
     left. Exact up to positions of 2^52. Raises ValueError for an unknown mode.
@@ -37,11 +38,9 @@ def entry_positions(start, span, head_dim, base=10000.0, mode="gaussian"):
     if device.type == "mps":  # which has no float64
         start, span = start.cpu(), span.cpu()
     mean = start.double() + (span.double() - 1) / 2
-    cos, sin = (t.view(*start.shape, 1, -1).to(device) for t in rotary_cos_sin(mean.flatten(), head_dim, base))
+    cos, sin = (t.view(*start.shape, 1, -1).to(device) for t in cos_sin_at(mean.flatten(), frequencies))
     if mode == "simple":
         return cos, sin
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=span.device) / head_dim)
-    slowest = base ** (-(head_dim - 2) / head_dim)
-    variance = ((span.double() ** 2 - 1) / 12).clamp(max=slowest**-2)
-    fade = torch.exp(-(frequency**2) * variance[..., None, None] / 2).float().to(device)
+    variance = torch.minimum((span.double() ** 2 - 1) / 12, frequencies.min() ** -2)
+    fade = torch.exp(-(frequencies**2) * variance[..., None, None] / 2).float().to(device)
     return cos, sin, torch.cat((fade, fade), dim=-1)

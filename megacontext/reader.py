@@ -60,7 +60,6 @@ class Reader:
         self.model, self.networks, self.config = model, networks, config
         self.device = model.get_device()
         self.dtype = resolve_dtype(config.mc_aux_dtype, self.device.type)
-        self.head_dim = model.config.n_embd // model.config.n_head
 
     def embed(self, ids):
         """Embeddings [B, N, D] of token ids [B, N]: level 0 of a tree."""
@@ -115,7 +114,7 @@ class Reader:
     def positions_of(self, entries):
         """The rotary positions of entries."""
         entries = entries.to(self.device)
-        return entry_positions(entries.start, entries.span, self.head_dim, mode=self.config.mc_positional)
+        return entry_positions(entries.start, entries.span, self.model.frequencies, self.config.mc_positional)
 
     def read(self, inputs, context, y) -> Reading:
         """

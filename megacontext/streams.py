@@ -190,13 +190,13 @@ def stream_folder(name) -> Path:
 
 def gist_key_of(source, meta, tokenizer, config) -> dict:
     """
-    The facts that determine the gists of a checkpoint (meta: from `load_model`) and its MCConfig.
+    The facts that determine the gists of a checkpoint (meta: from `pretrained.load`) and its MCConfig.
     """
     folder = checkpoint_root(source) / meta["model_tag"]
     return {
         "tokenizer": tokenizer.checksum(),
         "vocab_size": tokenizer.get_vocab_size(),
-        "model": weights_checksum(folder, meta["step"]),
+        "model": meta.get("weights") or weights_checksum(folder, meta["step"]),
         "networks": weights_checksum(folder, meta["step"], "mc"),
         "n_embd": meta["model_config"]["n_embd"],
         "block_size": config.block_size,

@@ -58,8 +58,7 @@ class CacheSession:
         decoder, limit = self.decoder, self.decoder.max_seq_len
         if len(tokens) > limit:
             raise UserError(
-                f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model "
-                f"(10 × sequence_len {decoder.config.sequence_len:,}): shorten it"
+                f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model: shorten it"
             )
         self._step = None  # it holds the cache of an earlier prompt
         self.cache = KVCache(decoder.config.n_layer, min(len(tokens) + self.max_tokens, limit))

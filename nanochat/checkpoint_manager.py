@@ -34,10 +34,14 @@ SOURCES = {
 
 
 def checkpoint_root(source: str) -> Path:
-    """The folder that holds all models of a stage ("base", "mid", "sft" or "rl")."""
+    """The folder that holds all models of a stage, or for "hf" what was trained for models of transformers."""
+    return get_base_dir() / ("hf_networks" if source == "hf" else SOURCES[_checked(source)])
+
+
+def _checked(source):
     if source not in SOURCES:
         raise UserError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-    return get_base_dir() / SOURCES[source]
+    return source
 
 
 def model_folder(source: str, model_tag: str) -> Path:
@@ -110,20 +114,19 @@ def save_checkpoint(
     """
     Write one step. Every rank must call this: each writes its optimizer and loader state, the first the rest.
 
-    optimizer_data: the state dicts of the optimizers. meta_data: what JSON can hold. companion_data: state dict of
-    networks that go with the model, as MegaContext's do. Raises UserError when the disk refuses; steps written before
-    are untouched.
+    model_data: None where the model's weights lie elsewhere. optimizer_data: the state dicts of the optimizers.
+    meta_data: what JSON can hold. companion_data: state dict of networks that go with the model, as MegaContext's do.
+    Raises UserError when the disk refuses; steps written before are untouched.
     """
     is_dist, rank, _, world_size = get_dist_info()
     folder = Path(folder)
     try:
         written = []
         if rank == 0:
-            written.append(_file(folder, "model", step))
-            _write_tensors(written[-1], model_data)
-            if companion_data is not None:
-                written.append(_file(folder, "mc", step))
-                _write_tensors(written[-1], companion_data)
+            for kind, data in (("model", model_data), ("mc", companion_data)):
+                if data is not None:
+                    written.append(_file(folder, kind, step))
+                    _write_tensors(written[-1], data)
         if optimizer_data is not None:
             written.append(_file(folder, "optim", step, rank))
             _write_tensors(written[-1], optimizer_data)
@@ -219,7 +222,8 @@ def weights_checksum(folder, step, kind="model") -> str:
 
 def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
     """
-    (model_data, optimizer_data, meta_data, state) of a step; the second and fourth None unless asked for.
+    (model_data, optimizer_data, meta_data, state) of a step; the second and fourth None unless asked for, the first
+    where the model's weights lie elsewhere.
 
     state is {"loader": …, "rng": …} of this rank. UserError for files that are missing or damaged, and for
     optimizer state written by another number of processes.
@@ -227,7 +231,7 @@ def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
     folder = Path(folder)
     _, rank, _, world_size = get_dist_info()
     meta_data = load_meta(folder, step)
-    paths = [_file(folder, "model", step)]
+    model, paths = _file(folder, "model", step), []
     if load_optimizer:
         if meta_data.get("world_size", world_size) != world_size:
             raise UserError(
@@ -235,12 +239,12 @@ def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
                 f"and only as many can go on from it exactly; got {world_size}. Launch with "
                 f"--nproc_per_node={meta_data['world_size']}, or start anew with --resume=0"
             )
-        paths += [_file(folder, "optim", step, rank), _file(folder, "state", step, rank)]
-    _verify(folder, step, [path.name for path in paths if path.exists()])
-    loaded = [read_tensors(path, "cpu" if path.name.startswith("state") else device) for path in paths]
+        paths = [_file(folder, "optim", step, rank), _file(folder, "state", step, rank)]
+    _verify(folder, step, [path.name for path in (model, *paths) if path.exists()])
+    model_data = read_tensors(model, device) if model.exists() else None
     if not load_optimizer:
-        return loaded[0], None, meta_data, None
-    return loaded[0], loaded[1], meta_data, loaded[2]
+        return model_data, None, meta_data, None
+    return model_data, read_tensors(paths[0], device), meta_data, read_tensors(paths[1], "cpu")
 
 
 def load_companion(folder, step, device="cpu"):
@@ -257,9 +261,9 @@ def load_companion(folder, step, device="cpu"):
 
 
 def _steps(folder) -> list[int]:
-    """The steps of which there is a model, the newest first."""
-    matches = (re.fullmatch(r"model_(\d{6,})\.pt", path.name) for path in Path(folder).glob("model_*.pt"))
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
+    """The steps of which there is a model, or networks that go with one, the newest first."""
+    matches = (re.fullmatch(r"(?:model|mc)_(\d{6,})\.pt", path.name) for path in Path(folder).glob("m*.pt"))
+    return sorted({int(match[1]) for match in matches if match}, reverse=True)
 
 
 def complete_steps(folder) -> list[int]:
@@ -393,7 +397,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, companio
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, got {phase!r}")
-    folder = model_folder(source, model_tag or find_largest_model(checkpoint_root(source), companion))
+    folder = model_folder(_checked(source), model_tag or find_largest_model(checkpoint_root(source), companion))
     step = find_last_step(folder, print0) if step is None else step
     if step is None:
         raise no_checkpoint(folder, [folder])

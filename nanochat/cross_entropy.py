@@ -1,5 +1,5 @@
 """
-Cross-entropy of softcapped logits, computed without storing all logits at once.
+Cross-entropy of logits, softcapped or not, computed without storing all logits at once.
 
 The logits [N, V] in float32 are the memory peak of training (17 GB at B 32, T 2048, V 65,536), and on a CPU
 moving them through memory costs more than the matrix products. Therefore they are computed one block of rows at a
@@ -19,28 +19,32 @@ BLOCK_ELEMENTS_GPU = 2**29  # 2 GiB in float32
 
 
 def softcap(logits, cap):
-    """cap·tanh(logits / cap), always in float32: tanh in bf16 is too imprecise for training."""
-    return cap * torch.tanh(logits.float() / cap)
+    """cap·tanh(logits / cap), always in float32: tanh in bf16 is too imprecise for training. None: no cap."""
+    return logits.float() if cap is None else cap * torch.tanh(logits.float() / cap)
 
 
 def loss_of_rows(x, w, targets, scale, cap):
     """
     (losses [n], the gradient [n, V] of their sum weighted by scale [n], with respect to the logits before the softcap,
-    in x's precision) of x [n, D], w [V, D] and targets [n].
+    in x's precision) of x [n, D], w [V, D] and targets [n]. cap: None for no softcap.
     """
-    scale, index = scale[:, None], targets.clamp(min=0)[:, None]
-    unit = (x @ w.T).float().div_(cap).tanh_()  # logit z = cap·unit
-    # |z| < cap, so that exp(z) cannot overflow: no pass for the maximum is needed
-    p = (unit * cap).exp_()
+    scale, index, logits = scale[:, None], targets.clamp(min=0)[:, None], (x @ w.T).float()
+    if cap is None:
+        z = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    else:  # |z| < cap, so that exp(z) cannot overflow: no pass for the maximum is needed
+        unit = logits.div_(cap).tanh_()
+        z = unit * cap
+    of_target = z.gather(1, index)
+    p = z.exp_()
     normalizer = p.sum(dim=-1, keepdim=True)
-    losses = normalizer.log() - cap * unit.gather(1, index)
+    losses = normalizer.log() - of_target
     # d loss/d z = softmax(z) − onehot(target), and d z/d (x·w) = 1 − tanh²
     p.mul_(scale / normalizer)
     if torch.compiler.is_compiling():  # can be fused with what surrounds it; else it would be one more pass
         p = torch.where(torch.arange(len(w), device=x.device) == index, p - scale, p)
     else:
         p.scatter_add_(1, index, -scale)
-    return losses[:, 0], p.addcmul_(p, unit.square_(), value=-1.0).to(x.dtype)
+    return losses[:, 0], (p if cap is None else p.addcmul_(p, unit.square_(), value=-1.0)).to(x.dtype)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -93,7 +97,7 @@ def softcap_cross_entropy(
     x, weight, targets, vocab_size, cap, reduction="mean", row_weights=None, loss_of_rows=loss_of_rows
 ):
     """
-    Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap) against targets.
+    Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap), cap None for none, against targets.
 
     x [B, T, D], weight [≥ vocab_size, D], targets [B, T] with −1 for positions without a target.
     reduction: "mean" over the targets (0 if there are none), "sum", or "none" ([B·T]). With row_weights

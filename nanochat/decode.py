@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, L la
 """
 
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, singledispatch
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, rotary_cos_sin
+from nanochat.gpt import LOGIT_SOFTCAP, cos_sin_at
 from nanochat.kv_cache import RowCaches
 
 
@@ -92,13 +92,7 @@ class Decoder:
         self.config, self.device = model.config, model.get_device()
         self.dtype = dtype or compute_dtype(model)
         self.graph = self.device.type == "cuda" if graph is None else graph
-        self.embedding = model.transformer.wte.weight  # looked up, not multiplied: in its own precision, as in training
-        self.layers = []
-        for attn, mlp in ((block.attn, block.mlp) for block in model.transformer.h):
-            qkv = torch.cat((attn.c_q.weight, attn.c_k.weight, attn.c_v.weight))
-            weights = (qkv, attn.c_proj.weight, mlp.c_fc.weight, mlp.c_proj.weight)
-            self.layers.append([Matrix(weight, self.dtype) for weight in weights])
-        self.head = Matrix(model.lm_head.weight, self.dtype)
+        self.network, self.frequencies = network_of(model, self.dtype), model.frequencies
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
         self.states = None  # of the inputs of the last call, before the last layer: [B·T, D], or of a step [B, D]
 
@@ -244,18 +238,41 @@ class Decoder:
             positions = torch.tensor(positions, device=self.device)[:, None]
             if known:
                 return self.cos[0][positions], self.sin[0][positions]
-        cos_sin = rotary_cos_sin(positions.flatten(), 2 * self.cos.size(-1))
+        cos_sin = cos_sin_at(positions.flatten(), self.frequencies)
         return [t.view(*positions.shape, 1, -1).to(self.dtype) for t in cos_sin]
 
     def _run(self, *arguments):
         """The network in its own precision."""
         device = self.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return self._network(*arguments)
+            logits, self.states = self.network(*arguments)
+        return logits
 
-    def _network(self, inputs, cos_sin, attend, last=(slice(None), -1)):
+
+@singledispatch
+def network_of(model, dtype):
+    """What a Decoder calls, see Network, for a model of this class, its weights as they are now."""
+    return Network(model, dtype)
+
+
+class Network:
+    """The layers and the head of a GPT, with weights laid out in `dtype`."""
+
+    def __init__(self, model, dtype):
+        self.config, self.dtype = model.config, dtype
+        self.embedding = model.transformer.wte.weight  # looked up, not multiplied: in its own precision, as in training
+        self.layers = []
+        for attn, mlp in ((block.attn, block.mlp) for block in model.transformer.h):
+            qkv = torch.cat((attn.c_q.weight, attn.c_k.weight, attn.c_v.weight))
+            weights = (qkv, attn.c_proj.weight, mlp.c_fc.weight, mlp.c_proj.weight)
+            self.layers.append([Matrix(weight, dtype) for weight in weights])
+        self.head = Matrix(model.lm_head.weight, dtype)
+
+    def __call__(self, inputs, cos_sin, attend, last=(slice(None), -1)):
         """
-        attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, D] is the network's only memory. last: index of the
+        (logits [B, V] in float32, states [B·T, D] before the last layer) of inputs, ids [B, T] or embeddings [B, T, D].
+
+        attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, H·d] is the network's only memory. last: index of the
         inputs that the logits come after, one per row.
         """
         B, T = inputs.shape[:2]
@@ -266,7 +283,7 @@ class Decoder:
         if not x.is_floating_point():
             x = norm(F.embedding(x, self.embedding))
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
-            self.states = x
+            states = x
             heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = positioned(qk, *rotation).transpose(1, 2).split((H, K), dim=1)
@@ -275,7 +292,7 @@ class Decoder:
         last = norm(x.view(B, T, -1)[last]).to(self.dtype)
         logits = self.head(last)[:, : self.config.vocab_size].float()
         # C·tanh(x / C), by a function that is several times as fast on the CPU
-        return logits.mul_(2 / LOGIT_SOFTCAP).sigmoid_().mul_(2 * LOGIT_SOFTCAP).sub_(LOGIT_SOFTCAP)
+        return logits.mul_(2 / LOGIT_SOFTCAP).sigmoid_().mul_(2 * LOGIT_SOFTCAP).sub_(LOGIT_SOFTCAP), states
 
 
 def norm(x):

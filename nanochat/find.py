@@ -20,7 +20,7 @@ def find_text(read, tokenizer, text, start, end):
         ids = read(first, first + own + len(needle))  # a token is one byte at the least
         if not ids:
             return
-        content, ends = tokenizer.enc.decode_bytes(ids).lower(), np.cumsum(lengths[ids])
+        content, ends = tokenizer.decode_bytes(ids).lower(), np.cumsum(lengths[ids])
         at = content.find(needle)
         while at >= 0:
             token, last = (int(np.searchsorted(ends, byte, side="right")) for byte in (at, at + len(needle) - 1))

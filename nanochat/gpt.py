@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
 from nanochat.common import autocast_dtype, get_dist_info
-from nanochat.cross_entropy import loss_of_rows, softcap_cross_entropy
+from nanochat.cross_entropy import loss_of_rows, softcap, softcap_cross_entropy
 from nanochat.muon import DistMuon, Muon
 from nanochat.sampling import Sampler, Sampling
 
@@ -65,12 +65,24 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def rotary_cos_sin(positions, head_dim, base=10000.0):
-    """cos and sin [T, d/2] in float32 of positions [T]. Phases are taken in float64: exact for long streams."""
-    device = "cpu" if positions.device.type == "mps" else positions.device  # MPS has no float64
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
-    phase = positions.to(device).double()[:, None] * base ** (-channels / head_dim)
+def rotary_frequencies(head_dim, base=10000.0, device="cpu"):
+    """Radians per position of each pair of channels, float64 [d/2]; on the CPU for MPS, which has no float64."""
+    device = "cpu" if torch.device(device).type == "mps" else device
+    return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+
+
+def cos_sin_at(positions, frequencies):
+    """
+    cos and sin [T, d/2] in float32 of positions [T] at frequencies [d/2], see rotary_frequencies. Phases are taken in
+    float64: exact for long streams.
+    """
+    phase = positions.to(frequencies.device).double()[:, None] * frequencies
     return phase.cos().float().to(positions.device), phase.sin().float().to(positions.device)
+
+
+def rotary_cos_sin(positions, head_dim, base=10000.0):
+    """The same at the frequencies of heads of d channels."""
+    return cos_sin_at(positions, rotary_frequencies(head_dim, base, positions.device))
 
 
 def activation_dtype(x):
@@ -95,6 +107,26 @@ class Looks(NamedTuple):
     states: torch.Tensor
 
 
+def attend(q, k, v, layer, kv_cache, asking):
+    """
+    (values [B, T, H·d] that T queries q [B, H, T, d] find, what Looks holds of them or None). They see the T keys and
+    values k, v [B, H_kv, T, d] up to their own and all that the cache of this layer holds; asking: see GPT.trunk.
+    """
+    B, H, T, d = q.shape
+    mask, causal = None, True
+    if kv_cache is not None:
+        k, v = kv_cache.insert(layer, k, v)  # now [B, H_kv, past + T, d]
+        past = k.size(2) - T
+        causal = past == 0
+        if past > 0 and T > 1:  # a chunk attends to all of the past and causally to itself
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) != H)
+    y = y.transpose(1, 2).reshape(B, T, H * d)
+    if asking is None:
+        return y, None
+    return y, (q.detach().gather(2, asking[:, None, :, None].expand(-1, H, -1, d)), k.detach())
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -107,27 +139,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos_sin, kv_cache, asking=None):
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = positioned(q, *cos_sin).transpose(1, 2)  # [B, H, T, d]
         k = positioned(k, *cos_sin).transpose(1, 2)  # [B, H_kv, T, d]
-        mask, causal = None, True
-        if kv_cache is not None:
-            k, v = kv_cache.insert(self.layer, k, v)  # now [B, H_kv, past + T, d]
-            past = k.size(2) - T
-            causal = past == 0
-            if past > 0 and T > 1:  # a chunk attends to all of the past and causally to itself
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
-        )
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
-        if asking is None:
-            return y
-        asked = q.detach().gather(2, asking[:, None, :, None].expand(-1, self.n_head, -1, self.head_dim))
-        return y, (asked, k.detach())
+        y, look = attend(q, k, v, self.layer, kv_cache, asking)
+        return self.c_proj(y), look
 
 
 class MLP(nn.Module):
@@ -147,8 +166,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos_sin, kv_cache, asking=None):
-        y = self.attn(norm(x), cos_sin, kv_cache, asking)
-        y, look = (y, None) if asking is None else y
+        y, look = self.attn(norm(x), cos_sin, kv_cache, asking)
         x = x + y
         x = x + self.mlp(norm(x))
         return x if asking is None else (x, look)
@@ -160,6 +178,8 @@ def _embedding(rows, n_embd):
 
 
 class GPT(nn.Module):
+    softcap = LOGIT_SOFTCAP  # of the logits; None for none
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -171,14 +191,17 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # Not part of the checkpoint. Ten times sequence_len costs little and allows longer generation.
-        cos, sin = self._rotary_cache(device=None)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self._rotary_cache(config.sequence_len * 10, self.frequencies)
 
-    def _rotary_cache(self, device):
-        positions = torch.arange(self.config.sequence_len * 10, device=device)
-        cos, sin = rotary_cos_sin(positions, self.config.n_embd // self.config.n_head)
-        return cos[None, :, None, :], sin[None, :, None, :]  # [1, 10·T, 1, d/2]
+    @property
+    def frequencies(self):
+        """Of the rotary positions: radians per token of each pair of channels of a head, float64 [d/2]."""
+        return rotary_frequencies(self.config.n_embd // self.config.n_head, device=self.get_device())
+
+    def _rotary_cache(self, length, frequencies):
+        cos, sin = cos_sin_at(torch.arange(length, device=frequencies.device), frequencies)
+        self.register_buffer("cos", cos[None, :, None, :], persistent=False)  # [1, length, 1, d/2]
+        self.register_buffer("sin", sin[None, :, None, :], persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -200,7 +223,7 @@ class GPT(nn.Module):
 
     def init_rotary(self):
         """Compute the buffers, which are not in checkpoints."""
-        self.cos, self.sin = self._rotary_cache(self.get_device())
+        self._rotary_cache(self.max_seq_len, self.frequencies)
 
     @property
     def max_seq_len(self) -> int:
@@ -215,9 +238,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 per matrix parameter, 12·H·d·T per layer of attention (PaLM, appendix B)."""
-        c = self.config
-        matrix_params = self.num_params() - self.transformer.wte.weight.numel()
-        return 6 * matrix_params + 12 * c.n_layer * c.n_embd * c.sequence_len
+        c, head_dim = self.config, 2 * len(self.frequencies)
+        matrix_params = sum(p.numel() for p in self.transformer.h.parameters()) + self.lm_head.weight.numel()
+        return 6 * matrix_params + 12 * c.n_layer * c.n_head * head_dim * c.sequence_len
 
     estimate_flops = flops_per_token  # nanochat's name for it
 
@@ -250,6 +273,10 @@ class GPT(nn.Module):
         # The table is bf16 on GPUs. Autocast converts the matrices; without it, activations must have their precision
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lm_head.weight.dtype)
 
+    def final_norm(self, x):
+        """What the head reads of the activations after the last layer."""
+        return norm(x)
+
     loss_of_rows = staticmethod(loss_of_rows)  # in whose place a compiled one may be put
 
     def trunk(self, x, cos_sin=None, kv_cache=None, asking=None):
@@ -268,7 +295,7 @@ class GPT(nn.Module):
                 pairs.append(pair)
         if kv_cache is not None:
             kv_cache.advance(x.size(1))
-        return norm(x), None if asking is None else Looks(*zip(*pairs, strict=True), states)
+        return self.final_norm(x), None if asking is None else Looks(*zip(*pairs, strict=True), states)
 
     @torch.no_grad()
     def states(self, x, cos_sin=None):
@@ -284,8 +311,7 @@ class GPT(nn.Module):
             past, T = 0 if kv_cache is None else kv_cache.pos, x.size(1)
             if past + T > self.max_seq_len:
                 raise ValueError(
-                    f"{past + T} tokens are more than the {self.max_seq_len} positions of this model "
-                    f"(10 × sequence_len {self.config.sequence_len}): shorten the input"
+                    f"{past + T} tokens are more than the {self.max_seq_len} positions of this model: shorten the input"
                 )
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
         return tuple(t.to(activation_dtype(x)) for t in cos_sin)  # once for all layers
@@ -318,12 +344,11 @@ class GPT(nn.Module):
         x = self.embed(idx) if inputs_embeds is None else inputs_embeds
         x, looks = self.trunk(x, cos_sin, kv_cache, asking)
         if targets is None:
-            logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-            result = LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+            result = softcap(self.lm_head(x)[..., : self.config.vocab_size], self.softcap)
         else:
             V, weight = self.config.vocab_size, self.lm_head.weight
             result = softcap_cross_entropy(
-                x, weight, targets, V, LOGIT_SOFTCAP, loss_reduction, row_weights, self.loss_of_rows
+                x, weight, targets, V, self.softcap, loss_reduction, row_weights, self.loss_of_rows
             )
         return result if asking is None else (result, looks)
 

@@ -21,7 +21,7 @@ BOS = "<|bos|>"
 
 class HarnessLM(TemplateLM):
     """
-    A GPT and its tokenizer as a model of the harness. Texts begin with <|bos|>, as in training.
+    A model and its tokenizer as one of the harness. Texts begin with <|bos|>, as in training.
 
     batch_size: rows scored at once. Contexts longer than the model was trained on lose their beginning, unless they are
     read in sessions: `sessions` has make_session(rows) and logits_of_ends(rows), as SessionScorer in megacontext.
@@ -34,7 +34,8 @@ class HarnessLM(TemplateLM):
         self.name = name
         self.max_length = sys.maxsize if sessions else model.config.sequence_len
         self.engine = Engine(model, tokenizer)
-        self.special_ids = {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
+        self.special = tuple(tokenizer.get_special_tokens())
+        self.special_ids = set(map(tokenizer.encode_special, self.special))
 
     @property
     def tokenizer_name(self) -> str:
@@ -47,8 +48,8 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string, add_special_tokens=None, **_kwargs) -> list[int]:
         """Ids with <|bos|> before them, unless add_special_tokens is False; special tokens only in a rendered chat."""
-        if string.startswith(BOS):  # by apply_chat_template
-            return self.bpe.enc.encode(string, allowed_special="all")
+        if string.startswith(self.special):  # by apply_chat_template
+            return self.bpe.encode_rendered(string)
         return self.bpe.encode(string, prepend=None if add_special_tokens is False else BOS)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:

@@ -170,7 +170,13 @@ def print_facts(facts: dict):
         print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
 
-WANDB_PROJECTS = {"base": "nanochat", "mid": "nanochat-mid", "sft": "nanochat-sft", "rl": "nanochat-rl"}
+WANDB_PROJECTS = {
+    "base": "nanochat",
+    "mid": "nanochat-mid",
+    "sft": "nanochat-sft",
+    "rl": "nanochat-rl",
+    "hf": "nanochat-hf",
+}
 
 
 def open_wandb(project, run, config, wandb_id=None):

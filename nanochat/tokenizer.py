@@ -86,6 +86,9 @@ class ChatTokenizer:
     def __call__(self, *args, **kwargs):
         return self.encode(*args, **kwargs)
 
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(map(self.id_to_bytes, ids))
+
     def render_conversation(self, conversation, max_tokens=2048):
         """
         A chat as (ids, mask): mask 1 on the tokens that the assistant must produce, 0 elsewhere. Cut at max_tokens.
@@ -300,8 +303,15 @@ class RustBPETokenizer(ChatTokenizer):
             ) from error
         return np.array(ids, dtype=np.uint32)
 
+    def encode_rendered(self, text) -> list[int]:
+        """Ids of a text in which the names of special tokens are these tokens, as `decode` writes a chat."""
+        return self.enc.encode(text, allowed_special="all")
+
     def decode(self, ids) -> str:
         return self.enc.decode(ids)
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.enc.decode_bytes(ids)
 
 
 def _read_bpe_json(path):

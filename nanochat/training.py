@@ -23,7 +23,8 @@ from nanochat.sharding import clip_gradients
 WATCHING = {
     *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
-    *("source", "model_tag", "step", "device_type", "dtype", "compile", "keep_last", "device_batch_size", "streams"),
+    *("source", "model_tag", "step", "hf_path", "device_type", "dtype", "compile", "keep_last"),
+    *("device_batch_size", "streams"),
 }
 WARM_UP = 10  # the first steps, which also compile, are not part of the training time
 HORIZON = {
@@ -102,12 +103,13 @@ class Training:
     """
     A model under training.
 
-    stage: "base", "mid", "sft" or "rl"; tag: the folder of its checkpoints. config: the script's TrainingOptions and,
-    unless frozen, OptimizerOptions. model: that of step 0, on `device`, or on the meta device to be initialized.
-    total: steps to come, or None when they are not known beforehand. schedule(step, total): what the learning rates are
-    multiplied by. parent: facts that tell the model it starts from. companion: networks on `device` that are trained
-    with the model and kept beside it: a module with setup_optimizers(). frozen: train the companion alone. carried:
-    (state dict, settings) of networks that are kept beside the model as they are.
+    stage: "base", "mid", "sft", "rl", or "hf" for a model whose weights are not saved; tag: the folder of its
+    checkpoints. config: the script's TrainingOptions and, unless frozen, OptimizerOptions. model: that of step 0, on
+    `device`, or on the meta device to be initialized. total: steps to come, or None when they are not known beforehand.
+    schedule(step, total): what the learning rates are multiplied by. parent: facts that tell the model it starts from.
+    companion: networks on `device` that are trained with the model and kept beside it: a module with
+    setup_optimizers(). frozen: train the companion alone. carried: (state dict, settings) of networks that are kept
+    beside the model as they are.
 
     step: steps taken. meta, loader_state: of the checkpoint that it resumes from, {} and None at the beginning.
     finished: nothing is left to do (the model is then not loaded). notes: added to the meta data of checkpoints, such
@@ -155,7 +157,9 @@ class Training:
             print0(f"resuming from step {self.step} in {self.folder}")
             loaded = checkpoint_manager.load_checkpoint(self.folder, self.step, device, load_optimizer=True)
             model_data, optimizer_data, _, state = loaded
-            self.model = checkpoint_manager.build_model(model_data, self.meta["model_config"], device)
+            self.model = model
+            if model_data is not None:
+                self.model = checkpoint_manager.build_model(model_data, self.meta["model_config"], device)
             self.loader_state = state["loader"]
             if companion is not None:
                 companion.load_state_dict(checkpoint_manager.load_companion(self.folder, self.step, device))
@@ -172,7 +176,8 @@ class Training:
         for optimizer, data in zip(self.optimizers, optimizer_data or [], strict=optimizer_data is not None):
             optimizer.load_state_dict(data)
         if get_dist_info()[1] == 0:  # weights, and at least as much for the optimizers
-            checkpoint_manager.check_room(self.folder, 2 * sum(p.nbytes for p in self.model.parameters()))
+            saved = self.model if self._saves_model else companion
+            checkpoint_manager.check_room(self.folder, 2 * sum(p.nbytes for p in saved.parameters()))
         self.flops_per_token = self.model.flops_per_token()
         self.peak_flops = peak_flops(device)
         self.total_time = self.meta.get("total_training_time", 0.0)
@@ -192,6 +197,10 @@ class Training:
         self.notes["tokenizer"] = tokenizer.checksum()
         if self.resumed_at is not None:
             checkpoint_manager.set_rng_state(state["rng"])
+
+    @property
+    def _saves_model(self) -> bool:
+        return self.stage in checkpoint_manager.SOURCES
 
     def due(self, every, last) -> bool:
         """Whether an action for every `every` steps and the last one is due, and was not done before a resume."""
@@ -258,7 +267,7 @@ class Training:
         checkpoint_manager.save_checkpoint(
             self.folder,
             self.step,
-            self.model.state_dict(),
+            self.model.state_dict() if self._saves_model else None,
             [optimizer.state_dict() for optimizer in self.optimizers],
             meta,
             None if self.batches is None else self.batches.state_dict(),

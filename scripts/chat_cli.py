@@ -7,6 +7,7 @@ Chat with a model in the terminal.
     python -m scripts.chat_cli <letter.txt            # one answer to the text of a file
     python -m scripts.chat_cli --mc --mc_show_focus   # conversations of any length, with a view of the focus
     python -m scripts.chat_cli --mc --stream library  # about what scripts.mc_stream has read
+    python -m scripts.chat_cli --hf-path HuggingFaceTB/SmolLM2-135M-Instruct    # or a folder, or a .gguf file
 
 Arrow keys edit the line and recall earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the program;
 "clear" starts a new conversation.
@@ -23,11 +24,12 @@ from rich.console import Console
 from megacontext.focus_strip import focus_strip
 from megacontext.inference import MCInference, about_stream, load_for_inference, session_maker
 from megacontext.streams import gist_key_of
-from nanochat.checkpoint_manager import load_model
+from nanochat import pretrained
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
-from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.options import DeviceOptions
+from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, CountOr0, Range
 from nanochat.sources import decode_text
 from nanochat.streaming import join_parts, stream_parts
@@ -37,7 +39,7 @@ MARKS = {"python": ("[", ""), "python_output": (" = ", "] ")}  # a tool call is 
 
 
 @dataclass
-class Config(ModelOptions, DeviceOptions):
+class Config(PretrainedOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
     prompt: Annotated[str, short("-p")] = ""
@@ -125,15 +127,15 @@ def main(config: Config):
             raise UserError("expected a message on the standard input, got none: type one in a terminal, or use -p")
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
+    source, model, tokenizer, meta = pretrained.load(config, device, companion=config.mc)
     engine, console = Engine(model, tokenizer), Console(highlight=False)
     context, make_session = model.config.sequence_len, None
     if config.mc:
-        networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
+        networks, settings = load_for_inference(source, meta, device, config.megacontext)
         with autocast(device, dtype):
             make_session = session_maker(model, networks, settings)
         if config.stream:
-            gist_key = gist_key_of(config.source, meta, tokenizer, settings)
+            gist_key = gist_key_of(source, meta, tokenizer, settings)
             make_session = about_stream(make_session, config.stream, gist_key, device)
     elif config.stream:
         raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
@@ -176,7 +178,7 @@ def main(config: Config):
         answer(text)
         return
     size = f"working context of {session.budget:,} entries" if session else f"context of {context:,} tokens"
-    console.print(f"{config.source} {meta['model_tag']}, step {meta['step']}; {size}")
+    console.print(f"{source} {meta['model_tag']}, step {meta['step']}; {size}")
     console.print("clear: new conversation; quit or Ctrl-D: end; Ctrl-C stops an answer", style="dim")
     remember_lines()
     while True:

@@ -51,11 +51,13 @@ from megacontext.session import MCSession
 from megacontext.streams import gist_key_of, make_gists, missing_gists, stream_folder
 from megacontext.telemetry.endpoint import open_telemetry
 from megacontext.telemetry.events import tell_session
-from nanochat.checkpoint_manager import checkpoint_root, load_model
+from nanochat import pretrained
+from nanochat.checkpoint_manager import checkpoint_root
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.engine import Engine
-from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.options import DeviceOptions
+from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Range
 from nanochat.serving import schema
 from nanochat.serving.app import create_app
@@ -68,7 +70,7 @@ CAPTURE_TEXT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"  # OpenTelem
 
 
 @dataclass
-class Config(ModelOptions, DeviceOptions):
+class Config(PretrainedOptions, DeviceOptions):
     num_gpus: Annotated[int, Range(1, 1024), short("-n")] = 1
     """workers, each on a GPU of its own; without GPUs, threads that share the cores"""
     source: Annotated[str, short("-i")] = "sft"
@@ -169,14 +171,14 @@ def limits_of(config):
 
 def load(config, device, on_update=None):
     """(Engine, ServedModel, ChatSessions or None) of one worker. on_update: told of what sessions do, see MCSession."""
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
+    source, model, tokenizer, meta = pretrained.load(config, device, companion=config.mc)
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type))
     sessions = None
     if config.mc:
-        networks, settings = load_for_inference(config.source, meta, device, config.megacontext)
+        networks, settings = load_for_inference(source, meta, device, config.megacontext)
         make_session = partial(MCSession, model, networks, settings, decoder=engine.decoder)
         make_session().close()  # complains now of a budget that is too small
-        gist_key, kept, past = gist_key_of(config.source, meta, tokenizer, settings), None, None
+        gist_key, kept, past = gist_key_of(source, meta, tokenizer, settings), None, None
         if config.stream:
             if settings.mc_tree == "disk":
                 raise UserError("--stream: expected --mc_tree=ram with it, conversations about a stream are not kept")
@@ -189,7 +191,7 @@ def load(config, device, on_update=None):
         sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update, kept, past)
         folders = kept.folders() if kept else [stream_folder(config.stream)] if config.stream else []
         renew_gists(folders, gist_key, Reader(model, networks, settings))
-    return engine, ServedModel(config.source, meta["model_tag"], meta["step"]), sessions
+    return engine, ServedModel(source, meta["model_tag"], meta["step"]), sessions
 
 
 def renew_gists(folders, gist_key, reader):

@@ -16,23 +16,20 @@ from pathlib import Path
 from typing import Annotated
 
 from megacontext.inference import MCInference, SessionScorer, load_for_inference, session_maker
-from nanochat.checkpoint_manager import load_model
+from nanochat import pretrained
 from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import OptionalInt, group, run, short
+from nanochat.configurator import group, run, short
+from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, Range
 from nanochat.report import get_report
 
 
 @dataclass
-class Config:
-    tasks: str
+class Config(PretrainedOptions):
+    tasks: str = field(kw_only=True)
     """names of tasks, separated by commas; * matches anything"""
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to load; empty for the largest"""
-    step: Annotated[OptionalInt, Range(0, or_minus_one=True), short("-s", "--model_step")] = None
-    """checkpoint to load; -1 for the newest"""
     include_path: Path | None = None
     """folder of YAML files to take tasks from, instead of those of the harness"""
     num_fewshot: Annotated[int | None, Range(0)] = None
@@ -75,9 +72,9 @@ def main(config: Config):
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown or not wanted:
         raise UserError(f"there is no task {', '.join(unknown) or 'without a name'}: see `lm-eval ls tasks`")
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
-    mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
-    name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}{'_mc' if mc else ''}"
+    source, model, tokenizer, meta = pretrained.load(config, device, companion=config.mc)
+    mc = load_for_inference(source, meta, device, config.megacontext) if config.mc else None
+    name = f"{source}_{meta['model_tag']}_{meta['step']:06d}{'_mc' if mc else ''}"
     with autocast(device, resolve_dtype(config.dtype, device.type)):
         sessions = SessionScorer(session_maker(model, *mc)) if mc else None
         results = simple_evaluate(
@@ -104,7 +101,7 @@ def main(config: Config):
         if isinstance(value, float) and "stderr" not in metric
     }
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']:,})", "Examples per task (at most)": config.limit}
-    get_report().log(f"Harness evaluation {config.source}{' with MegaContext' if mc else ''}", [facts, scores])
+    get_report().log(f"Harness evaluation {source}{' with MegaContext' if mc else ''}", [facts, scores])
 
 
 if __name__ == "__main__":

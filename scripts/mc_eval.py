@@ -31,7 +31,7 @@ from megacontext.inference import session_maker
 from megacontext.networks import load_networks
 from megacontext.reader import Reader
 from megacontext.session import MCSession
-from nanochat.checkpoint_manager import load_model
+from nanochat import pretrained
 from nanochat.common import (
     UserError,
     atomic_write,
@@ -46,10 +46,11 @@ from nanochat.configurator import run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_data_dir, list_row_groups, read_row_group
 from nanochat.engine import Engine
-from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.options import DeviceOptions
+from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, CountOr0, Range
 from nanochat.report import format_value, get_report
-from nanochat.tokenizer import get_token_bytes
+from nanochat.tokenizer import count_token_bytes
 
 COLUMNS = {  # of the tables: key → head
     "tokens": "tokens",
@@ -100,7 +101,7 @@ COLUMNS = {  # of the tables: key → head
 
 
 @dataclass
-class Config(ModelOptions, DeviceOptions):
+class Config(PretrainedOptions, DeviceOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     max_seq_len: Count = -1
@@ -161,11 +162,11 @@ def main(config: Config):
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     ratios = numbers("ratios", config.ratios)
-    model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, True)
-    networks, mc = load_networks(config.source, meta, device)
+    source, model, tokenizer, meta = pretrained.load(config, device, companion=True)
+    networks, mc = load_networks(source, meta, device)
     if networks is None:
         raise UserError(
-            f"{config.source} {meta['model_tag']} was trained without MegaContext: train with --mc, or attach it with "
+            f"{source} {meta['model_tag']} was trained without MegaContext: train with --mc, or attach it with "
             "python -m scripts.mc_train"
         )
     networks.eval()
@@ -216,7 +217,7 @@ def main(config: Config):
             figures["focus"] = focus_by_length(
                 reader,
                 tokenizer,
-                get_token_bytes(device),
+                count_token_bytes(tokenizer).to(device),
                 lengths,
                 config.recall,
                 like,
@@ -237,13 +238,13 @@ def main(config: Config):
         shown("Cost of a growing stream", figures["stream"])
 
     facts = {
-        "Model": f"{config.source} {meta['model_tag']}, step {meta['step']}",
+        "Model": f"{source} {meta['model_tag']}, step {meta['step']}",
         "Sequences": steps * B,
         "Tokens per sequence": T,
         "Scored tokens per sequence, the newest": max(1, mc.allocator_recent_tokens),
         "Tokens per gist": mc.block_size,
     }
-    name = f"{config.source}_{meta['model_tag']}_{meta['step']:06d}"
+    name = f"{source}_{meta['model_tag']}_{meta['step']:06d}"
     path = get_base_dir() / "mc_eval" / f"{name}.json"
     with atomic_write(path, "w") as file:
         json.dump({**facts, **figures}, file, indent=2)
@@ -253,7 +254,7 @@ def main(config: Config):
     }
     plot = plot_context_gain(figures["by_ratio"], figures["by_distance"], figures["by_level"])
     get_report().log(
-        f"MegaContext evaluation {config.source}",
+        f"MegaContext evaluation {source}",
         [
             facts | gained,
             "Losses in nats per token on the scored tokens. Recovered: share of the gain of the full history over one "

@@ -38,17 +38,17 @@ from megacontext.arrays import Arrays
 from megacontext.inference import MCInference, load_for_inference
 from megacontext.reader import Reader
 from megacontext.tree import MegaContextTree
-from nanochat.checkpoint_manager import load_model
+from nanochat import pretrained
 from nanochat.common import UserError, autocast, compute_init
 from nanochat.configurator import run, short
 from nanochat.find import find_text
-from nanochat.options import ModelOptions
+from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, CountOr0
 from nanochat.sources import decode_text, folder_documents, folder_files
 
 
 @dataclass
-class Config(ModelOptions):
+class Config(PretrainedOptions):
     command: tyro.conf.Positional[Literal["create", "append", "list", "show", "compact", "delete", "export"]] = "list"
     """what to do"""
     name: tyro.conf.Positional[str] = ""
@@ -72,11 +72,10 @@ class Model:
 
     def __init__(self, config):
         self.device = compute_init(config.device_type)[-1]
-        options = config.source, self.device, "eval", config.model_tag, config.step, True
-        model, self.tokenizer, meta = load_model(*options)
-        networks, settings = load_for_inference(config.source, meta, self.device, MCInference())
+        source, model, self.tokenizer, meta = pretrained.load(config, self.device, companion=True)
+        networks, settings = load_for_inference(source, meta, self.device, MCInference())
         self.reader = Reader(model, networks, settings)
-        self.gist_key = streams.gist_key_of(config.source, meta, self.tokenizer, settings)
+        self.gist_key = streams.gist_key_of(source, meta, self.tokenizer, settings)
 
     def embed(self, ids):
         with autocast(self.device, torch.float32):

@@ -3,10 +3,12 @@ Train GistNet and LensNet for a finished model, which stays unchanged.
 
     python -m scripts.mc_train                                   # the largest base model → <tag>-mc
     python -m scripts.mc_train -i sft -g d20 --num_iterations=2000
+    python -m scripts.mc_train --hf-path SmolLM2-135M.gguf --max_seq_len=1024    # a model of transformers
     torchrun --standalone --nproc_per_node=8 -m scripts.mc_train -- -i base
 
 It trains on the pretraining text. The result is a checkpoint of the same stage, with the same weights and the two
-networks beside them. Run the same command again to resume an interrupted run from its newest checkpoint.
+networks beside them; for a model of transformers, of the networks alone. Run the same command again to resume an
+interrupted run from its newest checkpoint.
 """
 
 import math
@@ -15,22 +17,24 @@ from typing import Annotated
 
 from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
+from nanochat import pretrained
 from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
-from nanochat.options import ModelOptions, TrainingOptions
+from nanochat.options import TrainingOptions
+from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Amount, Count, Every, Fraction
-from nanochat.tokenizer import get_token_bytes
-from nanochat.training import Training, parent_model
+from nanochat.tokenizer import count_token_bytes
+from nanochat.training import Training
 
 
 @dataclass
-class Config(TrainingOptions, ModelOptions):
+class Config(TrainingOptions, PretrainedOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     output_tag: str = ""
-    """folder of the new checkpoints; empty for <model_tag>-mc"""
+    """folder of the new checkpoints; empty for <model_tag>-mc, or with --hf-path for the name of the model"""
     # Training
     num_iterations: Count = 1000
     """optimization steps"""
@@ -62,17 +66,17 @@ def main(config: Config):
     print_banner()
     config = replace(config, megacontext=replace(config.megacontext, mc_freeze_base=True))
 
-    model, tokenizer, parent, _ = parent_model(config.source, device, config.model_tag, config.step)
+    source, model, tokenizer, parent = pretrained.parent(config, device)
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     if model.max_seq_len < T:
         raise UserError(f"max_seq_len must be at most the model's {model.max_seq_len} positions, got {T}")
     model.config.sequence_len = T
     B, streams = config.device_batch_size, config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
-    token_bytes = get_token_bytes(device)
+    token_bytes = count_token_bytes(tokenizer).to(device)
 
-    tag = config.output_tag or f"{parent['model_tag']}-mc"
-    if tag == parent["model_tag"]:
+    tag = config.output_tag or parent["model_tag"] + "-mc" * (not config.hf_path)
+    if tag == parent["model_tag"] and not config.hf_path:
         raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id())
 
@@ -80,7 +84,7 @@ def main(config: Config):
         return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)
 
     training = Training(
-        *(config.source, tag, config, model, tokenizer, device, config.num_iterations, rate),
+        *(source, tag, config, model, tokenizer, device, config.num_iterations, rate),
         parent=parent,
         companion=companion,
         frozen=True,
@@ -92,7 +96,7 @@ def main(config: Config):
     observe(config, "mc_train", training)
     model = training.model  # free the parent's weights after a resume
     facts = {
-        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
+        "Parent": f"{source} {parent['model_tag']}, step {parent['step']}",
         "Parameters of the model, frozen": model.num_params(),
         "Parameters of GistNet": sum(p.numel() for p in companion.gistnet.parameters()),
         "Parameters of LensNet": sum(p.numel() for p in companion.lensnet.parameters()),

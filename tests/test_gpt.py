@@ -176,13 +176,15 @@ SUMS = {"atol": 1e-4, "rtol": 1e-5}
 
 
 def reference_loss(x, weight, targets, vocab_size, cap, reduction):
-    logits = cap * torch.tanh((x @ weight.T)[..., :vocab_size].float() / cap)
+    logits = (x @ weight.T)[..., :vocab_size].float()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("block", [1, 100, 2**20])
-def test_cross_entropy_and_gradients(reduction, block, monkeypatch):
+@pytest.mark.parametrize("cap", [15.0, None])
+def test_cross_entropy_and_gradients(reduction, block, cap, monkeypatch):
     monkeypatch.setitem(softcap_cross_entropy.__globals__["BLOCK_ELEMENTS"], "cpu", block)
     torch.manual_seed(0)
     x = torch.randn(3, 7, 16, requires_grad=True)
@@ -192,7 +194,7 @@ def test_cross_entropy_and_gradients(reduction, block, monkeypatch):
     losses, gradients = [], []
     for function in (reference_loss, softcap_cross_entropy):
         x.grad = weight.grad = None
-        loss = function(x, weight, targets, 50, 15.0, reduction)
+        loss = function(x, weight, targets, 50, cap, reduction)
         (loss * 3).sum().backward()
         losses.append(loss.detach())
         gradients += [x.grad, weight.grad]
@@ -200,29 +202,30 @@ def test_cross_entropy_and_gradients(reduction, block, monkeypatch):
     torch.testing.assert_close(gradients[0], gradients[2], **SUMS)
     torch.testing.assert_close(gradients[1], gradients[3], **SUMS)
     with torch.no_grad():
-        torch.testing.assert_close(softcap_cross_entropy(x, weight, targets, 50, 15.0, reduction), losses[0], **SUMS)
+        torch.testing.assert_close(softcap_cross_entropy(x, weight, targets, 50, cap, reduction), losses[0], **SUMS)
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])
-def test_cross_entropy_with_weights_of_rows(block, monkeypatch):
+@pytest.mark.parametrize("cap", [15.0, None])
+def test_cross_entropy_with_weights_of_rows(block, cap, monkeypatch):
     monkeypatch.setitem(softcap_cross_entropy.__globals__["BLOCK_ELEMENTS"], "cpu", block)
     torch.manual_seed(0)
     x = torch.randn(3, 7, 16, requires_grad=True)
     weight = torch.randn(64, 16, requires_grad=True)
     targets, row_weights = torch.randint(0, 50, (3, 7)), torch.rand(3, 7)
     targets[0, :4] = -1
-    expected = reference_loss(x, weight, targets, 50, 15.0, "none")
+    expected = reference_loss(x, weight, targets, 50, cap, "none")
     weighted = (expected * row_weights.flatten()).sum()
     (weighted * 3).backward()
     gradients = [x.grad, weight.grad]
     x.grad = weight.grad = None
-    loss, losses = softcap_cross_entropy(x, weight, targets, 50, 15.0, row_weights=row_weights)
+    loss, losses = softcap_cross_entropy(x, weight, targets, 50, cap, row_weights=row_weights)
     (loss * 3).backward()
     assert not losses.requires_grad
     for got, wanted in zip((loss, losses, x.grad, weight.grad), (weighted, expected, *gradients), strict=True):
         torch.testing.assert_close(got, wanted, **SUMS)
     with torch.no_grad():
-        again = softcap_cross_entropy(x, weight, targets, 50, 15.0, row_weights=row_weights)
+        again = softcap_cross_entropy(x, weight, targets, 50, cap, row_weights=row_weights)
     torch.testing.assert_close(again, (weighted.detach(), expected.detach()), **SUMS)
 
 

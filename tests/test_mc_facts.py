@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megacontext.gaussian_rope import entry_positions
 from megacontext.working_context import WorkingContext
+from nanochat.gpt import rotary_frequencies
 from tests import reference_mc as reference
 from tests.helpers import K, T, make_model, make_objective, tokens
 
@@ -82,7 +83,7 @@ def test_no_span_is_so_vague_that_its_key_is_lost():
     """The slowest frequency of even the widest span is left with e^−½ of itself."""
     for lod in range(1, 6):
         span = torch.tensor([[32**lod]])
-        fade = entry_positions(torch.zeros_like(span), span, 64)[2]
+        fade = entry_positions(torch.zeros_like(span), span, rotary_frequencies(64))[2]
         assert fade.max() >= 0.6
         if lod > 1:
             assert fade.min() < 1e-6

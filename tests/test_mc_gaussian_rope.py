@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megacontext.gaussian_rope import entry_positions
-from nanochat.gpt import apply_rotary, positioned, rotary_cos_sin
+from nanochat.gpt import apply_rotary, positioned, rotary_cos_sin, rotary_frequencies
 
 HEAD_DIM = 64
 OMEGA = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
@@ -15,7 +15,7 @@ OMEGA = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DI
 
 def one(start, span, **kwargs):
     """The expected rotation, cos and sin [d/2], of a single entry."""
-    cos, sin, *fade = entry_positions(torch.tensor([[start]]), torch.tensor([[span]]), HEAD_DIM, **kwargs)
+    cos, sin, *fade = entry_positions(torch.tensor([[start]]), torch.tensor([[span]]), OMEGA, **kwargs)
     if fade:
         assert torch.equal(*fade[0].chunk(2, dim=-1))  # both halves of a rotated pair fade alike
         cos, sin = (t * fade[0][..., : HEAD_DIM // 2] for t in (cos, sin))
@@ -29,7 +29,7 @@ def test_single_tokens_are_where_the_plain_model_puts_them_bit_for_bit(head_dim,
     plain = rotary_cos_sin(torch.arange(3000), head_dim, base)
     for B, W in ((1, 3000), (1, 1), (3, 777), (2, 13)):
         start = torch.randint(0, 3000, (B, W)) if B > 1 else torch.arange(W)[None]
-        got = entry_positions(start, torch.ones_like(start), head_dim, base, mode)
+        got = entry_positions(start, torch.ones_like(start), rotary_frequencies(head_dim, base), mode)
         assert all((fade == 1).all() for fade in got[2:])
         for mine, other in zip(got[:2], plain, strict=True):
             assert mine.dtype == torch.float32
@@ -91,7 +91,7 @@ def test_the_fade_reaches_the_keys(span):
     """A key is the expectation of its rotation over the span, rotated in the plain model's order: never amplified."""
     x = torch.randn(1, 1, 3, HEAD_DIM, generator=torch.Generator().manual_seed(span))
     start = torch.tensor([[5 * span]])
-    key = positioned(x, *entry_positions(start, torch.tensor([[span]]), HEAD_DIM))
+    key = positioned(x, *entry_positions(start, torch.tensor([[span]]), OMEGA))
     cos, sin = one(5 * span, span)
     unit = x / x.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(key.double(), apply_rotary(unit.double(), cos, sin), atol=2e-6, rtol=0)

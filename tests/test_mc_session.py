@@ -288,8 +288,8 @@ def test_rows_are_read_again_together(model, piece, monkeypatch):
     session.prefill(ids(150))
     monkeypatch.setattr("megacontext.session.READ_ENTRIES", piece)
     passes, read, several = [], [], False
-    network = session.decoder._network
-    session.decoder._network = lambda x, *rest: passes.append(x.shape[1]) or network(x, *rest)
+    network = session.decoder.network
+    session.decoder.network = lambda x, *rest: passes.append(x.shape[1]) or network(x, *rest)
     session.on_update = lambda session, entries_read, watch: read.append(entries_read)
     for i in range(40):
         passes.clear()

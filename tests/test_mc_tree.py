@@ -292,7 +292,7 @@ def forward(model, ids, context, mode="gaussian", **kwargs):
     """The model's output for each entry of working contexts over ids [B, N]."""
     table = build_table(gist, model.embed(ids), context.block_size)
     _, start, span, _ = context.entries
-    cos_sin = entry_positions(start, span, model.config.n_embd // model.config.n_head, mode=mode)
+    cos_sin = entry_positions(start, span, model.frequencies, mode)
     return model(inputs_embeds=table.materialize(context), cos_sin=cos_sin, **kwargs)
 
 

@@ -61,13 +61,15 @@ def test_every_option_is_read(path):
         source += (ROOT / "nanochat" / "training.py").read_text("utf-8")
     if "attach(" in source:
         source += (ROOT / "megacontext" / "attach.py").read_text("utf-8")
+    if "pretrained." in source:
+        source += (ROOT / "nanochat" / "pretrained.py").read_text("utf-8")
     for name in config.__dataclass_fields__:
         assert f"config.{name}" in source or f'config, "{name}"' in source, name
 
 
 def test_watching_names_options():
     """What is left out of the comparison of a resumed run's settings must be an option of some stage."""
-    stages = ("base_train", "mid_train", "chat_sft", "chat_rl")
+    stages = ("base_train", "mid_train", "chat_sft", "chat_rl", "mc_train")
     names = {
         name for stage in stages for name in importlib.import_module(f"scripts.{stage}").Config.__dataclass_fields__
     }

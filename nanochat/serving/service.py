@@ -103,11 +103,13 @@ class Service:
                 "unsupported_value",
                 "conversation",
             )
-        said, more = sessions.tokens(conversation, 0, 2**62), self.render(self.conversation(messages))
+        said, turns = sessions.tokens(conversation, 0, 2**62), self.conversation(messages)
         if not said:
-            return more
-        end = [self.pool.tokenizer.encode_special("<|assistant_end|>")]
-        return said + end * (said[-1] != end[0]) + more[1:]
+            return self.render(turns)
+        before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]  # in place of what was said
+        begun, _ = self.pool.tokenizer.render_conversation({"messages": before}, max_tokens=None)
+        end = begun[-1:] * (said[-1] != begun[-1])
+        return said + end + self.render([*before, *turns])[len(begun) :]
 
     def sessions_of(self, conversation):
         """The Sessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
