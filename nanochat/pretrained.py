@@ -84,6 +84,7 @@ def load_pretrained(path, device, dtype="auto"):
         raise UserError(f"--hf-path needs more packages ({error}): run `uv sync --extra frozen`") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)
     of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()  # it warns of what is as we want it
     place, gguf = Path(path).expanduser(), {}
     if place.suffix == ".gguf":
         place, gguf = place.parent, {"gguf_file": place.name}

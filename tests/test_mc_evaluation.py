@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megacontext.evaluation.context_gain import Evaluator, mean_gist, recovered
+from megacontext.evaluation.policies import bm25
 from megacontext.evaluation.reconstruction import reconstruction_accuracy
 from megacontext.tree import build_table
 from megacontext.working_context import WorkingContext
@@ -31,6 +32,23 @@ def evaluator():
 
 def tail_loss(model, x, y, last):
     return model(x[:, -last:], y[:, -last:], loss_reduction="none").view(len(x), -1)[:, -RECENT:].mean().item()
+
+
+def closed_up(model, x, y, kept):
+    """The loss of the newest tokens after no others than those at these places of each row."""
+    rows = [tail_loss(model, x[r : r + 1, k], y[r : r + 1, k], len(k)) for r, k in enumerate(kept)]
+    return sum(rows) / len(rows)
+
+
+def found(x, W):
+    """Places of the blocks of the history that BM25 puts first, as many as fit, and of the newest tokens after them."""
+    count = (W - RECENT) // K
+    newest = list(range(T - (W - count * K), T))
+    places = []
+    for scores in bm25(x, K, newest[0] // K, RECENT).tolist():
+        best = sorted(range(len(scores)), key=lambda block: -scores[block])[:count]
+        places.append([block * K + i for block in sorted(best) for i in range(K)] + newest)
+    return places
 
 
 def loss_of(evaluator, lod_row, gist, table_rows=None):
@@ -72,6 +90,9 @@ def test_by_ratio(evaluator):
         assert row["gists"] == pytest.approx(loss_of(evaluator, lod_row, gist), rel=1e-4)
         assert row["mean"] == pytest.approx(loss_of(evaluator, lod_row, mean_gist), rel=1e-4)
         assert row["shuffled"] == pytest.approx(loss_of(evaluator, lod_row, gist, [3, 0, 1, 2]), rel=1e-4)
+        kept = [torch.cat((line[:4], line[-(W - 4) :])).tolist() for line in torch.arange(T).expand(4, -1)]
+        assert row["sinks"] == pytest.approx(closed_up(model, x, y, kept), rel=1e-5)
+        assert row["bm25"] == pytest.approx(closed_up(model, x, y, found(x, W)), rel=1e-5)
         share = (row["truncated"] - row["gists"]) / (row["truncated"] - row["full"])
         if row["gists_recovered"] is not None:
             assert row["gists_recovered"] == pytest.approx(share, rel=1e-6)

@@ -6,6 +6,8 @@ Shapes: B sequences of T tokens, K = block_size, H = T − tail tokens of histor
 Losses are means over the scored tokens of a sequence, in nats per token, one value per sequence, in these contexts:
 
 - full: all T tokens; none: the scored tokens alone, each with those before it; truncated: the last W tokens;
+- sinks: the first tokens and the last ones, W in all (StreamingLLM, arXiv 2309.17453); bm25: the last ones and, as
+  text, the blocks of the history that share the rarest tokens with the scored ones, W in all; both closed up;
 - gists: a working context of W entries, the history's oldest blocks as gists, as few as will do;
 - shuffled: the same with the gists of another sequence; mean: with plain means in GistNet's place;
 - focus: the same number of entries, where LensNet and the allocator put the detail.
@@ -19,11 +21,14 @@ from collections import defaultdict
 
 import torch
 
+from megacontext.evaluation.policies import bm25
 from megacontext.reader import Reader, newest
 from megacontext.tree import build_table
 from megacontext.working_context import Edit, WorkingContext, old_blocks, smallest_length
 from nanochat.common import UserError
 from nanochat.gpt import norm
+
+SINKS = 4  # first tokens that StreamingLLM keeps
 
 
 def mean_gist(children, level):
@@ -62,6 +67,8 @@ class Evaluator:
                 row["full"].append(full)
                 row["none"].append(none)
                 row["truncated"].append(self._tokens(x, y, W))
+                for name, keep in (("sinks", self._sinks(x, W)), ("bm25", self._found(x, W))):
+                    row[name].append(self._tokens(x.gather(1, keep), y.gather(1, keep), W))
                 self._gists(row, tables, context, y)
                 focused = self.reader.focus(tables["gists"], context, W)
                 row["focus"].append(self._read(tables["gists"], focused, y))
@@ -179,6 +186,22 @@ class Evaluator:
         """Losses [B] when only the last so many tokens are there."""
         nll = self.model(x[:, -last:], y[:, -last:], loss_reduction="none").view(len(x), -1)
         return nll[:, -self.tail :].mean(1)
+
+    def _sinks(self, x, W):
+        """Places [B, W] of the first tokens and the newest ones."""
+        first = min(SINKS, W - self.tail)
+        places = torch.cat((torch.arange(first), torch.arange(x.size(1) - W + first, x.size(1))))
+        return places.expand(len(x), -1).to(x.device)
+
+    def _found(self, x, W):
+        """Places [B, W] of the blocks that BM25 finds, as many as fit beside the scored tokens, and the newest ones."""
+        K, T = self.config.block_size, x.size(1)
+        count = (W - self.tail) // K
+        recent = W - count * K
+        scores = bm25(x, K, old_blocks(T, K, recent), self.tail)
+        blocks = scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort().values
+        found = (blocks[..., None] * K + torch.arange(K, device=x.device)).flatten(1)
+        return torch.cat((found, torch.arange(T - recent, T, device=x.device).expand(len(x), -1)), dim=1)
 
     def _gists(self, row, tables, context, y):
         row["gists"].append(self._read(tables["gists"], context, y))
