@@ -25,7 +25,7 @@ from megacontext.evaluation.context_gain import Evaluator, mean_gist
 from megacontext.evaluation.figures import plot_context_gain, plot_focus, plot_stream
 from megacontext.evaluation.policies import focus_by_length
 from megacontext.evaluation.reconstruction import reconstruction_accuracy
-from megacontext.evaluation.ruler import RECALL_TASKS, TASKS, ruler
+from megacontext.evaluation.ruler import TASKS, recall_tasks, ruler
 from megacontext.evaluation.stream_cost import STEPS_IN_INTERVALS, stream_cost
 from megacontext.inference import session_maker
 from megacontext.networks import load_networks
@@ -231,8 +231,9 @@ def main(config: Config):
     if ruler_lengths:
         with autocast(device, dtype):
             readers = ruler_readers(model, tokenizer, networks, mc)
-            names = TASKS if config.ruler_words == "ruler" else RECALL_TASKS
-            rows = ruler(tokenizer, readers, ruler_lengths, config.ruler_samples, local_lines(), tuple(names))
+            ask = (recall_sizes() or {}).get("ask", True)
+            tasks = TASKS if config.ruler_words == "ruler" else recall_tasks(ask)
+            rows = ruler(tokenizer, readers, ruler_lengths, config.ruler_samples, local_lines(), tasks)
         figures["ruler"] = shown("RULER: answers found", rows)
     if config.stream_tokens > 0:
         with autocast(device, dtype):

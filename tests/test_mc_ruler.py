@@ -5,14 +5,14 @@ import re
 
 import pytest
 
-from megacontext.evaluation.ruler import NOISE, RECALL_TASKS, TASKS, question, ruler, score
+from megacontext.evaluation.ruler import NOISE, TASKS, question, recall_tasks, ruler, score
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.recall import LEXICON
 from scripts import mc_eval
 
 LINES = [f"line {i} of a text that stands for essays." for i in range(50)]
-ALL = TASKS | RECALL_TASKS
+ALL = TASKS | recall_tasks()
 
 
 class Characters:
@@ -29,7 +29,7 @@ class Characters:
 
 
 def asked(name, length=6000, index=0, seed=0):
-    return question(name, length, index, Characters(), LINES, seed)
+    return question(name, ALL[name], length, index, Characters(), LINES, seed)
 
 
 def solve(prompt):
@@ -89,6 +89,13 @@ def test_haystacks():
     assert asked("niah_multivalue").prompt.startswith("Some special magic numbers are hidden")
 
 
+def test_recall_documents_without_questions():
+    one = question("recall_single", recall_tasks(ask=False)["recall_single"], 3000, 0, Characters(), LINES)
+    assert "What did they" not in one.prompt
+    assert re.search(r"\nThey fed \w+$", one.prompt)
+    assert solve(one.prompt) == one.answers
+
+
 def test_more_words_than_there_are():
     one = asked("cwe", 150_000)
     prompt = one.prompt[one.prompt.rindex("Memorize") :]
@@ -109,7 +116,7 @@ def test_an_oracle_is_right_and_who_saw_nothing_is_not():
         "focus": oracle,
         "gists": lambda ids, n: "The grass is green.",
     }
-    rows = ruler(tokenizer, readers, [1000, 4000, 9000], 3, LINES, tuple(ALL))
+    rows = ruler(tokenizer, readers, [1000, 4000, 9000], 3, LINES, ALL)
     assert {row["task"] for row in rows} == set(ALL)
     for row in rows:
         assert row["focus"] == 1
@@ -132,7 +139,7 @@ def test_script(mc_trained, capsys):
     assert "| task |" in capsys.readouterr().out
     figures = json.loads((mc_trained / "mc_eval" / "base_mc_000006.json").read_text())
     rows = {(row["task"], row["tokens"]): row for row in figures["ruler"]}
-    assert set(rows) == {(task, tokens) for task in RECALL_TASKS for tokens in (300, 1500)}
+    assert set(rows) == {(task, tokens) for task in recall_tasks() for tokens in (300, 1500)}
     for (_, tokens), row in rows.items():
         assert (row["full"] is None) == (tokens > 640)  # ten times the length of the training
         assert 0 <= row["gists"] <= 1

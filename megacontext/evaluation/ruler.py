@@ -6,8 +6,8 @@ RULER's tasks (arXiv 2404.06654), made here in its format: what is hidden in a l
     vt               variables assigned to each other, five to be named       cwe               the ten commonest words
 
 As there, vt and cwe show a small example first, answers are given greedily, and the score is the share of the answers
-that occur in what was said. The words are our own, and local text stands for essays. A small model knows few words;
-recall_single and recall_multikey hide facts in those of nanochat.recall and ask for them in its form.
+that occur in what was said. The words are our own, and local text stands for essays. A small model knows few words:
+recall_single and recall_multikey hide facts among sentences of nanochat.recall and ask for them in its form.
 """
 
 import random
@@ -111,14 +111,14 @@ def numbered(words) -> str:
     return " ".join(f"{i + 1}. {word}" for i, word in enumerate(words))
 
 
-def recall(rng, hay, keys=1) -> Question:
-    words, names = rng.sample(LEXICON, 16), rng.sample(NAMES, keys)
-    foods = rng.sample(FOODS, keys)
+def recall(rng, hay, keys=1, ask=True) -> Question:
+    """ask: as of Sizes of nanochat.recall: whether there is a question before the fact is told again."""
+    words, names, foods = rng.sample(LEXICON, 16), rng.sample(NAMES, keys), rng.sample(FOODS, keys)
     facts = [f"{told_of('food', name)} {food}." for name, food in zip(names, foods, strict=True)]
-    everyday = [rng.choice(EVERYDAY).format(*rng.choices(words, k=2)) for _ in range(hay.size)]
-    context = hidden(rng, rng.sample(facts, keys), everyday)
-    prompt = f"{context}\nWhat did they {VERBS['food'][0]} {names[0]}? {told_of('food', names[0])}"
-    return Question(prompt, foods[:1], 8)
+    pairs = [rng.choice(list(zip(words, words[1:] + words[:1], strict=True))) for _ in range(hay.size)]
+    context = hidden(rng, rng.sample(facts, keys), [rng.choice(EVERYDAY).format(*pair) for pair in pairs])
+    asked = f"What did they {VERBS['food'][0]} {names[0]}? " if ask else ""
+    return Question(f"{context}\n{asked}{told_of('food', names[0])}", foods[:1], 8)
 
 
 TASKS = {
@@ -129,18 +129,21 @@ TASKS = {
     "vt": variable_tracking,
     "cwe": common_words,
 }
-RECALL_TASKS = {"recall_single": recall, "recall_multikey": partial(recall, keys=4)}
 
 
-def question(name, length, index, tokenizer, lines, seed=0) -> Question | None:
+def recall_tasks(ask=True) -> dict:
+    return {"recall_single": partial(recall, ask=ask), "recall_multikey": partial(recall, keys=4, ask=ask)}
+
+
+def question(name, task, length, index, tokenizer, lines, seed=0) -> Question | None:
     """
-    Number `index` of the questions of a task, whose prompt with BOS and answer have at most `length` tokens, and hardly
-    less; None if its smallest has more. lines: of local text.
+    Number `index` of the questions of a task of this name, whose prompt with BOS and answer have at most `length`
+    tokens, and hardly less; None if its smallest has more. lines: of local text.
     """
 
     def made(size):
         rng = random.Random(f"ruler {seed} {name} {length} {index}")
-        asked = (TASKS | RECALL_TASKS)[name](rng, Haystack(size, lines, length))
+        asked = task(rng, Haystack(size, lines, length))
         return asked, 1 + len(tokenizer.encode(asked.prompt)) + asked.new_tokens
 
     size = step = LEAST
@@ -163,7 +166,7 @@ def score(said: str, answers) -> float:
     return sum(answer.lower() in said.lower() for answer in answers) / len(answers)
 
 
-def ruler(tokenizer, readers, lengths, samples, lines, names=tuple(TASKS), seed=0) -> list[dict]:
+def ruler(tokenizer, readers, lengths, samples, lines, tasks=TASKS, seed=0) -> list[dict]:
     """
     A row for each task and length that it fits into: {"task", "tokens", "samples", "<reader>": mean score}.
 
@@ -171,9 +174,9 @@ def ruler(tokenizer, readers, lengths, samples, lines, names=tuple(TASKS), seed=
     Raises UserError when no task fits.
     """
     rows, bos = [], tokenizer.get_bos_token_id()
-    for name in names:
+    for name, task in tasks.items():
         for length in lengths:
-            asked = [question(name, length, index, tokenizer, lines, seed) for index in range(samples)]
+            asked = [question(name, task, length, index, tokenizer, lines, seed) for index in range(samples)]
             asked = [one for one in asked if one]
             if not asked:
                 continue
