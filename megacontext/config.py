@@ -17,8 +17,8 @@ class MCConfig:
     """K: number of tokens, or of gists of the level below, that one gist stands for"""
     mc_tree: Literal["ram", "disk"] = "ram"
     """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
-    mc_positional: Literal["gaussian", "simple"] = "gaussian"
-    """rotary positions of gists: faded according to their span, or at its centre without fading"""
+    mc_positional: Literal["rank", "gaussian", "simple"] = "rank"
+    """rotary positions of gists: one each, as a token has; or those of their spans, faded or at the centre"""
     # GistNet
     gistnet_type: Literal["transformer", "mean"] = "transformer"
     """how gists are made: by a learned network, or as the mean"""

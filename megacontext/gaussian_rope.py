@@ -18,15 +18,22 @@ import torch
 
 from nanochat.gpt import cos_sin_at
 
-MODES = ("gaussian", "simple")
+MODES = ("rank", "gaussian", "simple")
+
+
+def places(entries, mode):
+    """Where entries stand: the first position of each and how many positions it takes, both [B, W]."""
+    if mode != "rank":
+        return entries.start, entries.span
+    return torch.arange(entries.start.size(1)).expand_as(entries.start), torch.ones_like(entries.span)
 
 
 def entry_positions(start, span, frequencies, mode="gaussian"):
     """
-    (cos, sin, fade) of entries that cover `span` tokens from `start` on, both [B, W]; all are float32.
+    (cos, sin, fade) of entries that take `span` positions from `start` on, both [B, W]; all are float32.
 
     frequencies: the model's. cos and sin [B, W, 1, d/2] are bit for bit those of the plain model where span is 1; fade
-    [B, W, 1, d] is 1 there. Mode "simple" gives (cos, sin): the centre of the span, without a fade. Both are what
+    [B, W, 1, d] is 1 there. Other modes give (cos, sin): the centre of the span, without a fade. Both are what
     `GPT.forward(cos_sin=…)` takes.
 
     A span is taken to be no vaguer than the slowest frequency can tell, σ ≤ 1/ω, so that of every key something is
@@ -39,8 +46,8 @@ def entry_positions(start, span, frequencies, mode="gaussian"):
         start, span = start.cpu(), span.cpu()
     mean = start.double() + (span.double() - 1) / 2
     cos, sin = (t.view(*start.shape, 1, -1).to(device) for t in cos_sin_at(mean.flatten(), frequencies))
-    if mode == "simple":
+    if mode != "gaussian":
         return cos, sin
-    variance = torch.minimum((span.double() ** 2 - 1) / 12, frequencies.min() ** -2)
+    variance = torch.minimum((span.double() ** 2 - 1) / 12, frequencies.abs().min() ** -2)
     fade = torch.exp(-(frequencies**2) * variance[..., None, None] / 2).float().to(device)
     return cos, sin, torch.cat((fade, fade), dim=-1)

@@ -15,7 +15,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.focus import Focus
-from megacontext.gaussian_rope import entry_positions
+from megacontext.gaussian_rope import entry_positions, places
 from megacontext.networks import MCNetworks
 from megacontext.tree import Table, build_table
 from nanochat.common import autocast, resolve_dtype
@@ -107,14 +107,17 @@ class Reader:
         with autocast(self.device, self.dtype):
             return self.networks.lensnet.wanted(self._suited(states), keys)
 
-    def positions(self, context, places=None):
-        """The rotary positions of a context's entries, or of those at places [R, n]: see entry_positions."""
-        return self.positions_of(context.entries.at(places))
+    def positions(self, context, at=None):
+        """The rotary positions of a context's entries, or of those at places `at` [R, n]: see entry_positions."""
+        return self.positions_of(context.entries, at)
 
-    def positions_of(self, entries):
-        """The rotary positions of entries."""
-        entries = entries.to(self.device)
-        return entry_positions(entries.start, entries.span, self.model.frequencies, self.config.mc_positional)
+    def positions_of(self, entries, at=None):
+        """The rotary positions of entries, or of those at places `at` among them."""
+        start, span = places(entries, self.config.mc_positional)
+        if at is not None:
+            start, span = start.gather(1, at), span.gather(1, at)
+        start, span = (t.to(self.device, non_blocking=True) for t in (start, span))
+        return entry_positions(start, span, self.model.frequencies, self.config.mc_positional)
 
     def read(self, inputs, context, y) -> Reading:
         """

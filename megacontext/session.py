@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megacontext.config import MCConfig
 from megacontext.demand import Demand
 from megacontext.focus import Focus, focus_state
+from megacontext.gaussian_rope import places
 from megacontext.reader import ASKING, Reader, score
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
@@ -109,6 +110,7 @@ class MCSession:
         self._since = 0  # tokens since the last refocus
         self._stepper = None
         self._held, self._held_to = [torch.empty(0, dtype=torch.long)], 0  # see _holds
+        self._ends = [0]  # of each row, where what comes after the context, as it was last edited, stands
         self._stale = [math.inf]  # of each row, what stands from here on was read before an edit: see _codes
         self._up_to_date = True  # whether the cache holds all entries
         self._bar = [self._least]  # z of each row above which focus moves
@@ -231,7 +233,7 @@ class MCSession:
             return logits
         if due:
             self._tell(self.rows, watch)
-        return self.num_tokens - 1
+        return self._now()[0]
 
     @torch.inference_mode()
     def saw(self, states):
@@ -397,12 +399,17 @@ class MCSession:
         new = self._caches[row].pos - len(held)
         return torch.cat((held, LEVELS * (self._held_to + torch.arange(new)))) if new else held
 
+    def _now(self):
+        """Where the newest token of each row stands."""
+        return [end + self.num_tokens - self._context.num_tokens - 1 for end in self._ends]
+
     def _adopt(self, context, again=0, fresh=False):
         """
         Go on with this context; the cache keeps what stays of it, less the newest `again` tokens if anything has left.
         fresh: and less all that was read before an edit that stands before it, or as it is.
         """
         self._held = [self._holds(row) for row in range(context.num_rows)]
+        before = self._context and self._context_now()
         self._context, self._held_to = context, context.num_tokens
         self._bar = [self._least] * context.num_rows
         self._closed = None
@@ -418,6 +425,20 @@ class MCSession:
             kept = kept & (held < first)
             self._held[row] = held if kept.all() else held[cache.keep(kept)]
             self._up_to_date &= len(self._held[row]) == len(codes[row])
+        self._move(before, codes)
+
+    def _move(self, before, codes):
+        """Note where the rows end, and turn the keys of entries that stood elsewhere in the context `before`."""
+        start, span = places(self._context.entries, self.config.mc_positional)
+        self._ends = (start + span).gather(1, self._context.lengths()[:, None] - 1)[:, 0].tolist()
+        if before is None or self.config.mc_positional != "rank":
+            return
+        then, _ = places(before.entries, self.config.mc_positional)
+        for row, (held, new, old) in enumerate(zip(self._held, codes, _codes(before), strict=True)):
+            by = start[row, torch.searchsorted(new, held)] - then[row, torch.searchsorted(old, held)]
+            moved = by.nonzero()[:, 0]
+            if len(moved):
+                self.decoder.turn(self._caches[row], moved, by[moved])
 
     def _closed_blocks(self, first):
         """0 for each block from number `first` on that is hidden in a node, −inf for others, [B, m]."""
@@ -432,7 +453,7 @@ class MCSession:
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)
         self._held, self._stale = self._held * self.rows, self._stale * self.rows
-        self._closed, self._bar = None, self._bar * self.rows
+        self._closed, self._bar, self._ends = None, self._bar * self.rows, self._ends * self.rows
         self.demand.repeat(self.rows)
         cache, self.cache, self._stepper = self.cache, RowCaches(), None
         self.cache.join(cache, self.rows, self.budget)
@@ -449,7 +470,8 @@ class MCSession:
     def _step(self, ids):
         if self._stepper is None:
             self._stepper = self.decoder.stepper(self.cache)
-        return self._stepper(ids, positions=self.num_tokens - 1)
+        now = self._now()
+        return self._stepper(ids, positions=now if len(now) > 1 else now[0])
 
     def _read(self, watch=None):
         """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more per row."""
@@ -464,8 +486,8 @@ class MCSession:
         codes, rows = _codes(context), range(context.num_rows)
         self._held, self._held_to = [self._holds(row) for row in rows], context.num_tokens
         unread = [(~torch.isin(codes[row], self._held[row])).nonzero()[:, 0] for row in rows]
-        places = pad_sequence(unread, batch_first=True)
-        x, positions = self.tree.materialize(context, places), self.reader.positions(context, places)
+        at = pad_sequence(unread, batch_first=True)
+        x, positions = self.tree.materialize(context, at), self.reader.positions(context, at)
         done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]
         while these := [row for row in rows if done[row] < len(unread[row])]:  # all of them at once
             spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]

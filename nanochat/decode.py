@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, cos_sin_at
+from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at
 from nanochat.kv_cache import RowCaches
 
 
@@ -218,6 +218,13 @@ class Decoder:
     def static_step(self, ids, slot, positions, data):
         """A step without a shape that changes: ids and positions [B]; slot [1], or [B] where rows differ."""
         return self._run(ids[:, None], self._rotary(positions[:, None], 1), self._attend_masked(slot, data))
+
+    @torch.inference_mode()
+    def turn(self, cache, slots, by):
+        """Have the keys in slots [n] of a KVCache of one row stand `by` [n] positions further on."""
+        slots, keys = slots.to(self.device, non_blocking=True), cache.data[0]
+        cos_sin = cos_sin_at(by.to(self.device, non_blocking=True), self.frequencies)
+        keys[..., slots, :] = apply_rotary(keys[..., slots, :].float(), *cos_sin).to(keys.dtype)
 
     def checked(self, positions, cache, T):
         """The positions of T more tokens: those given, or those that come next, if there are so many."""

@@ -39,7 +39,7 @@ class Layer(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         if hasattr(attn, "q_norm"):
             q, k = attn.q_norm(q), attn.k_norm(k)
-        q, k = apply_rotary(q, cos, -sin), apply_rotary(k, cos, -sin)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if fade is not None:
             q, k = q * fade, k * fade
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -80,7 +80,7 @@ class Llama(GPT):
         self.transformer = nn.ModuleDict({"wte": body.embed_tokens, "h": nn.ModuleList(layers)})
         self.norm, self.lm_head = body.norm, model.lm_head
         device = self.get_device()
-        self._frequencies = rotary.inv_freq.double().to("cpu" if device.type == "mps" else device)
+        self._frequencies = -rotary.inv_freq.double().to("cpu" if device.type == "mps" else device)
         self._rotary_cache(length, self._frequencies)
         self._rescale()
 

@@ -22,7 +22,7 @@ from tests.helpers import RECENT, K, T, make_model, make_objective, tokens
 
 @pytest.fixture
 def evaluator():
-    reader = make_objective(make_model()).reader
+    reader = make_objective(make_model(), mc_positional="gaussian").reader
     networks = reader.networks.eval()
     for p in networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))

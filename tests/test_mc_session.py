@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megacontext.gaussian_rope import MODES
 from megacontext.lensnet import KEY
 from megacontext.networks import MCNetworks
 from megacontext.session import READ_AGAIN, MCSession
@@ -218,7 +219,7 @@ def test_only_what_changed_is_read_again(model):
 class Spliced:
     """
     The slow reference of a spliced cache: of each entry (level, first token) the keys and values of each layer, as they
-    were when it was last read, with all that stood before it then.
+    were when it was last read, with all that stood before it then; the keys without positions, which may change.
     """
 
     def __init__(self, model, session):
@@ -249,11 +250,13 @@ class Spliced:
             for i in new:
                 row, at = norm(h[i])[None, None], [t[:, i : i + 1] for t in angles]
                 queries[i] = positioned(attn.c_q(row).view(1, 1, attn.n_head, -1), *at)[0, 0]
-                key = positioned(attn.c_k(row).view(1, 1, attn.n_kv_head, -1), *at)[0, 0]
+                key = attn.c_k(row).view(1, 1, attn.n_kv_head, -1)
                 self.entries[names[i]].append((key, attn.c_v(row).view(attn.n_kv_head, -1)))
             for i in new:
                 pairs = [self.entries[name][attn.layer] for name in names[: i + 1]]
-                keys, values = (torch.stack(part, 1).repeat_interleave(2, 0) for part in zip(*pairs, strict=True))
+                keys, values = zip(*pairs, strict=True)
+                keys = [positioned(key, *(t[:, j : j + 1] for t in angles))[0, 0] for j, key in enumerate(keys)]
+                keys, values = (torch.stack(part, 1).repeat_interleave(2, 0) for part in (keys, values))
                 weights = (keys @ queries[i][..., None] / attn.head_dim**0.5).softmax(1)
                 h[i] = h[i] + attn.c_proj((weights * values).sum(1).flatten())
                 h[i] = h[i] + block.mlp(norm(h[i]))
@@ -265,7 +268,7 @@ def _names(context):
     return list(zip(*(t[0].tolist() for t in context.entries[:2]), strict=True))
 
 
-@pytest.mark.parametrize("positional", ["gaussian", "simple"])
+@pytest.mark.parametrize("positional", MODES)
 def test_a_refocus_is_spliced_into_the_cache(model, positional):
     """What comes in and the newest tokens are read, and see what stands before them; all others stay as they were."""
     session = session_of(model, mc_infer_exact=False, mc_positional=positional)
