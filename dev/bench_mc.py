@@ -28,10 +28,10 @@ def parts(model, objective, x, y, progress):
         embeds = reader.embed(x)
         inputs = reader.tree(embeds[dense:]).materialize(read)
 
-        tokens, places, valid = (
-            t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens, min(ASKED, c.mc_train_wc_length))
+        tokens, asked, places, there = (
+            t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens, ASKED)
         )
-        per_row, valid = tokens.view(dense, -1), valid.view(dense, -1)
+        per_row, counted = tokens.view(dense, -1), torch.cat((asked.view(dense, -1), there.view(dense, -1)), 1)
         _, looks = model.trunk(embeds[:dense], asking=per_row)
         old = old_blocks_of(
             per_row, judged.old_blocks(c.allocator_recent_tokens), c.block_size, c.allocator_recent_tokens
@@ -54,7 +54,7 @@ def parts(model, objective, x, y, progress):
 
     def lensnet():
         z = reader.wants(looks.states.repeat(1, 2, 1), reader.keys(blocks))
-        lens_loss(z, content.repeat(1, 2, 1), old.repeat(1, 2, 1), valid.repeat(1, 2)).backward()
+        lens_loss(z, content.repeat(1, 2, 1), old.repeat(1, 2, 1), counted).backward()
 
     def attention():
         looks_for_content(looks, per_row, x[:dense] == objective.bos, c.block_size, old)

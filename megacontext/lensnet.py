@@ -5,7 +5,7 @@ Shapes: R rows, P tokens that ask, n blocks of K tokens, D = n_embd, H = HEADS, 
 
     query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h
     key      of a block, from the embeddings of its tokens: `layers` of attention within it, mean, head → [C]
-    z      = bias + Σ_h w_h · relu(q_h · key)
+    z      = bias + Σ_h w_h · leaky_relu(q_h · key)
 
 z is the logarithm of the odds that the token looks into that block for what it says, and not into none; the score is
 tanh(z / 2) = 2·sigmoid(z) − 1. A key knows neither its place nor the length of the stream, so what is far is found as
@@ -17,6 +17,7 @@ queries.
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from megacontext.layers import Encoder, Head, check_choice, init_linear
 from nanochat.decode import Matrix
@@ -28,6 +29,7 @@ KEY = 64
 HEADS = 8
 HEAD_DIM = 32
 SHARP = 8.0  # z is large where it is sure: without the factor, steps of bounded size take long to get there
+LEAK = 0.1  # of ReLU: without it, all heads of all tokens may die, and then nothing is ever learned again
 FADE = 0.5  # of what a token wants, per token after it
 
 
@@ -38,7 +40,7 @@ class LensNet(nn.Module):
         super().__init__()
         check_choice("lensnet type", type, TYPES)
         self.query = nn.Linear(n_embd, HEADS * KEY, bias=False)
-        self.weigh = nn.Linear(n_embd, HEADS, bias=False)
+        self.weigh = nn.Parameter(torch.empty(HEADS, n_embd))  # Muon's steps, of one length, would make it large at once
         self.bias = nn.Parameter(torch.empty(1))
         self.embed = nn.Linear(n_embd, WIDTH, bias=False)
         self.encoder = Encoder(layers, WIDTH, HEAD_DIM)
@@ -50,7 +52,7 @@ class LensNet(nn.Module):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
         nn.init.normal_(self.head.c_proj.weight, std=self.head.c_proj.weight.size(1) ** -0.5)
-        nn.init.zeros_(self.weigh.weight)
+        nn.init.zeros_(self.weigh)
         nn.init.zeros_(self.bias)
 
     def keys(self, children):
@@ -68,8 +70,8 @@ class LensNet(nn.Module):
         """z [R, P, n], float32, of states [R, P, D] of tokens and keys [R, n, C] of blocks."""
         h = norm(states)
         q = self.query(h).unflatten(-1, (HEADS, KEY))
-        found = torch.einsum("rphc,rnc->rphn", q, keys.to(q.dtype)).relu().float() / KEY**0.5
-        return SHARP * ((self.weigh(h).float()[..., None] * found).sum(2) + self.bias.float())
+        found = F.leaky_relu(torch.einsum("rphc,rnc->rphn", q, keys.to(q.dtype)), LEAK).float() / KEY**0.5
+        return SHARP * ((F.linear(h, self.weigh.to(h.dtype)).float()[..., None] * found).sum(2) + self.bias.float())
 
     def listener(self):
         """`wanted` as decoding needs it. It does not follow the weights."""
@@ -81,7 +83,7 @@ class Listener:
 
     @torch.no_grad()
     def __init__(self, lensnet):
-        weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh.weight))
+        weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh))
         self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * lensnet.bias.float()
 
     def __call__(self, states, keys):
@@ -92,7 +94,7 @@ class Listener:
     def _wanted(self, states, keys):
         asked = self.matrix(norm(states.float()))
         q, w = asked[:, :-HEADS].reshape(-1, KEY), asked[:, -HEADS:]
-        found = torch.mm(keys, q.T).relu_()
+        found = F.leaky_relu_(torch.mm(keys, q.T), LEAK)
         if len(w) == 1:
             return torch.mv(found, w[0]).add_(self.bias)
         age = torch.arange(len(w) - 1, -1, -1, device=w.device)

@@ -7,20 +7,28 @@ Shapes: B streams of T tokens, P of each that are asked, K = block_size, n old b
 import torch
 import torch.nn.functional as F
 
-ASKED = 64  # tokens per sequence that are asked where they look
+ASKED = 128  # tokens per sequence that are asked where they look, at most
+LITTLE = 0.1  # of a head's attention: z is 0 for a block that draws so much of it for what it says
+LEAST = 0.02  # weight of a token that looks nothing up
 
 
 def asked_tokens(context, recent_tokens, count, generator=None):
     """
-    `count` tokens of each row, at random among those that stand in a context of B rows behind an old block.
+    `count` tokens of each row, at random among those with an old block behind them; first those that stand in a context
+    of B rows.
 
-    Returns (tokens [B, P], their places among the entries [B, P], valid [B, P] bool: False where there were fewer).
+    Returns (tokens [B, P], asked [B, P] bool: False where there were fewer, places: where among the entries each stands
+    [B, P], there [B, P] bool: whether it does).
     """
     lod, start, _, valid = context.entries
-    fit = valid & (lod == 0) & (start + 1 >= recent_tokens + context.block_size)
-    chance = torch.rand(fit.shape, generator=generator).masked_fill(~fit, -1.0)
-    chance, places = chance.topk(count, dim=1)
-    return start.gather(1, places), places, chance >= 0
+    row, place = (valid & (lod == 0)).nonzero(as_tuple=True)
+    places = torch.full((context.num_rows, context.num_tokens), -1)
+    places[row, start[row, place]] = place
+    chance = torch.rand(places.shape, generator=generator) + (places >= 0)
+    chance[:, : recent_tokens + context.block_size - 1] = -1.0
+    chance, tokens = chance.topk(min(count, context.num_tokens), dim=1)
+    places = places.gather(1, tokens)
+    return tokens, chance >= 0, places.clamp(min=0), (chance >= 0) & (places >= 0)
 
 
 def old_blocks_of(tokens, num_blocks, block_size, recent_tokens):
@@ -61,12 +69,12 @@ def lens_loss(z, content, old, valid):
     """
     How far LensNet's z [B, P, n] is from where the model looks, `looks_for_content` [B, P, n]; in nats.
 
-    A distribution over the old blocks and "none", whose logarithm of odds is 0, is compared with what content says: the
-    Kullback-Leibler divergence, weighted by the most that a token looks into any block. So those count that look
-    something up. valid [B, P], bool: tokens that count.
+    A distribution over the old blocks and "none", whose logarithm of odds is 0, is compared with what content says, of
+    which LITTLE is as good as none: the Kullback-Leibler divergence, weighted by the most that a token looks into any
+    block. So those count that look something up. valid [B, P], bool: tokens that count.
     """
-    p = content / content.sum(-1, keepdim=True).clamp(min=1)
-    p = torch.cat((p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)), dim=-1)
+    p = F.pad(content, (0, 1), value=LITTLE)
+    p = p / p.sum(-1, keepdim=True)
     log_q = F.pad(z.masked_fill(~old, -torch.inf), (0, 1)).log_softmax(-1)
     log_q = log_q.masked_fill(~F.pad(old, (0, 1), value=True), 0)
     divergence = (torch.xlogy(p, p) - p * log_q).sum(-1)
@@ -74,4 +82,3 @@ def lens_loss(z, content, old, valid):
     return (weight * divergence).sum() / weight.sum().clamp(min=LEAST)
 
 
-LEAST = 0.02  # weight of a token that looks nothing up

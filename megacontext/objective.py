@@ -107,8 +107,7 @@ class MCObjective:
         asking = None
         if judged:
             counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
-            count = min(ASKED, target_length(1.0, T, K, c.mc_train_wc_length))  # the same at every length of contexts
-            tokens, asked_at, valid = asked_tokens(counterfactuals, recent, count, generator)
+            tokens, asked, at, there = asked_tokens(counterfactuals, recent, ASKED, generator)
             asking = tokens.view(dense, -1).to(x.device, non_blocking=True)
         if dense and not c.mc_freeze_base:
             result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=asking)
@@ -130,12 +129,12 @@ class MCObjective:
         if judged:
             blocks = embeds[:dense, : old * K].detach()
             inputs = tables[0].materialize(counterfactuals)
-            compressed = reader.states(inputs, counterfactuals, asked_at).view(*asking.shape, -1)
+            compressed = reader.states(inputs, counterfactuals, at).view(*asking.shape, -1)
             z = reader.wants(torch.cat((looks.states, compressed), 1), reader.keys(blocks))
             among = old_blocks_of(asking, old, K, recent)
             content = looks_for_content(looks, asking, x[:dense] == self.bos, K, among)
-            valid = valid.view(dense, -1).to(x.device, non_blocking=True)
-            stats["mc/lens_loss"] = lens_loss(z, content.repeat(1, 2, 1), among.repeat(1, 2, 1), valid.repeat(1, 2))
+            counted = torch.cat((asked.view(dense, -1), there.view(dense, -1)), 1).to(x.device, non_blocking=True)
+            stats["mc/lens_loss"] = lens_loss(z, content.repeat(1, 2, 1), among.repeat(1, 2, 1), counted)
             loss = loss + c.mc_lens_loss_weight * stats["mc/lens_loss"]
 
         stats = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in stats.items()}

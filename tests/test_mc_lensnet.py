@@ -87,7 +87,7 @@ def reference_z(lens, state, key):
     z = w["bias"][0]
     for head in range(HEADS):
         query = w["query.weight"][head * KEY : (head + 1) * KEY] @ h
-        z = z + (w["weigh.weight"][head] @ h) * max(0.0, query @ key.double()) / math.sqrt(KEY)
+        z = z + (w["weigh"][head] @ h) * max(0.0, query @ key.double()) / math.sqrt(KEY)
     return SHARP * z
 
 
@@ -164,14 +164,17 @@ def test_what_a_token_wants_of_a_block_depends_on_the_two_alone():
 def test_what_is_wanted_fades():
     """The same state at each place: the newest counts; and what an old one wants more than that, less its age."""
     lens = make()
-    keys, state = keys_of(lens, rows=1), states(rows=1, tokens=1, seed=3)
+    keys, state = keys_of(lens, rows=1), states(rows=1, tokens=1, seed=1)
     z = lens(state, keys)[:, 0]
     torch.testing.assert_close(lens.wanted(state.expand(-1, 6, -1), keys), z, atol=1e-4, rtol=1e-4)
-    other = states(rows=1, tokens=3, seed=9)
-    later = lens.wanted(torch.cat((state, other), 1), keys)
-    expected = torch.maximum(z - 3 * FADE, lens.wanted(other, keys))
-    torch.testing.assert_close(later, expected, atol=1e-4, rtol=1e-4)
-    assert (later > lens.wanted(other, keys) + 1e-3).any()
+    remembered = False
+    for seed in range(20):
+        other = states(rows=1, tokens=3, seed=seed)
+        later, latest = lens.wanted(torch.cat((state, other), 1), keys), lens.wanted(other, keys)
+        torch.testing.assert_close(later, torch.maximum(z - 3 * FADE, latest), atol=1e-4, rtol=1e-4)
+        remembered |= bool((later > latest + 1e-3).any())
+    assert remembered
+
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
-from megacontext.losses import ASKED, LEAST, asked_tokens, lens_loss, looks_for_content, old_blocks_of
+from megacontext.losses import ASKED, LEAST, LITTLE, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.reader import score
 from megacontext.variants import random_variants
 from megacontext.working_context import WorkingContext, old_blocks
@@ -28,29 +28,33 @@ def seeded(seed=0):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(0, 40), st.integers(0, 2**32))
-def test_tokens_that_are_asked_stand_in_the_context_and_have_a_past(n, recent, seed):
-    length = max(1, n // 2)
-    context = random_variants(3, n, K, length, recent, seeded(seed))
-    asked, places, valid = asked_tokens(context, recent, min(ASKED, context.entries.lod.size(1)), seeded(seed))
-    lod, start, _, there = context.entries
-    assert asked.shape == places.shape == valid.shape == (3, min(ASKED, lod.size(1)))
+def test_tokens_that_are_asked_have_a_past_and_stand_in_the_context_if_they_can(n, recent, seed):
+    context = random_variants(3, n, K, max(1, n // 2), recent, seeded(seed))
+    count = ASKED // 8
+    tokens, asked, places, there = asked_tokens(context, recent, count, seeded(seed))
+    lod, start, _, valid = context.entries
+    for t in (tokens, asked, places, there):
+        assert t.shape == (3, min(count, n))
     for row in range(3):
-        fit = {
-            int(start[row, i]): i
-            for i in range(lod.size(1))
-            if there[row, i] and lod[row, i] == 0 and old_blocks(int(start[row, i]) + 1, K, recent) > 0
-        }
-        mine = dict(zip(asked[row][valid[row]].tolist(), places[row][valid[row]].tolist(), strict=True))
-        assert mine.items() <= fit.items()
-        assert len(mine) == valid[row].sum() == min(ASKED, len(fit))
+        fit = [t for t in range(n) if old_blocks(t + 1, K, recent) > 0]
+        standing = {int(start[row, i]): i for i in range(lod.size(1)) if valid[row, i] and lod[row, i] == 0}
+        standing = {t: i for t, i in standing.items() if t in fit}
+        mine = tokens[row][asked[row]].tolist()
+        assert len(set(mine)) == len(mine) == min(count, len(fit))
+        assert set(mine) <= set(fit)
+        found = dict(zip(tokens[row][there[row]].tolist(), places[row][there[row]].tolist(), strict=True))
+        assert found.items() <= standing.items()
+        assert len(found) == min(count, len(standing))
+        assert not (there & ~asked).any()
 
 
 def test_every_token_is_asked_as_often_as_others():
-    context = WorkingContext.finest(400, 100, K)
-    asked, _, valid = asked_tokens(context, RECENT, ASKED, seeded())
-    assert valid.all()
-    first, share = RECENT + K - 1, ASKED / (100 - RECENT - K + 1)
-    counts = asked.flatten().bincount(minlength=100)
+    context, count = WorkingContext.finest(400, 100, K), 40
+    tokens, asked, _, there = asked_tokens(context, RECENT, count, seeded())
+    assert asked.all()
+    assert there.all()
+    first, share = RECENT + K - 1, count / (100 - RECENT - K + 1)
+    counts = tokens.flatten().bincount(minlength=100)
     assert not counts[:first].any()
     assert (counts[first:] / 400 - share).abs().max() < 5 * math.sqrt(share * (1 - share) / 400)
 
@@ -206,8 +210,7 @@ def reference_loss(z, content, old, valid):
             if valid[b, p]:
                 of = [i for i in range(n) if old[b, p, i]]
                 looked = [float(content[b, p, i]) for i in of]
-                there = [c / max(1.0, sum(looked)) for c in looked]
-                there.append(max(0.0, 1 - sum(there)))
+                there = [c / (sum(looked) + LITTLE) for c in (*looked, LITTLE)]
                 odds = [math.exp(float(z[b, p, i])) for i in of] + [1.0]
                 said = [o / sum(odds) for o in odds]
                 divergence = sum(a * math.log(a / q) for a, q in zip(there, said, strict=True) if a > 0)
@@ -234,7 +237,7 @@ def test_lens_loss_against_a_loop(much):
 def test_lens_loss_is_least_where_the_odds_are_right():
     old = torch.ones(1, 1, 4, dtype=torch.bool)
     content, valid = torch.tensor([[[0.5, 0.2, 0.1, 0.05]]]), torch.ones(1, 1, dtype=torch.bool)
-    right = (content / 0.15).log()  # "none" has the rest
+    right = (content / LITTLE).log()  # as much is worth "none"
     assert lens_loss(right, content, old, valid).item() == pytest.approx(0, abs=1e-6)
     for i in range(4):
         assert lens_loss(right + 0.5 * (torch.arange(4) == i), content, old, valid) > 1e-3

@@ -43,7 +43,7 @@ def test_dense_sequences_have_the_flagless_loss():
 
 def test_each_sequence_has_both_roles():
     """A stream of text that is the same row of every batch is read in full at times, and compressed at times."""
-    objective = make_objective(make_model())
+    objective = make_objective(make_model(), mc_positional="gaussian")
     compressed = set()
     for seed in range(12):
         caches = process(objective, *tokens(B=4), seed=seed).positional_caches
@@ -80,7 +80,7 @@ def test_without_old_blocks_there_is_no_lens_loss():
 def test_variant_loss_against_one_row_at_a_time():
     """Batched over samples, variants and entries: the same as each working context read by itself."""
     model, (x, y) = make_model(), tokens(B=4)
-    objective = make_objective(model)
+    objective = make_objective(model, mc_positional="gaussian")
     V, generator = objective.config.mc_num_random_variants, torch.Generator().manual_seed(5)
     result = process(objective, x, y, seed=5)
     length = target_length(1.0, T, K, objective.config.mc_train_wc_length)
@@ -136,7 +136,7 @@ def test_session_ids_name_the_caches():
 def wishful(objective):
     """The objective, with a LensNet that wants something; from the start, only its weights get a gradient."""
     networks = objective.reader.networks
-    torch.nn.init.normal_(networks.lensnet.weigh.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(networks.lensnet.weigh, std=0.1, generator=torch.Generator().manual_seed(0))
     return objective
 
 
@@ -147,7 +147,7 @@ def gradients(model, objective):
         "trunk": model.transformer.h[0].attn.c_q.weight.grad,
         "embedding": model.transformer.wte.weight.grad,
         "gistnet": networks.gistnet.head.c_proj.weight.grad,
-        "lensnet": networks.lensnet.weigh.weight.grad,
+        "lensnet": networks.lensnet.weigh.grad,
     }
 
 
@@ -199,9 +199,9 @@ def test_lens_loss_against_one_sequence_at_a_time():
     length = target_length(1.0, T, K, config.mc_train_wc_length)
     random_variants(2 * config.mc_num_random_variants, T, K, length, RECENT, generator)
     contexts = random_variants(2 * 2, T, K, length, RECENT, generator)
-    asked, _, valid = asked_tokens(contexts, RECENT, min(ASKED, length), generator)
+    tokens_asked, asked, _, there = asked_tokens(contexts, RECENT, ASKED, generator)
     n, lens = (T - RECENT) // K, reader.networks.lensnet
-    per_row = asked.view(2, -1)
+    per_row = tokens_asked.view(2, -1)
     with torch.no_grad():
         looks = model.trunk(model.embed(x), asking=per_row)[1]
         old = old_blocks_of(per_row, n, K, RECENT)
@@ -221,10 +221,12 @@ def test_lens_loss_against_one_sequence_at_a_time():
                 )
                 compressed = model.states(inputs[None], reader.positions(context))
                 place = {int(start): i for i, start in enumerate(context.entries.start[0])}
+                lod_of = dict(zip(*(t[0].tolist() for t in context.entries[1::-1]), strict=True))
                 for p in range(asked.size(1)):
-                    if valid[2 * row + c, p]:
-                        t = int(asked[2 * row + c, p])
-                        for state in (dense[:, t], compressed[:, place[t]]):
+                    if asked[2 * row + c, p]:
+                        t = int(tokens_asked[2 * row + c, p])
+                        assert there[2 * row + c, p] == (t in place and lod_of[t] == 0)
+                        for state in (dense[:, t], *([compressed[:, place[t]]] if there[2 * row + c, p] else [])):
                             z.append(lens(state[:, None], keys)[0, 0])
                             i = c * asked.size(1) + p
                             for part, value in zip(parts, (content[row, i], old[row, i]), strict=False):
