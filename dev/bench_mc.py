@@ -28,9 +28,7 @@ def parts(model, objective, x, y, progress):
         embeds = reader.embed(x)
         inputs = reader.tree(embeds[dense:]).materialize(read)
 
-        tokens, asked, places, there = (
-            t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens, ASKED)
-        )
+        tokens, asked, places, there = (t.to(x.device) for t in asked_tokens(judged, c.allocator_recent_tokens, ASKED))
         per_row, counted = tokens.view(dense, -1), torch.cat((asked.view(dense, -1), there.view(dense, -1)), 1)
         _, looks = model.trunk(embeds[:dense], asking=per_row)
         old = old_blocks_of(

@@ -40,7 +40,9 @@ class LensNet(nn.Module):
         super().__init__()
         check_choice("lensnet type", type, TYPES)
         self.query = nn.Linear(n_embd, HEADS * KEY, bias=False)
-        self.weigh = nn.Parameter(torch.empty(HEADS, n_embd))  # Muon's steps, of one length, would make it large at once
+        self.weigh = nn.Parameter(
+            torch.empty(HEADS, n_embd)
+        )  # Muon's steps, of one length, would make it large at once
         self.bias = nn.Parameter(torch.empty(1))
         self.embed = nn.Linear(n_embd, WIDTH, bias=False)
         self.encoder = Encoder(layers, WIDTH, HEAD_DIM)

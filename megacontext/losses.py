@@ -80,5 +80,3 @@ def lens_loss(z, content, old, valid):
     divergence = (torch.xlogy(p, p) - p * log_q).sum(-1)
     weight = (content.amax(-1) + LEAST) * valid
     return (weight * divergence).sum() / weight.sum().clamp(min=LEAST)
-
-

@@ -176,7 +176,6 @@ def test_what_is_wanted_fades():
     assert remembered
 
 
-
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_listener_hears_what_is_wanted(tokens):
     """Also within autocast, and of no blocks."""
