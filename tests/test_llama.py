@@ -110,7 +110,7 @@ def test_a_working_context_of_tokens_is_read_as_the_model_reads_them(pair):
 def test_the_keys_of_a_span_fade(pair):
     """A gist's key is the mean over the positions of its span, in the fading of high frequencies at least."""
     ours = pair[1]
-    reader, layer = reader_of(ours), ours.transformer.h[0]
+    reader, layer = reader_of(ours, mc_positional="gaussian"), ours.transformer.h[0]
     context = WorkingContext.from_map(torch.tensor([[1, 0]], dtype=torch.int8), 2 * K, K)
     x = ours.embed(ids(1 + K, rows=1))
     _, keys, _ = layer.heads(x, *reader.positions(context))
