@@ -29,6 +29,7 @@ DEFAULTS = {
     "allocator_iterations": 4,
     "mc_tree": "ram",
     "mc_num_random_variants": 2,
+    "mc_past": -1,
     "mc_train_wc_length": -1,
     "mc_max_counterfactuals": 1,
     "mc_auto_batch": True,
@@ -117,6 +118,7 @@ def test_given_lengths_stay():
     lengths = {
         "allocator_soft_max": 900,
         "allocator_recent_tokens": 0,
+        "mc_past": 4096,
         "mc_train_wc_length": 500,
         "mc_eval_soft_max_length": 700,
         "mc_infer_allocator_max_replacements": 2,
