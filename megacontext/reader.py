@@ -52,7 +52,7 @@ def newest(values, context, tail):
 
 class Reader:
     """
-    model: the GPT, compiled or not. config: resolved for its context length. The two networks run in the precision of
+    model: a Trunk, compiled or not. config: resolved for its context length. The two networks run in the precision of
     mc_aux_dtype, whatever autocast surrounds them.
     """
 

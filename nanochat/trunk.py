@@ -22,7 +22,8 @@ class Trunk(Protocol):
     lm_head: torch.nn.Linear
     """its weight has the precision in which the model computes where no autocast surrounds it"""
     frequencies: torch.Tensor
-    """of the rotary positions: radians per token of each pair of channels, float64 [d/2]"""
+    """of the rotary positions: radians per token of each pair of channels, float64 [d/2]; negative where it turns them
+    the other way"""
     cos: torch.Tensor
     """[1, max_seq_len, 1, d/2] with `sin`: of the angles of the first positions"""
     sin: torch.Tensor
