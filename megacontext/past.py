@@ -100,7 +100,7 @@ def put_before(before: list[Before], block_size, most, inputs, entries, targets,
     Entries of random pasts (see random_past), `most` each, and behind them those of the variants of B sequences.
 
     inputs [R, W, D], entries and targets [R, W]: of R / B variants per sequence, of equal length. Returns the same of
-    both: the past stands at negative positions, has no targets, and shorter rows are padded at their end.
+    both: the past starts at negative tokens and has no targets; shorter rows are padded at their end.
     """
     variants, rows = len(inputs) // len(before), []
     for row in range(len(inputs)):
