@@ -15,14 +15,17 @@ from transformers import PreTrainedTokenizerFast
 from nanochat import pretrained
 from nanochat.batch import Row
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.find import find_text
 from nanochat.pretrained import PretrainedTokenizer
 from nanochat.serving.schema import Limits, Message
 from nanochat.serving.service import Service
 from nanochat.streaming import readable, stream_parts
 from nanochat.tokenizer import count_token_bytes
+from scripts import chat_web
 from tests.helpers import QUICK, TEXT, call_script
 from tests.helpers_hf import FAMILIES, of_transformers
+from tests.helpers_server import ask, said, serving
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -285,3 +288,38 @@ def test_networks_that_are_not_there(base, folder):
     options = ["-p", "Hi", "--device_type=cpu", "--dtype=fp32", "--mc", "-g", "nobody"]
     with pytest.raises(UserError, match="has no GistNet and LensNet"):
         call_script("chat_cli", ["--hf-path", str(folder), *options])
+
+
+@pytest.mark.parametrize("mc", [(), ("--mc", "--allocator_soft_max=256")])
+def test_server(trained, folder, mc):
+    options = ["--hf-path", str(folder), "--device_type=cpu", "--dtype=fp32", *mc]
+    engine, served, sessions = chat_web.load(parse(chat_web.Config, options), torch.device("cpu"))
+    assert served.id == "nanochat-hf-Tiny-Llama"
+    prompt = engine.tokenizer.render_for_completion({"messages": CHAT[1:2]})
+    columns = engine.generate(prompt, max_tokens=8, temperature=0)
+    expected = "".join(text for _, text in stream_parts(engine.tokenizer, columns))
+    with serving(engine, model=served, sessions=[sessions] if mc else ()) as server:
+        replies = ask(server, CHAT[1:2], temperature=0, max_tokens=8, conversation="a" * 22 if mc else None)
+        assert said(replies) == expected
+        assert expected
+        if mc:
+            found = server.client.post("/focus/find", json={"conversation": "a" * 22, "text": "3 + 4", "start": 0})
+            assert len(found.json()["found"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_harness(folder):
+    from nanochat.lm_eval_adapter import HarnessLM
+
+    model, tokenizer, _ = pretrained.load_pretrained(str(folder), torch.device("cpu"), "fp32")
+    harness = HarnessLM(model.eval(), tokenizer, "tiny", batch_size=2)
+    chat = harness.apply_chat_template(CHAT)
+    assert harness.tok_encode(chat) == tokenizer.render_for_completion({"messages": CHAT})
+    begun = [*CHAT, {"role": "assistant", "content": "1"}]
+    assert harness.apply_chat_template(begun, add_generation_prompt=False) == f"{chat}1<|im_end|>"
+    context, end = harness.tok_encode("The quick brown"), tokenizer.encode(" fox jumps")
+    assert context[0] == tokenizer.get_bos_token_id()
+    logits = of_transformers(FAMILIES["llama, tied"])(torch.tensor([context + end])).logits[0]
+    expected = logits.log_softmax(-1)[len(context) - 1 : -1].gather(1, torch.tensor(end)[:, None]).sum().item()
+    [(nats, _)] = harness._loglikelihood_tokens([(None, context, end)])
+    assert nats == pytest.approx(expected, abs=1e-3)
