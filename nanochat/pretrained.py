@@ -43,9 +43,10 @@ def load(config: PretrainedOptions, device, companion=False):
         return config.source, *checkpoint_manager.load_model(*options)
     model, tokenizer, weights = load_pretrained(config.hf_path, device, getattr(config, "dtype", "auto"))
     tag = config.model_tag or name_of(config.hf_path)
-    folder, meta = checkpoint_manager.model_folder(SOURCE, tag), {}
-    step = checkpoint_manager.find_last_step(folder, print0) if config.step is None else config.step
-    if companion and step is not None:
+    folder, meta, step = checkpoint_manager.model_folder(SOURCE, tag), {}, None
+    if companion:
+        step = checkpoint_manager.find_last_step(folder, print0) if config.step is None else config.step
+    if step is not None:
         meta = checkpoint_manager.load_meta(folder, step)
         if meta["parent"]["weights"] != weights:
             raise UserError(f"the networks in {folder} were made for another model than {config.hf_path}")

@@ -295,6 +295,7 @@ def test_server(trained, folder, mc):
     options = ["--hf-path", str(folder), "--device_type=cpu", "--dtype=fp32", *mc]
     engine, served, sessions = chat_web.load(parse(chat_web.Config, options), torch.device("cpu"))
     assert served.id == "nanochat-hf-Tiny-Llama"
+    assert served.step == (4 if mc else 0)
     prompt = engine.tokenizer.render_for_completion({"messages": CHAT[1:2]})
     columns = engine.generate(prompt, max_tokens=8, temperature=0)
     expected = "".join(text for _, text in stream_parts(engine.tokenizer, columns))
