@@ -18,7 +18,7 @@ class MCConfig:
     mc_tree: Literal["ram", "disk"] = "ram"
     """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
     mc_positional: Literal["rank", "gaussian", "simple"] = "rank"
-    """rotary positions of gists: one each, as a token has; or those of their spans, faded or at the centre"""
+    """rotary positions: entries one after another, or where their spans are, gists faded or at the centre"""
     # GistNet
     gistnet_type: Literal["transformer", "mean"] = "transformer"
     """how gists are made: by a learned network, or as the mean"""

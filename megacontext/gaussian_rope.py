@@ -1,9 +1,12 @@
 """
-Gaussian RoPE: rotary positions for spans of tokens.
+Where entries stand: rotary positions of gists.
 
-An entry over n tokens from s on stands at the position μ = s + (n − 1)/2, with the variance σ² = (n² − 1)/12 of a
-uniform choice from its span. The expected rotation by a normally distributed position is the rotation by μ times a
-fade that depends on the frequency ω:
+"rank": one after another, a position each; no distance exceeds the working context. "gaussian" and "simple": where
+their spans are in the stream.
+
+Gaussian RoPE: an entry over n tokens from s on stands at the position μ = s + (n − 1)/2, with the variance
+σ² = (n² − 1)/12 of a uniform choice from its span. The expected rotation by a normally distributed position is the
+rotation by μ times a fade that depends on the frequency ω:
 
     E[cos ωp] = cos(ωμ)·exp(−ω²σ²/2)        E[sin ωp] = sin(ωμ)·exp(−ω²σ²/2)        p ~ N(μ, σ²)
 
