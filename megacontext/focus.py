@@ -63,21 +63,22 @@ class Focus:
         self.records = [Record()] * rows
         self._before = []  # the changes of the refocus before this one
 
-    def refocus(self, context, scores, budget, again=False, first=0):
+    def refocus(self, context, scores, budget, again=False, first=0, eager=False):
         """
         The context after a round of editing, no row above the budget; the very same object if nothing was edited.
 
         scores: of the blocks of each row from number `first` on, [B, n] in (−1, 1), on the CPU. What was expanded or
         collapsed in the refocus before, or in an earlier round of this one, may be expanded or collapsed further, but
-        not undone. again: this is one more round of the last refocus.
+        not undone. again: this is one more round of the last refocus. eager: a prompt asks. Then only rounds of its own
+        are not undone, and see plan.
         """
         if not again:
-            self._before = [record.changes for record in self.records]
+            self._before = [() if eager else record.changes for record in self.records]
         exposed, edits = context.old_blocks(self.settings.allocator_recent_tokens), []
         for row, (record, length) in enumerate(zip(self.records, context.lengths().tolist(), strict=True)):
             one = context.select([row])
             recent = self._before[row] + record.changes * again
-            planned = plan(scores[row], one, budget, self.settings, recent, self.generator, first)
+            planned = plan(scores[row], one, budget, self.settings, recent, self.generator, first, eager)
             changes = tuple(_change(edit, context.block_size) for edit in planned)
             edits += [edit._replace(row=row) for edit in planned]
             self.records[row] = Record(

@@ -45,7 +45,7 @@ class Move(NamedTuple):
 
 
 def plan(
-    scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None, first=0
+    scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None, first=0, eager=False
 ) -> list[Edit]:
     """
     Edits, to be applied in order, of a context of one row; scores [n] in (−1, 1) of the blocks from number `first` on.
@@ -56,8 +56,8 @@ def plan(
     What is left of that number goes to blocks that are hidden in a node and score allocator_expand_threshold or more,
     the highest first ("greedy"), or each drawn from the allocator_sample_top_k highest by softmax(score /
     allocator_sample_temperature) ("stochastic_greedy"). Where there is no room for one, the collapses that gain most
-    pay for it, if each gains, together with it, both thresholds and more than nothing. What nobody has to make room for
-    stays as it is.
+    pay for it, if each gains, together with it, both thresholds and more than nothing; eager: if more than nothing.
+    What nobody has to make room for stays as it is.
 
     The last allocator_recent_tokens tokens and the unfinished last block never collapse. What was done lately is not
     undone: blocks may be expanded or collapsed further by what the last of the Changes `recent` did to them, but not
@@ -81,7 +81,7 @@ def plan(
     row = _Row(scores, first, context, newest, recent)
     row.fit(length - budget)
     room = (budget - length) // (row.K - 1) + len(row.edits)
-    row.grant_wishes(room, settings, generator)
+    row.grant_wishes(room, settings, generator, eager)
     return row.edits
 
 
@@ -163,9 +163,10 @@ class _Row:
             if parent.first_block + size <= old and (lod[siblings] == edit.new_lod).all():
                 heapq.heappush(heap, urgency(parent, float(self.worth[siblings].max())))
 
-    def grant_wishes(self, room, settings, generator):
+    def grant_wishes(self, room, settings, generator, eager):
         """Open what is wanted enough; room: how many expansions fit before anything else collapses."""
-        expand, collapse = settings.allocator_expand_threshold, settings.allocator_collapse_threshold
+        expand = settings.allocator_expand_threshold
+        margin = 0 if eager else expand + settings.allocator_collapse_threshold
         top_k = 1 if settings.allocator == "greedy" else settings.allocator_sample_top_k
         left = settings.allocator_max_replacements - len(self.edits)
         if left <= 0:
@@ -177,7 +178,7 @@ class _Row:
             if self.rests(move):
                 continue
             need = max(0, move.cost - room)
-            least = max(expand + collapse, 1e-9) - move.gain
+            least = max(margin, 1e-9) - move.gain
             paid = takewhile(lambda payment, least=least: payment.gain >= least, payments)
             paid = list(islice((payment for payment in paid if not self.rests(payment)), need))
             if len(paid) == need:

@@ -139,7 +139,8 @@ class Reader:
 
     def focus(self, table, context, budget, config=None):
         """
-        The context after a refocus as at inference, within the budget. config: other settings of the allocator.
+        The context after the refocus of a prompt, as at inference, within the budget. config: other settings of the
+        allocator.
         """
         config = config or self.config
         focus, keys = Focus(config, context.num_rows), self.keys(table.values[:, : context.num_tokens])
@@ -147,7 +148,7 @@ class Reader:
         for i in range(config.mc_infer_allocator_iterations):
             newest = context.lengths()[:, None] + torch.arange(-min(ASKING, context.num_tokens), 0)
             states = self.states(table.materialize(context), context, newest.clamp(min=0))
-            edited = focus.refocus(context, score(self.wanted(states, keys)), budget, again=i > 0)
+            edited = focus.refocus(context, score(self.wanted(states, keys)), budget, again=i > 0, eager=True)
             if edited is context:
                 break
             context = edited

@@ -166,7 +166,7 @@ class MCSession:
         self._adopt(self._collapsed(kept), fresh=True)
         for again in range(self.config.mc_infer_allocator_iterations + 1):
             if again:
-                context = self._refocused(self._context, again > 1)
+                context = self._refocused(self._context, again > 1, eager=True)
                 if context is self._context:
                     break
                 self._adopt(context, ASKING)
@@ -462,10 +462,10 @@ class MCSession:
         with autocast(self.device, torch.float32):  # what goes into the decoder is rounded as the decoder does
             return self.model.embed(ids)
 
-    def _refocused(self, context, again=False):
+    def _refocused(self, context, again=False, eager=False):
         self._since = 0
         scores = score(self.demand.wanted(context.num_rows))
-        return self.focus.refocus(context, scores, self.room, again, self.demand.first)
+        return self.focus.refocus(context, scores, self.room, again, self.demand.first, eager)
 
     def _step(self, ids):
         if self._stepper is None:

@@ -458,3 +458,15 @@ def test_scores_that_do_not_fit_are_refused(scores):
 def test_several_rows_are_refused():
     with pytest.raises(ValueError, match="one row .* got 2 rows"):
         plan(torch.zeros(2), WorkingContext.finest(2, 8, 4), 8, configure())
+
+
+def test_a_prompt_takes_what_gains_anything():
+    """Where there is no room, a wish that scores a little more than what is open takes its place for a prompt alone."""
+    config = MCConfig(block_size=4, allocator_recent_tokens=0).resolve(32)
+    context = WorkingContext.from_map(torch.tensor([[0, 1, 1]], dtype=torch.int8), 12, 4)
+    scores, budget = torch.tensor([0.5, -0.5, 0.55]), int(context.lengths()[0])
+    assert plan(scores, context, budget, config) == []
+    edits = plan(scores, context, budget, config, eager=True)
+    assert [(edit.first_block, edit.new_lod) for edit in edits] == [(0, 1), (2, 0)]
+    scores[2] = 0.5
+    assert plan(scores, context, budget, config, eager=True) == []
