@@ -298,25 +298,6 @@ class WorkingContext:
         longest = int((tiles >= 0).sum(1).max())
         return WorkingContext(tiles[:, :longest], num_tokens or self.num_tokens, self.block_size)
 
-    def first_difference(self, other):
-        """
-        Where two contexts of one stream part ways: (entries, tokens), each [B].
-
-        The first `entries` entries of both are the same and cover the first `tokens` tokens, so keys and values
-        computed for them under one context hold under the other. The number of tokens may differ.
-        """
-        if (self.num_rows, self.block_size) != (other.num_rows, other.block_size):
-            raise ValueError(
-                f"expected contexts of equal rows and block_size, got {self.num_rows} rows of blocks of "
-                f"{self.block_size} and {other.num_rows} of {other.block_size}"
-            )
-        shorter = min(self, other, key=lambda context: context.num_tokens)
-        one, two = _padded([*self.tiles, *other.tiles]).chunk(2)
-        differs = F.pad(one != two, (0, 1), value=True)
-        tile = differs.byte().argmax(1, keepdim=True).clamp(max=shorter.tiles.size(1))
-        first = F.pad(shorter.first_blocks, (0, 1), value=shorter.num_blocks).gather(1, tile)[:, 0]
-        return shorter._before.gather(1, tile)[:, 0], (first * self.block_size).clamp(max=shorter.num_tokens)
-
 
 def old_blocks(num_tokens, block_size, recent_tokens) -> int:
     """How many of the first blocks lie wholly before the last recent_tokens tokens, so that they may collapse."""

@@ -75,11 +75,11 @@ def smallest_length(N, K, recent):
 
 
 def common_prefix(a, b):
-    """(entries, tokens) that two lists of entries begin with alike."""
+    """How many entries two lists begin with alike."""
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
-    return n, a[n - 1][1] + a[n - 1][2] if n else 0
+    return n
 
 
 def tree(gist, leaves, K):

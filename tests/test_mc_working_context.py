@@ -173,7 +173,7 @@ def test_any_history_is_that_of_a_map_of_all_blocks(N, K, rng):
     context = WorkingContext.finest(2, N, K)
     maps = [reference.DenseContext([0] * context.num_blocks, N, K) for _ in range(2)]
     for _ in range(25):
-        n, before, old = rng.randint(1, 3 * K), context, maps
+        n = rng.randint(1, 3 * K)
         recent, first = rng.randint(0, maps[0].N), rng.randrange(context.num_blocks)
         match rng.choice(["append", "truncate", "collapse_oldest", "edit", "edit", "edit", "select"]):
             case "append":
@@ -195,14 +195,10 @@ def test_any_history_is_that_of_a_map_of_all_blocks(N, K, rng):
             case "select":
                 rows = [rng.randrange(2), rng.randrange(2)]
                 context, maps = context.select(rows), [maps[row] for row in rows]
-                before, old = before.select(rows), [old[row] for row in rows]
         context.check()
         assert context.num_tokens == maps[0].N
         assert [row_entries(context, row) for row in range(2)] == [one.entries() for one in maps]
         assert context.tiles.size(1) <= context.entries.lod.size(1)
-        entries, tokens = before.first_difference(context)
-        pairs = [reference.common_prefix(a.entries(), b.entries()) for a, b in zip(old, maps, strict=True)]
-        assert list(zip(entries.tolist(), tokens.tolist(), strict=True)) == pairs
 
 
 def test_edits_are_applied_in_order_and_leave_the_old_context_alone():
@@ -284,35 +280,6 @@ def test_truncate_takes_cut_nodes_apart(shape):
         assert row_entries(shorter, row) == [part for entry in row_entries(context, row) for part in parts(*entry)]
 
 
-@given(shapes, st.integers(0, 20))
-@settings(max_examples=200, deadline=None)
-def test_first_difference(shape, n):
-    N, K, _, rng = shape
-    a = random_context(*shape)
-    rows = a.lod_map.clone()
-    place = rng.randrange(a.num_blocks + 1)
-    for row, lod_row in enumerate(rows.tolist()):  # b begins like a, up to some place where a node begins
-        other = reference.random_row(rng, N, K)
-        mixed = torch.tensor(lod_row[:place] + other[place:], dtype=torch.int8)
-        if reference.is_valid(mixed.tolist(), N, K):
-            rows[row] = mixed
-    b = WorkingContext.from_map(rows, N, K).append(n)
-    for one, two in ((a, b), (b, a)):
-        entries, tokens = one.first_difference(two)
-        for row in range(a.num_rows):
-            expected = reference.common_prefix(row_entries(one, row), row_entries(two, row))
-            assert (int(entries[row]), int(tokens[row])) == expected
-
-
-def test_first_difference_when_a_full_block_collapses_as_the_next_tokens_come():
-    before = WorkingContext.finest(1, 7, 4)
-    after = before.append(3).apply([Edit(0, 1, 1, 1)])
-    assert [t.item() for t in before.first_difference(after)] == [4, 4]
-    assert [t.item() for t in before.first_difference(before.append(3))] == [7, 7]
-    with pytest.raises(ValueError, match="1 rows of blocks of 4 and 1 of 2"):
-        before.first_difference(WorkingContext.finest(1, 7, 2))
-
-
 def test_select():
     context = random_context(30, 3, 3, random.Random(0))
     for rows in (slice(1, 3), [2, 0, 2], torch.tensor([1])):
@@ -358,7 +325,6 @@ def test_no_tensor_grows_with_the_stream():
         context = WorkingContext.initial(N, K, budget, 128).append(1)
         context.check()
         assert plan(torch.full((1000,), 0.5), context, budget, settings, first=context.num_blocks - 2000)
-        context.apply([Edit(0, 0, K**3, 3)]).first_difference(context)
         context.collapse_oldest(budget - 500, 128).truncate(N - 1000)
     assert context.entries.span.sum() == N + 1
     assert largest.elements <= K * budget
