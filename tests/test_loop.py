@@ -337,6 +337,8 @@ def test_rows_are_sampled_one_by_one(model, tokenizer):
 class Script:
     """A session that makes the model 'say' given tokens, row by row."""
 
+    wish = None
+
     def __init__(self, rows):
         self.rows, self.t, self.seen = rows, -1, []
 
@@ -350,7 +352,7 @@ class Script:
     def prefill(self, tokens):
         return self._logits()
 
-    def step(self, ids):
+    def read(self, ids):
         self.seen.append(ids.tolist())
         return self._logits()
 

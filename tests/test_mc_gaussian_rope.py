@@ -99,5 +99,5 @@ def test_the_fade_reaches_the_keys(span):
 
 
 def test_unknown_modes_are_refused():
-    with pytest.raises(ValueError, match="expected one of rank, gaussian, simple, rank, got 'alibi'"):
+    with pytest.raises(ValueError, match="expected one of rank, gaussian, simple, got 'alibi'"):
         one(0, 1, mode="alibi")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megacontext.layers import split_parameters
-from megacontext.lensnet import FADE, HEADS, KEY, SHARP, WIDTH, LensNet
+from megacontext.lensnet import FADE, HEADS, KEY, LEAK, SHARP, WIDTH, LensNet
 from megacontext.reader import score
 from nanochat.muon import Muon
 from tests.helpers import root_mean_square
@@ -87,7 +87,8 @@ def reference_z(lens, state, key):
     z = w["bias"][0]
     for head in range(HEADS):
         query = w["query.weight"][head * KEY : (head + 1) * KEY] @ h
-        z = z + (w["weigh"][head] @ h) * max(0.0, query @ key.double()) / math.sqrt(KEY)
+        found = query @ key.double()
+        z = z + (w["weigh"][head] @ h) * (found if found > 0 else LEAK * found) / math.sqrt(KEY)
     return SHARP * z
 
 
