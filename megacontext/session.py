@@ -319,6 +319,7 @@ class MCSession:
         if state:
             self._context = self.focus.resume(state, self._context)
             self._since = state["since"]
+        self._move(None, None)
         self._up_to_date = False
 
     def close(self):
@@ -428,7 +429,10 @@ class MCSession:
         self._move(before, codes)
 
     def _move(self, before, codes):
-        """Note where the rows end, and turn the keys of entries that stood elsewhere in the context `before`."""
+        """
+        Note where the rows end, and turn the keys of entries that stood elsewhere in the context `before`, if there was
+        one. codes: of the context now.
+        """
         start, span = places(self._context.entries, self.config.mc_positional)
         self._ends = (start + span).gather(1, self._context.lengths()[:, None] - 1)[:, 0].tolist()
         if before is None or self.config.mc_positional != "rank":
