@@ -13,8 +13,8 @@ Losses are means over the scored tokens of a sequence, in nats per token, one va
 - focus: the same number of entries, where LensNet and the allocator put the detail.
 
 Context gain recovered by a context c is (truncated − c) / (truncated − full): 1 for the full context, 0 for one that
-is no better than cutting the history off. Against none in truncated's place, as REFRAG (arXiv 2509.01092) measures it,
-it is called context kept.
+is no better than cutting the history off. Against none in truncated's place it is called context kept; there
+the nearest block counts most.
 """
 
 from collections import defaultdict

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 from nanochat.plots import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
-PUBLISHED = {16: 0.97, 32: 0.85}  # REFRAG (arXiv 2509.01092), a 7B model
 LINES = {  # context → colour, marker, what it is called
     "focus": (GREEN, "s", "gists, detail where LensNet wants it"),
     "gists": (BLUE, "o", "gists, newest tokens in detail"),
@@ -17,9 +16,6 @@ def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
     """A PNG: the share of the context gain that is recovered, by ratio and by distance; the loss by level."""
     figure, (ratios, distances, levels) = new_figure("What compression keeps of the context", 3)
     _shares(ratios, [f"{row['ratio']}×" for row in by_ratio], by_ratio, LINES, "kept", "no context at all")
-    places = [i for i, row in enumerate(by_ratio) if row["ratio"] in PUBLISHED]
-    published = [PUBLISHED[by_ratio[i]["ratio"]] for i in places]
-    ratios.plot(places, published, color="black", linestyle="none", marker="*", markersize=9, label="REFRAG, 7B model")
     ratios.set(title="By compression of the history", ylabel="context kept")
     without_focus = {name: line for name, line in LINES.items() if name != "focus"}
     labels = [f"{row['nearest']}–{row['farthest']}" for row in by_distance]
