@@ -25,10 +25,11 @@ MODES = ("rank", "gaussian", "simple")
 
 
 def places(entries, mode):
-    """Where entries stand: the first position of each and how many positions it takes, both [B, W]."""
+    """The entries with the first position of each for `start`, and for `span` how many positions it takes."""
     if mode != "rank":
-        return entries.start, entries.span
-    return torch.arange(entries.start.size(1)).expand_as(entries.start), torch.ones_like(entries.span)
+        return entries
+    ranks = torch.arange(entries.start.size(1)).expand_as(entries.start)
+    return entries._replace(start=ranks, span=torch.ones_like(entries.span))
 
 
 def entry_positions(start, span, frequencies, mode="gaussian"):

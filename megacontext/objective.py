@@ -36,7 +36,7 @@ class MCBatchResult:
     loss: what to minimize. stats: figures for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
     working contexts of one's own. positional_caches: {session id: (cos, sin, fade)}, what each sequence was read at:
     the entries' positions in its V variants where it was compressed (see entry_positions), else those of its T tokens.
-    The fade is None for tokens and for mc_positional "simple".
+    The fade is None for tokens, and for gists unless mc_positional is "gaussian".
     """
 
     loss: torch.Tensor

@@ -113,11 +113,9 @@ class Reader:
 
     def positions_of(self, entries, at=None):
         """The rotary positions of entries, or of those at places `at` among them."""
-        start, span = places(entries, self.config.mc_positional)
-        if at is not None:
-            start, span = start.gather(1, at), span.gather(1, at)
-        start, span = (t.to(self.device, non_blocking=True) for t in (start, span))
-        return entry_positions(start, span, self.model.frequencies, self.config.mc_positional)
+        mode = self.config.mc_positional
+        entries = places(entries, mode).at(at).to(self.device)
+        return entry_positions(entries.start, entries.span, self.model.frequencies, mode)
 
     def read(self, inputs, context, y) -> Reading:
         """

@@ -433,11 +433,11 @@ class MCSession:
         Note where the rows end, and turn the keys of entries that stood elsewhere in the context `before`, if there was
         one. codes: of the context now.
         """
-        start, span = places(self._context.entries, self.config.mc_positional)
+        _, start, span, _ = places(self._context.entries, self.config.mc_positional)
         self._ends = (start + span).gather(1, self._context.lengths()[:, None] - 1)[:, 0].tolist()
         if before is None or self.config.mc_positional != "rank":
             return
-        then, _ = places(before.entries, self.config.mc_positional)
+        then = places(before.entries, self.config.mc_positional).start
         for row, (held, new, old) in enumerate(zip(self._held, codes, _codes(before), strict=True)):
             by = start[row, torch.searchsorted(new, held)] - then[row, torch.searchsorted(old, held)]
             moved = by.nonzero()[:, 0]

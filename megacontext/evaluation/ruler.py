@@ -24,7 +24,7 @@ COMMON = 10
 
 
 class Haystack(NamedTuple):
-    """What a task is made of: so many units, lines of local text to take them from, and the length meant, in tokens."""
+    """What a task is made of: the number of units, the local text they come from, the length aimed at, in tokens."""
 
     size: int
     lines: list[str]
@@ -170,7 +170,7 @@ def ruler(tokenizer, readers, lengths, samples, lines, tasks=TASKS, seed=0) -> l
     """
     A row for each task and length that it fits into: {"task", "tokens", "samples", "<reader>": mean score}.
 
-    readers: name → function(ids of the prompt, new tokens) -> what is said, or None where it cannot read so many.
+    readers: name → function(ids of the prompt, new tokens) -> the answer, or None where the prompt is too long.
     Raises UserError when no task fits.
     """
     rows, bos = [], tokenizer.get_bos_token_id()
