@@ -6,11 +6,8 @@ Benchmarks. Each prints a table and one JSON line. Compare figures of the same r
     python dev/bench.py train --depth 4 [--mc 1]         # training steps: tokens/s, share of the peak
     python dev/bench.py loss --vocab_size 65536          # our cross-entropy beside others
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
-    python dev/bench.py sample --vocab_size 65536        # microseconds to sample one token per row
-    python dev/bench.py serve --depth 4                  # a chat server with 1, 8 and 32 clients, without and with --mc
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
     python dev/bench.py stream --depth 1 --stream_tokens=100000000  # a stream on disk as it grows
-    python dev/bench.py mc --depth 4                     # parts of a training step with --mc, and the whole step
 
 The text is the source code of the standard library, so no data is needed.
 """
@@ -22,9 +19,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,23 +30,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dev.bench_infer import bench_mc_infer
-from dev.bench_mc import bench_mc
-from dev.bench_serve import bench_serve
+from dev.bench_infer import GRAPHS, bench_mc_infer, random_model, timed
 from dev.bench_stream import bench_stream
 from megacontext.attach import attach
 from megacontext.config import MCConfig
-from nanochat.common import UserError, autocast, compute_init, peak_flops, resolve_dtype
+from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.dataloader import TokenLoader
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
-from nanochat.kv_cache import KVCache
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.ranges import Count, Range
-from nanochat.sampling import Sampler, Sampling
 from nanochat.sharding import clip_gradients
 from nanochat.sources import stdlib_documents, stdlib_files
 from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
@@ -59,7 +51,7 @@ from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, loss, decode, sample, serve, stream, mc or mc-infer; also as the first word"""
+    """tokenizer, loader, train, loss, decode, stream or mc-infer; also as the first word"""
     vocab_size: Count = 8192
     """tokens"""
     repeat: Count = 3
@@ -67,29 +59,29 @@ class Config:
     device_batch_size: Count = 8
     """loader, train, loss: B"""
     max_seq_len: Count = 512
-    """loader, train, loss, serve: T; mc-infer: entries of the working context"""
+    """loader, train, loss: T; mc-infer: entries of the working context"""
     total_batch_size: Count = -1
     """train: tokens per step; -1 for B × T"""
     depth: Annotated[int, Range(1, 1000)] = 4
-    """train, loss, decode, serve: layers"""
+    """train, loss, decode, mc-infer, stream: layers"""
     mc: bool = False
     """train: with MegaContext, half-way through the training"""
     steps: Count = 10
     """train: steps to measure, after 3 for warm-up"""
     prompt_tokens: Count = 64
-    """decode, serve: length of the prompt"""
+    """decode: length of the prompt"""
     new_tokens: Count = 100
-    """decode, mc-infer: tokens per row to measure, after some for warm-up; serve: tokens per answer"""
+    """decode, mc-infer: tokens per row to measure, after some for warm-up"""
     stream_tokens: Count = 65536
     """mc-infer: tokens in the tree of the longer of two streams; stream: in the longest"""
     stream_filled: bool = False
     """stream: of random tokens and gists, which takes seconds; else text is read in, which is measured, too"""
     device_type: str = ""
-    """train, decode, serve: cuda, cpu or mps"""
+    """cuda, cpu or mps; empty for the best available"""
     dtype: str = "auto"
-    """train, decode, serve: auto, bf16, fp32; of train and decode also both, for a comparison"""
-    compile: str = "auto"
-    """train: compile the model, auto, on or off; decode: the same for CUDA graphs"""
+    """auto, bf16 or fp32; for train and decode also both, for a comparison"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """train: compile the model, auto, on or off; decode, mc-infer: the same for CUDA graphs"""
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
     """train: these options have an effect with --mc only"""
 
@@ -316,126 +308,48 @@ PEAK_BANDWIDTH = [
 ]
 
 
-class ForwardSession:
-    """The model's own forward pass under autocast with a KV cache: the baseline for the Decoder."""
-
-    def __init__(self, model, rows, max_tokens, dtype):
-        self.model, self.rows, self.max_tokens, self.dtype = model, rows, max_tokens, dtype
-
-    def prefill(self, tokens):
-        self.cache = KVCache(self.model.config.n_layer, len(tokens) + self.max_tokens)
-        logits = self._logits(torch.tensor([tokens], device=self.model.get_device()))
-        self.cache.repeat(self.rows)
-        return logits.expand(self.rows, -1)
-
-    def step(self, ids):
-        return self._logits(ids[:, None])
-
-    def _logits(self, ids):
-        with autocast(ids.device, self.dtype):
-            return self.model(ids, kv_cache=self.cache)[:, -1]
-
-
-@torch.inference_mode()
-def generate(make_session, prompt, steps) -> tuple[float, float]:
-    """Seconds to the first token and per later one, over `steps` tokens, with sampling and the copy to the host."""
-    times = [time.perf_counter()]
-    session = make_session()
-    logits = session.prefill(prompt)
-    sampler = Sampler(logits.size(-1), logits.device, [Sampling(top_k=50, seed=row) for row in range(len(logits))])
-    for _ in range(steps + 2):
-        ids = sampler(logits)
-        ids.tolist()  # waits for the device
-        times.append(time.perf_counter())
-        logits = session.step(ids)
-    return times[1] - times[0], (times[-1] - times[2]) / steps  # the second token records a CUDA graph
-
-
 def bench_decode(config):
-    graphs = {"auto": None, "on": True, "off": False}
-    if config.compile not in graphs:
-        raise UserError(f"--compile must be auto, on or off, got {config.compile!r}")
     *_, device = compute_init(config.device_type)
     prompt = torch.randint(0, config.vocab_size, (config.prompt_tokens,)).tolist()
     steps = config.new_tokens
     c = GPTConfig.from_depth(config.depth, len(prompt) + steps, config.vocab_size)
-    model = GPT(c).to(device)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02)
+    model = random_model(c, device)
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
     peak = next((peak for part, peak in PEAK_BANDWIDTH if part.lower() in name), None)
     rows = []
     for precision in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
         dtype = resolve_dtype(precision, device.type)
         cached = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # numbers per token in the KV cache
+
+        def answer(B, dtype=dtype):
+            """Seconds to the first token and per later one."""
+            started = time.perf_counter()
+            session = CacheSession(Decoder(model, dtype, GRAPHS[config.compile]), B, steps + 1)
+            logits = session.prefill(prompt)
+            logits.argmax().item()  # waits for the device
+            first = time.perf_counter() - started
+            seconds, _ = timed(session.step, logits, steps + 1)
+            return first, sum(seconds[1:]) / steps  # the first step records a CUDA graph
+
         for B in (1, 8, 32):
             read = model.num_params() - model.transformer.wte.weight.numel() + B * cached * (len(prompt) + steps / 2)
-            ways = {
-                "model": partial(ForwardSession, model, B, steps + 2, dtype),
-                "Decoder": lambda B=B, dtype=dtype: CacheSession(
-                    Decoder(model, dtype, graphs[config.compile]), B, steps + 2
-                ),
-            }
-            for way, make_session in ways.items():
-                times = [generate(make_session, prompt, steps) for _ in range(config.repeat)]
-                first, each = map(min, zip(*times, strict=True))
-                bandwidth = read * dtype.itemsize / each
-                rows.append(
-                    {
-                        "precision": str(dtype).removeprefix("torch."),
-                        "rows": B,
-                        "way": way,
-                        "TTFT ms": first * 1e3,
-                        "ms/token": each * 1e3,
-                        "tokens/s": B / each,
-                        "GB/s": bandwidth / 1e9,
-                        "MBU %": 100 * bandwidth / peak if peak else "-",
-                    }
-                )
+            first, each = map(min, zip(*(answer(B) for _ in range(config.repeat)), strict=True))
+            bandwidth = read * dtype.itemsize / each
+            rows.append(
+                {
+                    "precision": str(dtype).removeprefix("torch."),
+                    "rows": B,
+                    "TTFT ms": first * 1e3,
+                    "ms/token": each * 1e3,
+                    "tokens/s": B / each,
+                    "GB/s": bandwidth / 1e9,
+                    "MBU %": 100 * bandwidth / peak if peak else "-",
+                }
+            )
     show(
         f"decode: depth {config.depth}, vocabulary {config.vocab_size:,}, {len(prompt)} + {steps} tokens, {device}",
         rows,
     )
-
-
-def bench_sample(config):
-    device = compute_init(config.device_type)[-1]
-    ways = {
-        "top_k 50": {"top_k": 50},
-        "all tokens": {},
-        "top_p 0.5": {"top_p": 0.5},
-        "top_k 50, top_p 0.9": {"top_k": 50, "top_p": 0.9},
-        "top_k 50, penalties": {"top_k": 50, "frequency_penalty": 0.5},
-        "greedy": {"temperature": 0},
-    }
-
-    def multinomial(logits, top_k):
-        values, ids = logits.topk(top_k)
-        return ids.gather(-1, torch.multinomial(values.softmax(dim=-1), 1)).tolist()
-
-    def step(sampler, logits):
-        ids = sampler(logits)
-        sampler.observe(ids)
-        return ids.tolist()
-
-    rows = []
-    for B in (1, 8, 32):
-        # A few tokens have most of the probability, as in a language model
-        logits = (
-            2 * torch.randn(B, config.vocab_size, device=device)
-            + 8 * torch.rand(B, config.vocab_size, device=device) ** 40
-        )
-        calls = {
-            "torch.multinomial, top_k 50": partial(multinomial, logits, 50),
-            "torch.multinomial, all tokens": partial(lambda x: torch.multinomial(x.softmax(-1), 1).tolist(), logits),
-        }
-        for name, settings in ways.items():
-            sampler = Sampler(config.vocab_size, device, [Sampling(**settings, seed=row) for row in range(B)])
-            calls[name] = partial(step, sampler, logits)
-        for name, call in calls.items():
-            with torch.inference_mode():
-                rows.append({"rows": B, "sampling": name, "µs/step": 1e6 * best(30 * config.repeat, call)})
-    show(f"sampling: vocabulary {config.vocab_size:,}, {device}", rows)
 
 
 def main(config: Config):
@@ -445,10 +359,7 @@ def main(config: Config):
         "train": bench_train,
         "loss": bench_loss,
         "decode": bench_decode,
-        "sample": bench_sample,
-        "serve": lambda config: bench_serve(config, show),
         "stream": lambda config: bench_stream(config, show),
-        "mc": lambda config: bench_mc(config, show),
         "mc-infer": lambda config: bench_mc_infer(config, show),
     }
     if config.benchmark not in benchmarks:

@@ -1,16 +1,19 @@
 """What MegaContext costs at inference, beside plain decoding with as many entries in its cache."""
 
 import time
+from statistics import median
 
 import torch
 
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
-from nanochat.common import UserError, compute_init, resolve_dtype
+from nanochat.common import compute_init, resolve_dtype
 from nanochat.decode import Decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampler, Sampling
+
+GRAPHS = {"auto": None, "on": True, "off": False}  # --compile → of a Decoder
 
 
 class RestlessListener:
@@ -43,26 +46,24 @@ def timed(step, logits, n):
     return seconds, logits
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
+def random_model(config: GPTConfig, device):
+    model = GPT(config).to(device).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    return model
 
 
 def bench_mc_infer(config, show):
     """`bench.py mc-infer`: a row for each of two lengths of the stream."""
-    graphs = {"auto": None, "on": True, "off": False}
-    if config.compile not in graphs:
-        raise UserError(f"--compile must be auto, on or off, got {config.compile!r}")
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype("auto" if config.dtype == "both" else config.dtype, device.type)
     W = config.max_seq_len
-    model = GPT(GPTConfig.from_depth(config.depth, W, config.vocab_size)).to(device).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02)
+    model = random_model(GPTConfig.from_depth(config.depth, W, config.vocab_size), device)
     mc = config.megacontext.resolve(W)
     networks = MCNetworks(model.config.n_embd, mc).to(device).eval()
     lens = RestlessListener(networks.lensnet.listener(), mc.mc_infer_allocator_max_replacements)
     networks.lensnet.listener = lambda: lens
-    decoder = Decoder(model, dtype, graphs[config.compile])
+    decoder = Decoder(model, dtype, GRAPHS[config.compile])
     interval, rounds = mc.mc_infer_refocus_interval, -(-config.new_tokens // mc.mc_infer_refocus_interval)
     rows = []
     for N in (2 * W, config.stream_tokens):
