@@ -1,6 +1,6 @@
 """MegaContext in scripts that generate: the networks of a checkpoint, and options for inference."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ from megacontext import streams
 from megacontext.networks import load_networks
 from megacontext.session import MCSession
 from nanochat.common import UserError
+from nanochat.configurator import group
 from nanochat.decode import Decoder
 from nanochat.ranges import Count, CountOr0, Fraction, Range
 
@@ -48,6 +49,16 @@ class MCInference:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         config = replace(config, **{name: value for name, value in given.items() if value not in (-1, "")})
         return replace(config, mc_eval_soft_max_length=max(1, config.budget_of_a_refocus))
+
+
+@dataclass
+class InferenceOptions:
+    """Whether a script reads with MegaContext, and with which settings."""
+
+    mc: bool = False
+    """MegaContext: read prompts of any length, through a working context"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """these options have an effect with --mc only"""
 
 
 def load_for_inference(source, meta, device, options: MCInference):

@@ -21,7 +21,7 @@ import torch
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from nanochat.common import UserError, fail
+from nanochat.common import UserError, compute_cleanup, fail
 from nanochat.ranges import check
 
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
@@ -128,11 +128,15 @@ REMEDIES = {  # for what a machine may refuse a program
 
 
 def run(main, config_class):
-    """Entry point of a script: parse the command line, call main(config), show a user's errors as one message."""
+    """
+    Entry point of a script: parse the command line, call main(config), leave the process group if it joined one, show
+    a user's errors as one message.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of few characters shows ? for the others
     try:
         main(parse(config_class))
+        compute_cleanup()
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError as error:

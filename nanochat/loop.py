@@ -124,11 +124,6 @@ def muon_momentum(step) -> float:
     return (1 - part) * 0.85 + part * 0.95
 
 
-def described(figures: dict) -> str:
-    """Format figures as " | name 0.1234 | …"; those that are None are left out."""
-    return "".join(f" | {name} {value:.4f}" for name, value in figures.items() if value is not None)
-
-
 def compiles(mode: str, device) -> bool:
     """What --compile says: "on", "off", or "auto", which is on for CUDA."""
     if mode not in ("auto", "on", "off"):
@@ -162,12 +157,6 @@ def passes(examples, num_iterations, num_epochs, per_step) -> int:
 # Logs and progress
 
 WANDB_TIMEOUT = 30  # seconds until a server that does not answer is given up
-
-
-def print_facts(facts: dict):
-    """Print facts about a run at its start, one per line, on the first process."""
-    for name, value in facts.items():
-        print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
 
 WANDB_PROJECTS = {

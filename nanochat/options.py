@@ -44,6 +44,18 @@ class TrainingOptions(DeviceOptions):
 
 
 @dataclass
+class BatchOptions:
+    """Sizes of batches of rows that are all of one length, and of what is validated."""
+
+    device_batch_size: Count = 32
+    """sequences per process in a micro-batch; lower it if memory runs out"""
+    total_batch_size: Count = 524288
+    """tokens per step over all processes, reached by gradient accumulation"""
+    eval_tokens: Count = 20 * 524288
+    """tokens per validation"""
+
+
+@dataclass
 class OptimizerOptions:
     """Learning rates for a model of width 768; they are scaled for other widths."""
 
@@ -55,3 +67,15 @@ class OptimizerOptions:
     """Muon, block matrices"""
     weight_decay: Amount = 0.0
     """AdamW"""
+
+
+@dataclass
+class FinetuningOptions(TrainingOptions, OptimizerOptions, ModelOptions):
+    """Options of the stages that go on from a chat model, whose rows differ in length."""
+
+    compile: str = "off"
+    """off, or on: torch.compile (rows differ in length, so it compiles often)"""
+    num_epochs: Count = 1
+    """passes over the conversations or problems"""
+    num_iterations: Count = -1
+    """optimization steps; -1 for num_epochs passes"""

@@ -113,7 +113,8 @@ class Training:
 
     step: steps taken. meta, loader_state: of the checkpoint that it resumes from, {} and None at the beginning.
     finished: nothing is left to do (the model is then not loaded). notes: added to the meta data of checkpoints, such
-    as the last validation loss. batches: its state_dict(), if there is one, is saved as loader_state.
+    as the last validation loss. facts: of the run, for the report. batches: its state_dict(), if there is one, is saved
+    as loader_state.
     """
 
     def __init__(
@@ -139,11 +140,13 @@ class Training:
         self.step = self.resumed_at or 0
         self.saved_at, self.evaluated = self.resumed_at, False
         self.companion, self.batches = companion, None
-        self.meta, self.notes, self.loader_state, optimizer_data = {}, {}, None, None
+        self.meta, self.notes, self.facts, self.validation = {}, {}, {}, {}
+        self.loader_state = optimizer_data = None
         if self.resumed_at is not None:
             self.meta = checkpoint_manager.load_meta(self.folder, self.step)
             checkpoint_manager.check_tokenizer(self.folder, self.meta, tokenizer)
             self.evaluated = self.meta.get("evaluated", True)
+            self.notes |= {key: self.meta[key] for key in ("val_bpb", "min_val_bpb") if key in self.meta}
         self.finished = self.evaluated and (self.step == total if total else self.meta.get("finished", False))
         if self.finished:
             print0(f"{self.folder} is already trained to step {self.step}: nothing to do (--resume=0 trains it again)")
@@ -198,6 +201,15 @@ class Training:
         if self.resumed_at is not None:
             checkpoint_manager.set_rng_state(state["rng"])
 
+    def describe(self, dtype, **facts):
+        """Print facts of the run at its start, one per line, and keep them for the report."""
+        if parent := self.notes.get("parent"):
+            facts = {"Parent": f"{parent['source']} {parent['model_tag']}, step {parent['step']}", **facts}
+        precision = str(dtype).removeprefix("torch.")
+        self.facts = {**facts, "Processes": get_dist_info()[3], "Precision": precision}
+        for name, value in self.facts.items():
+            print0(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+
     @property
     def _saves_model(self) -> bool:
         return self.stage in checkpoint_manager.SOURCES
@@ -232,6 +244,15 @@ class Training:
         self.evaluated = True
         if self.step == self.saved_at:
             checkpoint_manager.amend_meta(self.folder, self.step, **self.notes, evaluated=True)
+
+    def validated(self, figures: dict):
+        """Show and log the figures of a validation, "val/bpb" at least, and keep them for checkpoints and report."""
+        bpb = figures["val/bpb"]
+        self.validation = {name: value for name, value in figures.items() if name != "val/bpb"}
+        self.notes |= {"val_bpb": bpb, "min_val_bpb": min(bpb, self.notes.get("min_val_bpb", math.inf))}
+        others = "".join(f" | {name} {v:.4f}" for name, v in self.validation.items() if v is not None)
+        self.progress.say(f"step {self.step:,} | validation bpb {bpb:.4f}{others}")
+        self.record(figures)
 
     def set_total(self, steps):
         """Make known how many steps there are to be, if they were not known at the beginning."""
@@ -364,7 +385,8 @@ class Training:
 
     def show(self, *figures, done=None):
         """Update the progress line. done: completed fraction of the run, if the number of steps is not known."""
-        figures = [f"loss {self.loss:.4f}", *figures, f"{self.tokens_per_second:,.0f} tok/s"]
+        bpb = [f"bpb {self.notes['val_bpb']:.4f}"] if "val_bpb" in self.notes else []
+        figures = [f"loss {self.loss:.4f}", *bpb, *figures, f"{self.tokens_per_second:,.0f} tok/s"]
         if self.mfu is not None:
             figures.append(f"MFU {100 * self.mfu:.1f}%")
         self.progress.update(self.step, " | ".join(figures), done)
@@ -374,11 +396,14 @@ class Training:
         self.progress.close()
         self.log.finish()
 
-    def close(self, section, results: dict, facts: dict):
+    def close(self, section, results: dict):
         """End log and progress line, and write the section of the report: what was measured, then the settings."""
         self.stop_watching()
         print0(f"trained {self.step:,} steps in {clock(self.total_time)}; checkpoint in {self.folder}")
         cuda = self.device.type == "cuda"
+        if "val_bpb" in self.notes:
+            bpb = {"Validation bpb": self.notes["val_bpb"], "Minimum validation bpb": self.notes["min_val_bpb"]}
+            results = {**bpb, **self.validation, **results}
         results = {
             **results,
             "Final training loss": self.loss,
@@ -388,7 +413,7 @@ class Training:
             "Total training time": clock(self.total_time),
             "Peak memory (MiB)": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None,
         }
-        get_report().log(section, [results, facts, "### Settings", _flat(asdict(self.config))])
+        get_report().log(section, [results, self.facts, "### Settings", _flat(asdict(self.config))])
 
 
 class PlainObjective:
@@ -417,6 +442,15 @@ class PlainObjective:
     def validate(self, batches, steps, token_bytes) -> dict:
         """Figures for the log, "val/bpb" at least. batches: of which `steps` are read; token_bytes: of each token."""
         return {"val/bpb": evaluate_bpb(self.model, batches, steps, token_bytes)}
+
+
+def set_length(model, max_seq_len) -> int:
+    """The context length T to train with: max_seq_len, or the model's own for -1. The model's config has it then."""
+    T = model.config.sequence_len if max_seq_len == -1 else max_seq_len
+    if model.max_seq_len < T:
+        raise UserError(f"max_seq_len must be at most the model's {model.max_seq_len} positions, got {T}")
+    model.config.sequence_len = T
+    return T
 
 
 def parent_model(source, device, model_tag, step):

@@ -11,27 +11,25 @@ The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle, whi
 
 import csv
 import re
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from megacontext.inference import MCInference, SessionScorer, load_for_inference, session_maker
+from megacontext.inference import InferenceOptions, SessionScorer, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (
     UserError,
     atomic_write,
     autocast,
-    compute_cleanup,
     compute_init,
     get_base_dir,
     print0,
     resolve_dtype,
 )
-from nanochat.configurator import group, run
+from nanochat.configurator import run
 from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.options import DeviceOptions, ModelOptions
@@ -42,15 +40,11 @@ evaluate_model = evaluate_core  # its name in nanochat
 
 
 @dataclass
-class Config(ModelOptions, DeviceOptions):
+class Config(ModelOptions, DeviceOptions, InferenceOptions):
     hf_path: str | None = None
     """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
     max_per_task: Count = -1
     """examples per task, at most; -1 for all"""
-    mc: bool = False
-    """read prompts through a working context; prompts longer than the model's context are then not cut"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """these options have an effect with --mc only"""
 
 
 class HFModel:
@@ -173,7 +167,6 @@ def main(config):
     if not has_bundle():
         print0(f"CORE: not run, {reason}")
         get_report().log(section, ["CORE: not run (there was no evaluation bundle)"])
-        compute_cleanup()
         return
 
     with autocast(device, dtype):
@@ -190,7 +183,6 @@ def main(config):
     if config.max_per_task > 0:
         summary["Examples per task (at most)"] = config.max_per_task
     get_report().log(section, [summary, core["centered_results"]])
-    compute_cleanup()
 
 
 if __name__ == "__main__":

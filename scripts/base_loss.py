@@ -5,15 +5,14 @@ Bits per byte of a base model on both splits, compared with gzip and xz, and sam
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 from megacontext.evaluation.validation import validate
-from megacontext.inference import MCInference, load_for_inference, session_maker
+from megacontext.inference import InferenceOptions, load_for_inference, session_maker
 from megacontext.reader import Reader
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import autocast, compute_cleanup, compute_init, print0, resolve_dtype
-from nanochat.configurator import group, run
+from nanochat.common import autocast, compute_init, print0, resolve_dtype
+from nanochat.configurator import run
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
@@ -28,15 +27,13 @@ YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a se
 
 
 @dataclass
-class Config(ModelOptions, DeviceOptions):
+class Config(ModelOptions, DeviceOptions, InferenceOptions):
     device_batch_size: Count = 32
     """sequences per batch"""
     split_tokens: Count = 20 * 524288
     """tokens to evaluate per split"""
     mc: bool = False
     """also evaluate the newest tokens in working contexts, and generate the samples with MegaContext"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """these options have an effect with --mc only"""
 
 
 def validation_bytes(limit) -> bytes:
@@ -84,7 +81,6 @@ def main(config: Config):
             print0(f"---\n{sample}")
     shown = "\n\n".join(f"```text\n{sample.replace('```', '` ` `')}\n```" for sample in samples)
     get_report().log(section="Base model loss", data=[results, f"### Samples\n\n{shown}"])
-    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Pretrain the base model.
 Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -20,7 +19,6 @@ from megacontext.config import MCConfig
 from nanochat.common import (
     UserError,
     autocast,
-    compute_cleanup,
     compute_init,
     print0,
     print_banner,
@@ -37,12 +35,10 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loop import (
     MicroBatches,
     accumulation_steps,
-    described,
     lr_multiplier,
     muon_momentum,
-    print_facts,
 )
-from nanochat.options import OptimizerOptions, TrainingOptions
+from nanochat.options import BatchOptions, OptimizerOptions, TrainingOptions
 from nanochat.ranges import Amount, Count, CountOrAll, Every, Fraction, Range
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -50,7 +46,7 @@ from nanochat.training import WARM_UP, Training
 
 
 @dataclass
-class Config(TrainingOptions, OptimizerOptions):
+class Config(TrainingOptions, BatchOptions, OptimizerOptions):
     # Model
     depth: Annotated[int, Range(1, 1000)] = 20
     """number of layers; width and heads follow from it"""
@@ -68,10 +64,6 @@ class Config(TrainingOptions, OptimizerOptions):
     target_param_data_ratio: Annotated[float, Range(0, 1e30, or_minus_one=True)] = 20.0
     """train for this many tokens per parameter (Chinchilla: 20)"""
     # Optimization
-    device_batch_size: Count = 32
-    """sequences per process in a micro-batch; lower it if memory runs out"""
-    total_batch_size: Count = 524288
-    """tokens per step over all processes, reached by gradient accumulation"""
     streams: Count = 1
     """streams of text that make up a micro-batch; more streams mix more documents into small batches"""
     piece_tokens: Count = -1
@@ -87,8 +79,6 @@ class Config(TrainingOptions, OptimizerOptions):
     # Evaluation
     eval_every: Every = 250
     """steps between validations; -1 for never"""
-    eval_tokens: Count = 20 * 524288
-    """tokens per validation"""
     core_metric_every: Every = 2000
     """steps between CORE evaluations; -1 for never"""
     core_metric_max_per_task: CountOrAll = 500
@@ -165,7 +155,6 @@ def main(config: Config):
 
     training = Training("base", tag, config, model, tokenizer, device, num_iterations, rate, companion=companion)
     if training.finished:
-        compute_cleanup()
         return
     if num_iterations is None and training.meta.get("total"):
         training.set_total(training.meta["total"])
@@ -180,12 +169,10 @@ def main(config: Config):
         **(length() if training.total else {"Minutes": config.target_minutes}),
         "Number of parameters": model.num_params(),
         "FLOPs per token": f"{model.flops_per_token():.3e}",
-        "Processes": world_size,
         "Micro-batches per step": accumulation,
-        "Precision": str(dtype).removeprefix("torch."),
         "Device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    print_facts(facts)
+    training.describe(dtype, **facts)
 
     # Data
     batches = training.batches = MicroBatches(
@@ -194,9 +181,8 @@ def main(config: Config):
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     # Loop
-    val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
-    training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, **meta_of(config, T)}
-    core_results, others = {}, {}
+    training.notes |= meta_of(config, T)
+    core_results = {}
     say = training.progress.say
     while True:
         step = training.step
@@ -204,18 +190,13 @@ def main(config: Config):
             rank_seconds = torch.tensor(training.total_time / (step - WARM_UP), device=device)
             seconds = (sum_over_ranks(rank_seconds) / world_size).item()
             training.set_total(max(step + 1, round(60 * config.target_minutes / seconds)))
-            facts |= length()
+            training.facts |= length()
             say(f"{training.total:,} steps take {config.target_minutes:g} minutes at the speed of the first {step}")
         last = step == training.total
         with training.evaluating(last):
             if training.due(config.eval_every, last):
                 with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
-                    others = objective.validate(loader, eval_steps, token_bytes)
-                val_bpb = others.pop("val/bpb")
-                min_val_bpb = min(min_val_bpb, val_bpb)
-                training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
-                say(f"step {step:,} | validation bpb {val_bpb:.4f}{described(others)}")
-                training.record({"val/bpb": val_bpb, **others})
+                    training.validated(objective.validate(loader, eval_steps, token_bytes))
             if step > 0 and training.due(core_every, last):
                 with autocast(device, dtype), torch.no_grad():
                     model.eval()
@@ -236,18 +217,11 @@ def main(config: Config):
         lrm = rate(step, training.total) if training.total else 1.0
         norm = training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
-        training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -")
+        training.show()
         training.record({"train/loss": loss, "train/lrm": lrm, "train/grad_norm": norm, **training.speed(), **stats})
 
     batches.close()
-    results = {
-        "Validation bpb": val_bpb,
-        **others,
-        "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
-        "CORE metric estimate": core_results.get("core_metric"),
-    }
-    training.close("Base model training", results, facts)
-    compute_cleanup()
+    training.close("Base model training", {"CORE metric estimate": core_results.get("core_metric")})
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ Arrow keys edit the line and recall earlier ones. Ctrl-C stops an answer; Ctrl-D
 import secrets
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from rich.console import Console
 
 from megacontext.focus_strip import focus_strip
-from megacontext.inference import MCInference, about_stream, load_for_inference, session_maker
+from megacontext.inference import InferenceOptions, about_stream, load_for_inference, session_maker
 from megacontext.streams import gist_key_of
 from nanochat import pretrained
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import group, run, short
+from nanochat.configurator import run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions
 from nanochat.pretrained import PretrainedOptions
@@ -39,7 +39,7 @@ MARKS = {"python": ("[", ""), "python_output": (" = ", "] ")}  # a tool call is 
 
 
 @dataclass
-class Config(PretrainedOptions, DeviceOptions):
+class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
     prompt: Annotated[str, short("-p")] = ""
@@ -52,14 +52,10 @@ class Config(PretrainedOptions, DeviceOptions):
     """tokens per answer, at most"""
     seed: CountOr0 = -1
     """random seed of the sampling; -1 for a different one each time"""
-    mc: bool = False
-    """MegaContext: conversations of any length, read through a working context"""
     mc_show_focus: bool = False
     """with --mc, show the conversation after each answer as a strip coloured by level of detail"""
     stream: str = ""
     """with --mc, name of a stream of scripts.mc_stream that the conversations are about"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """these options have an effect with --mc only"""
 
 
 class Stop:

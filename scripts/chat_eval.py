@@ -11,13 +11,13 @@ ChatCORE summarizes all tasks: 0 for guessing, 1 for perfect.
 """
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from megacontext.inference import MCInference, load_for_inference, session_maker
+from megacontext.inference import InferenceOptions, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print0, resolve_dtype
-from nanochat.configurator import OptionalInt, group, run, short
+from nanochat.common import UserError, autocast, compute_init, print0, resolve_dtype
+from nanochat.configurator import OptionalInt, run, short
 from nanochat.engine import Engine
 from nanochat.execution import SandboxUnavailable, find_sandbox
 from nanochat.loop import ProgressLine
@@ -31,7 +31,7 @@ QUESTIONS = ["Who are you?", "What can you do?", "What is 17 + 25?", "Spell the 
 
 
 @dataclass
-class Config(ModelOptions, DeviceOptions):
+class Config(ModelOptions, DeviceOptions, InferenceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: mid, sft, rl or base"""
     task_name: Annotated[str, short("-a")] = ""
@@ -52,8 +52,6 @@ class Config(ModelOptions, DeviceOptions):
     """problems per task, at most; -1 for all"""
     mc: bool = False
     """generate with MegaContext; multiple choice questions are always read at full detail"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """these options have an effect with --mc only"""
 
 
 def fenced(text) -> str:
@@ -139,7 +137,6 @@ def main(config: Config):
     if "ChatCORE" in results:
         print0(f"ChatCORE: {results['ChatCORE']:.4f}")
     print0(conversation)
-    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import torch
 from nanochat.common import (
     UserError,
     autocast,
-    compute_cleanup,
     compute_init,
     print_banner,
     resolve_dtype,
@@ -29,8 +28,8 @@ from nanochat.common import (
 from nanochat.configurator import run
 from nanochat.conversations import pad_rows
 from nanochat.engine import Engine
-from nanochat.loop import passes, print_facts
-from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
+from nanochat.loop import passes
+from nanochat.options import FinetuningOptions
 from nanochat.ranges import Count, CountOr0, Every, Fraction, Range
 from nanochat.training import Training, parent_model
 from tasks.mixtures import rl_tasks
@@ -38,18 +37,12 @@ from tasks.scoring import pass_at_k
 
 
 @dataclass
-class Config(TrainingOptions, OptimizerOptions, ModelOptions):
+class Config(FinetuningOptions):
     # What to train
     tasks: str = "full"
     """full (GSM8K) or local (sums)"""
     source: str = "sft"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
-    compile: str = "off"
-    """off, or on: torch.compile (answers differ in length, so it compiles often)"""
-    num_epochs: Count = 1
-    """passes over the problems"""
-    num_iterations: Count = -1
-    """optimization steps; -1 for num_epochs passes"""
     save_every: Every = 60
     """steps between checkpoints; -1 for one at the end only"""
     # Sampling
@@ -96,19 +89,11 @@ def main(config: Config):
         carried=networks,  # MegaContext's networks are saved unchanged
     )
     if training.finished:
-        compute_cleanup()
         return
     model = training.model
     engine = Engine(model, tokenizer)
     pad_id = tokenizer.encode_special("<|assistant_end|>")
-    facts = {
-        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
-        "Problems": len(train_set),
-        "Iterations": num_iterations,
-        "Processes": world_size,
-        "Precision": str(dtype).removeprefix("torch."),
-    }
-    print_facts(facts)
+    training.describe(dtype, **{"Problems": len(train_set), "Iterations": num_iterations})
 
     @torch.no_grad()
     def answers_to(task, conversation, count, seed):
@@ -195,8 +180,7 @@ def main(config: Config):
         training.record(metrics)
 
     results = {f"pass@{k}": value for k, value in passed.items()}
-    training.close("Chat RL", results, facts)
-    compute_cleanup()
+    training.close("Chat RL", results)
 
 
 if __name__ == "__main__":

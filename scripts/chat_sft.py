@@ -15,7 +15,6 @@ import torch
 from nanochat.common import (
     UserError,
     autocast,
-    compute_cleanup,
     compute_init,
     print_banner,
     resolve_dtype,
@@ -23,8 +22,8 @@ from nanochat.common import (
 )
 from nanochat.configurator import run
 from nanochat.conversations import padded_batches
-from nanochat.loop import passes, print_facts
-from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
+from nanochat.loop import passes
+from nanochat.options import FinetuningOptions
 from nanochat.ranges import Count, Every, Fraction
 from nanochat.training import Training, parent_model
 from tasks.mixtures import eval_tasks, sft_mixture, sft_val
@@ -38,18 +37,12 @@ METRICS = {
 
 
 @dataclass
-class Config(TrainingOptions, OptimizerOptions, ModelOptions):
+class Config(FinetuningOptions):
     # What to train
     tasks: str = "full"
     """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
     source: str = "mid"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
-    compile: str = "off"
-    """off, or on: torch.compile (rows differ in length, so it compiles often)"""
-    num_epochs: Count = 1
-    """passes over the conversations"""
-    num_iterations: Count = -1
-    """optimization steps; -1 for num_epochs passes"""
     # Optimization
     device_batch_size: Count = 4
     """conversations per process in a micro-batch"""
@@ -93,17 +86,9 @@ def main(config: Config):
         carried=networks,  # MegaContext's networks are saved unchanged
     )
     if training.finished:
-        compute_cleanup()
         return
     model = training.model
-    facts = {
-        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
-        "Conversations": len(train_set),
-        "Iterations": num_iterations,
-        "Processes": world_size,
-        "Precision": str(dtype).removeprefix("torch."),
-    }
-    print_facts(facts)
+    training.describe(dtype, **{"Conversations": len(train_set), "Iterations": num_iterations})
 
     def batches_of(conversations, indices):
         """This rank's rows of these conversations."""
@@ -169,8 +154,7 @@ def main(config: Config):
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed()})
 
     results = {"Validation loss": val_loss, **metrics}
-    training.close("Chat SFT", results, facts)
-    compute_cleanup()
+    training.close("Chat SFT", results)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import re
 import resource
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +44,7 @@ import torch
 
 from megacontext.arrays import Arrays
 from megacontext.chat_sessions import ChatSessions
-from megacontext.inference import MCInference, about_stream, load_for_inference
+from megacontext.inference import InferenceOptions, about_stream, load_for_inference
 from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.reader import Reader
 from megacontext.session import MCSession
@@ -54,7 +54,7 @@ from megacontext.telemetry.events import tell_session
 from nanochat import pretrained
 from nanochat.checkpoint_manager import checkpoint_root
 from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import group, run, short
+from nanochat.configurator import run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions
 from nanochat.pretrained import PretrainedOptions
@@ -70,7 +70,7 @@ CAPTURE_TEXT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"  # OpenTelem
 
 
 @dataclass
-class Config(PretrainedOptions, DeviceOptions):
+class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     num_gpus: Annotated[int, Range(1, 1024), short("-n")] = 1
     """workers, each on a GPU of its own; without GPUs, threads that share the cores"""
     source: Annotated[str, short("-i")] = "sft"
@@ -101,8 +101,6 @@ class Config(PretrainedOptions, DeviceOptions):
     """characters of one conversation; -1 for 32,000, or 2,000,000 with --mc"""
     drain_seconds: Annotated[float, Range(0, 3600)] = 30.0
     """for running answers to finish when the server is told to end"""
-    mc: bool = False
-    """MegaContext: conversations of any length, of which the model reads a working context"""
     mc_sessions: Annotated[int, Range(1, 10_000)] = 8
     """conversations that a worker keeps at hand, with --mc; others are read again at their next turn"""
     stream: str = ""
@@ -113,8 +111,6 @@ class Config(PretrainedOptions, DeviceOptions):
     """of all conversations that are kept on disk"""
     mc_keep_days: Annotated[float, Range(0.001, 1e6)] = 30.0
     """that a conversation is kept after its last answer, when room is made for another"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """what follows counts with --mc only"""
 
 
 def check(config):

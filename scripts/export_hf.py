@@ -7,27 +7,23 @@ Write a model for Hugging Face's transformers: safetensors, configuration, token
 The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 5 and newer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import resolve_dtype
-from nanochat.configurator import OptionalInt, run, short
+from nanochat.configurator import run, short
 from nanochat.hf_export import export_hf
-from nanochat.ranges import Range
+from nanochat.options import ModelOptions
 
 
 @dataclass
-class Config:
-    output: Path
+class Config(ModelOptions):
+    output: Path = field(kw_only=True)
     """the folder to write"""
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: base, mid, sft or rl"""
-    model_tag: Annotated[str, short("-g")] = ""
-    """model to load; empty for the largest"""
-    step: Annotated[OptionalInt, Range(0, or_minus_one=True), short("-s", "--model_step")] = None
-    """checkpoint to load; -1 for the newest"""
     dtype: str = "fp32"
     """bf16 or fp32, precision of the weights; fp32 is what was trained, bf16 is half as large"""
     force: bool = False

@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from megacontext.inference import MCInference, SessionScorer, load_for_inference, session_maker
+from megacontext.inference import InferenceOptions, SessionScorer, load_for_inference, session_maker
 from nanochat import pretrained
 from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, resolve_dtype
-from nanochat.configurator import group, run, short
+from nanochat.configurator import run, short
+from nanochat.options import DeviceOptions
 from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, Range
 from nanochat.report import get_report
 
 
 @dataclass
-class Config(PretrainedOptions):
+class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     tasks: str = field(kw_only=True)
     """names of tasks, separated by commas; * matches anything"""
     source: Annotated[str, short("-i")] = "base"
@@ -42,14 +43,6 @@ class Config(PretrainedOptions):
     """options for generated answers, such as max_gen_toks=64,temperature=0"""
     batch_size: Count = 8
     """rows per batch"""
-    device_type: str = ""
-    """cuda, cpu or mps; empty for the best there is"""
-    dtype: str = "auto"
-    """auto, bf16 or fp32: precision of the matrix products"""
-    mc: bool = False
-    """read with MegaContext, contexts of any length, a row at a time; otherwise they lose their beginning"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """these options have an effect with --mc only"""
 
 
 def main(config: Config):

@@ -36,7 +36,6 @@ from nanochat.common import (
     UserError,
     atomic_write,
     autocast,
-    compute_cleanup,
     compute_init,
     get_base_dir,
     print0,
@@ -272,7 +271,6 @@ def main(config: Config):
         },
     )
     print0(f"all figures: {path}")
-    compute_cleanup()
 
 
 def doublings(config) -> list[int]:

@@ -11,26 +11,25 @@ networks beside them; for a model of transformers, of the networks alone. Run th
 interrupted run from its newest checkpoint.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat import pretrained
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
+from nanochat.common import UserError, autocast, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
-from nanochat.loop import MicroBatches, accumulation_steps, described, lr_multiplier, muon_momentum, print_facts
-from nanochat.options import TrainingOptions
+from nanochat.loop import MicroBatches, accumulation_steps, lr_multiplier, muon_momentum
+from nanochat.options import BatchOptions, TrainingOptions
 from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Amount, Count, Every, Fraction
 from nanochat.tokenizer import count_token_bytes
-from nanochat.training import Training
+from nanochat.training import Training, set_length
 
 
 @dataclass
-class Config(TrainingOptions, PretrainedOptions):
+class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     output_tag: str = ""
@@ -40,10 +39,6 @@ class Config(TrainingOptions, PretrainedOptions):
     """optimization steps"""
     max_seq_len: Count = -1
     """context length T; -1 for that of the model"""
-    device_batch_size: Count = 32
-    """sequences per process in a micro-batch; lower it if memory runs out"""
-    total_batch_size: Count = 524288
-    """tokens per step over all processes, reached by gradient accumulation"""
     streams: Count = 1
     """streams of text that make up a micro-batch"""
     grad_clip: Amount = 1.0
@@ -53,8 +48,6 @@ class Config(TrainingOptions, PretrainedOptions):
     # Evaluation
     eval_every: Every = 100
     """steps between validations; -1 for never"""
-    eval_tokens: Count = 20 * 524288
-    """tokens per validation"""
     # MegaContext
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
     """settings of MegaContext"""
@@ -67,11 +60,7 @@ def main(config: Config):
     config = replace(config, megacontext=replace(config.megacontext, mc_freeze_base=True))
 
     source, model, tokenizer, parent = pretrained.parent(config, device)
-    T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
-    if model.max_seq_len < T:
-        raise UserError(f"max_seq_len must be at most the model's {model.max_seq_len} positions, got {T}")
-    model.config.sequence_len = T
-    B, streams = config.device_batch_size, config.streams
+    B, T, streams = config.device_batch_size, set_length(model, config.max_seq_len), config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = count_token_bytes(tokenizer).to(device)
 
@@ -90,37 +79,30 @@ def main(config: Config):
         frozen=True,
     )
     if training.finished:
-        compute_cleanup()
         return
     objective = make_objective(training.model)
     observe(config, "mc_train", training)
     model = training.model  # free the parent's weights after a resume
     facts = {
-        "Parent": f"{source} {parent['model_tag']}, step {parent['step']}",
         "Parameters of the model, frozen": model.num_params(),
         "Parameters of GistNet": sum(p.numel() for p in companion.gistnet.parameters()),
         "Parameters of LensNet": sum(p.numel() for p in companion.lensnet.parameters()),
         "Micro-batches per step": accumulation,
     }
-    print_facts(facts)
+    training.describe(dtype, **facts)
     batches = training.batches = MicroBatches(
         tokenizer, B, T, device, accumulation, streams, training.loader_state, keeper=objective.keeper
     )
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
     training.notes |= meta_of(config, T)
-    figures = {}
-    say = training.progress.say
     while True:
         step = training.step
         last = step == config.num_iterations
         with training.evaluating(last):
             if training.due(config.eval_every, last):
                 with TokenLoader(tokenizer, B, T, "val", device) as loader, autocast(device, dtype):
-                    figures = objective.validate(loader, eval_steps, token_bytes)
-                training.notes |= figures
-                say(f"step {step:,}{described(figures)}")
-                training.record(figures)
+                    training.validated(objective.validate(loader, eval_steps, token_bytes))
         if last:
             break
 
@@ -130,13 +112,12 @@ def main(config: Config):
         lrm = rate(step, config.num_iterations)
         training.optimize(lrm, muon_momentum(step), config.grad_clip)
         loss = training.end_step(loss, config.total_batch_size, objective.work(progress, T))
-        gain = figures.get("val/mc_context_gain")
-        training.show("gain -" if gain is None or math.isnan(gain) else f"gain {100 * gain:.1f}%")
+        gain = training.validation.get("val/mc_context_gain")
+        training.show("gain -" if gain is None else f"gain {100 * gain:.1f}%")
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed(), **stats})
 
     batches.close()
-    training.close("MegaContext training", figures, facts)
-    compute_cleanup()
+    training.close("MegaContext training", {})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ One pass over a mixture of conversations, packed into rows of max_seq_len. Run t
 to resume an interrupted run from its newest checkpoint.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -18,19 +17,19 @@ import torch.distributed as dist
 
 from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
-from nanochat.common import UserError, autocast, compute_cleanup, compute_init, print_banner, resolve_dtype
+from nanochat.common import autocast, compute_init, print_banner, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
-from nanochat.loop import accumulation_steps, described, muon_momentum, print_facts
-from nanochat.options import ModelOptions, OptimizerOptions, TrainingOptions
+from nanochat.loop import accumulation_steps, muon_momentum
+from nanochat.options import BatchOptions, ModelOptions, OptimizerOptions, TrainingOptions
 from nanochat.ranges import Count, Every, Fraction
 from nanochat.tokenizer import get_token_bytes
-from nanochat.training import Training, parent_model
+from nanochat.training import Training, parent_model, set_length
 from tasks.mixtures import mid_mixture, mid_val
 
 
 @dataclass
-class Config(TrainingOptions, OptimizerOptions, ModelOptions):
+class Config(TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
     """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
@@ -41,10 +40,6 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # Optimization
     max_seq_len: Count = -1
     """context length T; -1 for that of the model"""
-    device_batch_size: Count = 32
-    """rows per process in a micro-batch; lower it if memory runs out"""
-    total_batch_size: Count = 524288
-    """tokens per step over all processes, reached by gradient accumulation"""
     init_lr_frac: Fraction = 1.0
     """fraction of the learning rates to use"""
     warmdown_ratio: Fraction = 0.2
@@ -52,8 +47,6 @@ class Config(TrainingOptions, OptimizerOptions, ModelOptions):
     # Evaluation
     eval_every: Every = 150
     """steps between validations; -1 for never"""
-    eval_tokens: Count = 20 * 524288
-    """tokens per validation"""
     # MegaContext
     mc: bool = False
     """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
@@ -68,11 +61,7 @@ def main(config: Config):
     config = replace(config, megacontext=replace(config.megacontext, mc_past=0))  # of conversations
 
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
-    T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
-    if model.max_seq_len < T:
-        raise UserError(f"max_seq_len must be at most the model's {model.max_seq_len} positions, got {T}")
-    model.config.sequence_len = T
-    B = config.device_batch_size
+    B, T = config.device_batch_size, set_length(model, config.max_seq_len)
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = get_token_bytes(device)
     train_set, val_set = mid_mixture(config.tasks), mid_val(config.tasks)
@@ -93,19 +82,11 @@ def main(config: Config):
         carried=None if companion else networks,
     )
     if training.finished:
-        compute_cleanup()
         return
     objective = make_objective(training.model)
     observe(config, "mid_train", training)
     model = training.model  # free the parent's weights after a resume
-    facts = {
-        "Parent": f"{config.source} {parent['model_tag']}, step {parent['step']}",
-        "Conversations": len(train_set),
-        "Processes": world_size,
-        "Micro-batches per step": accumulation,
-        "Precision": str(dtype).removeprefix("torch."),
-    }
-    print_facts(facts)
+    training.describe(dtype, **{"Conversations": len(train_set), "Micro-batches per step": accumulation})
     batches = training.batches = PackedConversations(train_set, tokenizer, B, T, device, training.loader_state)
     eval_steps = max(1, config.eval_tokens // (B * T * world_size))
 
@@ -118,10 +99,7 @@ def main(config: Config):
             dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return done.item()
 
-    val_bpb, min_val_bpb = training.meta.get("val_bpb"), training.meta.get("min_val_bpb", math.inf)
-    training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, **meta_of(config, T)}
-    others = {}
-    say = training.progress.say
+    training.notes |= meta_of(config, T)
     done = part_done()
     while True:
         last = done >= 1
@@ -129,12 +107,7 @@ def main(config: Config):
             if training.due(config.eval_every, last):
                 loader = PackedConversations(val_set, tokenizer, B, T, device)
                 with autocast(device, dtype):
-                    others = objective.validate(loader, eval_steps, token_bytes)
-                val_bpb = others.pop("val/bpb")
-                min_val_bpb = min(min_val_bpb, val_bpb)
-                training.notes |= {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
-                say(f"step {training.step:,} | validation bpb {val_bpb:.4f}{described(others)}")
-                training.record({"val/bpb": val_bpb, **others})
+                    training.validated(objective.validate(loader, eval_steps, token_bytes))
         if last:
             break
 
@@ -144,17 +117,10 @@ def main(config: Config):
         training.optimize(lrm, muon_momentum(training.step))
         loss = training.end_step(loss, config.total_batch_size, objective.work(done, T))
         done = part_done()
-        training.show(f"bpb {val_bpb:.4f}" if val_bpb else "bpb -", done=done)
+        training.show(done=done)
         training.record({"train/loss": loss, "train/lrm": lrm, **training.speed(), **stats})
 
-    results = {
-        "Iterations": training.step,
-        "Validation bpb": val_bpb,
-        **others,
-        "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
-    }
-    training.close("Midtraining", results, facts)
-    compute_cleanup()
+    training.close("Midtraining", {"Iterations": training.step})
 
 
 if __name__ == "__main__":
