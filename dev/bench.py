@@ -198,7 +198,7 @@ def bench_train(config):
             for i in range(passes):
                 rows = slice(i * B_once % len(ids), i * B_once % len(ids) + B_once)
                 with autocast(ids.device, dtype):
-                    loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, i, *(places[rows] for places in streams))
+                    loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, i, *(origins[rows] for origins in streams))
                 (loss / passes).backward()
             return loss.item()  # waits for the device
 

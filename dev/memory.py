@@ -103,8 +103,8 @@ def step_memory(depth, batch, mc=False, tokens=T, vocab=VOCAB, **options) -> int
             objective = MCObjective(model, networks, config, bos=0)
         x = torch.zeros(objective.rows_at_once(batch), tokens, dtype=torch.long)
         storages.all_fake = False
-        places = torch.tensor([[stream, 0] for stream in range(len(x))])  # no text begins: each has a past
-        text = {"places": places} if mc else {}
+        origins = torch.tensor([[stream, 0] for stream in range(len(x))])  # no text begins: each has a past
+        text = {"origins": origins} if mc else {}
         for _ in range(2):
             storages.peak = storages.now
             for _ in range(2):  # micro-batches: the second one meets the gradients of the first

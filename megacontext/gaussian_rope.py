@@ -1,5 +1,5 @@
 """
-Where entries stand: rotary positions of gists.
+Rotary positions of the entries of a working context.
 
 "rank": one after another, a position each; no distance exceeds the working context. "gaussian" and "simple": where
 their spans are in the stream.
@@ -24,7 +24,7 @@ from nanochat.gpt import cos_sin_at
 MODES = ("rank", "gaussian", "simple")
 
 
-def places(entries, mode):
+def as_positions(entries, mode):
     """The entries with the first position of each for `start`, and for `span` how many positions it takes."""
     if mode != "rank":
         return entries

@@ -16,17 +16,16 @@ MAX_QUESTION = 64  # tokens; of a longer question the last ones count
 
 
 @dataclass
-class Place:
-    """Blocks [first, first + blocks), which are or lie in a tile of level lod, and LensNet's score of them, −1 to 1."""
+class Found:
+    """A block, the level of the tile that it is or lies in, and LensNet's score of it, −1 to 1."""
 
-    first: int
-    blocks: int
+    block: int
     lod: int
     score: float
 
 
 @torch.inference_mode()
-def look(session: MCSession, question: list[int], most=20) -> list[Place]:
+def look(session: MCSession, question: list[int], most=20) -> list[Found]:
     """
     Blocks in which the answer to a question, token ids, may stand: at most `most`, the highest score first.
 
@@ -38,11 +37,11 @@ def look(session: MCSession, question: list[int], most=20) -> list[Place]:
     context = session.context.select([0]).append(len(question))
     x = session.tree.materialize(session.context)[:1, : int(session.context.lengths()[0])]
     query = reader.embed(torch.tensor([question], device=session.device)).to(x.dtype)
-    places = int(context.lengths()) + torch.arange(-len(question), 0)[None]
+    at = int(context.lengths()) + torch.arange(-len(question), 0)[None]
     demand.load(session.rows)
-    asked = reader.states(torch.cat((x, query), dim=1), context, places)[0]
+    asked = reader.states(torch.cat((x, query), dim=1), context, at)[0]
     scores, blocks = score(demand.listener(asked, demand.keys.all(0)[0])).sort(descending=True, stable=True)
     blocks = demand.first + blocks[:most]
     lods = context.tiles[0, context.tile_of(blocks[None])[0]]
     found = zip(blocks.tolist(), lods.tolist(), scores.tolist(), strict=False)
-    return [Place(block, 1, lod, value) for block, lod, value in found]
+    return [Found(block, lod, value) for block, lod, value in found]

@@ -17,18 +17,18 @@ def asked_tokens(context, recent_tokens, count, generator=None):
     `count` tokens of each row, at random among those with an old block behind them; first those that stand in a context
     of B rows.
 
-    Returns (tokens [B, P], asked [B, P] bool: False where there were fewer, places: where among the entries each stands
-    [B, P], there [B, P] bool: whether it does).
+    Returns (tokens [B, P], asked [B, P] bool: False where there were fewer, entry [B, P]: the index of its entry in
+    the context, there [B, P] bool: whether it has one).
     """
     lod, start, _, valid = context.entries
-    row, place = (valid & (lod == 0)).nonzero(as_tuple=True)
-    places = torch.full((context.num_rows, context.num_tokens), -1)
-    places[row, start[row, place]] = place
-    chance = torch.rand(places.shape, generator=generator) + (places >= 0)
+    row, index = (valid & (lod == 0)).nonzero(as_tuple=True)
+    entry = torch.full((context.num_rows, context.num_tokens), -1)
+    entry[row, start[row, index]] = index
+    chance = torch.rand(entry.shape, generator=generator) + (entry >= 0)
     chance[:, : recent_tokens + context.block_size - 1] = -1.0
     chance, tokens = chance.topk(min(count, context.num_tokens), dim=1)
-    places = places.gather(1, tokens)
-    return tokens, chance >= 0, places.clamp(min=0), (chance >= 0) & (places >= 0)
+    entry = entry.gather(1, tokens)
+    return tokens, chance >= 0, entry.clamp(min=0), (chance >= 0) & (entry >= 0)
 
 
 def old_blocks_of(tokens, num_blocks, block_size, recent_tokens):

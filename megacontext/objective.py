@@ -58,19 +58,19 @@ class MCObjective:
         self.reader = Reader(model, networks, config)
         self.keeper = Pasts(self.reader, config.mc_past) if config.mc_past > 0 else None
 
-    def __call__(self, x, y, progress, seed, places=None):
+    def __call__(self, x, y, progress, seed, origins=None):
         watch = Stopwatch(x.device)
-        result = self.process_batch(x, y, progress, torch.Generator().manual_seed(seed), places=places)
+        result = self.process_batch(x, y, progress, torch.Generator().manual_seed(seed), origins=origins)
         watch.stop()
         return result.loss, {**result.stats, "mc/time_controller_ms": watch}
 
-    def process_batch(self, x, y, progress, generator=None, session_ids=None, places=None) -> MCBatchResult:
+    def process_batch(self, x, y, progress, generator=None, session_ids=None, origins=None) -> MCBatchResult:
         """
         Losses of one micro-batch, x and y [B, T] as the loader gives them.
 
         progress: part of the training that is done, which the length of the variants follows. generator: of chance, on
-        the CPU. session_ids: a name for each sequence, default 0 … B − 1. places [B, 2]: see MicroBatches; without them
-        or with mc_past 0, sequences have no past.
+        the CPU. session_ids: a name for each sequence, default 0 … B − 1. origins [B, 2]: see MicroBatches; without
+        them or with mc_past 0, sequences have no past.
         """
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
@@ -86,7 +86,7 @@ class MCObjective:
 
         old = old_blocks(T, K, recent)  # blocks that may be gists
         judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
-        far = self.keeper is not None and places is not None  # whether sequences have a past
+        far = self.keeper is not None and origins is not None  # whether sequences have a past
         tables = [reader.tree(embeds[dense:])] if dense < B else []
         if dense and (judged or far):
             with torch.no_grad():
@@ -97,7 +97,7 @@ class MCObjective:
             targets = variants.targets(y[dense:].repeat_interleave(V, 0))
         if far:
             gists = torch.cat([table.level(1) for table in tables])[order.argsort()].detach()
-            before = self.keeper.extend(places, ids, gists, generator)
+            before = self.keeper.extend(origins, ids, gists, generator)
             before = [before[i] for i in order.tolist()[dense:]]
             if dense < B:
                 most = past_entries(c, T)

@@ -7,9 +7,9 @@ is made once, in the step that reads its tokens, and kept as it then was, withou
 them. They are older than the weights by at most as many steps as a past has sequences.
 
 A stream's past begins anew where the loader says that other text begins, by chance once in most + T tokens, so that
-all lengths occur at any time, and at the latest when it would have more than `most` tokens. Until then it has an
-origin, so that its nodes stand where a session's would. Memory per stream: most + T token ids, and a vector of D for
-each K − 1 of them, K = block_size.
+all lengths occur at any time, and at the latest when it would have more than `most` tokens. Until then it keeps
+its beginning, so that its nodes stand where a session's would. Memory per stream: most + T token ids, and a vector of D
+for each K − 1 of them, K = block_size.
 
 Shapes: B sequences of T tokens, a multiple of K; R rows of variants; W entries, P of a past; D = n_embd.
 """
@@ -47,17 +47,17 @@ class Pasts:
         return tree
 
     @torch.no_grad()
-    def extend(self, places, ids, gists, generator=None) -> list[Before]:
+    def extend(self, origins, ids, gists, generator=None) -> list[Before]:
         """
         Add sequences to their streams; returns what came before each.
 
-        places [B, 2]: see MicroBatches; those of a stream in their order. ids [B, T]: the tokens. gists [B, T / K, D]
+        origins [B, 2]: see MicroBatches; those of a stream in their order. ids [B, T]: the tokens. gists [B, T / K, D]
         of level 1. generator: of chance, on the CPU.
         """
         T = ids.size(1)
         anew = torch.rand(len(ids), generator=generator) < T / (self.most + T)
         before = []
-        for (stream, fresh), chance, row, of_row in zip(places.tolist(), anew.tolist(), ids.int(), gists, strict=True):
+        for (stream, fresh), chance, row, of_row in zip(origins.tolist(), anew.tolist(), ids.int(), gists, strict=True):
             tree = self.trees.get(stream)
             if tree is None or fresh or chance or tree.num_tokens > self.most:
                 tree = self._new(stream)

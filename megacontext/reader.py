@@ -15,7 +15,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.focus import Focus
-from megacontext.gaussian_rope import entry_positions, places
+from megacontext.gaussian_rope import as_positions, entry_positions
 from megacontext.networks import MCNetworks
 from megacontext.tree import Table, build_table
 from nanochat.common import autocast, resolve_dtype
@@ -92,10 +92,10 @@ class Reader:
             return self.networks.lensnet.keys(self._suited(children))
 
     @torch.no_grad()
-    def states(self, inputs, context, places):
-        """The trunk's states [R, P, D] of the entries at these places [R, P] of a context with inputs [R, W, D]."""
+    def states(self, inputs, context, at):
+        """The trunk's states [R, P, D] of the entries with index `at` [R, P] in a context with inputs [R, W, D]."""
         states = self.model.states(inputs, self.positions(context))
-        return states.gather(1, places.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
+        return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
     def wants(self, states, keys):
         """LensNet's z [R, P, n] of blocks with keys [R, n, C], each for tokens with states [R, P, D]."""
@@ -108,13 +108,13 @@ class Reader:
             return self.networks.lensnet.wanted(self._suited(states), keys)
 
     def positions(self, context, at=None):
-        """The rotary positions of a context's entries, or of those at places `at` [R, n]: see entry_positions."""
+        """The rotary positions of a context's entries, or of those with index `at` [R, n]: see entry_positions."""
         return self.positions_of(context.entries, at)
 
     def positions_of(self, entries, at=None):
-        """The rotary positions of entries, or of those at places `at` among them."""
+        """The rotary positions of entries, or of those with index `at` among them."""
         mode = self.config.mc_positional
-        entries = places(entries, mode).at(at).to(self.device)
+        entries = as_positions(entries, mode).at(at).to(self.device)
         return entry_positions(entries.start, entries.span, self.model.frequencies, mode)
 
     def read(self, inputs, context, y) -> Reading:

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megacontext.config import MCConfig
 from megacontext.demand import Demand
 from megacontext.focus import Focus, focus_state
-from megacontext.gaussian_rope import places
+from megacontext.gaussian_rope import as_positions
 from megacontext.reader import ASKING, Reader, score
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
@@ -433,11 +433,11 @@ class MCSession:
         Note where the rows end, and turn the keys of entries that stood elsewhere in the context `before`, if there was
         one. codes: of the context now.
         """
-        _, start, span, _ = places(self._context.entries, self.config.mc_positional)
+        _, start, span, _ = as_positions(self._context.entries, self.config.mc_positional)
         self._ends = (start + span).gather(1, self._context.lengths()[:, None] - 1)[:, 0].tolist()
         if before is None or self.config.mc_positional != "rank":
             return
-        then = places(before.entries, self.config.mc_positional).start
+        then = as_positions(before.entries, self.config.mc_positional).start
         for row, (held, new, old) in enumerate(zip(self._held, codes, _codes(before), strict=True)):
             by = start[row, torch.searchsorted(new, held)] - then[row, torch.searchsorted(old, held)]
             moved = by.nonzero()[:, 0]

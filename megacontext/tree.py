@@ -201,11 +201,11 @@ class MegaContextTree:
         return self.embed_fn(values) if level == 0 else values
 
     @torch.no_grad()
-    def materialize(self, context, places=None):
-        """Embeddings [B, W, D] of a working context's entries, or of those at places [B, n]; of padding any."""
+    def materialize(self, context, at=None):
+        """Embeddings [B, W, D] of a working context's entries, or of those with index `at` [B, n]; of padding any."""
         if context.num_tokens > self.num_tokens:
             raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
-        lod, start, span, _ = context.entries.at(places).to(self.store.device)
+        lod, start, span, _ = context.entries.at(at).to(self.store.device)
         index = start // span
         x = self._get(0, index.where(lod == 0, 0))
         level = 1

@@ -45,7 +45,7 @@ class MicroBatches:
     in the next epoch.
 
     keeper: keeps something of what each stream has said: `save(stream)` gives it, as tensors in lists or dicts, and
-    `load(stream, saved)` takes it back; it is saved with the state. With one, a batch is (x, y, places), the last
+    `load(stream, saved)` takes it back; it is saved with the state. With one, a batch is (x, y, origins), the last
     [B, 2] int64 on the CPU: the number of each row's stream, and 1 for a row that is fresh (see TokenLoader).
     """
 
@@ -56,13 +56,13 @@ class MicroBatches:
         turns = accumulation if accumulation * world_size * streams <= len(list_row_groups("train")) else 1
         total = turns * world_size * streams
         numbers = [(i * world_size + rank) * streams + s for i in range(turns) for s in range(streams)]
-        places = _places(state, numbers, total) if state else None
+        states = _states_of(state, numbers, total) if state else None
         self.streams, self.numbers, self.turn, self.keeper = streams, numbers, 0, keeper
         for saved in state or []:
             if keeper and "kept" in saved and saved["world_size"] == total:
                 keeper.load(saved["rank"], saved["kept"])
         self.loader = TokenLoader(
-            tokenizer, B // streams, T, "train", device, places, ranks=numbers, world_size=total, piece=piece
+            tokenizer, B // streams, T, "train", device, states, ranks=numbers, world_size=total, piece=piece
         )
 
     def __next__(self):
@@ -85,7 +85,7 @@ class MicroBatches:
         self.loader.close()
 
 
-def _places(states, numbers, total) -> list[dict]:
+def _states_of(states, numbers, total) -> list[dict]:
     """States for the streams with these numbers, of `total`, that continue those that the ranks had before."""
     states = [{name: value for name, value in state.items() if name != "kept"} for state in states]
     if dist.is_initialized():
@@ -99,12 +99,12 @@ def _places(states, numbers, total) -> list[dict]:
     print0(
         f"data streams: {total} now, {states[0]['world_size']} before; the text continues with row group {group + 1}"
     )
-    count, places = len(list_row_groups("train")), []
+    count, continued = len(list_row_groups("train")), []
     for number in numbers:
         first = group + 1 + (number - group - 1) % total  # row groups of a stream: number, number + total, …
-        place = {"epoch": epoch, "row_group": first} if first < count else {"epoch": epoch + 1, "row_group": number}
-        places.append({**place, "token": 0, "rank": number, "world_size": total})
-    return places
+        state = {"epoch": epoch, "row_group": first} if first < count else {"epoch": epoch + 1, "row_group": number}
+        continued.append({**state, "token": 0, "rank": number, "world_size": total})
+    return continued
 
 
 def lr_multiplier(step, num_iterations, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) -> float:

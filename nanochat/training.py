@@ -341,13 +341,13 @@ class Training:
         _, rank, _, world_size = get_dist_info()
         loss, metrics = torch.zeros((), device=self.device), {}
         for i in range(count):
-            x, y, *places = next(batches)
+            x, y, *origins = next(batches)
             rows = objective.rows_at_once(len(x))
             passes = count * len(x) // rows
-            for j, (x_j, y_j, *places_j) in enumerate(zip(*(t.split(rows) for t in (x, y, *places)), strict=True)):
+            for j, (x_j, y_j, *origins_j) in enumerate(zip(*(t.split(rows) for t in (x, y, *origins)), strict=True)):
                 seed = ((self.step * count + i) * world_size + rank) * (len(x) // rows) + j
                 with autocast(self.device, dtype):
-                    part, figures = objective(x_j, y_j, progress, seed, *places_j)
+                    part, figures = objective(x_j, y_j, progress, seed, *origins_j)
                 metrics |= figures
                 if part.requires_grad:  # a part may have nothing to learn from
                     (part / passes).backward()
@@ -420,7 +420,7 @@ class PlainObjective:
     """
     The loss of the model itself; --mc replaces it by another object with these methods.
 
-    keeper: see MicroBatches; with one, its places are the last argument of a call.
+    keeper: see MicroBatches; with one, its origins are the last argument of a call.
     """
 
     keeper = None

@@ -61,8 +61,8 @@ def test_look_finds_the_blocks_that_the_lens_wants_and_changes_nothing(tokens):
     before = session.state()
     places = look(session, [1, 2, 3], most=5)
     assert session.state() == before
-    assert {place.first for place in places[: len(tokens)]} == {token // K for token in tokens}
-    assert all(place.lod == int(session.context.lod_map[0, place.first]) for place in places)
+    assert {place.block for place in places[: len(tokens)]} == {token // K for token in tokens}
+    assert all(place.lod == int(session.context.lod_map[0, place.block]) for place in places)
     assert [place.score for place in places] == sorted((place.score for place in places), reverse=True)
     assert len(places) == 5
 
@@ -121,9 +121,9 @@ def check_looking(server, tokenizer, tokens):
     for place in found["found"]:
         assert "secret number is 7919" in place["text"]
         assert "7919" in tokenizer.decode(tokens[place["start"] : place["end"]])
-    places = post(server, "look", text="What was the secret number?")["places"]
+    places = post(server, "look", text="What was the secret number?")["found"]
     assert places == sorted(places, key=lambda place: -place["score"])
-    assert all(place["first"] + place["blocks"] <= len(tokens) // K for place in places)
+    assert all(place["block"] < len(tokens) // K for place in places)
     edits = post(server, "edits")["edits"]
     assert [edit["num_tokens"] for edit in edits] == sorted(edit["num_tokens"] for edit in edits)
     assert all(edit["changes"] and abs(time.time() - edit["time"]) < 300 for edit in edits)

@@ -449,20 +449,20 @@ def test_streams_are_shared_out_anew(groups, before, now, data):
     states = []
     for number, rounded in enumerate(rounds):
         mine = range(number, groups, before)
-        epoch, place = divmod(rounded, len(mine))
-        states.append({"epoch": epoch, "row_group": mine[place], "token": 3, "rank": number, "world_size": before})
+        epoch, turn = divmod(rounded, len(mine))
+        states.append({"epoch": epoch, "row_group": mine[turn], "token": 3, "rank": number, "world_size": before})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "list_row_groups", lambda split: [None] * groups)
-        places = loop._places(states, range(now), now)
+        continued = loop._states_of(states, range(now), now)
     if before == now:
-        assert places == states
+        assert continued == states
         return
     begun = max((state["epoch"], state["row_group"]) for state in states)
-    assert [(p["rank"], p["world_size"], p["token"]) for p in places] == [(i, now, 0) for i in range(now)]
-    assert all(place["row_group"] % now == place["rank"] for place in places)
-    assert all((place["epoch"], place["row_group"]) > begun for place in places)
+    assert [(p["rank"], p["world_size"], p["token"]) for p in continued] == [(i, now, 0) for i in range(now)]
+    assert all(state["row_group"] % now == state["rank"] for state in continued)
+    assert all((state["epoch"], state["row_group"]) > begun for state in continued)
     ahead = {
-        group for place in places if place["epoch"] == begun[0] for group in range(place["row_group"], groups, now)
+        group for state in continued if state["epoch"] == begun[0] for group in range(state["row_group"], groups, now)
     }
     assert ahead == set(range(begun[1] + 1, groups))
 

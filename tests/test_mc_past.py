@@ -24,7 +24,7 @@ def learned(**options):
     return objective
 
 
-def places(streams, fresh=()):
+def origins(streams, fresh=()):
     return torch.tensor([[stream, int(row in fresh)] for row, stream in enumerate(streams)])
 
 
@@ -64,7 +64,7 @@ def test_pasts_against_the_whole_stream(length):
         streams, fresh = [0, 0, 1, 1], {1: {2}, 7: {1}}.get(step, set())
         with torch.no_grad():
             gists = reader.tree(reader.embed(ids)).level(1)
-        before = pasts.extend(places(streams, fresh), ids, gists, chance)
+        before = pasts.extend(origins(streams, fresh), ids, gists, chance)
         for row, (stream, (_, n)) in enumerate(zip(streams, before, strict=True)):
             assert n == 0 or (row not in fresh and n == lengths[stream][-1] + length)  # it goes on, or begins anew
             past, lengths[stream] = told[stream][len(told[stream]) - n :], [*lengths[stream], n]
@@ -107,11 +107,11 @@ def test_the_loss_against_one_row_at_a_time():
     objective = learned()
     model, reader, V = objective.model, objective.reader, objective.config.mc_num_random_variants
     for step in range(3):
-        objective.process_batch(*tokens(B=3, seed=step), 1.0, None, places=places([0, 0, 1]))
+        objective.process_batch(*tokens(B=3, seed=step), 1.0, None, origins=origins([0, 0, 1]))
     x, y = tokens(B=4, seed=9)
-    rows = places([0, 1, 1, 2], fresh={1})
+    rows = origins([0, 1, 1, 2], fresh={1})
     saved = [objective.keeper.save(stream) for stream in range(3)]
-    result = objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(0), places=rows)
+    result = objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(0), origins=rows)
 
     generator = torch.Generator().manual_seed(0)
     torch.rand((), generator=generator)
@@ -147,9 +147,9 @@ def test_who_learns_from_a_past():
         objective = learned(mc_lens_loss_weight=0.0)
         old = torch.randint(35, 70, (4, T), generator=torch.Generator().manual_seed(other))
         for _ in range(2):
-            objective.process_batch(old, old, 1.0, torch.Generator().manual_seed(0), places=places(range(4)))
+            objective.process_batch(old, old, 1.0, torch.Generator().manual_seed(0), origins=origins(range(4)))
         x, y = (t % 35 for t in tokens(B=4))
-        result = objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(2), places=places(range(4)))
+        result = objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(2), origins=origins(range(4)))
         result.loss.backward()
         grads.append(objective.model.transformer.wte.weight.grad)
         losses.append(result.stats["mc/token_loss"].item())
@@ -164,12 +164,12 @@ def test_who_learns_from_a_past():
 def test_gists_of_the_past_have_no_gradient_and_stay_as_they_were():
     objective = learned()
     x, y = tokens(B=2)
-    objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(0), places=places([0, 1])).loss.backward()
+    objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(0), origins=origins([0, 1])).loss.backward()
     kept = objective.keeper.save(0)
     with torch.no_grad():
         for p in objective.reader.networks.gistnet.parameters():
             p.add_(1.0)
-    objective.process_batch(*tokens(B=2, seed=1), 1.0, torch.Generator().manual_seed(3), places=places([0, 1]))
+    objective.process_batch(*tokens(B=2, seed=1), 1.0, torch.Generator().manual_seed(3), origins=origins([0, 1]))
     for level, values in enumerate(objective.keeper.save(0)):
         assert not values.requires_grad
         if level < len(kept):
@@ -181,12 +181,13 @@ def test_what_was_saved_goes_on_bit_for_bit():
     one, two = learned(), learned()
     for step in range(3):
         batch = *tokens(B=4, seed=step), 1.0, torch.Generator().manual_seed(step)
-        one.process_batch(*batch, places=places([3, 3, 5, 5]))
+        one.process_batch(*batch, origins=origins([3, 3, 5, 5]))
     for stream in (3, 5, 7):
         two.keeper.load(stream, one.keeper.save(stream))
     batch = tokens(B=4, seed=8)
     results = [
-        o.process_batch(*batch, 1.0, torch.Generator().manual_seed(9), places=places([3, 5, 5, 7])) for o in (one, two)
+        o.process_batch(*batch, 1.0, torch.Generator().manual_seed(9), origins=origins([3, 5, 5, 7]))
+        for o in (one, two)
     ]
     assert results[0].loss.item() == results[1].loss.item()
     for stream in (3, 5, 7):
@@ -194,12 +195,12 @@ def test_what_was_saved_goes_on_bit_for_bit():
 
 
 def test_without_a_past_nothing_changes():
-    """mc_past 0, or no places, is the training of sequences alone, and the first sequence of each stream is, too."""
+    """mc_past 0, or no origins, is the training of sequences alone, and the first sequence of each stream is, too."""
     losses = []
-    for options, rows in (({"mc_past": 0}, places(range(4))), ({}, None)):
+    for options, rows in (({"mc_past": 0}, origins(range(4))), ({}, None)):
         objective = learned(**options)
         batch = *tokens(B=4), 1.0, torch.Generator().manual_seed(0)
-        losses.append(objective.process_batch(*batch, places=rows).loss.item())
+        losses.append(objective.process_batch(*batch, origins=rows).loss.item())
     assert losses[0] == losses[1]
 
 
@@ -216,5 +217,5 @@ def test_the_option():
 def test_all_lengths_up_to_the_bound_occur(most):
     pasts, x = Pasts(learned().reader, most), torch.zeros(300, T, dtype=torch.long)
     gists = torch.zeros(300, T // K, 32)
-    lengths = [n for _, n in pasts.extend(places([0] * 300), x, gists, torch.Generator().manual_seed(0))]
+    lengths = [n for _, n in pasts.extend(origins([0] * 300), x, gists, torch.Generator().manual_seed(0))]
     assert set(lengths) == set(range(0, most + 1, T))

@@ -150,10 +150,10 @@ def test_auto_batch_keeps_to_the_memory_of_the_plain_model(options):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(70, (16, 128), generator=generator)
     plain = saved_bytes(lambda: model(x, x))
-    places = torch.tensor([[row, 0] for row in range(rows)])
+    origins = torch.tensor([[row, 0] for row in range(rows)])
     for _ in range(4):  # so that there is a past
-        objective.process_batch(x[:rows], x[:rows], 0.0, generator, places=places)
-    ours = saved_bytes(lambda: objective.process_batch(x[:rows], x[:rows], 0.0, generator, places=places).loss)
+        objective.process_batch(x[:rows], x[:rows], 0.0, generator, origins=origins)
+    ours = saved_bytes(lambda: objective.process_batch(x[:rows], x[:rows], 0.0, generator, origins=origins).loss)
     assert ours < 1.15 * plain
     assert ours > 0.4 * plain  # and the memory is used
 

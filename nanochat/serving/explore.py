@@ -45,8 +45,8 @@ def create_router(service):
         found = list(islice(find_text(read, service.pool.tokenizer, text, start, end), schema.FOUND_PLACES))
         then = found[-1][0] + 1 if len(found) == schema.FOUND_PLACES else end
         around = texts(conversation, [(max(0, first - AROUND), last + AROUND) for first, last in found])
-        places = [{"start": a, "end": b, "text": text} for (a, b), text in zip(found, around, strict=True)]
-        return {"found": places, "next": then if read(then, then + 1) else None}
+        found = [{"start": a, "end": b, "text": text} for (a, b), text in zip(found, around, strict=True)]
+        return {"found": found, "next": then if read(then, then + 1) else None}
 
     @router.post("/find")
     async def find(body: schema.FindRequest):
@@ -58,9 +58,9 @@ def create_router(service):
         ids = service.pool.tokenizer.encode(body.text)
         with unavailable_as_503():
             answer = service.pool.call(sessions, lambda: sessions.look(body.conversation, ids))
-        places = await asyncio.wrap_future(answer)
-        if places is None:
+        found = await asyncio.wrap_future(answer)
+        if found is None:
             raise ApiError(404, "there is no such conversation here", "not_found")
-        return {"places": [asdict(place) for place in places]}
+        return {"found": [asdict(block) for block in found]}
 
     return router

@@ -79,7 +79,7 @@ class Sessions(Protocol):
 
     def look(self, conversation: str, question: list[int]) -> list | None:
         """
-        Places in which the answer to a question may stand, for POST /focus/look; None where there is no such
+        Blocks in which the answer to a question may stand, for POST /focus/look; None where there is no such
         conversation. For the worker's thread.
         """
 

@@ -177,12 +177,12 @@ function findText(text, start = 0, before = []) {
 
 function askLens(text) {
   list(`Where the model would look for “${text}”`, async () => {
-    const { places } = await post("look", { text });
-    const { texts } = await post("blocks", { blocks: places.map(({ first }) => first), tokens: EXCERPT });
-    marks = places.map(({ first }) => first);
-    if (!places.length) return [make("li", { className: "note", textContent: "The conversation is too short for that." })];
-    return places.map(({ first, blocks: count, score }, i) => row(() => show(first),
-      [gauge(score), tokens(first, first + count), make("small", { textContent: `score ${score.toFixed(2).replace("-", "−")}` })], make("q", { textContent: texts[i] })));
+    const { found } = await post("look", { text });
+    marks = found.map(({ block }) => block);
+    const { texts } = await post("blocks", { blocks: marks, tokens: EXCERPT });
+    if (!found.length) return [make("li", { className: "note", textContent: "The conversation is too short for that." })];
+    return found.map(({ block, score }, i) => row(() => show(block),
+      [gauge(score), tokens(block, block + 1), make("small", { textContent: `score ${score.toFixed(2).replace("-", "−")}` })], make("q", { textContent: texts[i] })));
   });
 }
 
