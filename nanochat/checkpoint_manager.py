@@ -31,17 +31,14 @@ SOURCES = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
+FOLDERS = SOURCES | {"hf": "hf_networks"}  # and of networks for models of transformers, whose weights lie elsewhere
 
 
 def checkpoint_root(source: str) -> Path:
-    """The folder that holds all models of a stage, or for "hf" what was trained for models of transformers."""
-    return get_base_dir() / ("hf_networks" if source == "hf" else SOURCES[_checked(source)])
-
-
-def _checked(source):
-    if source not in SOURCES:
+    """The folder that holds all checkpoints of a stage, or of "hf"."""
+    if source not in FOLDERS:
         raise UserError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-    return source
+    return get_base_dir() / FOLDERS[source]
 
 
 def model_folder(source: str, model_tag: str) -> Path:
@@ -397,11 +394,13 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, companio
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, got {phase!r}")
-    folder = model_folder(_checked(source), model_tag or find_largest_model(checkpoint_root(source), companion))
+    folder = model_folder(source, model_tag or find_largest_model(checkpoint_root(source), companion))
     step = find_last_step(folder, print0) if step is None else step
     if step is None:
         raise no_checkpoint(folder, [folder])
     model_data, _, meta_data, _ = load_checkpoint(folder, step, device)
+    if model_data is None:
+        raise UserError(f"{folder} has networks for a model of transformers: name that model with --hf-path")
     model = build_model(model_data, meta_data.get("model_config", {}), device)
     tokenizer = get_tokenizer()
     if tokenizer.get_vocab_size() != model.config.vocab_size:

@@ -159,15 +159,6 @@ def passes(examples, num_iterations, num_epochs, per_step) -> int:
 WANDB_TIMEOUT = 30  # seconds until a server that does not answer is given up
 
 
-WANDB_PROJECTS = {
-    "base": "nanochat",
-    "mid": "nanochat-mid",
-    "sft": "nanochat-sft",
-    "rl": "nanochat-rl",
-    "hf": "nanochat-hf",
-}
-
-
 def open_wandb(project, run, config, wandb_id=None):
     """
     A W&B run; offline, with a warning, where W&B cannot be reached; None if it does not work at all.
@@ -225,7 +216,7 @@ class RunLog:
         except OSError as error:
             print0(f"there will be no log {path}: {error.strerror}")
         if run != "dummy":
-            self.wandb = open_wandb(WANDB_PROJECTS[stage], run, config, wandb_id)
+            self.wandb = open_wandb("nanochat" if stage == "base" else f"nanochat-{stage}", run, config, wandb_id)
         if self.wandb:
             self.wandb_id = self.wandb.id
 

@@ -290,6 +290,9 @@ def test_load_model(base_dir, tokenizer):
         cm.load_model("base", "cpu", model_tag="nowhere")
     with pytest.raises(UserError, match="source must be one of base, mid, sft, rl, got 'foo'"):
         cm.load_model("foo", "cpu")
+    cm.save_checkpoint(cm.checkpoint_root("hf") / "tiny", 1, None, companion_data={"weight": torch.ones(1)})
+    with pytest.raises(UserError, match="tiny has networks for a model of transformers: .* --hf-path"):
+        cm.load_model("hf", "cpu")
 
 
 def test_load_model_with_another_tokenizer(base_dir, tokenizer):
