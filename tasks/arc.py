@@ -1,22 +1,16 @@
 """ARC: grade-school science questions with three to five choices (Clark et al. 2018, arXiv:1803.05457)."""
 
-from tasks.common import Task, last_text, render_mc
-from tasks.hub import load_split
+from tasks.common import last_text, render_mc
+from tasks.hub import HubTask
 
 
-class ARC(Task):
+class ARC(HubTask):
     """subset: "ARC-Easy" or "ARC-Challenge"; split: "train", "validation" or "test"."""
 
     eval_type = "categorical"
 
-    def __init__(self, subset: str, split: str, **slicing):
-        super().__init__(**slicing)
-        if subset not in ("ARC-Easy", "ARC-Challenge") or split not in ("train", "validation", "test"):
-            raise ValueError(f"ARC has no subset {subset!r} with a split {split!r}")
-        self.rows = load_split("allenai/ai2_arc", subset, split, ("question", "choices", "answerKey"))
-
-    def num_examples(self):
-        return len(self.rows)
+    repo, columns = "allenai/ai2_arc", ("question", "choices", "answerKey")
+    splits = dict.fromkeys(("ARC-Easy", "ARC-Challenge"), ("train", "validation", "test"))
 
     def get_example(self, index):
         row = self.rows[index]

@@ -10,11 +10,10 @@ A hash of the two operands decides whether a sum is for training or for testing,
 and wording. So no sum of the test split occurs in training.
 """
 
-import random
 from zlib import crc32
 
 from nanochat.calculator import calculate
-from tasks.common import NumberTask
+from tasks.common import GeneratedTask, NumberTask
 
 SPOKEN_SHARE = 0.1  # of the questions say "plus" for "+"
 TEST_SHARE = 10  # one pair of operands in ten
@@ -75,7 +74,7 @@ def pair_split(a: int, b: int) -> str:
     return "test" if crc32(f"{min(a, b)},{max(a, b)}".encode()) % TEST_SHARE == 0 else "train"
 
 
-class Arithmetic(NumberTask):
+class Arithmetic(GeneratedTask, NumberTask):
     """
     `size` sums of the four operations. split: "train" or "test".
 
@@ -88,17 +87,11 @@ class Arithmetic(NumberTask):
     def __init__(
         self, size: int, split: str, stories: float = 0.3, two_steps: float = 0.0, max_operand: int = 99, **slicing
     ):
-        super().__init__(**slicing)
-        if split not in ("train", "test"):
-            raise ValueError(f"expected split 'train' or 'test', got {split!r}")
-        self.size, self.split, self.stories, self.two_steps = size, split, stories, two_steps
-        self.max_operand = max_operand
-
-    def num_examples(self):
-        return self.size
+        super().__init__(size, split, **slicing)
+        self.stories, self.two_steps, self.max_operand = stories, two_steps, max_operand
 
     def get_example(self, index):
-        rng = random.Random(f"Arithmetic {self.split} {index}")
+        rng = self.random(index)
         op, a, b = self._draw(rng)
         numbers, call, stories = {"a": a, "b": b}, f"{a} {op} {b}", STORIES[op]
         two_steps = op in "+-" and rng.random() < self.two_steps

@@ -48,6 +48,22 @@ class Task:
         return self.get_example(self._numbers()[index])
 
 
+class GeneratedTask(Task):
+    """`size` conversations that are made from their numbers. split: "train" or "test", which share no seed."""
+
+    def __init__(self, size: int, split: str, **slicing):
+        super().__init__(**slicing)
+        if split not in ("train", "test"):
+            raise ValueError(f"expected split 'train' or 'test', got {split!r}")
+        self.size, self.split = size, split
+
+    def num_examples(self):
+        return self.size
+
+    def random(self, index) -> random.Random:
+        return random.Random(f"{type(self).__name__} {self.split} {index}")
+
+
 class TaskMixture(Task):
     """All conversations of several tasks in one fixed random order. A task given twice comes twice."""
 

@@ -8,7 +8,7 @@ line is "#### " and the answer.
 import re
 
 from tasks.common import NumberTask
-from tasks.hub import load_split
+from tasks.hub import HubTask
 
 SUM = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 
@@ -25,17 +25,11 @@ def solution_parts(answer: str) -> list[dict]:
     return [part for part in parts if part["text"]]
 
 
-class GSM8K(NumberTask):
+class GSM8K(HubTask, NumberTask):
     """subset: "main" or "socratic"; split: "train" or "test"."""
 
-    def __init__(self, subset: str, split: str, **slicing):
-        super().__init__(**slicing)
-        if subset not in ("main", "socratic") or split not in ("train", "test"):
-            raise ValueError(f"GSM8K has no subset {subset!r} with a split {split!r}")
-        self.rows = load_split("openai/gsm8k", subset, split, ("question", "answer"))
-
-    def num_examples(self):
-        return len(self.rows)
+    repo, columns = "openai/gsm8k", ("question", "answer")
+    splits = dict.fromkeys(("main", "socratic"), ("train", "test"))
 
     def get_example(self, index):
         row = self.rows[index]

@@ -12,6 +12,7 @@ import pyarrow.json
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.sources import read_text
+from tasks.common import Task
 
 SHUFFLE_SEED = 42
 
@@ -52,3 +53,18 @@ def load_split(repo: str, config: str, split: str, columns=()):
         place = path or f"{repo} ({config}, {split})"
         raise UserError(f"{place}: expected columns {', '.join(columns)}; no {', '.join(missing)} there: replace it")
     return rows.shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
+
+
+class HubTask(Task):
+    """A task on a dataset of the hub. splits: its configurations, each with the names of their splits."""
+
+    repo, columns, splits = "", (), {}
+
+    def __init__(self, subset: str, split: str, **slicing):
+        super().__init__(**slicing)
+        if split not in self.splits.get(subset, ()):
+            raise ValueError(f"{type(self).__name__} has no subset {subset!r} with a split {split!r}")
+        self.rows = load_split(self.repo, subset, split, self.columns)
+
+    def num_examples(self):
+        return len(self.rows)

@@ -7,11 +7,9 @@ A completion counts when it passes the tests, run in the sandbox of nanochat/exe
 import re
 
 from nanochat.execution import execute_code
-from tasks.common import Task
-from tasks.hub import load_split
+from tasks.hub import HubTask
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
 TIMEOUT = 5.0  # seconds
 
 
@@ -32,15 +30,14 @@ def extract_program(completion: str) -> str:
     return match[1] if match else completion
 
 
-class HumanEval(Task):
+class HumanEval(HubTask):
     """164 problems."""
 
-    def __init__(self, **slicing):
-        super().__init__(**slicing)
-        self.rows = load_split("openai/openai_humaneval", "openai_humaneval", "test", COLUMNS)
+    repo, columns = "openai/openai_humaneval", ("prompt", "canonical_solution", "test", "entry_point")
+    splits = dict.fromkeys(("openai_humaneval",), ("test",))
 
-    def num_examples(self):
-        return len(self.rows)
+    def __init__(self, **slicing):
+        super().__init__("openai_humaneval", "test", **slicing)
 
     def get_example(self, index):
         row = self.rows[index]

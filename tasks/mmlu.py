@@ -1,25 +1,20 @@
 """MMLU: four-choice questions on 57 subjects (Hendrycks et al. 2020, arXiv:2009.03300)."""
 
-from tasks.common import Task, last_text, render_mc
-from tasks.hub import load_split
+from typing import ClassVar
+
+from tasks.common import last_text, render_mc
+from tasks.hub import HubTask
 
 LETTERS = ("A", "B", "C", "D")
-SPLITS = {"all": ("dev", "validation", "test", "auxiliary_train"), "auxiliary_train": ("train",)}
 
 
-class MMLU(Task):
+class MMLU(HubTask):
     """subset "all" with split "dev", "validation" or "test"; subset "auxiliary_train" with split "train"."""
 
     eval_type = "categorical"
 
-    def __init__(self, subset: str, split: str, **slicing):
-        super().__init__(**slicing)
-        if split not in SPLITS.get(subset, ()):
-            raise ValueError(f"MMLU has no subset {subset!r} with a split {split!r}")
-        self.rows = load_split("cais/mmlu", subset, split)
-
-    def num_examples(self):
-        return len(self.rows)
+    repo = "cais/mmlu"
+    splits: ClassVar = {"all": ("dev", "validation", "test", "auxiliary_train"), "auxiliary_train": ("train",)}
 
     def get_example(self, index):
         row = self.rows[index]

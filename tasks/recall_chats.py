@@ -11,7 +11,7 @@ import random
 import re
 
 from nanochat.recall import FACTS, recall_document
-from tasks.common import Task, last_text
+from tasks.common import GeneratedTask, last_text
 
 SHORTEST = 1200  # characters of a conversation
 FACTS_ASKED = 4  # of a conversation
@@ -20,19 +20,14 @@ ACKNOWLEDGED = "I see."
 VALUES = {value for values in FACTS.values() for value in values}
 
 
-class Recall(Task):
+class Recall(GeneratedTask):
     """`size` conversations of SHORTEST to `chars` characters, log-uniform. split: "train" or "test"."""
 
     def __init__(self, size: int, split: str, chars: int = 6000, **slicing):
-        super().__init__(**slicing)
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be train or test, got {split!r}")
+        super().__init__(size, split, **slicing)
         if chars < SHORTEST:
             raise ValueError(f"expected chars of {SHORTEST} or more, got {chars}")
-        self.size, self.split, self.chars = size, split, chars
-
-    def num_examples(self):
-        return self.size
+        self.chars = chars
 
     def get_example(self, index):
         rng = random.Random(f"recall chat {self.split} {index}")

@@ -1,20 +1,16 @@
 """SmolTalk: general conversations, in the version for small models (Allal et al. 2025, arXiv:2502.02737)."""
 
-from tasks.common import Task
-from tasks.hub import load_split
+from tasks.hub import HubTask
 
 
-class SmolTalk(Task):
+class SmolTalk(HubTask):
     """split: "train" (460K conversations) or "test" (24K). Has no right answers to evaluate."""
 
-    def __init__(self, split: str, **slicing):
-        super().__init__(**slicing)
-        if split not in ("train", "test"):
-            raise ValueError(f"SmolTalk has no split {split!r}")
-        self.rows = load_split("HuggingFaceTB/smol-smoltalk", "default", split, ("messages",))
+    repo, columns = "HuggingFaceTB/smol-smoltalk", ("messages",)
+    splits = dict.fromkeys(("default",), ("train", "test"))
 
-    def num_examples(self):
-        return len(self.rows)
+    def __init__(self, split: str, **slicing):
+        super().__init__("default", split, **slicing)
 
     def get_example(self, index):
         messages = self.rows[index]["messages"]

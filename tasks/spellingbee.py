@@ -6,9 +6,7 @@ calculator tool and ends in "#### " and the number. SimpleSpelling: spell a word
 most often.
 """
 
-import random
-
-from tasks.common import NumberTask, Task, last_text
+from tasks.common import GeneratedTask, NumberTask, last_text
 from tasks.words import split_words, word_list
 
 QUESTIONS = [
@@ -51,22 +49,13 @@ SPELL_QUESTIONS = [
 QUOTES = ["{}", "'{}'", '"{}"']
 
 
-class _WordTask(Task):
+class _WordTask(GeneratedTask):
     """`size` questions on words. Neither seeds nor words of split "test" are in "train"."""
 
     def __init__(self, size: int, split: str, words: str = "large", **slicing):
-        super().__init__(**slicing)
-        if split not in ("train", "test"):
-            raise ValueError(f"expected split 'train' or 'test', got {split!r}")
-        self.size, self.split = size, split
+        super().__init__(size, split, **slicing)
         self.words = split_words(word_list(words), split)
         self.letters = sorted(set("".join(self.words)))
-
-    def num_examples(self):
-        return self.size
-
-    def _random(self, index):
-        return random.Random(f"{type(self).__name__} {self.split} {index}")
 
 
 def spell(word: str) -> str:
@@ -78,7 +67,7 @@ class SpellingBee(_WordTask, NumberTask):
     """Count a letter in a word, by hand and with the tool."""
 
     def get_example(self, index):
-        rng = self._random(index)
+        rng = self.random(index)
         word = rng.choice(self.words)
         letter = rng.choice(word if rng.random() < 0.9 else self.letters)
         count, running, steps = word.count(letter), 0, []
@@ -103,7 +92,7 @@ class SimpleSpelling(_WordTask):
     """Spell a word."""
 
     def get_example(self, index):
-        rng = self._random(index)
+        rng = self.random(index)
         word = rng.choice(self.words)
         question = rng.choice(SPELL_QUESTIONS).format(word=word)
         answer = f"{word}: {spell(word)}"
