@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,61 +63,49 @@ def smoothed(values, span):
     return out
 
 
-def _focus(axes, values):
-    """Limit the y axis to the values after the first steps, which are much larger than the rest."""
-    low, high = values.min(), values[len(values) // 50 :].max()
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    axes.set_ylim(low - margin, high + margin)
+class Panel(NamedTuple):
+    """How a curve is drawn. span: part of it over which a trend is averaged; 0 for its points alone."""
+
+    title: str
+    unit: str
+    color: str
+    span: float = 0.0
 
 
-def _loss(axes, steps, values):
-    trend = smoothed(values, span=len(values) / 100)
-    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8, label="logged")
-    axes.plot(steps, trend, color=BLUE, linewidth=2, label=f"moving average, last {trend[-1]:.3f}")
-    _focus(axes, values)
-    axes.set(title="Training loss", ylabel="nats per token")
-    axes.legend(loc="upper right")
+PANELS = {  # of what is logged
+    "train/loss": Panel("Training loss", "nats per token", BLUE, 0.01),
+    "train/reward": Panel("Mean reward of the samples", "share", BLUE, 0.05),
+    "val/bpb": Panel("Validation", "bits per byte", ORANGE),
+    "val/loss": Panel("Validation loss", "nats per token", ORANGE),
+    "pass@1": Panel("Problems solved, pass@1", "share", ORANGE, 0.05),
+    "train/tok_per_sec": Panel("Throughput", "tokens per second", GREEN, 0.05),
+}
 
 
-def _bpb(axes, steps, values, yardsticks):
-    label = f"model, last {values[-1]:.3f}"
-    axes.plot(steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=label)
+def _draw(axes, panel, steps, values, yardsticks):
+    """yardsticks: name → value, drawn as lines."""
+    human, trend = EngFormatter(sep=""), smoothed(values, panel.span * len(values))
+    last = human(float(f"{trend[-1]:.3g}")) if trend[-1] >= 1000 else f"{trend[-1]:.3f}"
+    marker, label = ("", f"moving average, last {last}") if panel.span else ("o", f"last {last}")
+    if panel.span:
+        axes.plot(steps, values, color=panel.color, alpha=0.3, linewidth=0.8, label="logged")
+    axes.plot(steps, trend, color=panel.color, linewidth=2, marker=marker, markersize=3.5, label=label)
     for (name, value), style in zip(yardsticks.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=GREY, linewidth=1.4, linestyle=style, label=f"{name}: {value:.3f}")
-    _focus(axes, np.array([*values, *yardsticks.values()]))  # the compressors' lines are always visible
-    axes.set(title="Validation", ylabel="bits per byte")
-    axes.legend(loc="upper right")
-
-
-def _validation_loss(axes, steps, values):
-    label = f"last {values[-1]:.3f}"
-    axes.plot(steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label=label)
-    _focus(axes, values)
-    axes.set(title="Validation loss", ylabel="nats per token")
-    axes.legend(loc="upper right")
-
-
-def _share(title, color):
-    """A panel for a share of problems between 0 and 1."""
-
-    def draw(axes, steps, values):
-        trend = smoothed(values, span=len(values) / 20)
-        axes.plot(steps, values, color=color, alpha=0.4, linewidth=1, marker="o" if len(values) < 30 else None)
-        axes.plot(steps, trend, color=color, linewidth=2, label=f"first {values[0]:.3f}, last {values[-1]:.3f}")
-        axes.set(title=title, ylim=(-0.03, 1.03))
-        axes.legend(loc="lower right")
-
-    return draw
-
-
-def _throughput(axes, steps, values):
-    human = EngFormatter(sep="")
-    median = float(f"{np.median(values):.3g}")
-    axes.plot(steps, values, color=GREEN, linewidth=1, label=f"median {human(median)}")
-    axes.set_ylim(0, 1.15 * np.percentile(values, 99))
-    axes.yaxis.set_major_formatter(human)
-    axes.set(title="Throughput", ylabel="tokens per second")
-    axes.legend(loc="lower right")
+    if panel.unit == "share":
+        axes.set_ylim(-0.03, 1.03)
+    elif panel.unit == "tokens per second":
+        axes.set_ylim(0, 1.15 * np.percentile(values, 99))
+        axes.yaxis.set_major_formatter(human)
+    else:  # what comes after the first steps, which are much larger than the rest, and always the yardsticks
+        shown = np.array([*values[len(values) // 50 :], *yardsticks.values()])
+        low, high = min(values.min(), shown.min()), shown.max()
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+    axes.set(title=panel.title, ylabel=panel.unit, xlabel="step")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.legend(loc="best")
+    tidy(axes)
 
 
 def plot_log(records, title, yardsticks=None) -> bytes | None:
@@ -125,24 +114,13 @@ def plot_log(records, title, yardsticks=None) -> bytes | None:
 
     yardsticks: name → bits per byte, drawn as lines in the validation panel. Returns None if there is no curve.
     """
-    panels = [
-        ("train/loss", _loss),
-        ("train/reward", _share("Mean reward of the samples", BLUE)),
-        ("val/bpb", lambda *args: _bpb(*args, yardsticks or {})),
-        ("val/loss", _validation_loss),
-        ("pass@1", _share("Problems solved, pass@1", ORANGE)),
-        ("train/tok_per_sec", _throughput),
-    ]
-    curves = [(draw, *series(records, key)) for key, draw in panels]
-    curves = [curve for curve in curves if len(curve[1])]
+    curves = {key: series(records, key) for key in PANELS}
+    curves = {key: curve for key, curve in curves.items() if len(curve[1])}
     if not curves:
         return None
     figure, panels = new_figure(title, len(curves))
-    for axes, (draw, steps, values) in zip(panels, curves, strict=True):
-        draw(axes, steps, values)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-        tidy(axes)
+    for axes, (key, curve) in zip(panels, curves.items(), strict=True):
+        _draw(axes, PANELS[key], *curve, (yardsticks or {}) if key == "val/bpb" else {})
     return png(figure)
 
 
