@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UserError
+from nanochat.common import UserError, sync
 
 FORMAT = "megacontext arrays 1"
 CHUNK_BYTES = 65536  # of the chunks of new arrays, if a row is not longer
@@ -114,9 +114,9 @@ class Arrays:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-            _sync_folder(temporary)
+            sync(temporary)
             temporary.rename(folder)  # fails if there is one with something in it
-            _sync_folder(folder.parent)
+            sync(folder.parent)
         except OSError as error:
             if temporary:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -365,7 +365,7 @@ class Arrays:
             for fd in [fd for name in self._to_sync for fd in self._open(name)]:
                 os.fsync(fd)
             if self._folder_grew:
-                _sync_folder(self.folder)
+                sync(self.folder)
             self._write_manifest()
         self._to_sync, self._folder_grew = set(), False
 
@@ -414,11 +414,3 @@ def _write(fd, data, offset):
     while data:
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
-
-
-def _sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

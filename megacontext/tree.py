@@ -37,10 +37,6 @@ class Table(NamedTuple):
         start, *end = *self.offsets[level : level + 2], self.values.size(1)
         return self.values[:, start : end[0]]
 
-    def rows(self, start, end) -> "Table":
-        """The table of some of the batch's rows."""
-        return Table(self.values[start:end], self.offsets)
-
     def materialize(self, context):
         """
         Embeddings [R, W, D] of a working context's entries, in one gather; padding gets the first token's.

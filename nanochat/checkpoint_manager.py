@@ -178,10 +178,6 @@ def why_incomplete(folder, step) -> str | None:
     return None
 
 
-def is_complete(folder, step) -> bool:
-    return why_incomplete(folder, step) is None
-
-
 def _verify(folder, step, names):
     """Compare checksums of these files with the manifest, where the step has one."""
     path = _file(folder, "manifest", step)
@@ -265,7 +261,7 @@ def _steps(folder) -> list[int]:
 
 def complete_steps(folder) -> list[int]:
     """The steps that can be used, the newest first."""
-    return [step for step in _steps(folder) if is_complete(folder, step)]
+    return [step for step in _steps(folder) if why_incomplete(folder, step) is None]
 
 
 def find_last_step(folder, report=None) -> int | None:

@@ -28,6 +28,15 @@ def get_base_dir() -> Path:
     return path
 
 
+def sync(path):
+    """Have a file or the entries of a folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """
@@ -45,11 +54,7 @@ def atomic_write(path, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)  # the rename itself must reach the disk too
     except OSError as error:
         if error.errno and not error.filename:  # the error of a full disk does not name the file
             error.filename = str(path)

@@ -72,14 +72,12 @@ def scored_rows(rows, task_type, max_tokens=None) -> list[tuple[list[int], int]]
 
 def logits_of_ends(model, rows, padding, device) -> list[torch.Tensor]:
     """For each row (tokens, start) the logits for tokens[start:], [n, V]. model(ids [B, T]) → logits [B, T, V]."""
-    # Padding after the end of a row cannot influence a causal model's logits within it.
-    ids = torch.full((len(rows), max(len(row) for row, _ in rows)), padding, dtype=torch.long)
+    # Padding after the end of a row cannot influence a causal model's logits within it; its last token is not read.
+    ids = torch.full((len(rows), max(len(row) for row, _ in rows) - 1), padding, dtype=torch.long)
     for i, (row, _) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    logits = model(ids.to(device))
-    return [
-        logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(rows)
-    ]  # logits at t predict token t + 1
+        ids[i, : len(row) - 1] = torch.tensor(row[:-1])
+    logits = model(ids.to(device))  # those at t predict token t + 1
+    return [logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(rows)]
 
 
 @torch.inference_mode()

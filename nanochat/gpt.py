@@ -85,11 +85,6 @@ def rotary_cos_sin(positions, head_dim, base=10000.0):
     return cos_sin_at(positions, rotary_frequencies(head_dim, base, positions.device))
 
 
-def activation_dtype(x):
-    """The precision of what the layers make of x."""
-    return autocast_dtype(x.device.type, x.dtype)
-
-
 def positioned(x, cos, sin, fade=None):
     """Queries or keys x [B, T, H, d], rotated, normalized and, if there is a fade [B or 1, T, 1, d], faded."""
     x = norm(apply_rotary(x, cos, sin))
@@ -314,7 +309,8 @@ class GPT(nn.Module):
                     f"{past + T} tokens are more than the {self.max_seq_len} positions of this model: shorten the input"
                 )
             cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
-        return tuple(t.to(activation_dtype(x)) for t in cos_sin)  # once for all layers
+        dtype = autocast_dtype(x.device.type, x.dtype)  # of what the layers make of x
+        return tuple(t.to(dtype) for t in cos_sin)  # once for all layers
 
     def forward(
         self,

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from nanochat.common import UserError
+from nanochat.common import UserError, sync
 from nanochat.gpt import LOGIT_SOFTCAP, GPTConfig
-from nanochat.tokenizer import PART_TOKENS, RustBPETokenizer
+from nanochat.tokenizer import PART_TOKENS, RustBPETokenizer, byte_letters
 
 BOS, END = "<|bos|>", "<|assistant_end|>"
 
@@ -82,13 +82,6 @@ def hf_generation_config(tokenizer) -> dict:
     return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": end, "do_sample": False}
 
 
-def _byte_letters() -> dict[int, str]:
-    """The character that represents each byte in a byte-level vocabulary: itself if printable, else another one."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = (byte for byte in range(256) if byte not in seen)
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
 def to_hf_tokenizer(tokenizer: RustBPETokenizer) -> Tokenizer:
     """
     The same tokenizer, with the same ids, for `tokenizers`. It puts <|bos|> before each text unless
@@ -97,7 +90,7 @@ def to_hf_tokenizer(tokenizer: RustBPETokenizer) -> Tokenizer:
     tiktoken joins any pair that gives the token of the lowest rank, so each way to split a token in two is a merge
     here; a word that is a token needs none.
     """
-    letters = _byte_letters()
+    letters = byte_letters()
     ranks = tokenizer.enc._mergeable_ranks
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [
@@ -231,52 +224,35 @@ between `<|python_start|>` and `<|python_end|>`, stop and insert the result betw
 
 
 @contextlib.contextmanager
-def new_folder(path, force=False):
+def new_folder(path):
     """
     A temporary folder that is flushed to disk and renamed to `path` if the block ends without an exception.
 
-    With `force`, an existing export is replaced, but nothing else. Raises UserError if `path` may not be replaced.
+    Raises UserError if there is something at `path` already.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not _is_export(path):
-            raise UserError(f"{path} exists and is not an export: choose another --output")
-        if not force:
-            raise UserError(f"{path} exists: choose another --output, or replace it with --force")
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+        raise UserError(f"{path} exists: choose another --output, or move it away")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.exists():
-            path.rename(old)
+            sync(file)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path} ({error}): free some space, or choose another --output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():  # the second rename failed
-            old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_export(path) -> bool:
-    try:
-        return json.loads((path / "config.json").read_text("utf-8")).get("model_type") == "nanochat"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, companion=False, force=False):
+def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, companion=False):
     """
     Write a GPT and its tokenizer to the folder `path`. meta: meta data of its checkpoint, from load_model.
 
     companion: whether the checkpoint has MegaContext's networks, which the model card then mentions.
     """
-    with new_folder(path, force) as folder:
+    with new_folder(path) as folder:
         save_torch_state_dict(to_hf_state(model, dtype), folder, max_shard_size="5GB")
         parts = {
             "config.json": hf_config(model.config, tokenizer, dtype),

@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from nanochat.common import UserError
+from nanochat.core_eval import logits_of_ends
 from nanochat.engine import Engine
 
 BOS = "<|bos|>"
@@ -62,27 +63,27 @@ class HarnessLM(TemplateLM):
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_kwargs) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is the greedy one) of each (texts, context ids, continuation ids)."""
-        rows = []  # (input ids, ids to predict at its end)
+        rows = []  # (ids, where those begin that are scored)
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation of {len(continuation):,} tokens is longer than the model's context of "
                     f"{self.max_length:,}: leave the task out"
                 )
-            rows.append(((context + continuation)[-(self.max_length + 1) : -1], continuation))
+            ids = (context + continuation)[-(self.max_length + 1) :]
+            rows.append((ids, len(ids) - len(continuation)))
 
-        def place(
-            i,
-        ):  # rows of similar length together, the longest first; those of one context, which a session shares
+        def similar(i):
+            """To put rows of similar length together, and those of one context, which a session shares."""
             context = requests[i][1]
             return (-len(context), context) if self.sessions else -len(rows[i][0])
 
-        order = sorted(range(len(rows)), key=place)
+        order = sorted(range(len(rows)), key=similar)
         answers = [None] * len(rows)
         for start in tqdm(range(0, len(order), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
             chosen = order[start : start + self.batch_size]
             for i, scores in zip(chosen, self._logits_of_ends([rows[i] for i in chosen]), strict=True):
-                continuation = rows[i][1]
+                continuation = requests[i][2]
                 targets = torch.tensor(continuation, device=scores.device)
                 nats = F.cross_entropy(scores.float(), targets, reduction="sum").item()
                 answers[i] = (-nats, bool((scores.argmax(dim=-1) == targets).all()))
@@ -91,15 +92,10 @@ class HarnessLM(TemplateLM):
         return answers
 
     def _logits_of_ends(self, rows) -> list[torch.Tensor]:
-        """Logits [n, V] about the n ids at the end of each row (input ids, ids to predict), the longest row first."""
+        """For each row (ids, start) the logits about ids[start:], [n, V]."""
         if self.sessions:
-            return self.sessions.logits_of_ends([(ids + end[-1:], len(ids) + 1 - len(end)) for ids, end in rows])
-        # Padding after the end of a row cannot influence a causal model's logits within it
-        padded = torch.full((len(rows), len(rows[0][0])), self.eot_token_id)
-        for row, (ids, _) in zip(padded, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        logits = self.model(padded.to(self.model.get_device()))
-        return [row[len(ids) - len(end) : len(ids)] for row, (ids, end) in zip(logits, rows, strict=True)]
+            return self.sessions.logits_of_ends(rows)
+        return logits_of_ends(self.model, rows, self.eot_token_id, self.model.get_device())
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         """Log-likelihood in nats of whole texts, each token once, in windows as long as the model's context."""

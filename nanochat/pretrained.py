@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from nanochat import checkpoint_manager, training
 from nanochat.common import UserError, print0, resolve_dtype
 from nanochat.options import ModelOptions
-from nanochat.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer, byte_letters
 
 SOURCE = "hf"  # in place of a stage
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -112,13 +112,6 @@ def load_pretrained(path, device, dtype="auto"):
     return Llama(model.to(device)), PretrainedTokenizer(tokenizer, ends), digest.hexdigest()
 
 
-def _byte_of_char():
-    """GPT-2's table: the character by which byte-level tokenizers write each byte → the byte."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
 class PretrainedTokenizer(HuggingFaceTokenizer):
     """
     A fast tokenizer of transformers, with its chat template, in place of ours. ends: ids that end an answer.
@@ -156,7 +149,8 @@ class PretrainedTokenizer(HuggingFaceTokenizer):
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        added, byte_of_char = self.tokenizer.get_added_tokens_decoder(), _byte_of_char()
+        added = self.tokenizer.get_added_tokens_decoder()
+        byte_of_char = {char: byte for byte, char in byte_letters().items()}
         byte_level = "ByteLevel" in str(self.tokenizer.decoder)
         found = []
         for id in range(self.get_vocab_size()):

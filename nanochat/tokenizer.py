@@ -456,6 +456,13 @@ class HuggingFaceTokenizer(ChatTokenizer):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def byte_letters() -> dict[int, str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's): itself if printable, or another."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = (byte for byte in range(256) if byte not in seen)
+    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
 # ---------------------------------------------------------------------------------------------------------
 
 

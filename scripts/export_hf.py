@@ -26,15 +26,13 @@ class Config(ModelOptions):
     """stage of the model: base, mid, sft or rl"""
     dtype: str = "fp32"
     """bf16 or fp32, precision of the weights; fp32 is what was trained, bf16 is half as large"""
-    force: bool = False
-    """replace an earlier export in that folder"""
 
 
 def main(config: Config):
     model, tokenizer, meta = load_model(config.source, "cpu", "eval", config.model_tag, config.step)
     companion = "megacontext" in meta
     dtype = resolve_dtype(config.dtype, "cpu")
-    export_hf(config.output, model, tokenizer, config.source, meta, dtype, companion, config.force)
+    export_hf(config.output, model, tokenizer, config.source, meta, dtype, companion)
     print(f"{config.source} {meta['model_tag']}, step {meta['step']}, written to {config.output}")
     if companion:
         print("it is the language model alone: MegaContext's networks beside the checkpoint are not exported")

@@ -99,7 +99,7 @@ def test_a_truncated_model_is_not_called_untrained(base_dir):
 def test_meta_data_can_be_amended(tmp_path):
     save(tmp_path, 1, val_bpb=None)
     cm.amend_meta(tmp_path, 1, val_bpb=1.25, evaluated=True)
-    assert cm.is_complete(tmp_path, 1)
+    assert cm.why_incomplete(tmp_path, 1) is None
     assert cm.load_meta(tmp_path, 1)["val_bpb"] == 1.25
     assert cm.load_meta(tmp_path, 1)["step"] == 1
 
@@ -110,7 +110,7 @@ def test_a_manifest_that_lists_the_meta_data(tmp_path):
     path = cm._file(tmp_path, "manifest", 1)
     entries = json.loads(path.read_text()) | {"meta_000001.json": {"bytes": 1, "sha256": "0"}}
     path.write_text(json.dumps(entries))
-    assert cm.is_complete(tmp_path, 1)
+    assert cm.why_incomplete(tmp_path, 1) is None
     save(tmp_path, 2)
     cm.prune(tmp_path, 1)
     assert not list(tmp_path.glob("*_000001*"))
@@ -340,4 +340,4 @@ def test_prune_keeps_the_newest_and_what_is_not_ours(tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     assert {name for name in left if "000001" in name} == set()
     assert {"notes.txt", "model_000002.pt", "model_000003.pt", "optim_000004.pt"} <= left
-    assert cm.is_complete(tmp_path, 3)
+    assert cm.why_incomplete(tmp_path, 3) is None
