@@ -8,9 +8,8 @@ from megacontext.gistnet import GistNet
 from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
 from nanochat import checkpoint_manager
-from nanochat.adamw import DistAdamW
-from nanochat.common import UserError, get_dist_info
-from nanochat.muon import DistMuon, Muon
+from nanochat.common import UserError
+from nanochat.gpt import make_optimizers
 
 MAX_LEVELS = 2  # levels with an embedding of their own: gists of tokens, and gists of gists, which are alike
 
@@ -53,19 +52,9 @@ class MCNetworks(nn.Module):
         optimizers = []
         for network, weight in ((self.gistnet, 1.0), (self.lensnet, self.lens_loss_weight)):
             matrices, others = split_parameters(network)
-            if not matrices:  # GistNet of type "mean"
-                continue
-            adam_args = {"lr": weight * other_lr, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-            if get_dist_info()[0]:
-                optimizers += [DistMuon(matrices, lr=weight * matrix_lr), DistAdamW([{"params": others}], **adam_args)]
-            else:
-                optimizers += [
-                    Muon(matrices, lr=weight * matrix_lr),
-                    torch.optim.AdamW(others, fused=True, **adam_args),
-                ]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
+            if matrices:  # GistNet of type "mean" has none
+                groups = [{"params": others, "lr": weight * other_lr}]
+                optimizers += reversed(make_optimizers(groups, matrices, weight * matrix_lr))
         return optimizers
 
 

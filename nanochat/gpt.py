@@ -172,6 +172,19 @@ def _embedding(rows, n_embd):
     return nn.Embedding(rows, n_embd, _weight=torch.empty(rows, n_embd))
 
 
+def make_optimizers(adam_groups, matrices, matrix_lr, weight_decay=0.0) -> list[torch.optim.Optimizer]:
+    """[AdamW for the groups, Muon for the matrices], sharded over ranks under torchrun; groups keep `initial_lr`."""
+    adam_args = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
+    if get_dist_info()[0]:
+        optimizers = [DistAdamW(adam_groups, **adam_args), DistMuon(matrices, lr=matrix_lr)]
+    else:
+        optimizers = [torch.optim.AdamW(adam_groups, fused=True, **adam_args), Muon(matrices, lr=matrix_lr)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
 class GPT(nn.Module):
     softcap = LOGIT_SOFTCAP  # of the logits; None for none
 
@@ -248,19 +261,7 @@ class GPT(nn.Module):
             {"params": list(self.lm_head.parameters()), "lr": unembedding_lr * scale},
             {"params": list(self.transformer.wte.parameters()), "lr": embedding_lr * scale},
         ]
-        adam_args = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
-        matrices = list(self.transformer.h.parameters())
-        if get_dist_info()[0]:
-            optimizers = [DistAdamW(adam_groups, **adam_args), DistMuon(matrices, lr=matrix_lr)]
-        else:
-            optimizers = [
-                torch.optim.AdamW(adam_groups, fused=True, **adam_args),
-                Muon(matrices, lr=matrix_lr),
-            ]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        return optimizers
+        return make_optimizers(adam_groups, list(self.transformer.h.parameters()), matrix_lr, weight_decay)
 
     def embed(self, idx):
         """Normalized token embeddings [B, T, D] of idx [B, T]: the space of `inputs_embeds`."""
