@@ -87,8 +87,7 @@ def plan(
 
 def worth(scores, context, first=0):
     """The best score in each tile of a context of one row, [P], of scores [n] of the blocks from `first` on; or −1."""
-    tile = context.tile_of(torch.arange(first, first + len(scores))[None])[0]
-    return scores.new_full((context.tiles.size(1),), -1.0).scatter_reduce(0, tile, scores, "amax")
+    return torch.segment_reduce(scores, "max", lengths=context.blocks_of(first, first + len(scores))[0], initial=-1.0)
 
 
 class _Row:
@@ -117,12 +116,13 @@ class _Row:
     def rests(self, move):
         return bool(self.resting[1 if move.cost > 0 else -1][self.tiles(move.edits)].any())
 
-    def openings(self, threshold) -> list[Move]:
-        """Of each node that scores the threshold or more and does not rest, to open its best block."""
+    def wishes(self, threshold):
+        """(gain, cost, tile) of opening the best block of each node that scores the threshold or more and may open."""
         tiles = ((self.lod > 0) & (self.worth >= threshold) & ~self.resting[1]).nonzero()[:, 0]
-        return [self._opening(tile) for tile in tiles.tolist()]
+        return list(zip(self.worth[tiles].tolist(), self.lod[tiles].tolist(), tiles.tolist(), strict=True))
 
-    def _opening(self, tile):
+    def opening(self, tile) -> Move:
+        """To open the best block of a node."""
         start, end = self.first[tile], self.first[tile] + int(self.context.tile_blocks[0, tile])
         start, best = max(start, self.begin), self.worth[tile]
         block = start + int((self.scores[start - self.begin : end - self.begin] == best).nonzero()[0])
@@ -171,21 +171,24 @@ class _Row:
         left = settings.allocator_max_replacements - len(self.edits)
         if left <= 0:
             return
-        wishes = self.openings(expand)
+        wishes = self.wishes(expand)
         payments = [move for move in self.collapses() if not self.rests(move)] if wishes else []
-        turns = _in_turn(wishes, top_k, settings.allocator_sample_temperature, generator)
-        while left and (move := next(turns, None)):
-            if self.rests(move):
+        refused = []  # gains and costs: what gains no more and costs no less is refused, too
+        for gain, cost, tile in _in_turn(wishes, top_k, settings.allocator_sample_temperature, generator):
+            if self.resting[1][tile] or any(gain <= g and cost >= c for g, c in refused):
                 continue
-            need = max(0, move.cost - room)
-            least = max(margin, 1e-9) - move.gain
+            need, least = max(0, cost - room), max(margin, 1e-9) - gain
             paid = takewhile(lambda payment, least=least: payment.gain >= least, payments)
             paid = list(islice((payment for payment in paid if not self.rests(payment)), need))
-            if len(paid) == need:
-                left -= 1
-                room += need - move.cost
-                for m in (*paid, move):
-                    self.make(m)
+            if len(paid) < need:
+                refused.append((gain, cost))
+                continue
+            for move in (*paid, self.opening(tile)):
+                self.make(move)
+            room += need - cost
+            left -= 1
+            if not left:
+                return
 
 
 def _last_done(changes, context, expands):
@@ -200,12 +203,12 @@ def _last_done(changes, context, expands):
     return before[torch.searchsorted(edges[:-1], first + context.tile_blocks[0])] > before[start]
 
 
-def _in_turn(moves, top_k, temperature, generator):
-    """Yield all moves, each drawn by softmax(gain / temperature) from the top_k of highest gain that are left."""
-    moves = sorted(moves, key=lambda move: (-move.gain, move.cost))
-    while moves:
+def _in_turn(wishes, top_k, temperature, generator):
+    """Yield all wishes, each drawn by softmax(gain / temperature) from the top_k of highest gain that are left."""
+    wishes = sorted(wishes, key=lambda wish: (-wish[0], wish[1]))
+    while wishes:
         draw = 0
         if top_k > 1:
-            gains = torch.tensor([move.gain for move in moves[:top_k]])
+            gains = torch.tensor([gain for gain, *_ in wishes[:top_k]])
             draw = int(torch.multinomial((gains / temperature).softmax(0), 1, generator=generator))
-        yield moves.pop(draw)
+        yield wishes.pop(draw)

@@ -446,10 +446,10 @@ class MCSession:
 
     def _closed_blocks(self, first):
         """0 for each block from number `first` on that is hidden in a node, −inf for others, [B, m]."""
-        context, blocks = self._context, torch.arange(first, self._context.num_blocks).repeat(self._context.num_rows, 1)
-        lods = context.tiles.gather(1, context.tile_of(blocks))
-        mask = torch.zeros(blocks.shape).masked_fill(lods <= 0, -math.inf)
-        return mask.to(self.device, non_blocking=True)
+        context = self._context
+        mask = torch.zeros(context.tiles.shape).masked_fill(context.tiles <= 0, -math.inf)
+        mask = mask.flatten().repeat_interleave(context.blocks_of(first, context.num_blocks).flatten())
+        return mask.view(context.num_rows, -1).to(self.device, non_blocking=True)
 
     def _become_many(self):
         """Rows that are equal now, and may go apart."""

@@ -137,6 +137,10 @@ class WorkingContext:
         """Blocks that each tile covers, [B, P]: K^(l−1), 1 at LOD 0; 0 for padding."""
         return (self.block_size ** (self.tiles.long() - 1).clamp(min=0)).where(self.tiles >= 0, 0)
 
+    def blocks_of(self, first, end):
+        """Of the blocks from number `first` up to `end`, how many each tile covers, [B, P]."""
+        return (self.first_blocks + self.tile_blocks).clamp(first, end) - self.first_blocks.clamp(first, end)
+
     @cached_property
     def first_blocks(self):
         """The first block of each tile, [B, P]; n_blocks for padding."""
