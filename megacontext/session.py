@@ -37,7 +37,7 @@ from nanochat.kv_cache import KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
 PER_ENTRY = 4  # tokens that GistNet takes up while the model reads one entry
-READ_AGAIN = 8  # newest tokens that see at once what a refocus brought in, while an answer is made
+READ_AGAIN = 1  # newest tokens that see at once what a refocus brought in, while an answer is made; 8 find no more
 BLOCKS_PER_TOKEN = 4096  # that LensNet looks through, on average: in longer streams not every token is listened to
 MARGIN = 0.2  # z above which a token is listened to again after a refocus that found nothing to do
 LEVELS = 64  # more than there are levels of detail
