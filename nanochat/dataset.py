@@ -5,6 +5,7 @@ Pretraining text: parquet shards in $NANOCHAT_BASE_DIR/base_data, and the comman
     python -m nanochat.dataset --source stdlib   # Python's own standard library: about 30 MB, no network
     python -m nanochat.dataset --source ~/notes  # a folder of text, Markdown, code, .jsonl or .parquet files
     python -m nanochat.dataset --source recall   # generated: long documents with questions about earlier facts
+    python -m nanochat.dataset --source stdlib --recall_part 0.5   # half and half
 
 A shard is a parquet file with a string column `text` (or `content`), one document per row. The last shard by name is
 the validation split. The command names them `shard_00000.parquet`, …, and always makes VAL_SHARD the last, so that it
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,11 +33,12 @@ from nanochat import recall, sources
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run, short
 from nanochat.download import fetch_from_hub, locked
-from nanochat.ranges import Count, CountOr0, check
+from nanochat.ranges import Count, CountOr0, Fraction, check
 
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
 VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
+RECALL_SIZES = ("chars", "questions", "tables", "distractors", "words", "min_distance", "max_distance", "times", "ask")
 REMAKE = "delete it and run `python -m nanochat.dataset` again as before"
 
 
@@ -195,34 +198,54 @@ def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
     return len(names)
 
 
-def make_local(source: str, num_files: int, data_dir: Path) -> tuple[dict, bool]:
+def make_local(source, num_files, data_dir, recall_part=0.0, seed=0, sizes=None) -> tuple[dict, bool]:
     """
     Make shards from the standard library or a folder, with at most num_files (-1: all) for training.
 
-    Returns (the record written to source.json, whether it was there already and nothing had to be done).
+    recall_part: of the characters, from 0 to below 1, are of recall documents with this seed and these sizes, which
+    stand between the others. Returns (the record written to source.json, whether it was there already and nothing had
+    to be done). Raises UserError if the folder holds shards that were made otherwise.
     """
     folder = None if source == "stdlib" else Path(source).expanduser().resolve()
     if folder and not folder.is_dir():
         raise UserError(f"expected --source hub, stdlib, recall or a folder, got {source!r}, which is not a folder")
+    if not 0 <= recall_part < 1:
+        raise UserError(f"expected --recall_part from 0 to below 1, got {recall_part} (--source recall is all of it)")
 
     def make_shards(train_paths, val_path):
         skipped = {}
         files = sources.folder_files(folder, get_base_dir(), skipped) if folder else sources.stdlib_files()
         read = sources.folder_documents if folder else sources.stdlib_documents
+
+        def documents(label):
+            texts = read(progress.track(files, label) if label else files, skipped)
+            if not recall_part:
+                return texts
+            generated = recall.recall_documents(seed, sys.maxsize, "train", **asdict(sizes))
+            return sources.mixed(texts, (text for text, _ in generated), recall_part)
+
         try:
-            made = sources.make_shards(
-                lambda label: read(progress.track(files, label) if label else files, skipped), train_paths, val_path
-            )
+            made = sources.make_shards(documents, train_paths, val_path)
         except UserError as error:
             raise UserError(f"{error}{_left_out(Counter(skipped.values()))}") from error
         return made | {"skipped": dict(Counter(skipped.values()))}
 
+    record = {"source": str(folder or source), "recall_part": recall_part}
+    record |= {"seed": seed, "sizes": asdict(sizes)} if recall_part else {}
     with locked(data_dir):
-        have = check_source(data_dir, str(folder or source))
+        have = check_source(data_dir, record["source"])
+        _check_alike({"recall_part": 0.0, **have} if have else {}, record, data_dir)
         if _has_enough(have, num_files, data_dir):
             return have, True
-        record = {"source": str(folder or source), "python": platform.python_version()}
-        return _build(record, make_shards, num_files, data_dir), False
+        return _build(record | {"python": platform.python_version()}, make_shards, num_files, data_dir), False
+
+
+def _check_alike(have, record, data_dir):
+    if have and not record.items() <= have.items():
+        raise UserError(
+            f"{data_dir} holds documents made with other options already ({data_dir / 'source.json'}): "
+            f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
+        )
 
 
 def _left_out(skipped: dict) -> str:
@@ -238,11 +261,7 @@ def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, 
     record = {"source": "recall", "seed": seed, "documents": documents, "sizes": asdict(sizes)}
     with locked(data_dir):
         have = check_source(data_dir, "recall")
-        if have and not record.items() <= have.items():
-            raise UserError(
-                f"{data_dir} holds recall documents made with other options already ({data_dir / 'source.json'}): "
-                f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
-            )
+        _check_alike(have, record, data_dir)
         if _has_enough(have, num_files, data_dir) and (data_dir / recall.KEY_FILE).exists():
             return have, True
         make_shards = partial(recall.make_shards, seed, documents, sizes, progress.track)
@@ -286,7 +305,9 @@ class Config:
     source: str = "hub"
     """hub (FineWeb-Edu), stdlib (Python's standard library), recall (generated documents whose later parts ask for
     facts of earlier ones), or a folder of text, code, .jsonl, .parquet"""
-    # For --source recall
+    recall_part: Fraction = 0.0
+    """stdlib, folder: part of the characters that are recall documents between the others, from 0 to below 1"""
+    # For --source recall, and for --recall_part
     seed: CountOr0 = 0
     """recall: another seed gives other documents"""
     recall_documents: Count = 8000
@@ -319,13 +340,11 @@ def main(config: Config):
         print(f"{count} shards of {HUB_DATASET} are in {data_dir}")
         return
     try:
+        sizes = recall.Sizes(**{name: getattr(config, f"recall_{name}") for name in RECALL_SIZES})
         if config.source == "recall":
-            options = asdict(config).items()
-            options = {name.removeprefix("recall_"): value for name, value in options if name.startswith("recall_")}
-            documents = options.pop("documents")
-            made = make_recall(config.seed, documents, recall.Sizes(**options), config.num_files, data_dir)
+            made = make_recall(config.seed, config.recall_documents, sizes, config.num_files, data_dir)
         else:
-            made = make_local(config.source, config.num_files, data_dir)
+            made = make_local(config.source, config.num_files, data_dir, config.recall_part, config.seed, sizes)
     except OSError as error:
         raise UserError(f"cannot write shards to {data_dir} ({error}): free some space or fix the folder") from error
     record, reused = made

@@ -124,8 +124,9 @@ class Sizes:
         _check(self.tables <= len(NAMES) // ROWS, f"at most {len(NAMES) // ROWS} tables", self.tables)
         _check(facts <= most, f"at most {most} questions and distractors", facts)
         _check(3 <= self.words <= len(LEXICON), f"3 to {len(LEXICON)} words", self.words)
-        # Smaller than this, a table would not have ended yet when its first row is asked for.
-        _check(self.min_distance >= 128, "a min_distance of 128 characters or more", self.min_distance)
+        # Smaller than this, a fact or a table would not have ended yet when it is asked for.
+        least = 128 if self.tables else 32
+        _check(self.min_distance >= least, f"a min_distance of {least} characters or more", self.min_distance)
         far = f"a max_distance of {self.min_distance} (min_distance) or more, or -1"
         _check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
         _check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)

@@ -218,6 +218,17 @@ def text_column(path, schema: pa.Schema) -> str:
     raise UserError(f"{path}: expected one string column 'text' or 'content', got [{columns}]: replace the file")
 
 
+def mixed(texts, others, part):
+    """Yield the texts, and after each of them as many of the endless `others` as are this part of all characters."""
+    due = 0.0
+    for text in texts:
+        yield text
+        due += len(text) * part / (1 - part)
+        while due > 0:
+            yield (other := next(others))
+            due -= len(other)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Shards
 

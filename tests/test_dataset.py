@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -185,6 +186,36 @@ def test_folder(notes, data_dir, capsys):
     assert all(sources.content_hash(a) < sources.content_hash(b) for a in val for b in train)
     assert len(list_row_groups("train")) >= 8
     assert not (data_dir / ".building").exists()
+
+
+def test_a_folder_mixed_with_recall_documents(notes, data_dir, capsys):
+    wanted = {"recall_part": 0.75, "recall_chars": 1000, "recall_tables": 0, "recall_min_distance": 32}
+    main(Config(source=str(notes), **wanted))
+    documents = texts("train") + texts("val")
+    generated = [text for text in documents if "What did they" in text]
+    others = [text for text in documents if "What did they" not in text]
+    assert sorted(others)[0] == "# note 0\n" * 20
+    assert len(others) == 120
+    assert sum(map(len, generated)) / sum(map(len, documents)) == pytest.approx(0.75, abs=0.03)
+    assert len(set(generated)) == len(generated)
+    main(Config(source=str(notes), **wanted))
+    assert "reusing" in capsys.readouterr().out
+    for other in ({}, wanted | {"recall_chars": 2000}):
+        with pytest.raises(UserError, match="made with other options already"):
+            main(Config(source=str(notes), **other))
+    with pytest.raises(UserError, match="recall_part from 0 to below 1, got 1.0"):
+        main(Config(source=str(notes), recall_part=1.0))
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_others_stand_between_the_texts(part):
+    others = (f"o{n}" * 20 for n in itertools.count())
+    mixed = list(sources.mixed(["x" * 300] * 50, others, part))
+    own = [i for i, text in enumerate(mixed) if text[0] == "x"]
+    assert len(own) == 50
+    for last in own:  # whatever is read of it, both parts are right
+        so_far = mixed[: last + 1]
+        assert abs(sum(len(t) for t in so_far if t[0] == "o") - part / (1 - part) * 300 * (own.index(last))) < 100
 
 
 def test_text_as_people_have_it(tmp_path):

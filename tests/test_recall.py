@@ -75,7 +75,8 @@ def test_every_question_is_answered_by_one_earlier_fact(data):
     options = {name: draw(st.integers(-1, 8), name) for name in ("questions", "tables", "distractors")}
     options |= {"chars": draw(st.integers(6000, 9000)), "words": draw(st.integers(3, 40))}
     options["times"] = draw(st.integers(1, 3))
-    options["min_distance"] = draw(st.integers(128, 1000))
+    least = 32 if options["tables"] == 0 else 128
+    options["min_distance"] = draw(st.integers(least, 1000))
     options["max_distance"] = draw(st.sampled_from([-1, options["min_distance"], 2000]))
     if draw(st.booleans()):
         options["depth"] = draw(st.floats(0, 0.3))
@@ -173,6 +174,7 @@ def test_seeds():
         ({"words": 5000}, "3 to .* words"),
         ({"times": 0}, "1 or more times, got 0"),
         ({"min_distance": 127}, "min_distance of 128"),
+        ({"min_distance": 31, "tables": 0}, "min_distance of 32"),
         ({"min_distance": 500, "max_distance": 400}, r"max_distance of 500 \(min_distance\) or more, or -1, got 400"),
         ({"max_distance": 0}, "max_distance"),
         ({"questions": 60}, "at least .* characters for 60 questions, 2 tables and 5 distractors, got 4000"),
@@ -230,7 +232,7 @@ def test_made_once(base_dir, capsys):
     assert "reusing" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in get_data_dir().iterdir()} == before
     for other in ({"seed": 1}, {"recall_documents": 61}, {"recall_max_distance": 1000}):
-        with pytest.raises(UserError, match="recall documents made with other options"):
+        with pytest.raises(UserError, match="documents made with other options"):
             main(Config(**options | other))
     with pytest.raises(UserError, match="from source 'recall' already"):
         main(Config(source="stdlib"))
