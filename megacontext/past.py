@@ -6,10 +6,11 @@ compressed sequence is read behind a past of up to many times its T tokens. It c
 is made once, in the step that reads its tokens, and kept as it then was, without a gradient; a variant reads a few of
 them. They are older than the weights by at most as many steps as a past has sequences.
 
-A stream's past begins anew where the loader says that other text begins, by chance once in most + T tokens, so that
-all lengths occur at any time, and at the latest when it would have more than `most` tokens. Until then it keeps
-its beginning, so that its nodes stand where a session's would. Memory per stream: most + T token ids, and a vector of D
-for each K − 1 of them, K = block_size.
+A stream's past begins anew where another document begins, or the loader says that other text does: behind gists of
+other documents a model learns to look at none, and then does not read what is open beside them either. It does so by
+chance once in most + T tokens, too, so that all lengths occur at any time, and at the latest when it would have more
+than `most` tokens. Until then it keeps its beginning, so that its nodes stand where a session's would. Memory per
+stream: most + T token ids, and a vector of D for each K − 1 of them, K = block_size.
 
 Shapes: B sequences of T tokens, a multiple of K; R rows of variants; W entries, P of a past; D = n_embd.
 """

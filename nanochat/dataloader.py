@@ -36,8 +36,7 @@ class TokenLoader:
     which come in random order, so that what is read does not stay with one document. state: a `state_dict()` of the
     same ranks, to go on from there.
 
-    fresh [B], bool: of the last batch, whether a piece begins after the first token of the row before a row, up to and
-    with its own first token: nothing before that row is of the same text.
+    fresh [B], bool: of the last batch, whether a document or a piece begins in a row: what was before is of another text.
     Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
     """
 
@@ -139,8 +138,8 @@ def tokenizing_distributed_data_loader(B, T, split, tokenizer_threads=4, tokeniz
 
 def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
     """
-    Yield (epoch, row group, tokens uint32 [N], index of the first to use, indices of the pieces' first tokens) from
-    `position` on, for ever.
+    Yield (epoch, row group, tokens uint32 [N], index of the first to use, indices of first tokens of documents and
+    pieces) from `position` on, for ever.
     """
     bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint32)
     epoch, first, token = position
@@ -152,11 +151,12 @@ def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
             if not documents:
                 continue
             tokens = np.concatenate([part for document in documents for part in (bos, document)])
-            begins = np.empty(0, dtype=np.int64)
+            pieces = [tokens]
             if piece > 0:
                 order = np.random.default_rng((epoch, number)).permutation(range(0, len(tokens), piece))
                 pieces = [tokens[start : start + piece] for start in order]
-                tokens, begins = np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])[:-1]
+                tokens = np.concatenate(pieces)
+            begins = np.union1d(np.cumsum([0, *map(len, pieces)])[:-1], np.flatnonzero(tokens == bos))
             if token >= len(tokens):
                 raise UserError(
                     f"the loader state points at token {token} of a row group that has {len(tokens)}: "
@@ -171,12 +171,10 @@ def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):
 
 def _batches(stream, B, T, pin_memory):
     """Yield (int64 [2, B, T] holding x and y, position of its last token, where the next begins, fresh rows [B])."""
-    size, rows, cuts = B * T, T * np.arange(B)[:, None], None
+    size, rows, cuts = B * T, T * np.arange(B)[:, None], np.empty(0, dtype=np.int64)  # where texts begin in the window
     window, filled = torch.empty(size + 1, dtype=torch.int64), 0
     view = window.numpy()
     for epoch, number, tokens, start, begins in stream:
-        if cuts is None:  # places in the window where pieces begin; at first of those begun within the row before it
-            cuts = begins[(begins > start - T) & (begins < start)] - start
         while start < len(tokens):
             count = min(size + 1 - filled, len(tokens) - start)
             here = begins[(begins >= start) & (begins < start + count)]
@@ -187,8 +185,8 @@ def _batches(stream, B, T, pin_memory):
                 batch = torch.empty(2, B, T, dtype=torch.int64, pin_memory=pin_memory)
                 batch[0] = window[:-1].view(B, T)
                 batch[1] = window[1:].view(B, T)
-                yield batch, (epoch, number, start - 1), ((cuts > rows - T) & (cuts <= rows)).any(1)
-                view[0], filled, cuts = view[size], 1, cuts[cuts > size - T] - size
+                yield batch, (epoch, number, start - 1), ((cuts >= rows) & (cuts < rows + T)).any(1)
+                view[0], filled, cuts = view[size], 1, cuts[cuts == size] - size
 
 
 def _produce(batches, ready, stop):
