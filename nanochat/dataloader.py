@@ -36,7 +36,8 @@ class TokenLoader:
     which come in random order, so that what is read does not stay with one document. state: a `state_dict()` of the
     same ranks, to go on from there.
 
-    fresh [B], bool: of the last batch, whether a document or a piece begins in a row: what was before is of another text.
+    fresh [B], bool: of the last batch, whether a document or a piece begins in a row: what was before is of another
+    text.
     Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
     """
 

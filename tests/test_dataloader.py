@@ -251,7 +251,7 @@ def test_restores_exactly_anywhere(data_dir, world_size, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_fresh_rows_against_lists(tmp_path, seed):
-    """Rows in which a text begins, cut into pieces or not; a restored loader knows it, and the batches stay the same."""
+    """Rows in which a text begins, in pieces or not; a restored loader knows it, and the batches stay the same."""
     random = np.random.default_rng(seed)
     groups = make_groups([[17, 9], [40], [3], [25, 8]], seed)
     write_split(tmp_path, [groups])
