@@ -60,9 +60,16 @@ ROWS = {  # of the final table: title → key among the figures
     "MMLU": "MMLU",
     "Arithmetic": "Arithmetic",
     "SpellingBee": "SpellingBee",
+    "Recall": "Recall",
+    "Recall without --mc": "Recall without --mc",
     "ChatCORE": "ChatCORE",
 }
-IF_THERE = {"Arithmetic", "SpellingBee"}  # rows that are left out if no model was evaluated on them
+IF_THERE = {
+    "Arithmetic",
+    "SpellingBee",
+    "Recall",
+    "Recall without --mc",
+}  # rows that are left out if no model was evaluated on them
 # report.md is written to two folders; each has its plots in a subfolder of this name
 PLOT_FOLDER = "report"
 

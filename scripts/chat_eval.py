@@ -6,6 +6,7 @@ Evaluate a chat model on tasks.
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
     python -m scripts.chat_eval -i sft --tasks=local         # tasks generated on this machine, for small models
     python -m scripts.chat_eval -i sft --mc                  # generate answers through a working context
+    python -m scripts.chat_eval -i sft --mc --compare        # and without it, from all tokens
 
 ChatCORE summarizes all tasks: 0 for guessing, 1 for perfect.
 """
@@ -37,7 +38,7 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     task_name: Annotated[str, short("-a")] = ""
     """tasks, separated by |; empty for all"""
     tasks: str = "full"
-    """full (datasets of the hub), local or recall"""
+    """full (datasets of the hub), local, recall or memory (both)"""
     temperature: Annotated[Amount, short("-t")] = 0.0
     """sampling temperature of generated answers"""
     max_new_tokens: Annotated[Count, short("-m")] = 512
@@ -52,18 +53,30 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     """problems per task, at most; -1 for all"""
     mc: bool = False
     """generate with MegaContext; multiple choice questions are always read at full detail"""
+<<<<<<< HEAD
+=======
+    compare: bool = False
+    """with --mc: answer without it, too, and show the answers side by side"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """these options have an effect with --mc only"""
+>>>>>>> 85f5e30 (The CPU recipe with --mc ends with a chat model that answers about facts told long before; chat_eval shows answers with and without it)
 
 
 def fenced(text) -> str:
     return f"```text\n{text.replace('```', '` ` `')}\n```"
 
 
-def transcript(score) -> str:
-    """Sample answers for the report, including tool calls."""
+def transcript(scores, tokenizer) -> str:
+    """Sample answers for the report, including tool calls. scores: what they were made with → Score."""
     parts = []
-    for conversation, answer, right in score.samples:
-        question = conversation["messages"][-2]["content"]
-        parts.append(fenced(f"{question}\n→ {answer}   ({'right' if right else 'wrong'})"))
+    for samples in zip(*(score.samples for score in scores.values()), strict=True):
+        conversation = samples[0][0]
+        lines = [conversation["messages"][-2]["content"]]
+        if len(conversation["messages"]) > 2:
+            lines[0] += f"   (the end of a chat of {len(tokenizer.render_for_completion(conversation)):,} tokens)"
+        for label, (_, answer, right) in zip(scores, samples, strict=True):
+            lines.append(f"{label}→ {answer}   ({'right' if right else 'wrong'})")
+        parts.append(fenced("\n".join(lines)))
     return "\n\n".join(parts)
 
 
@@ -103,33 +116,40 @@ def main(config: Config):
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
     del facts["megacontext"]  # shown with --mc only, and as the model has it
     facts |= asdict(mc[1]) if mc else {}
-    accuracies, transcripts = {}, []
+    accuracies, shown, transcripts = {}, {}, []
     with autocast(device, dtype):
         make_session = session_maker(model, *mc) if mc else None
+        ways = {"": make_session}  # label → what answers attend to
+        if mc and config.compare:
+            ways = {"with --mc ": make_session, "without --mc ": None}
         conversation = talk(model, tokenizer, make_session) if rank == 0 else ""
         for name, task in tasks.items():
-            progress = ProgressLine(name, None)
             own = range(0, min(len(task), config.max_problems or len(task)), world_size)  # of the first rank
             samples = random.Random(f"{config.source} {name}").sample(own, min(3, len(own)))  # others in each stage
-            score = evaluate(
-                task,
-                model,
-                tokenizer,
-                config.max_problems,
-                config.num_samples,
-                config.max_new_tokens,
-                config.temperature,
-                config.top_k,
-                config.batch_size,
-                keep=samples,
-                progress=lambda done, of, line=progress: line.update(done, f"of {of:,} problems", done / of),
-                make_session=make_session,
-            )
-            progress.close()
-            accuracies[name] = score.accuracy
-            print0(f"{name}: {100 * score.accuracy:.2f}% ({score.passed:,} of {score.total:,})")
-            transcripts.append(f"### {name}\n\n{transcript(score)}")
-            results = dict(accuracies)
+            scores = {}
+            for label, make in ways.items():
+                progress = ProgressLine(f"{name} {label}".strip(), None)
+                score = scores[label] = evaluate(
+                    task,
+                    model,
+                    tokenizer,
+                    config.max_problems,
+                    config.num_samples,
+                    config.max_new_tokens,
+                    config.temperature,
+                    config.top_k,
+                    config.batch_size,
+                    keep=samples,
+                    progress=lambda done, of, line=progress: line.update(done, f"of {of:,} problems", done / of),
+                    make_session=make,
+                )
+                progress.close()
+                title = name if make is make_session else f"{name} {label.strip()}"
+                shown[title] = score.accuracy
+                print0(f"{title}: {100 * score.accuracy:.2f}% ({score.passed:,} of {score.total:,})")
+            accuracies[name] = shown[name]
+            transcripts.append(f"### {name}\n\n{transcript(scores, tokenizer)}")
+            results = dict(shown)
             if set(accuracies) == set(available):
                 results["ChatCORE"] = chat_core(accuracies)
             sections = [results, facts, f"### Conversation\n\n{conversation}", *transcripts]

@@ -33,6 +33,7 @@ METRICS = {
     "full": ["MMLU", "ARC-Easy"],
     "local": ["Arithmetic"],
     "recall": ["Recall"],
+    "memory": ["Arithmetic", "SpellingBee", "Recall"],
 }  # tasks for the evaluations during training
 
 
@@ -40,7 +41,8 @@ METRICS = {
 class Config(FinetuningOptions):
     # What to train
     tasks: str = "full"
-    """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
+    """full (datasets of the hub), local (generated, for a CPU), recall (generated, up to 6,000 characters) or memory
+    (local, and recall in up to 2,000 characters)"""
     source: str = "mid"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     # Optimization

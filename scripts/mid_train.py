@@ -32,7 +32,8 @@ from tasks.mixtures import mid_mixture, mid_val
 class Config(TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
-    """full (datasets of the hub), local (generated, for a CPU) or recall (generated, up to 6,000 characters)"""
+    """full (datasets of the hub), local (generated, for a CPU), recall (generated, up to 6,000 characters) or memory
+    (local, and recall in up to 2,000 characters)"""
     source: str = "base"
     """stage of the checkpoint to start from: base, mid, sft or rl"""
     num_iterations: Count = -1

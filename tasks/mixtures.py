@@ -3,7 +3,7 @@ Which tasks each stage trains and is evaluated on.
 
 "full" are the fork point's mixtures, from the Hugging Face hub. The others need no network and are sized for a CPU:
 "local" teaches a small model who it is, to use the calculator, and to spell; "recall" to answer from what was said long
-before, for which MegaContext is.
+before, for which MegaContext is; "memory" is both, with shorter chats.
 """
 
 from functools import partial
@@ -27,6 +27,8 @@ LOCAL_SFT = {"arithmetic": 1_200, "spelling": 1_200, "counting": 300, "identity"
 LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
 LOCAL_RL = 2_000
 RECALL = {"mid": 20_000, "sft": 2_000, "val": 200}
+MEMORY = {"mid": 2_500, "sft": 500, "val": 100}
+MEMORY_CHARS = 2000  # of its chats in training, at most
 LOCAL_TWO_STEPS = 0.1  # share of the sums in training
 
 # Accuracy of guessing, for ChatCORE = mean of (accuracy - baseline) / (1 - baseline).
@@ -42,9 +44,17 @@ BASELINES = {
 }
 
 
-def _check(which, known=("full", "local", "recall")):
+def _check(which, known=("full", "local", "recall", "memory")):
     if which not in known:
         raise UserError(f"expected --tasks {' or '.join(known)}, got {which!r}")
+
+
+def _memory(stage, others):
+    """The local mixture and chats that ask for what was said before; those of "sft" are others than those of "mid"."""
+    if stage == "val":
+        return TaskMixture([others, Recall(MEMORY["val"], "test", chars=MEMORY_CHARS)])
+    start = MEMORY["mid"] if stage == "sft" else 0
+    return TaskMixture([others, Recall(start + MEMORY[stage], "train", chars=MEMORY_CHARS, start=start)])
 
 
 def _identity():
@@ -84,6 +94,8 @@ def mid_mixture(which: str) -> Task:
     _check(which)
     if which == "local":
         return _local(LOCAL_MID)
+    if which == "memory":
+        return _memory("mid", _local(LOCAL_MID))
     if which == "recall":
         return Recall(RECALL["mid"], "train")
     identity = _identity()  # first, since it is quick to find missing
@@ -103,6 +115,8 @@ def mid_val(which: str) -> Task:
     _check(which)
     if which == "local":
         return _local_val()
+    if which == "memory":
+        return _memory("val", _local_val())
     if which == "recall":
         return Recall(RECALL["val"], "test")
     return TaskMixture([SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)])
@@ -113,6 +127,8 @@ def sft_mixture(which: str) -> Task:
     _check(which)
     if which == "local":
         return _local(LOCAL_SFT, start=max(LOCAL_MID.values()))
+    if which == "memory":
+        return _memory("sft", _local(LOCAL_SFT, start=max(LOCAL_MID.values())))
     if which == "recall":
         return Recall(RECALL["mid"] + RECALL["sft"], "train", start=RECALL["mid"])
     identity = _identity()
@@ -144,14 +160,16 @@ def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
 def eval_tasks(which: str) -> dict:
     """Name -> constructor of the tasks that chat_eval scores; BASELINES has the accuracy of guessing."""
     _check(which)
-    if which == "local":
+    recall = {"Recall": partial(Recall, 128, "test")}
+    if which == "recall":
+        return recall
+    if which in ("local", "memory"):
         spelling = {"SpellingBee": partial(SpellingBee, 128, "test", words="text")}
         return {
             "Arithmetic": partial(Arithmetic, 256, "test"),
             **(spelling if _spelling(1, 1, "test", words="text") else {}),
+            **(recall if which == "memory" else {}),
         }
-    if which == "recall":
-        return {"Recall": partial(Recall, 128, "test")}
     return {
         "ARC-Easy": partial(ARC, "ARC-Easy", "test"),
         "ARC-Challenge": partial(ARC, "ARC-Challenge", "test"),

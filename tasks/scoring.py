@@ -40,8 +40,9 @@ def evaluate(
     """
     Score a model on a task; under torchrun the ranks share the problems, and all get the same result.
 
-    A generative problem counts as solved when one of num_samples answers is right; a categorical one when the
-    right letter has the largest logit of all its letters. keep: numbers of the problems to return as samples.
+    A generative problem counts as solved when one of num_samples answers is right, and not when it does not fit into
+    the plain context; a categorical one when the right letter has the largest logit of all its letters. keep: numbers
+    of the problems to return as samples.
     progress(done, of) is called on every rank. make_session(rows): what generated answers attend to; None for the
     plain context.
     Raises UserError for a task without problems.
@@ -77,6 +78,9 @@ def _generative(task, engine, tokenizer, total, num_samples, options, make_sessi
         conversation = task[index]
         prompt = tokenizer.render_for_completion(conversation)
         session = make_session(num_samples)
+        if session is None and len(prompt) > engine.model.max_seq_len:
+            yield conversation, f"(none: {len(prompt):,} tokens do not fit)", False
+            continue
         rows, _ = engine.generate_batch(prompt, num_samples, seed=index, session=session, **options)
         answers = [tokenizer.decode(row[len(prompt) :]) for row in rows]
         rights = [bool(task.evaluate(conversation, answer)) for answer in answers]

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 import shutil
 
 import pytest
@@ -112,6 +113,17 @@ def test_evaluation(trained, capsys):
     options = ["-g", "mc", "--tasks=local", "-a", "Arithmetic", "-x", "3", "-m", "8", "-n", "2", "-t", "1", *CPU]
     chat_eval.main(parse(chat_eval.Config, [*options, "--mc"]))
     assert "Arithmetic:" in capsys.readouterr().out
+
+
+def test_evaluation_with_and_without(trained, capsys):
+    """The same questions of long chats, both answers beside each other."""
+    options = ["-g", "mc", "--tasks=memory", "-a", "Recall", "-x", "2", "-m", "4", *CPU]
+    chat_eval.main(parse(chat_eval.Config, [*options, "--mc", "--compare"]))
+    assert re.findall(r"^Recall.*: .*of 2\)$", capsys.readouterr().out, re.M)[1].startswith("Recall without --mc: ")
+    report = (trained / "report" / "chat-evaluation-sft.md").read_text()
+    assert "- Recall without --mc: " in report
+    shown = r"What did they .*?\(the end of a chat of [\d,]+ tokens\)\nwith --mc → .*?\nwithout --mc → "
+    assert len(re.findall(shown + r"\(none: [\d,]+ tokens do not fit\)   \(wrong\)", report, re.S)) == 2
 
 
 def test_core_metric(trained, monkeypatch):

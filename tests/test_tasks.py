@@ -22,7 +22,7 @@ from scripts.chat_sft import METRICS
 from tasks import hub, mixtures, words
 from tasks.arc import ARC
 from tasks.arithmetic import STORIES, Arithmetic, pair_split
-from tasks.common import NumberTask, Task, TaskMixture, TaskSequence, number_after, render_mc
+from tasks.common import NumberTask, Task, TaskMixture, TaskSequence, last_text, number_after, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, extract_imports, extract_program
@@ -680,6 +680,17 @@ class TestMixtures:
             mixtures.rl_tasks("recall")
 
     @pytest.mark.usefixtures("shards")
+    def test_memory_is_local_and_recall(self):
+        for make, stage in ((mixtures.mid_mixture, "mid"), (mixtures.sft_mixture, "sft"), (mixtures.mid_val, "val")):
+            both, local = make("memory"), {str(example) for example in make("local")}
+            others = [example for example in both if str(example) not in local]
+            assert len(both) == len(make("local")) + len(others)
+            assert len(others) == mixtures.MEMORY[stage]
+            assert all("They " in last_text(example) for example in others)
+            assert max(sum(len(m["content"]) for m in example["messages"]) for example in others) < 2400
+        assert mixtures.sft_val("memory")[7] == mixtures.mid_val("memory")[7]
+
+    @pytest.mark.usefixtures("shards")
     def test_local(self):
         stages = [mixtures.mid_mixture, mixtures.mid_val, mixtures.sft_mixture, mixtures.sft_val]
         mid, mid_val, sft, sft_val = [make("local") for make in stages]
@@ -711,7 +722,7 @@ class TestMixtures:
         assert len(mixtures.sft_mixture("full")) == 4 * 30 + 300 + 600
         assert len(mixtures.sft_val("full")) == 30
 
-    @pytest.mark.parametrize("which", ["full", "local", "recall"])
+    @pytest.mark.parametrize("which", ["full", "local", "recall", "memory"])
     @pytest.mark.usefixtures("shards", "local_hub")
     def test_eval_tasks(self, which):
         tasks = mixtures.eval_tasks(which)
@@ -729,7 +740,7 @@ class TestMixtures:
 
     def test_unknown(self):
         for make in (mixtures.mid_mixture, mixtures.sft_mixture, mixtures.eval_tasks):
-            with pytest.raises(UserError, match="expected --tasks full or local or recall, got 'all'"):
+            with pytest.raises(UserError, match="expected --tasks full or local or recall or memory, got 'all'"):
                 make("all")
 
     def test_renders(self, tokenizer, shards):
