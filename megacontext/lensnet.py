@@ -63,11 +63,6 @@ class LensNet(nn.Module):
         h = self.encoder(self.embed(children), (cos[:, None], sin[:, None]))
         return norm(self.head(h.mean(1)))
 
-    def wanted(self, states, keys):
-        """What P tokens in a row want together, [R, n]: the highest z of any, less FADE per token after it."""
-        age = torch.arange(states.size(1) - 1, -1, -1, device=states.device)
-        return (self(states, keys) - FADE * age[:, None]).amax(1)
-
     def forward(self, states, keys):
         """z [R, P, n], float32, of states [R, P, D] of tokens and keys [R, n, C] of blocks."""
         h = norm(states)
@@ -76,12 +71,15 @@ class LensNet(nn.Module):
         return SHARP * ((F.linear(h, self.weigh.to(h.dtype)).float()[..., None] * found).sum(2) + self.bias.float())
 
     def listener(self):
-        """`wanted` as decoding needs it. It does not follow the weights."""
+        """What tells what tokens want, with the weights as they are now."""
         return Listener(self)
 
 
 class Listener:
-    """`LensNet.wanted` of one row in a handful of operations, with weights laid out once; float32."""
+    """
+    What tokens in a row want together of each block: the highest z of any of them, less FADE per token after it. One
+    row in a handful of operations, with weights laid out once; float32.
+    """
 
     @torch.no_grad()
     def __init__(self, lensnet):

@@ -103,9 +103,9 @@ class Reader:
             return self.networks.lensnet(self._suited(states), keys)
 
     def wanted(self, states, keys):
-        """What the tokens want together, [R, n]: see `LensNet.wanted`."""
-        with autocast(self.device, self.dtype):
-            return self.networks.lensnet.wanted(self._suited(states), keys)
+        """What the tokens of each row want together, z [R, n], of states [R, P, D] and keys [R, n, C]: see Listener."""
+        listener = self.networks.lensnet.listener()
+        return torch.stack([listener(*row) for row in zip(states, keys.float(), strict=True)])
 
     def positions(self, context, at=None):
         """The rotary positions of a context's entries, or of those with index `at` [R, n]: see entry_positions."""
