@@ -53,13 +53,8 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     """problems per task, at most; -1 for all"""
     mc: bool = False
     """generate with MegaContext; multiple choice questions are always read at full detail"""
-<<<<<<< HEAD
-=======
     compare: bool = False
     """with --mc: answer without it, too, and show the answers side by side"""
-    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """these options have an effect with --mc only"""
->>>>>>> 85f5e30 (The CPU recipe with --mc ends with a chat model that answers about facts told long before; chat_eval shows answers with and without it)
 
 
 def fenced(text) -> str:
