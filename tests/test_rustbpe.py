@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,20 @@ def test_the_scanner_equals_the_regex_engine(pattern, text):
     # one text often and learning all there is shows every cut: whole words become tokens.
     regex = train([text], 2000, pattern=f"(?:{pattern})")
     assert learnt(train([text], 2000, pattern=pattern)) == learnt(regex)
+
+
+@pytest.mark.parametrize("pattern", [DEFAULT_PATTERN, SPLIT_PATTERN], ids=["GPT-4", "ours"])
+def test_the_scanner_knows_every_range_of_characters(pattern):
+    """Both ends of each, in places where the class shows: after a letter, digit, quote, space, and before them."""
+    kinds = [unicodedata.category(chr(i)) for i in range(sys.maxunicode + 1)]
+    ends = {i for edge in range(1, len(kinds)) if kinds[edge - 1] != kinds[edge] for i in (edge - 1, edge)}
+    characters = [chr(i) for i in sorted(ends) if kinds[i] != "Cs"]
+    assert len(characters) > 4000
+    texts = [f"a{c}a1{c}1'{c}!{c} {c}  {c}\n{c}12{c}34" for c in characters]
+    for start in range(0, len(texts), 100):
+        some = texts[start : start + 100]
+        regex = train(some, 100_000, pattern=f"(?:{pattern})")
+        assert learnt(train(some, 100_000, pattern=pattern)) == learnt(regex)
 
 
 def test_words_are_not_merged_across():

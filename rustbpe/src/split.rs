@@ -3,7 +3,7 @@
 //! Two engines: `fancy_regex` for any pattern, and for GPT-4's and ours a hand-written scanner that
 //! gives the same words about an order of magnitude faster (the lookahead and the possessive
 //! quantifiers push a regex engine off its fast path, and splitting is most of the work of
-//! training). `tests/split.rs` holds the scanner to the regex on arbitrary text.
+//! training). `tests/test_rustbpe.py` holds the scanner to the regex.
 
 use std::sync::LazyLock;
 
