@@ -135,15 +135,11 @@ class Reader:
         loss, nll = self.model(inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights)
         return Reading(loss / counts.sum(), nll.view_as(targets), targets, positions)
 
-    def focus(self, table, context, budget, config=None):
-        """
-        The context after the refocus of a prompt, as at inference, within the budget. config: other settings of the
-        allocator.
-        """
-        config = config or self.config
-        focus, keys = Focus(config, context.num_rows), self.keys(table.values[:, : context.num_tokens])
+    def focus(self, table, context, budget):
+        """The context after the refocus of a prompt, as at inference, within the budget."""
+        focus, keys = Focus(self.config, context.num_rows), self.keys(table.values[:, : context.num_tokens])
         keys = keys.repeat_interleave(context.num_rows // len(keys), 0)
-        for i in range(config.mc_infer_allocator_iterations):
+        for i in range(self.config.mc_infer_allocator_iterations):
             newest = context.lengths()[:, None] + torch.arange(-min(ASKING, context.num_tokens), 0)
             states = self.states(table.materialize(context), context, newest.clamp(min=0))
             edited = focus.refocus(context, score(self.wanted(states, keys)), budget, again=i > 0, eager=True)

@@ -250,18 +250,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
-def print_banner():
-    print0(
-        r"""
-                                _           _
-  _ __   __ _ _ __   ___   ___| |__   __ _| |_
- | '_ \ / _` | '_ \ / _ \ / __| '_ \ / _` | __|
- | | | | (_| | | | | (_) | (__| | | | (_| | |_
- |_| |_|\__,_|_| |_|\___/ \___|_| |_|\__,_|\__|
-"""
-    )
-
-
 def fail(error: UserError):
     """End the program with the message of a UserError, shown once, and a non-zero exit code."""
     rank = os.environ.get("RANK", "0")  # read directly, since this variable may be the error

@@ -46,14 +46,13 @@ class Engine:
         top_k=None,
         seed=42,
         session=None,
-        on_logits=None,
         **settings,
     ):
         """
         Yield (ids, mask) a step: one id a row, and 1 where it was sampled, 0 where a tool's answer forced it.
 
         tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
-        settings: others of Sampling. on_logits(logits [B, V], ids [B]): called with what each step came from.
+        settings: others of Sampling.
         Ends after max_tokens steps, or when every row has ended its turn (a row that is done goes on in its column, to
         be ignored), or when the session has no room for more: by default, after model.max_seq_len tokens and the one
         that these predict.
@@ -84,8 +83,6 @@ class Engine:
             column, mask = map(list, zip(*(row.take(id) for row, id in zip(rows, sampled, strict=True)), strict=True))
             if column != sampled:
                 ids = torch.tensor(column, device=ids.device)
-            if on_logits:
-                on_logits(logits, ids)
             yield column, mask
             produced += 1
             if all(row.done for row in rows) or produced == max_tokens:

@@ -6,7 +6,6 @@ HuggingFaceTokenizer (`tokenizers` for both). The chat format is defined here on
 """
 
 import base64
-import binascii
 import copy
 import hashlib
 import json
@@ -321,14 +320,7 @@ def _read_bpe_json(path):
         if len(ranks) != len(data["tokens"]):
             raise ValueError("a token occurs twice")
         return data["name"], data["pattern"], ranks, data["special_tokens"]
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        binascii.Error,
-    ) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run python -m scripts.tok_train") from error
 
 
@@ -368,15 +360,7 @@ def _read_encoding_pickle(path):
         ids = [*ranks.values(), *specials.values()]
         if sorted(ids) != list(range(len(ids))) or any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("its tokens are not numbered from 0 on, or lack single bytes")  # tiktoken would panic
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a pickled tiktoken.Encoding, and nothing in it was run ({error}): "
             "get the right file, or train a tokenizer with python -m scripts.tok_train"

@@ -33,6 +33,7 @@ from nanochat.configurator import run
 from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.options import DeviceOptions, ModelOptions
+from nanochat.pretrained import PretrainedTokenizer
 from nanochat.ranges import Count
 from nanochat.report import get_report
 
@@ -58,23 +59,6 @@ class HFModel:
         return self.model(input_ids=ids).logits
 
 
-class HFTokenizer:
-    """Wraps a tokenizer of transformers with the methods that the evaluation needs."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def get_bos_token_id(self) -> int:
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        bos = next((i for i in ids if i is not None), None)  # some models separate documents by eos only
-        if bos is None:
-            raise UserError("the tokenizer has neither a bos nor an eos token: a document needs a beginning")
-        return bos
-
-    def encode(self, texts, prepend):
-        return [[prepend, *ids] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
 def load_hf_model(path, device, dtype):
     """(model, tokenizer) of a Hugging Face model, wrapped for evaluation."""
     try:
@@ -84,12 +68,9 @@ def load_hf_model(path, device, dtype):
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # model not found, hub not reachable, or unknown architecture
+    except (OSError, ValueError) as error:  # model not found, hub not reachable, or unknown architecture
         raise UserError(f"cannot load the Hugging Face model {path!r}: {error}") from error
-    return HFModel(model), HFTokenizer(tokenizer)
+    return HFModel(model), PretrainedTokenizer(tokenizer)
 
 
 def evaluate_with_progress(model, tokenizer, device, max_per_task, show):

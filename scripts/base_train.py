@@ -21,7 +21,6 @@ from nanochat.common import (
     autocast,
     compute_init,
     print0,
-    print_banner,
     resolve_dtype,
     sum_over_ranks,
 )
@@ -119,7 +118,6 @@ def horizon(config, flops_per_token, num_params) -> int | None:
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    print_banner()
 
     if config.mc and config.megacontext.mc_freeze_base:
         raise UserError(

@@ -20,7 +20,6 @@ from nanochat.common import (
     UserError,
     autocast,
     compute_init,
-    print_banner,
     resolve_dtype,
     sum_dtype,
     sum_over_ranks,
@@ -71,7 +70,6 @@ class Config(FinetuningOptions):
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    print_banner()
 
     B, examples, samples = config.device_batch_size, config.examples_per_step, config.num_samples
     if examples % world_size:

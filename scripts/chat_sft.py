@@ -16,7 +16,6 @@ from nanochat.common import (
     UserError,
     autocast,
     compute_init,
-    print_banner,
     resolve_dtype,
     sum_over_ranks,
 )
@@ -66,7 +65,6 @@ class Config(FinetuningOptions):
 def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    print_banner()
 
     B, examples = config.device_batch_size, config.target_examples_per_step
     if examples % world_size:

@@ -17,7 +17,7 @@ from typing import Annotated
 from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat import pretrained
-from nanochat.common import UserError, autocast, compute_init, print_banner, resolve_dtype
+from nanochat.common import UserError, autocast, compute_init, resolve_dtype
 from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.loop import MicroBatches, accumulation_steps, lr_multiplier, muon_momentum
@@ -56,7 +56,6 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
 def main(config: Config):
     *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    print_banner()
     config = replace(config, megacontext=replace(config.megacontext, mc_freeze_base=True))
 
     source, model, tokenizer, parent = pretrained.parent(config, device)

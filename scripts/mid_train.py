@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
-from nanochat.common import autocast, compute_init, print_banner, resolve_dtype
+from nanochat.common import autocast, compute_init, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.conversations import PackedConversations
 from nanochat.loop import accumulation_steps, muon_momentum
@@ -58,7 +58,6 @@ class Config(TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
 def main(config: Config):
     *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
-    print_banner()
     config = replace(config, megacontext=replace(config.megacontext, mc_past=0))  # of conversations
 
     model, tokenizer, parent, networks = parent_model(config.source, device, config.model_tag, config.step)
