@@ -65,6 +65,11 @@ class Reader:
         """Embeddings [B, N, D] of token ids [B, N]: level 0 of a tree."""
         return self.model.embed(ids)
 
+    def embed_for_decoding(self, ids):
+        """The same, rounded by the decoder alone, whatever autocast surrounds it: level 0 of a session's tree."""
+        with autocast(self.device, torch.float32):
+            return self.embed(ids)
+
     def gist(self, children, level):
         """Gists [M, D] of a level from their children [M, K, D]."""
         with autocast(self.device, self.dtype):

@@ -31,7 +31,7 @@ from megacontext.reader import ASKING, Reader, score
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import WorkingContext, smallest_length
-from nanochat.common import Stopwatch, UserError, autocast
+from nanochat.common import Stopwatch, UserError
 from nanochat.decode import Decoder
 from nanochat.kv_cache import KVCache, RowCaches
 
@@ -102,7 +102,7 @@ class MCSession:
 
     def _reset(self):
         store = self._store or STORES[self.config.mc_tree](self.config.block_size)
-        self.tree = MegaContextTree(self.reader.node, self.config.block_size, store, self._embed)
+        self.tree = MegaContextTree(self.reader.node, self.config.block_size, store, self.reader.embed_for_decoding)
         self.demand = Demand(self._listener, store)
         self.focus = Focus(self.config, 1, self.seed)
         self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)
@@ -461,10 +461,6 @@ class MCSession:
         self.demand.repeat(self.rows)
         cache, self.cache, self._stepper = self.cache, RowCaches(), None
         self.cache.join(cache, self.rows, self.budget)
-
-    def _embed(self, ids):
-        with autocast(self.device, torch.float32):  # what goes into the decoder is rounded as the decoder does
-            return self.model.embed(ids)
 
     def _refocused(self, context, again=False, eager=False):
         self._since = 0

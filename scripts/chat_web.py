@@ -53,7 +53,7 @@ from megacontext.telemetry.endpoint import open_telemetry
 from megacontext.telemetry.events import tell_session
 from nanochat import pretrained
 from nanochat.checkpoint_manager import checkpoint_root
-from nanochat.common import UserError, autocast, compute_init, get_base_dir, resolve_dtype
+from nanochat.common import UserError, compute_init, get_base_dir, resolve_dtype
 from nanochat.configurator import run, short
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions
@@ -193,15 +193,11 @@ def load(config, device, on_update=None):
 def renew_gists(folders, gist_key, reader):
     """Make the gists of streams that another model wrote, in the background; sessions have the old ones meanwhile."""
 
-    def embed(ids):
-        with autocast(reader.device, torch.float32):
-            return reader.embed(ids)
-
     def work():
         for folder in folders:
             try:
                 if missing_gists(folder, gist_key):
-                    for _ in make_gists(folder, gist_key, reader.node, embed, reader.device):
+                    for _ in make_gists(folder, gist_key, reader.node, reader.embed_for_decoding, reader.device):
                         time.sleep(0.01)  # answers come first
             except UserError as error:  # another worker or process is at it, or damage, which its readers will name
                 logging.info("gists of %s are not renewed: %s", folder.name, error)

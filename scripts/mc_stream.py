@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich import progress
 from rich.console import Console
@@ -39,7 +38,7 @@ from megacontext.inference import MCInference, load_for_inference
 from megacontext.reader import Reader
 from megacontext.tree import MegaContextTree
 from nanochat import pretrained
-from nanochat.common import UserError, autocast, compute_init
+from nanochat.common import UserError, compute_init
 from nanochat.configurator import run, short
 from nanochat.find import find_text
 from nanochat.pretrained import PretrainedOptions
@@ -77,13 +76,9 @@ class Model:
         self.reader = Reader(model, networks, settings)
         self.gist_key = streams.gist_key_of(source, meta, self.tokenizer, settings)
 
-    def embed(self, ids):
-        with autocast(self.device, torch.float32):
-            return self.reader.embed(ids)
-
     def tree(self, folder, write=False):
         store = streams.open_store(folder, self.gist_key, self.device, write)
-        return MegaContextTree(self.reader.node, self.gist_key["block_size"], store, self.embed)
+        return MegaContextTree(self.reader.node, self.gist_key["block_size"], store, self.reader.embed_for_decoding)
 
 
 def bar(*columns):
@@ -153,7 +148,9 @@ def make_gists(model, folder):
     if missing := streams.missing_gists(folder, model.gist_key):
         with bar() as shown:
             task, before = shown.add_task("gists", total=missing), None
-            for done in streams.make_gists(folder, model.gist_key, model.reader.node, model.embed, model.device):
+            reader = model.reader
+            embed, device = reader.embed_for_decoding, model.device
+            for done in streams.make_gists(folder, model.gist_key, reader.node, embed, device):
                 before = done if before is None else before
                 shown.update(task, completed=done - before)
     return missing
