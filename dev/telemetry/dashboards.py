@@ -25,29 +25,17 @@ COLUMNS, WIDE, HEIGHT = 24, 8, 8  # in units of Grafana's grid
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves of metrics over time. unit: its name in Grafana. stacked: show shares of their sum."""
+    """
+    Curves over time, of metrics or, in PromQL, of expressions ((expression, name), …); or a table of the spans of a
+    query in TraceQL. unit: its name in Grafana. stacked: show shares of their sum.
+    """
 
     title: str
-    metrics: tuple
+    metrics: tuple = ()
     unit: str = "short"
     stacked: bool = False
-
-
-@dataclass(frozen=True)
-class Spans:
-    """A table of spans. query: in TraceQL."""
-
-    title: str
-    query: str
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Curves of expressions in PromQL: [(expression, name)]."""
-
-    title: str
-    expressions: tuple
-    unit: str = "short"
+    expressions: tuple = ()
+    query: str = ""
 
 
 TRAINING = {
@@ -74,41 +62,39 @@ TRAINING = {
         Panel("Tokens in a tree, entries of a working context", ("mc/tree_tokens", "mc/wc_entries")),
         Panel("Working contexts per micro-batch", ("mc/variants_total",)),
         Panel("Forward pass of a micro-batch", ("mc/time_controller_ms",), "ms"),
-        Spans("Slowest micro-batches", '{ name = "mc_timing" } | select(span.step, span.milliseconds)'),
+        Panel("Slowest micro-batches", query='{ name = "mc_timing" } | select(span.step, span.milliseconds)'),
     ],
 }
-
-
-def _quantiles(metric):
-    rate = f'sum by (le) (rate({metric}_bucket{{instance=~"$run"}}[$__rate_interval]))'
-    return tuple((f"histogram_quantile({q}, {rate})", f"p{round(100 * q)}") for q in (0.5, 0.95, 0.99))
 
 
 def _rate(metric, by, where=""):
     return f'sum by ({by}) (rate({metric}{{instance=~"$run"{where}}}[$__rate_interval]))'
 
 
+def _rates(title, metric, by, unit="short", where=""):
+    """A panel of a counter's rates, one for each value of a label."""
+    return Panel(title, (), unit, expressions=((_rate(metric, by, where), f"{{{{{by}}}}}"),))
+
+
+def _quantiles(title, metric):
+    rate = _rate(f"{metric}_bucket", "le")
+    quantiles = ((f"histogram_quantile({q}, {rate})", f"p{round(100 * q)}") for q in (0.5, 0.95, 0.99))
+    return Panel(title, (), "s", expressions=tuple(quantiles))
+
+
 CHAT = {
     "Requests": [
-        Rates(
-            "Requests per second",
-            ((_rate("gen_ai_server_request_duration_count", "gen_ai_request_model"), "{{gen_ai_request_model}}"),),
-            "reqps",
+        _rates("Requests per second", "gen_ai_server_request_duration_count", "gen_ai_request_model", "reqps"),
+        _quantiles("Time of a request", "gen_ai_server_request_duration"),
+        _quantiles("Time to the first text", "gen_ai_server_time_to_first_token"),
+        _rates("Tokens per second", "gen_ai_client_token_usage_sum", "gen_ai_token_type"),
+        _rates(
+            *("Failures per second", "gen_ai_server_request_duration_count", "error_type", "reqps"),
+            where=', error_type!=""',
         ),
-        Rates("Time of a request", _quantiles("gen_ai_server_request_duration"), "s"),
-        Rates("Time to the first text", _quantiles("gen_ai_server_time_to_first_token"), "s"),
-        Rates(
-            "Tokens per second",
-            ((_rate("gen_ai_client_token_usage_sum", "gen_ai_token_type"), "{{gen_ai_token_type}}"),),
-        ),
-        Rates(
-            "Failures per second",
-            ((_rate("gen_ai_server_request_duration_count", "error_type", ', error_type!=""'), "{{error_type}}"),),
-            "reqps",
-        ),
-        Spans(
+        Panel(
             "Requests",
-            '{ span.gen_ai.operation.name = "chat" } | select(span.gen_ai.request.model, '
+            query='{ span.gen_ai.operation.name = "chat" } | select(span.gen_ai.request.model, '
             "span.gen_ai.usage.input_tokens, span.gen_ai.usage.output_tokens, "
             "span.gen_ai.response.time_to_first_chunk, span.gen_ai.response.finish_reasons, "
             "span.gen_ai.conversation.compacted)",
@@ -122,10 +108,10 @@ CHAT = {
         Panel("Swap rate", ("mc.swap_rate",), "percentunit"),
         Panel("Residency, refocuses", ("mc.residency",)),
         Panel("Time of an update", ("mc.inference_ms",), "ms"),
-        Spans(
+        Panel(
             "Refocuses",
-            '{ name = "focus_allocator" } | select(span.expansions, span.collapses, span.swap_rate, span.score_min, '
-            "span.score_mean, span.score_max)",
+            query='{ name = "focus_allocator" } | select(span.expansions, span.collapses, span.swap_rate, '
+            "span.score_min, span.score_mean, span.score_max)",
         ),
     ],
 }
@@ -139,19 +125,14 @@ def prometheus_name(metric: str) -> tuple[str, bool]:
 
 
 def _targets(panel):
-    if isinstance(panel, Spans):
+    if panel.query:
         options = {"queryType": "traceql", "query": panel.query, "tableType": "spans", "limit": 50}
         return [{"refId": "A", "datasource": TEMPO, **options}]
-    if isinstance(panel, Rates):
-        pairs = panel.expressions
-    else:
-        pairs = []
-        for metric in panel.metrics:
-            name, by_level = prometheus_name(metric)
-            legend = (
-                "{{instance}}" + (" LOD {{lod}}" if by_level else "") + (f" {name}" if len(panel.metrics) > 1 else "")
-            )
-            pairs.append((f'{name}{{instance=~"$run"}}', legend))
+    pairs = list(panel.expressions)
+    for metric in panel.metrics:
+        name, by_level = prometheus_name(metric)
+        legend = "{{instance}}" + (" LOD {{lod}}" if by_level else "") + (f" {name}" if len(panel.metrics) > 1 else "")
+        pairs.append((f'{name}{{instance=~"$run"}}', legend))
     return [
         {"refId": chr(ord("A") + i), "datasource": PROMETHEUS, "expr": expression, "legendFormat": legend}
         for i, (expression, legend) in enumerate(pairs)
@@ -160,11 +141,10 @@ def _targets(panel):
 
 def _panel(panel, number, x, y):
     head = {"id": number, "title": panel.title, "gridPos": {"h": HEIGHT, "w": WIDE, "x": x, "y": y}}
-    if isinstance(panel, Spans):
+    if panel.query:
         return {**head, "type": "table", "datasource": TEMPO, "targets": _targets(panel)}
-    stacked = getattr(panel, "stacked", False)
-    custom = {"lineWidth": 2, "fillOpacity": 70 if stacked else 0, "showPoints": "auto", "spanNulls": True}
-    custom["stacking"] = {"mode": "percent" if stacked else "none", "group": "A"}
+    custom = {"lineWidth": 2, "fillOpacity": 70 if panel.stacked else 0, "showPoints": "auto", "spanNulls": True}
+    custom["stacking"] = {"mode": "percent" if panel.stacked else "none", "group": "A"}
     return {
         **head,
         "type": "timeseries",

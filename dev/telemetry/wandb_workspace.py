@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from dev.telemetry.dashboards import TRAINING, Panel
+from dev.telemetry.dashboards import TRAINING
 from megacontext.telemetry.events import METRICS
 from nanochat.common import UserError
 from nanochat.configurator import run
@@ -43,9 +43,9 @@ def workspace(config: Config) -> ws.Workspace:
     for title, parts in TRAINING.items():
         panels = []
         for part in parts:
-            keys = [key for key in getattr(part, "metrics", ()) if key in METRICS]  # spans are not in W&B
+            keys = [key for key in part.metrics if key in METRICS]  # spans are not in W&B
             keys = [key.replace("{lod}", str(lod)) for key in keys for lod in range(LEVELS if "{lod}" in key else 1)]
-            if not isinstance(part, Panel) or not keys:
+            if not keys:
                 continue
             kind = "pct-area" if part.stacked else "line"
             panels.append(wr.LinePlot(title=part.title, x=config.x, y=keys, plot_type=kind, smoothing_factor=0))
