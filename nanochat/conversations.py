@@ -1,5 +1,5 @@
 """
-Batches of conversations: packed into streams for midtraining, a row each for finetuning.
+Batches of conversations: packed into streams for midtraining, one row per conversation for finetuning.
 
 `conversations` is anything with len() and [index] that gives {"messages": […]}, as the tasks do.
 """

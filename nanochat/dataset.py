@@ -125,7 +125,7 @@ def _open_shard(path):
 
 
 def iter_documents(split: str, start=0, step=1, data_dir=None):
-    """Yield the texts of row groups start, start + step, … of a split, one list a row group; one pass."""
+    """Yield the texts of row groups start, start + step, … of a split, one list per row group; one pass."""
     for path, group in list_row_groups(split, data_dir)[start::step]:
         yield read_row_group(path, group)
 

@@ -1,5 +1,5 @@
 """
-Generation: prefill once, then decode all rows together, a token a row at a time.
+Generation: prefill once, then decode all rows together, one token per row and step.
 
 The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
 two methods: `prefill(tokens) -> logits [rows, V]` and `read(ids [rows]) -> logits [rows, V]`, or None when there
@@ -49,7 +49,7 @@ class Engine:
         **settings,
     ):
         """
-        Yield (ids, mask) a step: one id a row, and 1 where it was sampled, 0 where a tool's answer forced it.
+        Yield (ids, mask) per step: one id per row, and 1 where it was sampled, 0 where a tool's answer forced it.
 
         tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
         settings: others of Sampling.

@@ -145,7 +145,7 @@ def decode_text(content: bytes, place) -> str:
 
 
 def stdlib_documents(files, skipped: dict):
-    """Yield one document a file."""
+    """Yield one document per file."""
     for path in files:
         try:
             with open_text(path) as file:

@@ -144,7 +144,7 @@ def read_origins(option):
 
 
 def devices(config):
-    """One a worker."""
+    """The devices, one per worker."""
     device = compute_init(config.device_type)[-1]
     if device.type == "cuda":
         if config.num_gpus > torch.cuda.device_count():
@@ -216,13 +216,13 @@ def describe(config, pool, limits, port, key=""):
         mc = pool.sessions[0].describe()
         focus = (
             f"focus   a working context of {mc['budget']:,} entries, blocks of {mc['block_size']} tokens, "
-            f"{mc['sessions']} conversations a worker at hand\n"
+            f"{mc['sessions']} conversations at hand per worker\n"
         )
     return (
         f"model   {pool.model.source}/{pool.model.model_tag}, step {pool.model.step}: "
         f"{model.num_params():,} parameters, context {pool.context_length} tokens, on {where}\n"
         f"{focus}"
-        f"limits  {limits.messages:,} messages, {limits.message_chars:,} characters a message, "
+        f"limits  {limits.messages:,} messages, {limits.message_chars:,} characters per message, "
         f"{limits.conversation_chars:,} in all, {config.queue_size} waiting requests\n"
         f"API     http://{name}:{port}/v1, model {pool.model.id}\n"
         f"page    http://{name}:{port}/\n"

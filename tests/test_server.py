@@ -885,7 +885,7 @@ def test_the_whole_program(base_dir, tokenizer):
             shown += line
         assert "sft/d1, step 3: " in shown
         assert "context 4096 tokens, on cpu" in shown
-        assert "500 messages, 8,000 characters a message, 32,000 in all, 64 waiting requests" in shown
+        assert "500 messages, 8,000 characters per message, 32,000 in all, 64 waiting requests" in shown
         assert "key     none (--api_key): anyone who can reach this address can use the model" in shown
         url = re.search(r"page +(http://127\.0\.0\.1:\d+)/\n", shown)[1]
         with httpx.Client(base_url=url, timeout=60) as client:

@@ -231,7 +231,7 @@ def recovered(losses, full, worst) -> tuple[float | None, float | None]:
     """
     (share of the gain of `full` over `worst` that `losses` keeps, its standard error over sequences: delta method).
 
-    Each an array with one loss a sequence. (None, None) where what the full context gains cannot be told from chance.
+    Each an array with one loss per sequence. (None, None) where what the full context gains cannot be told from chance.
     """
     gains = worst - full
     if not gains.mean() > 2 * gains.std() / len(gains) ** 0.5:

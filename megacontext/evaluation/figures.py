@@ -96,7 +96,7 @@ def plot_stream(rows) -> bytes:
     figure, (each, first, memory) = new_figure("What a stream costs as it grows", 3)
     tokens = [row["tokens"] for row in rows]
     each.plot(tokens, [row["token_ms"] for row in rows], color=BLUE, marker="o", label="a token, refocuses included")
-    each.set(title="Time a token", ylabel="milliseconds", ylim=(0, 1.25 * max(row["token_ms"] for row in rows)))
+    each.set(title="Time per token", ylabel="milliseconds", ylim=(0, 1.25 * max(row["token_ms"] for row in rows)))
     first.plot(tokens, [row["first_token_s"] for row in rows], color=ORANGE, marker="o", label="from nothing")
     turns = [row["next_turn_ms"] / 1000 for row in rows]
     first.plot(tokens, turns, color=GREEN, marker="s", label="next turn, 64 tokens")

@@ -1,1 +1,1 @@
-"""The chat server: requests are checked, queued, answered by one worker a device, and streamed back."""
+"""The chat server: requests are checked, queued, answered by one worker per device, and streamed back."""
