@@ -68,7 +68,7 @@ class CacheSession:
             yield len(piece), logits if start + part >= len(tokens) else None
 
     def step(self, ids):
-        """Logits [rows, V] after one more token in each row, ids [rows]; None when the model's positions are used up."""
+        """Logits [rows, V] after one more token per row, ids [rows]; None when the model's positions are used up."""
         return self._step(ids) if self.enter(ids) is not None else None
 
     read = step

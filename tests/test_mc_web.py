@@ -15,6 +15,7 @@ import httpx
 import pytest
 import torch
 
+from megacontext.inference import MCInference
 from megacontext.kept_chats import KeptChats
 from megacontext.session import MCSession
 from megacontext.streams import gist_sets, missing_gists
@@ -412,10 +413,10 @@ def test_mistakes(checkpoints):
         chat_web.main(config_of(model_tag="plain", mc=True))
     with pytest.raises(UserError, match="--stream: expected --mc with it"):
         chat_web.main(config_of(model_tag="mc", stream="library"))
-    options = chat_web.MCInference(mc_tree="disk")
+    options = MCInference(mc_tree="disk")
     with pytest.raises(UserError, match="--stream: expected --mc_tree=ram"):
         chat_web.main(config_of(model_tag="mc", mc=True, stream="library", megacontext=options))
-    options = chat_web.MCInference(allocator_soft_max=12)
+    options = MCInference(allocator_soft_max=12)
     with pytest.raises(UserError, match="--allocator_soft_max: expected at least"):
         chat_web.main(config_of(model_tag="mc", mc=True, megacontext=options))
 
@@ -444,7 +445,7 @@ def test_loading(checkpoints):
 
 
 def test_conversations_of_another_model_get_their_gists_in_the_background(checkpoints, base_dir):
-    config = config_of(model_tag="mc", mc=True, megacontext=chat_web.MCInference(mc_tree="disk"))
+    config = config_of(model_tag="mc", mc=True, megacontext=MCInference(mc_tree="disk"))
     kept = chat_web.load(config, torch.device("cpu"))[2].kept
     older = KeptChats(kept.root, kept.gist_key | {"model": "older"})
     store, _ = older.open(name(1))
