@@ -136,7 +136,7 @@ def bench_stream(config, show):
             tree = MegaContextTree(reader.node, mc.block_size, store, reader.embed)
             show("reading in", [read_in(tree, itertools.cycle(texts), tokenizer, config.stream_tokens)])
     lengths = [10**i for i in range(5, 12) if 10**i <= store.count(0)]
-    size = sum(path.stat().st_size for path in folder.rglob("*.*")) / store.count(0)
+    size = streams.size_of(folder) / store.count(0)
     store.close()
     measure = partial(at_length, folder=folder, gist_key=gist_key, make_session=make_session, engine=engine)
     measure(lengths[0])  # to warm up

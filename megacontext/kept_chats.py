@@ -117,11 +117,11 @@ class KeptChats:
 
     def stats(self):
         folders = self.folders()
-        return {"kept": len(folders), "bytes": sum(map(_size, folders)), "refused": self.refused}
+        return {"kept": len(folders), "bytes": sum(map(streams.size_of, folders)), "refused": self.refused}
 
     def _make_room(self):
         folders = self.folders()
-        sizes = list(map(_size, folders))
+        sizes = list(map(streams.size_of, folders))
         count, size = len(folders) + 1, sum(sizes)
         for folder, its in zip(folders, sizes, strict=True):
             age = time.time() - _last_used(folder)
@@ -138,7 +138,3 @@ def _last_used(folder):
     """In seconds since 1970; when it was made where it is not whole."""
     manifest = folder / "manifest"
     return (manifest if manifest.exists() else folder).stat().st_mtime
-
-
-def _size(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*.*"))

@@ -246,6 +246,11 @@ def _open_or_create(path, gist_key):
     return Arrays.create(path, gist_key)
 
 
+def size_of(folder) -> int:
+    """Bytes of the files of a stream, or of one of its folders."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
 def gist_sets(folder, gist_key=None) -> dict[Path, int]:
     """Folder → number of level-1 gists, for each readable set of gists of a stream that has the shape of this key."""
     found = {}

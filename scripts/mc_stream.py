@@ -156,16 +156,12 @@ def make_gists(model, folder):
     return missing
 
 
-def size_of(folder):
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
 def show_list():
     rows = []
     for folder in streams.list_streams():
         try:
             tokens = Arrays(folder)
-            rows.append((folder.name, f"{tokens.rows('tokens'):,} tokens, {size_of(folder) / 1e6:,.1f} MB"))
+            rows.append((folder.name, f"{tokens.rows('tokens'):,} tokens, {streams.size_of(folder) / 1e6:,.1f} MB"))
             tokens.close()
         except UserError as error:
             rows.append((folder.name, f"cannot be read: {error}"))
@@ -175,7 +171,7 @@ def show_list():
 
 def show(config, folder):
     tokens = Arrays(folder)
-    print(f"{config.name}: {tokens.rows('tokens'):,} tokens in {folder}, {size_of(folder) / 1e6:,.1f} MB")
+    print(f"{config.name}: {tokens.rows('tokens'):,} tokens in {folder}, {streams.size_of(folder) / 1e6:,.1f} MB")
     for path in streams.gist_sets(folder):
         gists = Arrays(path)
         levels = ", ".join(f"{gists.rows(name):,}" for name in gists.names)
@@ -195,10 +191,11 @@ def show(config, folder):
 
 def compact(config, folder):
     """Verify the stream, and keep only what was committed and the gists of this model."""
-    before, model = size_of(folder), Model(config)
+    before, model = streams.size_of(folder), Model(config)
     make_gists(model, folder)
     streams.compact(folder, model.gist_key)
-    print(f"{config.name}: {before / 1e6:,.1f} MB before, {size_of(folder) / 1e6:,.1f} MB now; all of it was verified")
+    sizes = f"{before / 1e6:,.1f} MB before, {streams.size_of(folder) / 1e6:,.1f} MB now"
+    print(f"{config.name}: {sizes}; all of it was verified")
 
 
 def main(config: Config):
