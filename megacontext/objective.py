@@ -4,6 +4,9 @@ The recipe by which a GPT learns to read gists, GistNet to make them and LensNet
     embed → dense sequences:      next-token loss; where the model looks → LensNet's loss
           → compressed sequences: tree → variants → read → next-token loss
 
+A model that is frozen need not learn the text but can teach it: there the loss of compressed sequences is the
+divergence from what the model itself predicts after all tokens, the nats that compression costs.
+
 Shapes: B sequences of T tokens, by chance dense or compressed; V variants of each compressed one and C counterfactuals
 of each dense one, in which P tokens ask LensNet, as they do in the dense one; W entries, n old blocks, D = n_embd.
 """
@@ -118,7 +121,8 @@ class MCObjective:
                 _, looks = self.model.trunk(embeds[:dense], asking=asking)
 
         if dense < B:
-            reading = reader.read_entries(inputs, entries, targets)
+            teacher = self.taught(embeds[dense:], entries) if c.mc_freeze_base else None
+            reading = reader.read_entries(inputs, entries, targets, teacher)
             loss = loss + reading.loss
             stats |= {"mc/token_loss": reading.loss, "mc/variants_total": variants.num_rows}
             stats |= by_level(entries, reading)
@@ -139,6 +143,14 @@ class MCObjective:
 
         stats = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in stats.items()}
         return MCBatchResult(loss, stats, embeds[order.argsort()], caches)
+
+    @torch.no_grad()
+    def taught(self, embeds, entries):
+        """What the frozen model makes of the last token of each entry [R, W] after all of those in embeds [B, T, D]."""
+        states, _ = self.model.trunk(embeds)
+        last = (entries.start + entries.span - 1).clamp(min=0).to(states.device, non_blocking=True)
+        row = torch.arange(len(last), device=states.device) // (len(last) // len(embeds))
+        return states[row[:, None], last]
 
     def rows_at_once(self, B) -> int:
         """Rows of a micro-batch of B that are put through the model together: see auto_batch_size."""

@@ -132,12 +132,17 @@ class Reader:
         targets = context.targets(y.repeat_interleave(context.num_rows // len(y), 0))
         return self.read_entries(inputs, context.entries, targets)
 
-    def read_entries(self, inputs, entries, targets) -> Reading:
-        """`read` of entries [R, W] with inputs [R, W, D] and targets [R, W], which may come from several trees."""
+    def read_entries(self, inputs, entries, targets, teacher=None) -> Reading:
+        """
+        `read` of entries [R, W] with inputs [R, W, D] and targets [R, W], which may come from several trees. teacher
+        [R, W, D]: see `GPT.forward`; nll and loss are divergences from it, where there is a gradient.
+        """
         positions = self.positions_of(entries)
         counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
-        loss, nll = self.model(inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights)
+        loss, nll = self.model(
+            inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights, teacher=teacher
+        )
         return Reading(loss / counts.sum(), nll.view_as(targets), targets, positions)
 
     def focus(self, table, context, budget):

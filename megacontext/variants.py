@@ -124,6 +124,7 @@ def step_work(model, networks, config: MCConfig, progress, T) -> float:
     length = target_length(progress, T, config.block_size, config.mc_train_wc_length)
     looks = config.mc_freeze_base + config.mc_max_counterfactuals * length / T  # without a gradient: a third of a pass
     looks *= dense_share(config) / 3 if config.mc_lens_loss_weight > 0 else 0
+    looks += config.mc_freeze_base * (1 - dense_share(config)) / 3  # what it teaches
     return trunk / T + looks + flops / (T * model.flops_per_token())
 
 

@@ -47,15 +47,31 @@ def loss_of_rows(x, w, targets, scale, cap):
     return losses[:, 0], (p if cap is None else p.addcmul_(p, unit.square_(), value=-1.0)).to(x.dtype)
 
 
+def divergence_of_rows(x, w, teacher, scale, cap):
+    """
+    The same of the Kullback-Leibler divergence from what a teacher says, whose head would read teacher [n, D]: its
+    distribution takes the place of a token.
+    """
+    log_p = softcap(teacher.to(x.dtype) @ w.T, cap).log_softmax(-1)
+    capped = softcap(x @ w.T, cap)
+    log_q = capped.log_softmax(-1)
+    losses = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    grad = log_q.exp_().sub_(log_p.exp_()).mul_(scale[:, None])
+    if cap is not None:
+        grad *= 1 - (capped / cap) ** 2
+    return losses, grad.to(x.dtype)
+
+
 class _SummedLoss(torch.autograd.Function):
     """
     (sum of the rows' losses, weighted by row_weights [N] if given; the losses [N], for the log alone).
 
-    The gradients of x [N, D] and weight are computed during the forward pass, each only if it is required.
+    teacher: None, or what takes the place of the targets, see divergence_of_rows. The gradients of x [N, D] and weight
+    are computed during the forward pass, each only if it is required.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, cap, dtype, row_weights, loss_of_rows):
+    def forward(ctx, x, weight, targets, vocab_size, cap, dtype, row_weights, loss_of_rows, teacher):
         block = max(1, BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_GPU) // vocab_size)
         w = weight[:vocab_size].to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
@@ -64,7 +80,8 @@ class _SummedLoss(torch.autograd.Function):
         losses = torch.empty_like(counts)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        parts = [t.split(block) for t in (x, targets, counts, scale, losses)]
+        says, loss_of_rows = (targets, loss_of_rows) if teacher is None else (teacher, divergence_of_rows)
+        parts = [t.split(block) for t in (x, says, counts, scale, losses)]
         for i, (x_b, t_b, counts_b, scale_b, losses_b) in enumerate(zip(*parts, strict=True)):
             x_b = x_b.to(dtype)
             loss, grad = loss_of_rows(x_b, w, t_b, scale_b, cap)
@@ -84,7 +101,7 @@ class _SummedLoss(torch.autograd.Function):
         grad_x, grad_w = ctx.saved_tensors
         grad_x = None if grad_x is None else grad_x * grad_output
         grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None, None
+        return grad_x, grad_w, *[None] * 7
 
 
 def _row_losses(x, weight, targets, vocab_size, cap):
@@ -94,7 +111,15 @@ def _row_losses(x, weight, targets, vocab_size, cap):
 
 
 def softcap_cross_entropy(
-    x, weight, targets, vocab_size, cap, reduction="mean", row_weights=None, loss_of_rows=loss_of_rows
+    x,
+    weight,
+    targets,
+    vocab_size,
+    cap,
+    reduction="mean",
+    row_weights=None,
+    loss_of_rows=loss_of_rows,
+    teacher=None,
 ):
     """
     Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap), cap None for none, against targets.
@@ -103,6 +128,8 @@ def softcap_cross_entropy(
     reduction: "mean" over the targets (0 if there are none), "sum", or "none" ([B·T]). With row_weights
     [B, T], whatever the reduction: (the sum of the losses times their weights, the losses [B·T] without a gradient).
     loss_of_rows: the function above, or it compiled.
+    teacher [B, T, D], with row_weights and a gradient: the losses are the divergences from what this makes of the same
+    weight, see divergence_of_rows; targets say where there is one.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
@@ -110,10 +137,12 @@ def softcap_cross_entropy(
     device_type = x.device.type
     if row_weights is not None:
         row_weights = row_weights.reshape(-1)
+    if teacher is not None:
+        teacher = teacher.reshape(x.shape)
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if with_gradient and (reduction != "none" or row_weights is not None):
         dtype = autocast_dtype(device_type, x.dtype)
-        loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights, loss_of_rows)
+        loss, losses = _SummedLoss.apply(x, weight, targets, vocab_size, cap, dtype, row_weights, loss_of_rows, teacher)
         if row_weights is not None:
             return loss, losses
     elif with_gradient:

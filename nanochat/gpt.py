@@ -323,6 +323,7 @@ class GPT(nn.Module):
         inputs_embeds=None,
         cos_sin=None,
         row_weights=None,
+        teacher=None,
         asking=None,
     ):
         """
@@ -332,6 +333,7 @@ class GPT(nn.Module):
         targets [B, T] with −1 for positions without a target. loss_reduction "mean" (over the targets; 0 if there
         are none), "sum", or "none" ([B·T], 0 without a target).
         row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.
+        teacher [B, T, D], with row_weights: activations as of `trunk`, from which the loss is the divergence.
         cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions past, past + 1, …; or (cos, sin, fade), the
         last [B or 1, T, 1, d], a factor of the normalized queries and keys.
         asking: if given, return (all this, looks): see trunk.
@@ -345,7 +347,7 @@ class GPT(nn.Module):
         else:
             V, weight = self.config.vocab_size, self.lm_head.weight
             result = softcap_cross_entropy(
-                x, weight, targets, V, self.softcap, loss_reduction, row_weights, self.loss_of_rows
+                x, weight, targets, V, self.softcap, loss_reduction, row_weights, self.loss_of_rows, teacher
             )
         return result if asking is None else (result, looks)
 

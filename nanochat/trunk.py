@@ -49,6 +49,7 @@ class Trunk(Protocol):
         inputs_embeds=None,
         cos_sin=None,
         row_weights=None,
+        teacher=None,
         asking=None,
     ):
         """See GPT.forward: logits [B, T, V] in float32, or the loss in nats, of ids or embeddings."""

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common import autocast, has_fast_bf16
-from nanochat.cross_entropy import softcap_cross_entropy
+from nanochat.cross_entropy import softcap, softcap_cross_entropy
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin
 from nanochat.kv_cache import KVCache
 from tests.helpers import CLOSE, make_model
@@ -237,6 +237,35 @@ class MatrixProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cap", [15.0, None])
+def test_divergence_from_a_teacher_against_autograd(cap):
+    """The loss and its gradient, where a target says that there is one; nothing for what the teacher says itself."""
+    torch.manual_seed(0)
+    x, teacher = torch.randn(2, 3, 7, 16).mul_(2).unbind()
+    weight, targets, row_weights = torch.randn(64, 16), torch.randint(-1, 3, (3, 7)), torch.rand(3, 7)
+
+    def through(function):
+        again = x.clone().requires_grad_()
+        loss = function(again)
+        loss.backward()
+        return loss.detach(), again.grad
+
+    def plain(x):
+        log_p, log_q = (softcap(t @ weight[:50].T, cap).log_softmax(-1) for t in (teacher, x))
+        return ((log_p.exp() * (log_p - log_q)).sum(-1) * row_weights * (targets >= 0)).sum()
+
+    def ours(x):
+        more = {"row_weights": row_weights, "teacher": teacher}
+        return softcap_cross_entropy(x, weight, targets, 50, cap, **more)[0]
+
+    for got, expected in zip(through(ours), through(plain), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    same = softcap_cross_entropy(
+        *(teacher.requires_grad_(), weight, targets, 50, cap), row_weights=row_weights, teacher=teacher.detach()
+    )
+    assert same[0].abs() < 1e-5
 
 
 @pytest.mark.parametrize(

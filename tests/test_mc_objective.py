@@ -63,6 +63,27 @@ def test_what_is_frozen_and_has_no_weight_needs_no_sequences():
     assert result.loss.requires_grad
 
 
+def test_a_frozen_model_teaches_what_it_says_of_all_tokens():
+    """The loss is the divergence from that, entry by entry; the second time, behind a past that nobody scores."""
+    model, (x, y) = make_model(), tokens(B=2)
+    objective = make_objective(model, mc_freeze_base=True, mc_lens_loss_weight=0.0)
+    seen, read = [], objective.reader.read_entries
+    objective.reader.read_entries = lambda *given: seen.append((given, read(*given))) or seen[-1][1]
+    for seed in (0, 1):
+        generator, places = torch.Generator().manual_seed(seed), torch.tensor([[0, 0], [1, 0]])
+        result = objective.process_batch(x, y, 1.0, generator, places=places)
+        (inputs, entries, targets, _), reading = seen.pop()
+        log_p = model(x[roles(B=2, seed=seed)]).log_softmax(-1).repeat_interleave(len(inputs) // 2, 0)
+        log_q = model(inputs_embeds=inputs, cos_sin=reading.positions).log_softmax(-1)
+        last = (entries.start + entries.span - 1).clamp(min=0)
+        log_p = log_p.gather(1, last[..., None].expand_as(log_q))
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1) * (targets >= 0)
+        torch.testing.assert_close(reading.nll, expected.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(result.loss, reading.loss)
+        assert reading.nll.max() > 0.01
+    assert (entries.start < 0).any()
+
+
 @pytest.mark.parametrize("length", [23, 24, 25])
 def test_contexts_shorter_than_the_tokens_to_be_asked(length):
     """Variants end at this length or, where no number of collapses gives it, just below."""
