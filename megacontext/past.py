@@ -46,7 +46,8 @@ class Pasts:
         self.reader, self.most, self.trees = reader, most, {}
 
     def _new(self, stream):
-        tree = MegaContextTree(self.reader.gist, self.reader.config.block_size, RamStore(), self.reader.embed)
+        reader = self.reader
+        tree = MegaContextTree(reader.gist, reader.config.block_size, RamStore(), reader.embed, reader.model.sink)
         self.trees[stream] = tree
         return tree
 

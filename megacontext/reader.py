@@ -83,7 +83,7 @@ class Reader:
 
     def tree(self, embeds) -> Table:
         """The tree over embeddings [B, N, D], all levels in one table."""
-        return build_table(self.gist, embeds, self.config.block_size)
+        return build_table(self.gist, embeds, self.config.block_size, self.model.sink)
 
     def keys(self, embeds):
         """LensNet's keys [B, n, C] of the whole blocks of tokens with embeddings [B, N, D]."""

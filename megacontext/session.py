@@ -102,7 +102,8 @@ class MCSession:
 
     def _reset(self):
         store = self._store or STORES[self.config.mc_tree](self.config.block_size)
-        self.tree = MegaContextTree(self.reader.node, self.config.block_size, store, self.reader.embed_for_decoding)
+        reader, K = self.reader, self.config.block_size
+        self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink)
         self.demand = Demand(self._listener, store)
         self.focus = Focus(self.config, 1, self.seed)
         self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)

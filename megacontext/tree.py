@@ -8,6 +8,9 @@ the tokens [i·K^l, (i+1)·K^l); it exists once they are all there. Both forms a
 one level at a time: gist_fn(children [M, K, D], level) -> [M, D]. For a MegaContextTree it may be wider than D: what
 stands behind a gist is kept with it.
 
+sink: the model was never taught to have a gist in the first place, to which tokens attend whatever it says (an
+attention sink, arXiv 2309.17453). So for the first node of a level the first token is read.
+
 - `build_table`, for training: a whole batch at once, with gradients; a value.
 - `MegaContextTree`, for inference: grows by any number of tokens, in a store that may be large.
 """
@@ -52,12 +55,14 @@ class Table(NamedTuple):
         return F.embedding(index.to(self.values.device, non_blocking=True), self.values.flatten(0, 1))
 
 
-def build_table(gist_fn, embeds, block_size) -> Table:
+def build_table(gist_fn, embeds, block_size, sink=False) -> Table:
     """The tree over embeddings [B, N, D] as a table; gradients flow to the embeddings and the gist function."""
     levels, offsets = [embeds], [0]
     while whole := levels[-1].size(1) // block_size * block_size:
         offsets.append(offsets[-1] + levels[-1].size(1))
         levels.append(_gists(gist_fn, levels[-1][:, :whole], block_size, len(levels)))
+    if sink:
+        levels[1:] = [torch.cat((embeds[:, :1], level[:, 1:]), dim=1) for level in levels[1:]]
     return Table(torch.cat(levels, dim=1), tuple(offsets))
 
 
@@ -158,8 +163,9 @@ class MegaContextTree:
     `truncate(num_tokens)` goes back there.
     """
 
-    def __init__(self, gist_fn, block_size: int, store: Store, embed_fn=lambda tokens: tokens):
+    def __init__(self, gist_fn, block_size: int, store: Store, embed_fn=lambda tokens: tokens, sink=False):
         self.gist_fn, self.block_size, self.store, self.embed_fn = gist_fn, block_size, store, embed_fn
+        self.sink = sink
 
     @property
     def num_tokens(self) -> int:
@@ -203,6 +209,8 @@ class MegaContextTree:
             raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
         lod, start, span, _ = context.entries.at(at).to(self.store.device)
         index = start // span
+        if self.sink:
+            lod = lod.where(start > 0, 0)
         x = self._get(0, index.where(lod == 0, 0))
         level = 1
         while level <= context.coarsest:

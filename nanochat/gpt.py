@@ -187,6 +187,7 @@ def make_optimizers(adam_groups, matrices, matrix_lr, weight_decay=0.0) -> list[
 
 class GPT(nn.Module):
     softcap = LOGIT_SOFTCAP  # of the logits; None for none
+    sink = False  # see Trunk
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -63,7 +63,7 @@ class Llama(GPT):
     Raises UserError for a model of another architecture, or with positions that this one has not.
     """
 
-    softcap = None
+    softcap, sink = None, True
 
     def __init__(self, model):
         nn.Module.__init__(self)

@@ -27,6 +27,8 @@ class Trunk(Protocol):
     cos: torch.Tensor
     """[1, max_seq_len, 1, d/2] with `sin`: of the angles of the first positions"""
     sin: torch.Tensor
+    sink: bool
+    """whether what comes first must be a token: there, models that were never taught otherwise break on a gist"""
     max_seq_len: int
     """tokens that can be read without positions given"""
 

@@ -114,6 +114,21 @@ def test_both_forms_materialize_the_nodes_that_the_context_names(shape):
     torch.testing.assert_close(tree.materialize(context), x)
 
 
+@given(st.tuples(st.integers(1, 90), st.integers(2, 5), st.integers(1, 3), st.randoms(use_true_random=False)))
+@settings(max_examples=40, deadline=None)
+def test_a_sink_is_the_first_token_in_place_of_a_gist(shape):
+    """And all else is what it is without one, in both forms, higher levels included."""
+    N, K, B, _ = shape
+    context, embed = random_context(*shape), embedding()
+    ids = random_ids(B, N)
+    tree = MegaContextTree(gist, K, RamStore(), embed, sink=True)
+    tree.append(ids)
+    plain = build_table(gist, embed(ids), K).materialize(context)
+    for x in (build_table(gist, embed(ids), K, sink=True).materialize(context), tree.materialize(context)):
+        assert torch.equal(x[:, 0], embed(ids)[:, 0])
+        torch.testing.assert_close(x[:, 1:], plain[:, 1:])
+
+
 def test_table_serves_several_variants_of_each_row():
     B, V, N, K = 2, 3, 40, 3
     table = build_table(gist, embedding()(random_ids(B, N)), K)

@@ -179,7 +179,7 @@ class Evaluator:
         embeds, K = self.model.embed(x), self.config.block_size
         return {
             "gists": self.reader.tree(embeds),
-            "mean": build_table(mean_gist, embeds, K),
+            "mean": build_table(mean_gist, embeds, K, self.model.sink),
         }
 
     def _tokens(self, x, y, last):
