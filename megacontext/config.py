@@ -28,6 +28,8 @@ class MCConfig:
     """how GistNet pools its outputs into one vector"""
     gistnet_head: Literal["linear", "mlp"] = "mlp"
     """last layer of GistNet"""
+    gistnet_start: Literal["mean", "last"] = "mean"
+    """what GistNet starts from: the mean of a block, or its last token, which mc_train takes for frozen models"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""

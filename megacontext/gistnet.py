@@ -6,10 +6,11 @@ Shapes: M blocks, K = block_size children a block, D = n_embd.
 Gists live where token embeddings do, among vectors of root mean square 1, so one network serves every level
 and the GPT reads both alike:
 
-    gist = norm(mean of the children + correction)
+    gist = norm(mean of the children, or the last of them + correction)
 
 The transformer computes the correction; its last matrix is zero at first, so that training starts from plain
-mean pooling, bit for bit, and can only add to it.
+pooling, bit for bit, and can only add to it. A model that learns with it starts from means; a frozen one reads only
+what it knows, a token's embedding, and breaks on a mean.
 """
 
 import torch
@@ -19,6 +20,7 @@ from megacontext.layers import Encoder, Head, check_choice, init_linear
 from nanochat.gpt import norm, rotary_cos_sin
 
 TYPES = ("transformer", "mean")
+STARTS = ("mean", "last")
 POOLINGS = ("mean", "query", "cls")
 HEAD_DIM = 64
 
@@ -33,11 +35,21 @@ class GistNet(nn.Module):
     """
 
     def __init__(
-        self, n_embd: int, block_size: int, max_levels: int, type="transformer", layers=2, pooling="mean", head="mlp"
+        self,
+        n_embd: int,
+        block_size: int,
+        max_levels: int,
+        type="transformer",
+        layers=2,
+        pooling="mean",
+        head="mlp",
+        start="mean",
     ):
         super().__init__()
         check_choice("gistnet type", type, TYPES)
         check_choice("gistnet pooling", pooling, POOLINGS)
+        check_choice("gistnet start", start, STARTS)
+        self.start = start
         self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
         if type == "mean":
             return
@@ -68,10 +80,10 @@ class GistNet(nn.Module):
                 f"expected blocks of {self.block_size} children and a level of 1 or more, "
                 f"got {children.size(1)} and {level}"
             )
-        mean = children.mean(dim=1)
         if self.type == "mean":
-            return norm(mean)
-        return norm(mean + self._correction(children, level))
+            return norm(children.mean(dim=1))
+        start = children.mean(dim=1) if self.start == "mean" else children[:, -1]
+        return norm(start + self._correction(children, level))
 
     def _correction(self, children, level):
         x = children + self.level_embed[min(level, self.max_levels) - 1].to(children.dtype)  # bf16 on GPUs

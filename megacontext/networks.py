@@ -20,16 +20,15 @@ class MCNetworks(nn.Module):
     def __init__(self, n_embd: int, config: MCConfig):
         super().__init__()
         c = config
-        self.settings = {"block_size": c.block_size, "mc_positional": c.mc_positional}
+        self.settings = {name: getattr(c, name) for name in ("block_size", "gistnet_start", "mc_positional")}
         self.lens_loss_weight = c.mc_lens_loss_weight
-        self.gistnet = GistNet(
-            n_embd, c.block_size, MAX_LEVELS, c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head
-        )
+        gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
+        self.gistnet = GistNet(n_embd, c.block_size, MAX_LEVELS, *gistnet)
         self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
 
     def load(self, state: dict, settings: dict):
         """Take over a checkpoint's weights. Raises UserError when they were made with settings they do not fit."""
-        for name in ("block_size", "mc_positional"):  # which no shape tells
+        for name in self.settings:  # which no shape tells
             if settings.get(name, self.settings[name]) != self.settings[name]:
                 raise UserError(
                     f"--{name}: expected {settings[name]}, with which the checkpoint's MegaContext networks were made, "

@@ -27,7 +27,7 @@ from megacontext.variants import (
     past_entries,
     random_variants,
     step_work,
-    target_length,
+    variant_length,
 )
 from megacontext.working_context import old_blocks
 from nanochat.common import Stopwatch
@@ -77,7 +77,7 @@ class MCObjective:
         """
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
-        length = target_length(progress, T, K, c.mc_train_wc_length)
+        length = variant_length(c, progress, T)
         dense = int(B * dense_share(c) + torch.rand((), generator=generator).item())  # sequences; rounded by chance
         order = torch.randperm(B, generator=generator)  # the dense ones first; each stream of text gets both roles
         names = [i if session_ids is None else session_ids[i] for i in order.tolist()]

@@ -30,6 +30,11 @@ def target_length(progress, num_tokens, block_size, final_length) -> int:
     return num_tokens - saved * round(first + (last - first) * stage / (STAGES - 1))
 
 
+def variant_length(config: MCConfig, progress, T) -> int:
+    """Entries per variant at this part of a training; those for a frozen model, which learns nothing, never change."""
+    return target_length(1.0 if config.mc_freeze_base else progress, T, config.block_size, config.mc_train_wc_length)
+
+
 def random_variants(rows, num_tokens, block_size, length, recent_tokens, generator=None):
     """
     A WorkingContext of `rows` rows, each of `length` entries (see target_length), or of the fewest that collapsing
@@ -101,7 +106,7 @@ def dense_share(config: MCConfig) -> float:
 def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, float]:
     """Inputs that the model, GistNet and LensNet are trained on, per sequence of T tokens."""
     c, dense = config, dense_share(config)
-    length = target_length(progress, T, c.block_size, c.mc_train_wc_length)
+    length = variant_length(c, progress, T)
     children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
     length += past_entries(c, T)
     trunk = (1 - dense) * c.mc_num_random_variants * length + (0 if c.mc_freeze_base else dense * T)
@@ -121,7 +126,7 @@ def step_work(model, networks, config: MCConfig, progress, T) -> float:
     trunk, gists, tokens = inputs_per_sequence(config, progress, T)
     small = {networks.gistnet: gists, networks.lensnet: tokens}
     flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
-    length = target_length(progress, T, config.block_size, config.mc_train_wc_length)
+    length = variant_length(config, progress, T)
     looks = config.mc_freeze_base + config.mc_max_counterfactuals * length / T  # without a gradient: a third of a pass
     looks *= dense_share(config) / 3 if config.mc_lens_loss_weight > 0 else 0
     looks += config.mc_freeze_base * (1 - dense_share(config)) / 3  # what it teaches
