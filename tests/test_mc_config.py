@@ -15,6 +15,7 @@ DEFAULTS = {
     "gistnet_layers": 2,
     "gistnet_pooling": "mean",
     "gistnet_head": "mlp",
+    "gistnet_start": "mean",
     "lensnet_type": "transformer",
     "lensnet_layers": 2,
     "lensnet_head": "mlp",

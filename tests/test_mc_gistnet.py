@@ -19,7 +19,7 @@ OPTIONS = [
         (4, "mean", "mlp"),
         (4, "cls", "linear"),
     ]
-]
+] + [{"layers": 2, "pooling": "mean", "head": "linear", "start": "last"}]
 DEFAULT = {"layers": 2, "pooling": "mean", "head": "mlp"}
 
 
@@ -96,7 +96,7 @@ def reference(net, children, level):
         a, b = v[: d // 2], v[d // 2 :]
         return torch.cat((a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()))
 
-    mean = children.double().mean(0)
+    start = children.double().mean(0) if net.start == "mean" else children[-1].double()
     xs = [child.double() + w["level_embed"][level - 1] for child in children]
     if net.pooling == "cls":
         xs.append(w["cls"])
@@ -130,14 +130,15 @@ def reference(net, children, level):
     x = rms(pooled)
     if "head.c_fc.weight" in w:
         x = torch.relu(w["head.c_fc.weight"] @ x) ** 2
-    return rms(mean + w["head.c_proj.weight"] @ x)
+    return rms(start + w["head.c_proj.weight"] @ x)
 
 
 @pytest.mark.parametrize("options", [{"type": "mean"}, *OPTIONS], ids=ids)
-def test_starts_exactly_as_mean_pooling(options):
+def test_starts_exactly_as_plain_pooling(options):
     net, children = make(options), blocks()
+    start = children[:, -1] if "start" in options else children.mean(1)
     for level in (1, 2):
-        assert torch.equal(net(children, level), rms_norm(children.mean(1)))
+        assert torch.equal(net(children, level), rms_norm(start))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=ids)
@@ -147,6 +148,7 @@ def test_equals_the_reference(options):
         expected = torch.stack([reference(net, block, level) for block in children])
         torch.testing.assert_close(net(children, level), expected, **ANGLES)
         assert not torch.allclose(expected, rms_norm(children.mean(1)), atol=0.05)
+        assert not torch.allclose(expected, rms_norm(children[:, -1]), atol=0.05)
 
 
 def test_several_heads_equal_the_reference(monkeypatch):
@@ -177,7 +179,7 @@ def test_each_option_changes_parameters_and_outputs(trained):
         shapes.add(tuple((name, p.shape) for name, p in net.named_parameters()))
     for a, b in itertools.combinations(outputs, 2):
         assert not torch.allclose(outputs[a], outputs[b], atol=1e-3), (a, b)
-    assert len(shapes) == len(OPTIONS)
+    assert len(shapes) == len({(o["layers"], o["pooling"], o["head"]) for o in OPTIONS})
     assert list(GistNet(D, K, LEVELS, type="mean").parameters()) == []
 
 

@@ -70,8 +70,8 @@ def test_a_frozen_model_teaches_what_it_says_of_all_tokens():
     seen, read = [], objective.reader.read_entries
     objective.reader.read_entries = lambda *given: seen.append((given, read(*given))) or seen[-1][1]
     for seed in (0, 1):
-        generator, places = torch.Generator().manual_seed(seed), torch.tensor([[0, 0], [1, 0]])
-        result = objective.process_batch(x, y, 1.0, generator, places=places)
+        generator, origins = torch.Generator().manual_seed(seed), torch.tensor([[0, 0], [1, 0]])
+        result = objective.process_batch(x, y, 1.0, generator, origins=origins)
         (inputs, entries, targets, _), reading = seen.pop()
         log_p = model(x[roles(B=2, seed=seed)]).log_softmax(-1).repeat_interleave(len(inputs) // 2, 0)
         log_q = model(inputs_embeds=inputs, cos_sin=reading.positions).log_softmax(-1)
@@ -316,6 +316,7 @@ def test_options_change_what_they_should():
         "gistnet_layers": [4],
         "gistnet_pooling": ["query", "cls"],
         "gistnet_head": ["linear"],
+        "gistnet_start": ["last"],
         "mc_positional": ["simple"],
         "block_size": [8],
     }.items():

@@ -14,6 +14,7 @@ from megacontext.variants import (
     random_variants,
     step_work,
     target_length,
+    variant_length,
 )
 from megacontext.working_context import smallest_length
 from nanochat.gpt import GPTConfig
@@ -67,6 +68,8 @@ def test_lengths_go_down_in_few_steps():
     assert lengths[0] == pytest.approx(0.8 * 256, abs=8)
     assert 40 - 8 < lengths[-1] <= 40
     assert len(set(lengths)) <= 8
+    frozen = MCConfig(block_size=8, mc_freeze_base=True, mc_train_wc_length=40).resolve(256)
+    assert {variant_length(frozen, p / 100, 256) for p in range(101)} == {lengths[-1]}
 
 
 # ---------------------------------------------------------------------------------------------------------
