@@ -136,7 +136,9 @@ class MCObjective:
             compressed = reader.states(inputs, counterfactuals, at).view(*asking.shape, -1)
             z = reader.wants(torch.cat((looks.states, compressed), 1), reader.keys(blocks))
             among = old_blocks_of(asking, old, K, recent)
-            content = looks_for_content(looks, asking, x[:dense] == self.bos, K, among)
+            sinks = x[:dense] == self.bos
+            sinks[:, 0] |= self.model.sink
+            content = looks_for_content(looks, asking, sinks, K, among)
             counted = torch.cat((asked.view(dense, -1), there.view(dense, -1)), 1).to(x.device, non_blocking=True)
             stats["mc/lens_loss"] = lens_loss(z, content.repeat(1, 2, 1), among.repeat(1, 2, 1), counted)
             loss = loss + c.mc_lens_loss_weight * stats["mc/lens_loss"]

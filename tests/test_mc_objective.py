@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import megacontext.objective
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
 from megacontext.inference import MCInference
@@ -204,6 +205,21 @@ def test_lensnet_learns_from_its_loss_alone():
     assert all(p.grad is None for p in model.parameters())
     for name, p in objective.reader.networks.lensnet.named_parameters():
         assert p.grad.any(), name
+
+
+def test_what_a_model_sinks_into_is_no_content(monkeypatch):
+    """A BOS in any model, and in one of others whatever comes first."""
+    seen, (x, y) = [], tokens(B=4)
+    x[:, 5] = BOS
+    real = megacontext.objective.looks_for_content
+    monkeypatch.setattr(megacontext.objective, "looks_for_content", lambda *a: seen.append(a[2]) or real(*a))
+    for sink in (False, True):
+        monkeypatch.setattr(GPT, "sink", sink)
+        process(make_objective(make_model()), x, y)
+    (plain, others), bos = seen, x[roles(B=4)[:2]] == BOS
+    assert torch.equal(plain, bos)
+    assert others[:, 0].all()
+    assert torch.equal(others[:, 1:], bos[:, 1:])
 
 
 def test_lens_loss_against_one_sequence_at_a_time():
