@@ -199,7 +199,10 @@ def test_a_session_with_gists_says_what_the_model_says_of_its_working_context(pa
     for token in range(20):
         context = session.context
         assert context.coarsest > 0
-        expected = ours(inputs_embeds=session.tree.materialize(context), cos_sin=reader.positions(context))[:, -1]
+        inputs = session.tree.materialize(context)
+        assert context.tiles[0, 0] > 0
+        assert torch.equal(inputs[:, 0], ours.embed(ids(150, rows=1)[:, 0]))
+        expected = ours(inputs_embeds=inputs, cos_sin=reader.positions(context))[:, -1]
         torch.testing.assert_close(logits, expected, **CLOSE)
         logits = session.step(torch.tensor([token]))
 
