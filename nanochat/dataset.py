@@ -13,6 +13,7 @@ is the same for every -n. Files of other names, put there by hand, are read too.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -198,12 +199,12 @@ def download_hub(num_files: int, workers: int, data_dir: Path) -> int:
     return len(names)
 
 
-def make_local(source, num_files, data_dir, recall_part=0.0, seed=0, sizes=None) -> tuple[dict, bool]:
+def make_local(source, num_files, data_dir, recall_part=0.0, primer=0, seed=0, sizes=None) -> tuple[dict, bool]:
     """
     Make shards from the standard library or a folder, with at most num_files (-1: all) for training.
 
     recall_part: of the characters, from 0 to below 1, are of recall documents with this seed and these sizes, which
-    stand between the others. Returns (the record written to source.json, whether it was there already and nothing had
+    stand between the others; before all of them come `primer` characters of recall.PRIMER. Returns (the record written to source.json, whether it was there already and nothing had
     to be done). Raises UserError if the folder holds shards that were made otherwise.
     """
     folder = None if source == "stdlib" else Path(source).expanduser().resolve()
@@ -219,10 +220,10 @@ def make_local(source, num_files, data_dir, recall_part=0.0, seed=0, sizes=None)
 
         def documents(label):
             texts = read(progress.track(files, label) if label else files, skipped)
-            if not recall_part:
-                return texts
-            generated = recall.recall_documents(seed, sys.maxsize, "train", **asdict(sizes))
-            return sources.mixed(texts, (text for text, _ in generated), recall_part)
+            primers = sources.first(primer, _generated(seed, "primer", recall.PRIMER))
+            if recall_part:
+                texts = sources.mixed(texts, _generated(seed, "train", sizes), recall_part)
+            return itertools.chain(primers, texts)
 
         try:
             made = sources.make_shards(documents, train_paths, val_path)
@@ -230,14 +231,19 @@ def make_local(source, num_files, data_dir, recall_part=0.0, seed=0, sizes=None)
             raise UserError(f"{error}{_left_out(Counter(skipped.values()))}") from error
         return made | {"skipped": dict(Counter(skipped.values()))}
 
-    record = {"source": str(folder or source), "recall_part": recall_part}
+    record = {"source": str(folder or source), "recall_part": recall_part, "primer": primer}
     record |= {"seed": seed, "sizes": asdict(sizes)} if recall_part else {}
     with locked(data_dir):
         have = check_source(data_dir, record["source"])
-        _check_alike({"recall_part": 0.0, **have} if have else {}, record, data_dir)
+        _check_alike({"recall_part": 0.0, "primer": 0, **have} if have else {}, record, data_dir)
         if _has_enough(have, num_files, data_dir):
             return have, True
         return _build(record | {"python": platform.python_version()}, make_shards, num_files, data_dir), False
+
+
+def _generated(seed, split, sizes):
+    """Recall documents without end."""
+    return (text for text, _ in recall.recall_documents(seed, sys.maxsize, split, **asdict(sizes)))
 
 
 def _check_alike(have, record, data_dir):
@@ -307,6 +313,9 @@ class Config:
     facts of earlier ones), or a folder of text, code, .jsonl, .parquet"""
     recall_part: Fraction = 0.0
     """stdlib, folder: part of the characters that are recall documents between the others, from 0 to below 1"""
+    recall_primer: CountOr0 = 0
+    """stdlib, folder: characters of short recall documents that come first, for small models: 6,000,000 are enough to
+    learn to look up"""
     # For --source recall, and for --recall_part
     seed: CountOr0 = 0
     """recall: another seed gives other documents"""
@@ -344,7 +353,8 @@ def main(config: Config):
         if config.source == "recall":
             made = make_recall(config.seed, config.recall_documents, sizes, config.num_files, data_dir)
         else:
-            made = make_local(config.source, config.num_files, data_dir, config.recall_part, config.seed, sizes)
+            mixture = config.recall_part, config.recall_primer, config.seed, sizes
+            made = make_local(config.source, config.num_files, data_dir, *mixture)
     except OSError as error:
         raise UserError(f"cannot write shards to {data_dir} ({error}): free some space or fix the folder") from error
     record, reused = made

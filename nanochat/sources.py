@@ -218,6 +218,13 @@ def text_column(path, schema: pa.Schema) -> str:
     raise UserError(f"{path}: expected one string column 'text' or 'content', got [{columns}]: replace the file")
 
 
+def first(characters, texts):
+    """Yield texts until they have this many characters."""
+    while characters > 0:
+        yield (text := next(texts))
+        characters -= len(text)
+
+
 def mixed(texts, others, part):
     """Yield the texts, and after each of them as many of the endless `others` as are this part of all characters."""
     due = 0.0

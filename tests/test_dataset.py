@@ -207,6 +207,14 @@ def test_a_folder_mixed_with_recall_documents(notes, data_dir, capsys):
         main(Config(source=str(notes), recall_part=1.0))
 
 
+def test_short_recall_documents_come_first(notes, data_dir):
+    main(Config(source=str(notes), recall_primer=30_000))
+    told = [text.count("They ") > 10 for text in texts("train")]
+    count = sum(told)
+    assert told == [True] * count + [False] * (len(told) - count)
+    assert 0.85 * 30_000 < sum(map(len, texts("train")[:count])) < 31_100
+
+
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_others_stand_between_the_texts(part):
     others = (f"o{n}" * 20 for n in itertools.count())
