@@ -8,8 +8,10 @@ if [ -z "${DESCRIPTION:-}" ]; then # started by itself, not through run10.sh
 fi
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-cpu}" # separate from models of other sizes
 recipe_setup cpu
-DEPTH=4 BATCH=16 T=256 EVAL=131072 MINUTES=5.5 PIECE=1024 TASKS=local DATA=() CHATS=() WITH_MC=()
+DEPTH=4 BATCH=16 T=256 EVAL=131072 MINUTES=5.5 PIECE=1024 TASKS=local DATA=() WITH_MC=()
+CHATS=(--device_batch_size=$BATCH)
 if [ $MC = 1 ]; then
+    export NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR/mc" # its text is another
     # Half of the text tells facts again, near and far, so that so small a model learns to look up, too; its chats are
     # longer than its context was in pretraining, and then ask for what was told
     EVAL=32768 MINUTES=15 PIECE=4096 TASKS=memory CHATS=(--max_seq_len=512 --device_batch_size=8)
@@ -35,8 +37,8 @@ module scripts.base_loss --device_batch_size=$BATCH --split_tokens=262144 --mode
 module scripts.base_eval --model_tag="$TAG" $DEVICE
 mc_evaluation "$TAG" --sequences=96 --probe_steps=150 $DEVICE
 identity_stage
-module scripts.mid_train --tasks=$TASKS --device_batch_size=$BATCH --total_batch_size=4096 --eval_every=80 \
-    --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN" ${CHATS[@]+"${CHATS[@]}"} ${MID[@]+"${MID[@]}"} \
+module scripts.mid_train --tasks=$TASKS --total_batch_size=4096 --eval_every=80 \
+    --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN" "${CHATS[@]}" ${MID[@]+"${MID[@]}"} \
     ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} $LATER
 stage python -m scripts.chat_eval -i mid --tasks=$TASKS -m 128 --model_tag="$TAG" $DEVICE
 module scripts.chat_sft --tasks=$TASKS --device_batch_size=32 --eval_every=40 --eval_steps=5 --eval_metrics_every=-1 \

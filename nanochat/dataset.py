@@ -204,8 +204,9 @@ def make_local(source, num_files, data_dir, recall_part=0.0, primer=0, seed=0, s
     Make shards from the standard library or a folder, with at most num_files (-1: all) for training.
 
     recall_part: of the characters, from 0 to below 1, are of recall documents with this seed and these sizes, which
-    stand between the others; before all of them come `primer` characters of recall.PRIMER. Returns (the record written to source.json, whether it was there already and nothing had
-    to be done). Raises UserError if the folder holds shards that were made otherwise.
+    stand between the others; before all of them come `primer` characters of recall.PRIMER. Returns (the record written
+    to source.json, whether it was there already and nothing had to be done). Raises UserError if the folder holds
+    shards that were made otherwise.
     """
     folder = None if source == "stdlib" else Path(source).expanduser().resolve()
     if folder and not folder.is_dir():
