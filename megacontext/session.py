@@ -26,21 +26,19 @@ from torch.nn.utils.rnn import pad_sequence
 from megacontext.config import MCConfig
 from megacontext.demand import Demand
 from megacontext.focus import Focus, focus_state
-from megacontext.gaussian_rope import as_positions
 from megacontext.reader import ASKING, Reader, score
+from megacontext.spliced_cache import LEVELS, SplicedCache, codes
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import WorkingContext, smallest_length
 from nanochat.common import Stopwatch, UserError
 from nanochat.decode import Decoder
-from nanochat.kv_cache import KVCache, RowCaches
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
 PER_ENTRY = 4  # tokens that GistNet takes up while the model reads one entry
 READ_AGAIN = 1  # newest tokens that see at once what a refocus brought in, while an answer is made; 8 find no more
 BLOCKS_PER_TOKEN = 4096  # that LensNet looks through, on average: in longer streams not every token is listened to
 MARGIN = 0.2  # z above which a token is listened to again after a refocus that found nothing to do
-LEVELS = 64  # more than there are levels of detail
 
 
 class Snapshot(NamedTuple):
@@ -106,13 +104,10 @@ class MCSession:
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink)
         self.demand = Demand(self._listener, store)
         self.focus = Focus(self.config, 1, self.seed)
-        self.cache = KVCache(self.model.config.n_layer, min(self.budget, 512), limit=self.budget)
+        self.spliced = SplicedCache(self.decoder, self.budget, self.config.mc_positional)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
         self._since = 0  # tokens since the last refocus
         self._stepper = None
-        self._held, self._held_to = [torch.empty(0, dtype=torch.long)], 0  # see _holds
-        self._ends = [0]  # of each row, where what comes after the context, as it was last edited, stands
-        self._stale = [math.inf]  # of each row, what stands from here on was read before an edit: see _codes
         self._up_to_date = True  # whether the cache holds all entries
         self._bar = [self._least]  # z of each row above which focus moves
         self.wish = None  # see _wish, of the newest token
@@ -234,7 +229,7 @@ class MCSession:
             return logits
         if due:
             self._tell(self.rows, watch)
-        return self._now()[0]
+        return self.spliced.newest(self.num_tokens)[0]
 
     @torch.inference_mode()
     def saw(self, states):
@@ -320,7 +315,7 @@ class MCSession:
         if state:
             self._context = self.focus.resume(state, self._context)
             self._since = state["since"]
-        self._move(None, None)
+        self.spliced.move(self._context)
         self._up_to_date = False
 
     def close(self):
@@ -328,7 +323,7 @@ class MCSession:
         if not self.closed:
             self.tree.store.close()
         self.closed = True
-        self.tree = self.focus = self.cache = self.decoder = self._stepper = None
+        self.tree = self.focus = self.spliced = self.decoder = self._stepper = None
         self._context = self.demand = None
 
     def _check_open(self):
@@ -387,63 +382,24 @@ class MCSession:
         return self.tree.num_tokens
 
     @property
-    def _caches(self) -> list[KVCache]:
-        return self.cache.rows if isinstance(self.cache, RowCaches) else [self.cache]
+    def cache(self):
+        """KVCache, or RowCaches for several rows."""
+        return self.spliced.cache
 
     def _context_now(self):
         """The working context with the tokens since it was last edited."""
         new = self.num_tokens - self._context.num_tokens
         return self._context.append(new) if new else self._context
 
-    def _holds(self, row):
-        """The entry in each position of a row's cache, as `_codes` names it: those noted, then the tokens since."""
-        held = self._held[row]
-        new = self._caches[row].pos - len(held)
-        return torch.cat((held, LEVELS * (self._held_to + torch.arange(new)))) if new else held
-
-    def _now(self):
-        """Where the newest token of each row stands."""
-        return [end + self.num_tokens - self._context.num_tokens - 1 for end in self._ends]
-
     def _adopt(self, context, again=0, fresh=False):
         """
         Go on with this context; the cache keeps what stays of it, less the newest `again` tokens if anything has left.
         fresh: and less all that was read before an edit that stands before it, or as it is.
         """
-        self._held = [self._holds(row) for row in range(context.num_rows)]
         before = self._context and self._context_now()
-        self._context, self._held_to = context, context.num_tokens
+        self._context, self._closed = context, None
         self._bar = [self._least] * context.num_rows
-        self._closed = None
-        codes, self._up_to_date = _codes(context), True
-        stays = [torch.isin(held, row) for held, row in zip(self._held, codes, strict=True)]
-        again *= not all(kept.all() for kept in stays)
-        for row, (cache, held, kept) in enumerate(zip(self._caches, self._held, stays, strict=True)):
-            first = LEVELS * (context.num_tokens - again)  # not to be kept
-            changed = torch.cat((held[~kept], codes[row][~torch.isin(codes[row], held)]))
-            self._stale[row] = min([self._stale[row], *changed.tolist()])
-            if fresh or self.config.mc_infer_exact:
-                first, self._stale[row] = min(first, self._stale[row]), math.inf
-            kept = kept & (held < first)
-            self._held[row] = held if kept.all() else held[cache.keep(kept)]
-            self._up_to_date &= len(self._held[row]) == len(codes[row])
-        self._move(before, codes)
-
-    def _move(self, before, codes):
-        """
-        Note where the rows end, and turn the keys of entries that stood elsewhere in the context `before`, if there was
-        one. codes: of the context now.
-        """
-        _, start, span, _ = as_positions(self._context.entries, self.config.mc_positional)
-        self._ends = (start + span).gather(1, self._context.lengths()[:, None] - 1)[:, 0].tolist()
-        if before is None or self.config.mc_positional != "rank":
-            return
-        then = as_positions(before.entries, self.config.mc_positional).start
-        for row, (held, new, old) in enumerate(zip(self._held, codes, _codes(before), strict=True)):
-            by = start[row, torch.searchsorted(new, held)] - then[row, torch.searchsorted(old, held)]
-            moved = by.nonzero()[:, 0]
-            if len(moved):
-                self.decoder.turn(self._caches[row], moved, by[moved])
+        self._up_to_date = self.spliced.splice(context, before, again, fresh or self.config.mc_infer_exact)
 
     def _closed_blocks(self, first):
         """0 for each block from number `first` on that is hidden in a node, −inf for others, [B, m]."""
@@ -457,11 +413,9 @@ class MCSession:
         self.tree.repeat(self.rows)
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)
-        self._held, self._stale = self._held * self.rows, self._stale * self.rows
-        self._closed, self._bar, self._ends = None, self._bar * self.rows, self._ends * self.rows
+        self._closed, self._bar, self._stepper = None, self._bar * self.rows, None
         self.demand.repeat(self.rows)
-        cache, self.cache, self._stepper = self.cache, RowCaches(), None
-        self.cache.join(cache, self.rows, self.budget)
+        self.spliced.repeat(self.rows)
 
     def _refocused(self, context, again=False, eager=False):
         self._since = 0
@@ -471,7 +425,7 @@ class MCSession:
     def _step(self, ids):
         if self._stepper is None:
             self._stepper = self.decoder.stepper(self.cache)
-        now = self._now()
+        now = self.spliced.newest(self.num_tokens)
         return self._stepper(ids, positions=now if len(now) > 1 else now[0])
 
     def _read(self, watch=None):
@@ -483,10 +437,8 @@ class MCSession:
 
     def _read_parts(self, size):
         """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
-        context, caches = self._context_now(), self._caches
-        codes, rows = _codes(context), range(context.num_rows)
-        self._held, self._held_to = [self._holds(row) for row in rows], context.num_tokens
-        unread = [(~torch.isin(codes[row], self._held[row])).nonzero()[:, 0] for row in rows]
+        context, caches = self._context_now(), self.spliced.rows
+        rows, unread, entries = range(context.num_rows), self.spliced.unread(context), codes(context)
         at = pad_sequence(unread, batch_first=True)
         x, positions = self.tree.materialize(context, at), self.reader.positions(context, at)
         done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]
@@ -494,25 +446,19 @@ class MCSession:
             spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]
             index = torch.tensor([(row, i) for row, span in zip(these, spans, strict=True) for i in span])
             index = index.to(self.device, non_blocking=True).unbind(1)
-            parts = [codes[row][unread[row][span.start : span.stop]] for row, span in zip(these, spans, strict=True)]
-            seen = [self._seen(self._held[row], part) for row, part in zip(these, parts, strict=True)]
+            parts = [entries[row][unread[row][span.start : span.stop]] for row, span in zip(these, spans, strict=True)]
+            seen = list(map(self.spliced.seen, these, parts))
             counts, of_rows = list(map(len, parts)), [caches[row] for row in these]
             after = self.decoder.extend_rows(x[index], of_rows, counts, [t[index] for t in positions], seen)
             news = zip(these, spans, parts, after.split(1), self.decoder.states.split(counts), strict=True)
             for row, span, part, logits[row], state in news:
                 done[row] = span.stop
-                self._held[row] = torch.cat((self._held[row], part))
+                self.spliced.took(row, part)
                 states[row].append(state[(part >= LEVELS * (context.num_tokens - ASKING)).to(self.device)])
             self._up_to_date = all(done[row] == len(unread[row]) for row in rows)
             if self._up_to_date:
                 self.demand.listen(list(map(torch.cat, states)), context.num_tokens)
             yield len(index[0]), torch.cat(logits) if self._up_to_date else None
-
-    def _seen(self, held, part):
-        """What each entry of `part` sees of those held and of the part itself, as Decoder.extend_rows takes it."""
-        if not len(held) or held.max() < part.min():
-            return None
-        return (torch.cat((held, part)) <= part[:, None]).to(self.device, non_blocking=True)
 
     # -----------------------------------------------------------------------------------------------------
     # To be looked at
@@ -536,10 +482,3 @@ class MCSession:
         watch.stop()
         if self.on_update is not None:
             self.on_update(self, entries_read, watch)
-
-
-def _codes(context) -> list:
-    """The entries of each row [W], in order, as numbers: their first token and level."""
-    lod, start, _, _ = context.entries
-    codes = LEVELS * start + lod
-    return [row[:length] for row, length in zip(codes, context.lengths().tolist(), strict=True)]

@@ -106,7 +106,7 @@ def assert_in_budget(session):
     assert int(context.lengths().max()) <= session.budget
     recent = context.old_blocks(session.recent)
     assert not context.lod_map[:, recent:].any()
-    assert [cache.pos for cache in session._caches] == context.lengths().tolist()
+    assert [cache.pos for cache in session.spliced.rows] == context.lengths().tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def test_closing(model):
     session.prefill(ids(50))
     assert min(session.memory().values()) > 0
     session.close()
-    assert session.cache is None
+    assert session.spliced is None
     assert session.tree is None
     for use in (lambda: session.prefill([1]), lambda: session.step(torch.tensor([1])), session.snapshot):
         with pytest.raises(ValueError, match="this session was closed"):

@@ -1,0 +1,112 @@
+"""
+SplicedCache: the KV cache of a session, and which entries of its working contexts it holds.
+
+What leaves a working context leaves the cache, what comes in is read and sees what stands before it, by position; all
+others stay as they were read. Entries are named by codes, LEVELS · (first token) + level, in the order of the stream.
+
+Shapes: B rows, W entries of a context, held or not.
+"""
+
+import math
+
+import torch
+
+from megacontext.gaussian_rope import as_positions
+from nanochat.kv_cache import KVCache, RowCaches
+
+LEVELS = 64  # more than there are levels of detail
+
+
+def codes(context) -> list:
+    """The codes of each row's entries [W], in order."""
+    lod, start, _, _ = context.entries
+    numbers = LEVELS * start + lod
+    return [row[:length] for row, length in zip(numbers, context.lengths().tolist(), strict=True)]
+
+
+class SplicedCache:
+    """decoder: writes and turns keys. limit: entries, at most, of a row. positional: mc_positional."""
+
+    def __init__(self, decoder, limit: int, positional: str):
+        self.decoder, self.limit, self.positional = decoder, limit, positional
+        self.cache = KVCache(decoder.config.n_layer, min(limit, 512), limit=limit)
+        self._held, self._held_to = [torch.empty(0, dtype=torch.long)], 0  # see held
+        self._ends, self._edited_at = [0], 0  # see newest
+        self._stale = [math.inf]  # of each row: what stands from this code on was read before an edit
+
+    @property
+    def rows(self) -> list[KVCache]:
+        return self.cache.rows if isinstance(self.cache, RowCaches) else [self.cache]
+
+    def held(self, row):
+        """The code of the entry at each position of a row's cache: those noted, then the tokens since."""
+        held = self._held[row]
+        new = self.rows[row].pos - len(held)
+        return torch.cat((held, LEVELS * (self._held_to + torch.arange(new)))) if new else held
+
+    def newest(self, num_tokens) -> list[int]:
+        """Where the newest of so many tokens stands in each row: what came after the last edit stands one by one."""
+        return [end + num_tokens - self._edited_at - 1 for end in self._ends]
+
+    def splice(self, context, before=None, again=0, fresh=False) -> bool:
+        """
+        Keep of the cache what this context has, less the newest `again` tokens if anything has left. Returns whether
+        that is all it has. before: the context until now, if there was one. fresh: keep nothing that was read before an
+        edit that stands before it.
+        """
+        self._note(context)
+        here, whole = codes(context), True
+        stays = [torch.isin(held, row) for held, row in zip(self._held, here, strict=True)]
+        again *= not all(kept.all() for kept in stays)
+        for row, (cache, held, kept) in enumerate(zip(self.rows, self._held, stays, strict=True)):
+            first = LEVELS * (context.num_tokens - again)  # not to be kept
+            changed = torch.cat((held[~kept], here[row][~torch.isin(here[row], held)]))
+            self._stale[row] = min([self._stale[row], *changed.tolist()])
+            if fresh:
+                first, self._stale[row] = min(first, self._stale[row]), math.inf
+            kept = kept & (held < first)
+            self._held[row] = held if kept.all() else held[cache.keep(kept)]
+            whole &= len(self._held[row]) == len(here[row])
+        self.move(context, before)
+        return whole
+
+    def move(self, context, before=None):
+        """Note where this context's rows end, and turn the keys of entries that stood elsewhere in the one before."""
+        _, start, span, _ = as_positions(context.entries, self.positional)
+        self._ends = (start + span).gather(1, context.lengths()[:, None] - 1)[:, 0].tolist()
+        self._edited_at = context.num_tokens
+        if before is None or self.positional != "rank":
+            return
+        then = as_positions(before.entries, self.positional).start
+        for row, (held, new, old) in enumerate(zip(self._held, codes(context), codes(before), strict=True)):
+            by = start[row, torch.searchsorted(new, held)] - then[row, torch.searchsorted(old, held)]
+            moved = by.nonzero()[:, 0]
+            if len(moved):
+                self.decoder.turn(self.rows[row], moved, by[moved])
+
+    def unread(self, context) -> list:
+        """Of each row, which of the context's entries are not in the cache: their indices."""
+        self._note(context)
+        return [(~torch.isin(row, held)).nonzero()[:, 0] for row, held in zip(codes(context), self._held, strict=True)]
+
+    def seen(self, row, part):
+        """What each entry of `part`, codes, sees of those held and of the part, as Decoder.extend_rows takes it."""
+        held = self._held[row]
+        if not len(held) or held.max() < part.min():
+            return None
+        return (torch.cat((held, part)) <= part[:, None]).to(self.decoder.device, non_blocking=True)
+
+    def took(self, row, part):
+        """Note that these entries, codes, were read into a row."""
+        self._held[row] = torch.cat((self._held[row], part))
+
+    def repeat(self, rows):
+        """Become rows that are equal now, and may go apart."""
+        self._held, self._stale, self._ends = self._held * rows, self._stale * rows, self._ends * rows
+        cache, self.cache = self.cache, RowCaches()
+        self.cache.join(cache, rows, self.limit)
+
+    def _note(self, context):
+        """Have the tokens since the last note among the noted ones."""
+        self._held = [self.held(row) for row in range(context.num_rows)]
+        self._held_to = context.num_tokens
