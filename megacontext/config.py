@@ -45,7 +45,8 @@ class MCConfig:
     allocator_sample_temperature: Annotated[float, Range(1e-6, 1e30)] = 1.0
     """stochastic_greedy: temperature of the draw"""
     allocator_soft_max: Count = -1
-    """budget: most entries of a working context; -1 for max_seq_len"""
+    """budget: most entries of a working context; -1 for 3/4 of max_seq_len, which the model reads better than more of
+    mixed detail, or for the least that a session needs"""
     allocator_recent_tokens: CountOr0 = -1
     """newest tokens that are never compressed; -1 for 1/16 of max_seq_len in whole blocks"""
     allocator_expand_threshold: Fraction = 0.1
@@ -97,9 +98,9 @@ class MCConfig:
         """
         K = self.block_size
         _expect("block_size", K, max_seq_len >= K, f"at most max_seq_len, {max_seq_len}")
-        config = self._derive(
-            allocator_recent_tokens=-(-max_seq_len // (16 * K)) * K,
-            allocator_soft_max=max_seq_len,
+        config = self._derive(allocator_recent_tokens=-(-max_seq_len // (16 * K)) * K)
+        config = config._derive(
+            allocator_soft_max=max(3 * max_seq_len // 4, config._least(max_seq_len)),
             mc_infer_allocator_max_replacements=self.allocator_max_replacements,
             mc_infer_allocator_iterations=self.allocator_iterations,
             mc_past=0 if max_seq_len % K else 16 * max_seq_len,
@@ -131,18 +132,22 @@ class MCConfig:
 
     def check_session(self, max_seq_len: int):
         """Raises UserError if a session of a model of this context length cannot keep to the budget."""
-        K, levels, blocks = self.block_size, 0, max_seq_len // self.block_size
-        while blocks:
-            levels, blocks = levels + 1, blocks // K
-        recent, interval = self.allocator_recent_tokens, self.mc_infer_refocus_interval
-        least = recent + (K - 1) * (1 + levels) + interval
+        K, recent, interval = self.block_size, self.allocator_recent_tokens, self.mc_infer_refocus_interval
+        least = self._least(max_seq_len)
         if self.allocator_soft_max < least:
             raise UserError(
                 f"--allocator_soft_max: expected at least {least} entries: {recent} recent tokens, up "
-                f"to {K - 1} of an incomplete block, up to {K - 1} gists of each of {levels} levels, and {interval} "
+                f"to {K - 1} of an incomplete block, up to {K - 1} gists of each level, and {interval} "
                 f"tokens until the next refocus; got {self.allocator_soft_max}. Raise it, or lower "
                 f"--allocator_recent_tokens, --mc_infer_refocus_interval or --block_size"
             )
+
+    def _least(self, max_seq_len):
+        """Entries that a session needs: recent tokens, a block and siblings of each level, tokens until a refocus."""
+        K, levels, blocks = self.block_size, 0, max_seq_len // self.block_size
+        while blocks:
+            levels, blocks = levels + 1, blocks // K
+        return self.allocator_recent_tokens + (K - 1) * (1 + levels) + self.mc_infer_refocus_interval
 
     def _derive(self, **values):
         """These settings with the given values for those that are -1."""

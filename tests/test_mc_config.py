@@ -108,7 +108,7 @@ def test_every_field_is_an_option_with_help(capsys):
 
 def test_lengths_are_derived_from_max_seq_len():
     config = MCConfig(allocator_max_replacements=7, allocator_iterations=3).resolve(2048)
-    assert (config.allocator_soft_max, config.mc_eval_soft_max_length) == (2048, 2016)
+    assert (config.allocator_soft_max, config.mc_eval_soft_max_length) == (1536, 1504)
     assert (config.allocator_recent_tokens, config.mc_train_wc_length) == (128, 409)
     assert (config.mc_infer_allocator_max_replacements, config.mc_infer_allocator_iterations) == (7, 3)
     assert -1 not in dataclasses.asdict(config).values()
@@ -126,7 +126,7 @@ def test_given_lengths_stay():
         "mc_infer_allocator_iterations": 5,
     }
     assert MCConfig(**lengths).resolve(2048) == MCConfig(**lengths)
-    assert MCConfig(mc_train_wc_length=900).resolve(2048).mc_eval_soft_max_length == 2016
+    assert MCConfig(mc_train_wc_length=900).resolve(2048).mc_eval_soft_max_length == 1504
 
 
 @pytest.mark.parametrize("max_seq_len", [32, 33, 64, 100, 256, 512, 1000, 2048, 8192])
