@@ -15,7 +15,7 @@ if [ $MC = 1 ]; then
     # Half of the text tells facts again, near and far, so that so small a model learns to look up, too; its chats are
     # longer than its context was in pretraining, and then ask for what was told
     EVAL=32768 MINUTES=15 PIECE=4096 TASKS=memory CHATS=(--max_seq_len=512 --device_batch_size=8)
-    DATA=(--recall_primer=6000000 --recall_part=0.5 --recall_chars=6000 --recall_questions=14 --recall_tables=0
+    DATA=(--recall_primer=9000000 --recall_part=0.5 --recall_chars=6000 --recall_questions=14 --recall_tables=0
         --recall_distractors=0 --recall_times=8 --recall_ask=0 --recall_min_distance=32)
     MC_OPTIONS=(--block_size=16 --mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is plentiful
     WITH_MC=(--mc --compare)

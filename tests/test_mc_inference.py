@@ -62,14 +62,14 @@ def test_a_chat_beyond_the_context(trained, monkeypatch, capsys):
         def prefill(self, tokens):
             logits = super().prefill(tokens)
             self.longest = max(getattr(self, "longest", 0), len(tokens))
-            assert self.focus_state()["entries"] <= 64
+            assert self.focus_state()["entries"] <= self.budget <= 64
             return logits
 
     monkeypatch.setattr("megacontext.inference.MCSession", Watched)
     chat(monkeypatch, [*["spell it for me " * 5] * 12, "clear", "Hello", "quit"], "--mc_show_focus")
     out = capsys.readouterr().out
     assert "error" not in out
-    assert "working context of 64 entries" in out
+    assert f"working context of {sessions[0].budget} entries" in out
     assert out.replace("\n", " ").count("swap rate") == 13
     assert [session.closed for session in sessions] == [True, False]
     assert sessions[0].longest > 640
