@@ -315,8 +315,8 @@ class Config:
     recall_part: Fraction = 0.0
     """stdlib, folder: part of the characters that are recall documents between the others, from 0 to below 1"""
     recall_primer: CountOr0 = 0
-    """stdlib, folder: characters of short recall documents that come first, for small models: 9,000,000 are enough for most to
-    learn to look up"""
+    """stdlib, folder: characters of short recall documents that come first, from which small models learn to look up:
+    9,000,000, say"""
     # For --source recall, and for --recall_part
     seed: CountOr0 = 0
     """recall: another seed gives other documents"""

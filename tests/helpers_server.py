@@ -196,6 +196,7 @@ def chat(**changes):
 
 K, CONTEXT = 4, 64
 SETTINGS = MCConfig(block_size=K, allocator_recent_tokens=8, mc_infer_refocus_interval=4, mc_aux_dtype="fp32")
+BUDGET = SETTINGS.resolve(CONTEXT).allocator_soft_max
 LIMITS = Limits(20_000, 2_000_000, 2_000_000)
 
 

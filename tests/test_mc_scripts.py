@@ -133,8 +133,8 @@ def test_stages_go_on_with_the_networks(mc_trained):
 
 
 def test_a_budget_too_small_to_sample_is_told_before_training(mc_trained):
+    small = ["--model_tag=small", "--sample_every=1", "--allocator_soft_max=64", "--mc_infer_refocus_interval=60"]
     with pytest.raises(UserError, match="--allocator_soft_max: expected at least"):
-        small = ["--model_tag=small", "--sample_every=1", "--allocator_soft_max=64", "--mc_infer_refocus_interval=60"]
         train(base_train, *QUICK_BASE, *WITH_MC, *small)
     assert not (mc_trained / "base_checkpoints" / "small").exists()
 

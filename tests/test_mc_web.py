@@ -27,7 +27,7 @@ from nanochat.serving.worker_pool import ServedModel, WorkerPool
 from nanochat.streaming import readable, stream_parts
 from scripts import chat_web
 from tests.helpers import Told, until, write_tokenizer
-from tests.helpers_server import CONTEXT, MODEL, K, Script, ask, events, said, serving, serving_mc, tiny
+from tests.helpers_server import BUDGET, CONTEXT, MODEL, K, Script, ask, events, said, serving, serving_mc, tiny
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_far_beyond_the_context(serve, tokenizer):
         chat.say(chat.fact(turn))
         assert chat.end["done"]
         for state in chat.states:
-            assert state["entries"] <= state["budget"] == CONTEXT
+            assert state["entries"] <= state["budget"] == BUDGET
     assert chat.states[-1]["num_tokens"] > 10 * CONTEXT
     assert len(server.made) == 1
     worker = server.client.get("/stats").json()["workers"][0]
@@ -87,7 +87,7 @@ def test_far_beyond_the_context(serve, tokenizer):
     assert stats["tokens"] == chat.states[-1]["num_tokens"] == server.made[0].num_tokens
     assert stats["bytes"] == sum(server.made[0].memory().values()) > 0
     mc = server.client.get("/config").json()["mc"]
-    assert mc == {"budget": CONTEXT, "block_size": K, "sessions": 8, "refocus_interval": 4}
+    assert mc == {"budget": BUDGET, "block_size": K, "sessions": 8, "refocus_interval": 4}
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -167,7 +167,7 @@ def test_eviction_loses_nothing(serve, tokenizer):
     long.say("Do you remember?")
     prompt = tokenizer.render_for_completion({"messages": long.messages[:-1]})
     assert long.states[0]["num_tokens"] == len(prompt) > 4 * CONTEXT
-    assert long.states[0]["entries"] <= CONTEXT
+    assert long.states[0]["entries"] <= BUDGET
     assert sum(not session.closed for session in [held.session for held in sessions.held]) == 2
 
 
