@@ -397,7 +397,7 @@ def test_validation_scores_the_newest_tokens_of_rows_that_differ_in_length():
 
 
 def test_validation_uses_the_budget_of_the_runtime():
-    assert MCConfig().resolve(2048).mc_eval_soft_max_length == 2048 - 32
+    assert MCConfig().resolve(2048).mc_eval_soft_max_length == 3 * 2048 // 4 - 32
     config = MCConfig(allocator_soft_max=512, mc_infer_refocus_interval=10).resolve(1024)
     assert config.mc_eval_soft_max_length == config.budget_of_a_refocus == 502
     assert MCInference(allocator_soft_max=256).apply(config).mc_eval_soft_max_length == 246
