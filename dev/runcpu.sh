@@ -40,7 +40,7 @@ identity_stage
 module scripts.mid_train --tasks=$TASKS --total_batch_size=4096 --eval_every=80 \
     --eval_tokens=16384 --save_every=40 --model_tag="$TAG" --run="$WANDB_RUN" "${CHATS[@]}" ${MID[@]+"${MID[@]}"} \
     ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"} $LATER
-stage python -m scripts.chat_eval -i mid --tasks=$TASKS -m 128 --model_tag="$TAG" $DEVICE
+stage python -m scripts.chat_eval -i mid --tasks=$TASKS -m 128 --model_tag="$TAG" ${WITH_MC[@]+"${WITH_MC[@]}"} $DEVICE
 module scripts.chat_sft --tasks=$TASKS --device_batch_size=32 --eval_every=40 --eval_steps=5 --eval_metrics_every=-1 \
     --save_every=20 --model_tag="$TAG" --run="$WANDB_RUN" $LATER
 stage python -m scripts.chat_eval -i sft --tasks=$TASKS -m 128 --model_tag="$TAG" ${WITH_MC[@]+"${WITH_MC[@]}"} $DEVICE
