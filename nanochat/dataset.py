@@ -233,7 +233,7 @@ def make_local(source, num_files, data_dir, recall_part=0.0, primer=0, seed=0, s
         return made | {"skipped": dict(Counter(skipped.values()))}
 
     record = {"source": str(folder or source), "recall_part": recall_part, "primer": primer}
-    record |= {"seed": seed, "sizes": asdict(sizes)} if recall_part else {}
+    record |= {"seed": seed, "sizes": asdict(sizes)} if recall_part or primer else {}
     with locked(data_dir):
         have = check_source(data_dir, record["source"])
         _check_alike({"recall_part": 0.0, "primer": 0, **have} if have else {}, record, data_dir)

@@ -94,6 +94,8 @@ def main(config: Config):
     unknown = [name for name in names if name not in available]
     if unknown:
         raise UserError(f"unknown task {', '.join(unknown)}: --tasks {config.tasks} has {', '.join(available)}")
+    if config.compare and not config.mc:
+        raise UserError("--compare shows answers with and without MegaContext: add --mc, or leave it out")
     if "HumanEval" in names:
         try:
             find_sandbox()

@@ -122,6 +122,8 @@ def test_evaluation_with_and_without(trained, capsys):
     assert re.findall(r"^Recall.*: .*of 2\)$", capsys.readouterr().out, re.M)[1].startswith("Recall without --mc: ")
     report = (trained / "report" / "chat-evaluation-sft.md").read_text()
     assert "- Recall without --mc: " in report
+    with pytest.raises(UserError, match="--compare .*: add --mc"):
+        chat_eval.main(parse(chat_eval.Config, [*options, "--compare"]))
     shown = r"What did they .*?\(the end of a chat of [\d,]+ tokens\)\nwith --mc → .*?\nwithout --mc → "
     assert len(re.findall(shown + r"\(none: [\d,]+ tokens do not fit\)   \(wrong\)", report, re.S)) == 2
 
