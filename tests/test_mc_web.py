@@ -438,7 +438,10 @@ def test_loading(checkpoints):
     pool.start([engine], served, [sessions])
     shown = chat_web.describe(config, pool, chat_web.limits_of(config), 80, "")
     pool.close()
-    assert f"focus   a working context of {BUDGET} entries, blocks of 4 tokens, 3 conversations at hand per worker" in shown
+    assert (
+        f"focus   a working context of {BUDGET} entries, blocks of 4 tokens, 3 conversations at hand per worker"
+        in shown
+    )
     assert "2,000,000 in all" in shown
     config = config_of(model_tag="mc")
     assert chat_web.load(config, torch.device("cpu"), None)[2] is None
