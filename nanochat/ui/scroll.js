@@ -31,4 +31,8 @@ sizes.observe($("log"));
 sizes.observe($("scroller"));
 on("scroller", "scroll", watchScroll);
 for (const type of ["wheel", "touchmove", "pointerdown", "keydown"]) on("scroller", type, () => { touched = performance.now(); });
-on("jump", "click", () => { toLatest(); focusInput(); });
+on("jump", "click", () => {
+  touched = -Infinity; // what the position does from here on is not the user's doing
+  toLatest();
+  focusInput();
+});
