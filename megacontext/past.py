@@ -9,9 +9,6 @@ them. They are older than the weights by at most as many steps as a past has seq
 A stream's past begins anew where another document begins, or the loader says that other text does: behind gists of
 other documents a model learns to look at none, and then does not read what is open beside them either. It does so by
 chance once in most + T tokens, too, so that all lengths occur at any time, and at the latest when it would have more
-A stream's past begins anew where another document begins, or the loader says that other text does: behind gists of
-other documents a model learns to look at none, and then does not read what is open beside them either. It does so by
-chance once in most + T tokens, too, so that all lengths occur at any time, and at the latest when it would have more
 than `most` tokens. Until then it keeps its beginning, so that its nodes stand where a session's would. Memory per
 stream: most + T token ids, and a vector of D for each K − 1 of them, K = block_size.
 

@@ -45,7 +45,7 @@ class SplicedCache:
         return torch.cat((held, LEVELS * (self._held_to + torch.arange(new)))) if new else held
 
     def newest(self, num_tokens) -> list[int]:
-        """Where the newest of so many tokens stands in each row: what came after the last edit stands one by one."""
+        """The position of token num_tokens − 1 in each row; the tokens since the last edit follow one another."""
         return [end + num_tokens - self._edited_at - 1 for end in self._ends]
 
     def splice(self, context, before=None, again=0, fresh=False) -> bool:
