@@ -145,7 +145,7 @@ def tests(config, failures):
     prompt = torch.randint(1, 70, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
         with step(failures, "greedy tokens: graphs, eager, CPU"):
-            check_answers(lambda model, graph: CacheSession(Decoder(model, graph=graph), 1, 64), prompt)
+            check_answers(lambda model, graph: CacheSession(Decoder(model, torch.float32, graph), 1, 64), prompt)
         with step(failures, "greedy tokens with --mc: graphs, eager, CPU"):
 
             def make_session(model, graph):
@@ -153,7 +153,7 @@ def tests(config, failures):
                     model, allocator_soft_max=64, mc_infer_refocus_interval=8, mc_aux_dtype="fp32", block_size=K
                 )
                 networks = objective.reader.networks.to(model.get_device()).eval()
-                return MCSession(model, networks, objective.config, decoder=Decoder(model, graph=graph))
+                return MCSession(model, networks, objective.config, decoder=Decoder(model, torch.float32, graph))
 
             check_answers(make_session, prompt)
     with step(failures, "a model of 128-channel heads in bf16 decodes as it reads"):
