@@ -27,10 +27,10 @@ from megacontext.config import MCConfig
 from megacontext.demand import Demand
 from megacontext.focus import Focus, focus_state
 from megacontext.reader import ASKING, Reader, score
-from megacontext.spliced_cache import LEVELS, SplicedCache, codes
+from megacontext.spliced_cache import SplicedCache
 from megacontext.streams import STORES
 from megacontext.tree import MegaContextTree
-from megacontext.working_context import WorkingContext, smallest_length
+from megacontext.working_context import LEVELS, WorkingContext, smallest_length
 from nanochat.common import Stopwatch, UserError
 from nanochat.decode import Decoder
 
@@ -438,7 +438,7 @@ class MCSession:
     def _read_parts(self, size):
         """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
         context, caches = self._context_now(), self.spliced.rows
-        rows, unread, entries = range(context.num_rows), self.spliced.unread(context), codes(context)
+        rows, unread, entries = range(context.num_rows), self.spliced.unread(context), context.codes
         at = pad_sequence(unread, batch_first=True)
         x, positions = self.tree.materialize(context, at), self.reader.positions(context, at)
         done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]

@@ -2,7 +2,7 @@
 SplicedCache: the KV cache of a session, and which entries of its working contexts it holds.
 
 What leaves a working context leaves the cache, what comes in is read and sees what stands before it, by position; all
-others stay as they were read. Entries are named by codes, LEVELS · (first token) + level, in the order of the stream.
+others stay as they were read. Entries are named by their codes, see WorkingContext.codes.
 
 Shapes: B rows, W entries of a context, held or not.
 """
@@ -12,16 +12,8 @@ import math
 import torch
 
 from megacontext.gaussian_rope import as_positions
+from megacontext.working_context import LEVELS
 from nanochat.kv_cache import KVCache, RowCaches
-
-LEVELS = 64  # more than there are levels of detail
-
-
-def codes(context) -> list:
-    """The codes of each row's entries [W], in order."""
-    lod, start, _, _ = context.entries
-    numbers = LEVELS * start + lod
-    return [row[:length] for row, length in zip(numbers, context.lengths().tolist(), strict=True)]
 
 
 class SplicedCache:
@@ -55,7 +47,7 @@ class SplicedCache:
         edit that stands before it.
         """
         self._note(context)
-        here, whole = codes(context), True
+        here, whole = context.codes, True
         stays = [torch.isin(held, row) for held, row in zip(self._held, here, strict=True)]
         again *= not all(kept.all() for kept in stays)
         for row, (cache, held, kept) in enumerate(zip(self.rows, self._held, stays, strict=True)):
@@ -78,7 +70,7 @@ class SplicedCache:
         if before is None or self.positional != "rank":
             return
         then = as_positions(before.entries, self.positional).start
-        for row, (held, new, old) in enumerate(zip(self._held, codes(context), codes(before), strict=True)):
+        for row, (held, new, old) in enumerate(zip(self._held, context.codes, before.codes, strict=True)):
             by = start[row, torch.searchsorted(new, held)] - then[row, torch.searchsorted(old, held)]
             moved = by.nonzero()[:, 0]
             if len(moved):
@@ -87,7 +79,7 @@ class SplicedCache:
     def unread(self, context) -> list:
         """Of each row, which of the context's entries are not in the cache: their indices."""
         self._note(context)
-        return [(~torch.isin(row, held)).nonzero()[:, 0] for row, held in zip(codes(context), self._held, strict=True)]
+        return [(~torch.isin(row, held)).nonzero()[:, 0] for row, held in zip(context.codes, self._held, strict=True)]
 
     def seen(self, row, part):
         """What each entry of `part`, codes, sees of those held and of the part, as Decoder.extend_rows takes it."""

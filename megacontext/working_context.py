@@ -23,6 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import UserError
 
+LEVELS = 64  # more than there are levels of detail
+
 
 class Entries(NamedTuple):
     """What the model attends to, in order: each [B, W], int64 except `valid`. Padding is (0, 0, 1, False)."""
@@ -183,6 +185,13 @@ class WorkingContext:
         first = self.first_blocks.gather(1, tile) * self.block_size
         start = (first + rank - self._before.gather(1, tile)).where(valid, 0)
         return Entries(lod, start, self.block_size**lod, valid)
+
+    @cached_property
+    def codes(self) -> list[torch.Tensor]:
+        """Of each row, a number for each of its entries, in order: LEVELS · (first token) + level."""
+        lod, start, _, _ = self.entries
+        numbers = LEVELS * start + lod
+        return [row[:length] for row, length in zip(numbers, self.lengths().tolist(), strict=True)]
 
     @property
     def lod_map(self):
