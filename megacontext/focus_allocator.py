@@ -15,8 +15,8 @@ from bisect import bisect_left
 from itertools import islice, takewhile
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from megacontext.config import MCConfig
 from megacontext.working_context import Edit, WorkingContext, smallest_length
@@ -193,14 +193,15 @@ class _Row:
 
 def _last_done(changes, context, expands):
     """Bool [P]: the tiles with a block that the last of the changes there expanded, or collapsed."""
-    edges = sorted({edge for c in changes for edge in (c.first_block, c.first_block + c.num_blocks)})
-    done = torch.zeros(max(0, len(edges) - 1), dtype=torch.int8)  # between an edge and the next
+    edges = np.unique([edge for c in changes for edge in (c.first_block, c.first_block + c.num_blocks)])
+    done = np.zeros(max(0, len(edges) - 1), dtype=int)  # between an edge and the next
     for c in changes:
-        done[edges.index(c.first_block) : edges.index(c.first_block + c.num_blocks)] = c.expands == expands
-    before = F.pad(done.cumsum(0), (1, 0))
-    first, edges = context.first_blocks[0], torch.tensor(edges)
-    start = torch.searchsorted(edges[1:], first, right=True)
-    return before[torch.searchsorted(edges[:-1], first + context.tile_blocks[0])] > before[start]
+        first, end = np.searchsorted(edges, (c.first_block, c.first_block + c.num_blocks))
+        done[first:end] = c.expands == expands
+    before, first = np.append(0, done.cumsum()), context.first_blocks[0].numpy()
+    start = np.searchsorted(edges[1:], first, side="right")
+    end = np.searchsorted(edges[:-1], first + context.tile_blocks[0].numpy())
+    return torch.from_numpy(before[end] > before[start])
 
 
 def _in_turn(wishes, top_k, temperature, generator):
