@@ -147,8 +147,8 @@ def _check(fits, expected, got):
         raise UserError(f"recall documents: expected {expected}, got {got}")
 
 
-# From 1.5 to 2.5 million tokens of these a model of four layers learns to look up, at half the usual learning rates, not
-# from as many of longer documents with more facts, nor with other text between them; once it can, it does so there, too.
+# From 1.5 to 2.5 million tokens of these a model of four layers learns to look up, at half the usual rates, and not
+# from as many of longer documents with more facts, nor with other text between; once it can, it does so there, too.
 PRIMER = Sizes(chars=1000, questions=4, tables=0, distractors=0, min_distance=32, times=6, ask=False)
 
 
