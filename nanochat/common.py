@@ -126,6 +126,8 @@ def compute_init(device_type: str = "", seed: int = 42):
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # tf32 for the products that autocast leaves in float32
+        # On Hopper PyTorch asks cuDNN first, which plans for up to a second whenever a sequence has a new length
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if is_dist and not dist.is_initialized():
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
