@@ -1,69 +1,56 @@
 """
 Benchmarks. Each prints a table and one JSON line. Compare figures of the same run only: machines are noisy.
 
-    python dev/bench.py tokenizer [--vocab_size 8192]    # training our tokenizer and Hugging Face's
-    python dev/bench.py loader                           # tokens/s of the data loader and of tiktoken alone
     python dev/bench.py train --depth 4 [--mc 1]         # training steps: tokens/s, share of the peak
     python dev/bench.py loss --vocab_size 65536          # our cross-entropy beside others
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
-    python dev/bench.py stream --depth 1 --stream_tokens=100000000  # a stream on disk as it grows
-
-The text is the source code of the standard library, so no data is needed.
 """
 
 import importlib.util
 import json
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from dev.bench_infer import GRAPHS, bench_mc_infer, random_model, timed
-from dev.bench_stream import bench_stream
 from megacontext.attach import attach
 from megacontext.config import MCConfig
 from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.cross_entropy import softcap_cross_entropy
-from nanochat.dataloader import TokenLoader
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.ranges import Count, Range
 from nanochat.sharding import clip_gradients
-from nanochat.sources import stdlib_documents, stdlib_files
-from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 
 
 @dataclass
 class Config:
     benchmark: str = ""
-    """tokenizer, loader, train, loss, decode, stream or mc-infer; also as the first word"""
+    """train, loss, decode or mc-infer; also as the first word"""
     vocab_size: Count = 8192
     """tokens"""
     repeat: Count = 3
     """repetitions, of which the fastest counts"""
     device_batch_size: Count = 8
-    """loader, train, loss: B"""
+    """train, loss: B"""
     max_seq_len: Count = 512
-    """loader, train, loss: T; mc-infer: entries of the working context"""
+    """train, loss: T; mc-infer: entries of the working context"""
     total_batch_size: Count = -1
     """train: tokens per step; -1 for B × T"""
     depth: Annotated[int, Range(1, 1000)] = 4
-    """train, loss, decode, mc-infer, stream: layers"""
+    """train, loss, decode, mc-infer: layers"""
     mc: bool = False
     """train: with MegaContext, half-way through the training"""
     steps: Count = 10
@@ -73,9 +60,7 @@ class Config:
     new_tokens: Count = 100
     """decode, mc-infer: tokens per row to measure, after some for warm-up"""
     stream_tokens: Count = 65536
-    """mc-infer: tokens in the tree of the longer of two streams; stream: in the longest"""
-    stream_filled: bool = False
-    """stream: of random tokens and gists, which takes seconds; else text is read in, which is measured, too"""
+    """mc-infer: tokens in the tree of the longer of two streams"""
     device_type: str = ""
     """cuda, cpu or mps; empty for the best available"""
     dtype: str = "auto"
@@ -84,10 +69,6 @@ class Config:
     """train: compile the model, auto, on or off; decode, mc-infer: the same for CUDA graphs"""
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
     """train: these options have an effect with --mc only"""
-
-
-def texts() -> list[str]:
-    return list(stdlib_documents(stdlib_files(), {}))
 
 
 def best(repeat, function) -> float:
@@ -106,55 +87,6 @@ def show(title, rows: list[dict]):
         table.add_row(*(f"{v:,.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
     print(json.dumps({"benchmark": title, "rows": rows}))
-
-
-def bench_tokenizer(config):
-    documents = texts()
-    characters = sum(map(len, documents))
-    v = config.vocab_size
-    rows = [
-        ("ours", best(config.repeat, lambda: RustBPETokenizer.train_from_iterator(iter(documents), v))),
-        ("Hugging Face", best(1, lambda: HuggingFaceTokenizer.train_from_iterator(iter(documents), v))),
-    ]
-    ours = rows[0][1]
-    show(
-        f"tokenizer: {characters:,} characters to a vocabulary of {v:,}",
-        [{"trainer": name, "seconds": t, "times ours": t / ours} for name, t in rows],
-    )
-
-
-def bench_loader(config):
-    documents = texts()
-    tokenizer = RustBPETokenizer.train_from_iterator(iter(documents), config.vocab_size)
-    B, T = config.device_batch_size, config.max_seq_len
-    rows = []
-
-    def measure(name, function):
-        tokens = function()
-        rows.append({"way": name, "tokens/s": tokens / best(config.repeat, function)})
-
-    measure("tiktoken, lists, 2 threads", lambda: sum(map(len, tokenizer._encode_batch(documents, 2))))
-
-    def arrays():
-        with ThreadPoolExecutor(2) as pool:
-            return sum(pool.map(lambda text: len(tokenizer.encode_to_numpy([text], 1)[0]), documents))
-
-    measure("tiktoken, arrays, 2 threads", arrays)
-    with tempfile.TemporaryDirectory() as folder:
-        table = pa.table({"text": documents})
-        for name in ("shard_00000.parquet", "shard_01822.parquet"):
-            pq.write_table(table, Path(folder) / name, row_group_size=64)
-
-        def batches():
-            count = 0
-            with TokenLoader(tokenizer, B, T, "train", data_dir=folder, ranks=[0], world_size=1) as loader:
-                while loader.state_dict()[0]["epoch"] == 0:
-                    next(loader)
-                    count += B * T
-            return count
-
-        measure("TokenLoader", batches)
-    show(f"loader: B {B}, T {T}, vocabulary {config.vocab_size:,}", rows)
 
 
 def matmul_flops(device, dtype) -> float:
@@ -354,12 +286,9 @@ def bench_decode(config):
 
 def main(config: Config):
     benchmarks = {
-        "tokenizer": bench_tokenizer,
-        "loader": bench_loader,
         "train": bench_train,
         "loss": bench_loss,
         "decode": bench_decode,
-        "stream": lambda config: bench_stream(config, show),
         "mc-infer": lambda config: bench_mc_infer(config, show),
     }
     if config.benchmark not in benchmarks:
