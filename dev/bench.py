@@ -30,6 +30,7 @@ from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.decode import Decoder
 from nanochat.engine import CacheSession
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
+from nanochat.gpus import gpu_of
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.ranges import Count, Range
 from nanochat.sharding import clip_gradients
@@ -219,35 +220,13 @@ def bench_loss(config):
     show(f"loss: {N:,} rows of {c.n_embd}, vocabulary {V:,}, {dtype}, {device}", rows)
 
 
-# Peak memory bandwidth in bytes/s by a part of the device name, first match wins. Sources: vendors' data sheets.
-PEAK_BANDWIDTH = [
-    ("GH200", 4.0e12),
-    ("H200", 4.8e12),
-    ("H100 NVL", 3.9e12),
-    ("H100 PCIe", 2.0e12),
-    ("H100", 3.35e12),
-    ("H800", 3.35e12),
-    ("B200", 8.0e12),
-    ("A100-SXM4-80GB", 2.039e12),
-    ("A100 80GB", 1.935e12),
-    ("A100", 1.555e12),
-    ("L40", 0.864e12),
-    ("L4", 0.3e12),
-    ("RTX 5090", 1.792e12),
-    ("RTX 4090", 1.008e12),
-    ("RTX 3090", 0.936e12),
-    ("MI300X", 5.3e12),
-]
-
-
 def bench_decode(config):
     *_, device = compute_init(config.device_type)
     prompt = torch.randint(0, config.vocab_size, (config.prompt_tokens,)).tolist()
     steps = config.new_tokens
     c = GPTConfig.from_depth(config.depth, len(prompt) + steps, config.vocab_size)
     model = random_model(c, device)
-    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    peak = next((peak for part, peak in PEAK_BANDWIDTH if part.lower() in name), None)
+    peak = gpu_of(torch.cuda.get_device_name(device)).bandwidth if device.type == "cuda" else None
     rows = []
     for precision in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
         dtype = resolve_dtype(precision, device.type)

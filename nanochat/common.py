@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.gpus import gpu_of
+
 
 class UserError(ValueError):
     """An error that the user can fix. The message says what was expected, what was found, and what to do."""
@@ -216,40 +218,9 @@ def autocast_dtype(device_type: str, otherwise: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else otherwise
 
 
-# Dense bf16 peak FLOP/s by a part of the device name, first match wins. Sources: the vendors' data sheets.
-PEAK_FLOPS = [
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H800", 989e12),
-    ("B200", 2250e12),
-    ("B100", 1800e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 149.7e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 5080", 112.6e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 4080", 97.5e12),
-    ("RTX 3090", 71e12),
-    ("RTX 6000 Ada", 364e12),
-    ("MI300X", 1307e12),
-]
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of this GPU in FLOP/s; None for a device that is not in the table, for which there is no MFU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS if part.lower() in name.lower()), None)
+    return gpu_of(torch.cuda.get_device_name(device)).flops if device.type == "cuda" else None
 
 
 def fail(error: UserError):

@@ -39,7 +39,7 @@ from nanochat.ranges import Count, CountOr0, Fraction, check
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
 VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
-RECALL_SIZES = ("chars", "questions", "tables", "distractors", "words", "min_distance", "max_distance", "times", "ask")
+RECALL_SIZES = ("chars", "questions", "tables", "distractors", "min_distance", "max_distance", "times", "ask")
 REMAKE = "delete it and run `python -m nanochat.dataset` again as before"
 
 
@@ -330,8 +330,6 @@ class Config:
     """recall: tables of a document; one cell of each is asked for"""
     recall_distractors: CountOr0 = recall.Sizes.distractors
     """recall: facts of a document that are not asked for"""
-    recall_words: Count = recall.Sizes.words
-    """recall: size of the vocabulary that a document has to itself"""
     recall_min_distance: Count = recall.Sizes.min_distance
     """recall: characters from a fact to the answer, at least; the distances are log-uniform"""
     recall_max_distance: Count = recall.Sizes.max_distance

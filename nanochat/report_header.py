@@ -10,23 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from nanochat.gpus import gpu_of
+
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCE_SUFFIXES = {".py", ".rs", ".html", ".toml", ".sh", ".md"}
-
-# US dollars per hour for one GPU by a part of its name, first match wins. Typical on-demand prices, late 2025.
-GPU_PRICES = [
-    ("B200", 5.00),
-    ("H200", 3.50),
-    ("H100", 3.00),
-    ("A100", 1.80),
-    ("L40S", 1.00),
-    ("RTX 5090", 0.70),
-    ("RTX 4090", 0.45),
-    ("RTX 3090", 0.25),
-    ("A10", 0.75),
-    ("L4", 0.70),
-    ("V100", 0.55),
-]
 
 
 def _git(*arguments, folder=PROJECT) -> str | None:
@@ -66,7 +53,7 @@ def gpus() -> list[tuple[str, float]]:
 
 def price_per_hour(names) -> float | None:
     """Estimate in US dollars for these GPUs together; None if there are none or one is not in the table."""
-    prices = [next((price for part, price in GPU_PRICES if part in name), None) for name in names]
+    prices = [gpu_of(name).price for name in names]
     return None if not prices or None in prices else sum(prices)
 
 

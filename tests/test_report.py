@@ -252,7 +252,8 @@ def test_size_of_a_project(tmp_path):
 def test_price():
     assert report_header.price_per_hour(["NVIDIA H100 80GB HBM3"] * 8) == 24.0
     assert report_header.price_per_hour([]) is None
-    assert report_header.price_per_hour(["NVIDIA H100 80GB HBM3", "Some other GPU"]) is None
+    for other in ("Some other GPU", "NVIDIA L40"):  # which is no L4
+        assert report_header.price_per_hour(["NVIDIA H100 80GB HBM3", other]) is None
 
 
 # ---------------------------------------------------------------------------------------------------------
