@@ -1,5 +1,5 @@
 """
-The sessions of a chat server's worker: one per conversation, a bounded number, none of them precious.
+The sessions of a chat server's worker: one per conversation, a bounded number, each of which can be made again.
 
 A conversation is known by a name that its client gives, or else by its tokens: it goes on with the session whose last
 prompt is how the new prompt begins. A session with a name serves that name only. What a prompt does not share with

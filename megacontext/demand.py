@@ -35,7 +35,7 @@ class Demand:
         return self._values - FADE * self._end
 
     def listen(self, states, num_tokens):
-        """Take up what the newest tokens want, one of which is the last of num_tokens: states [P, D] for each row."""
+        """Add what the newest tokens want, the last of which is token num_tokens − 1: states [P, D] for each row."""
         self.load(len(states))
         blocks = self.keys.count(0)
         if blocks:
@@ -49,7 +49,7 @@ class Demand:
         self._end = num_tokens
 
     def load(self, rows):
-        """Have the keys of all blocks that are asked. The oldest are let go of by the thousand, not one by one."""
+        """Load the keys of new blocks. Those of the oldest are dropped by the thousand, not one by one."""
         blocks, known = self.store.count(1), self.first + self.keys.count(0)
         if blocks - self.first > MOST_BLOCKS + MOST_BLOCKS // 8:
             first = blocks - MOST_BLOCKS
@@ -76,7 +76,7 @@ class Demand:
         return (self._values[:, :n] + mask[:, :n]).amax(1) - FADE * self._end if n else None
 
     def truncate(self, blocks):
-        """Know nothing of blocks from this number on."""
+        """Forget the blocks from this number on."""
         if blocks < self.first:
             self.keys, self.first = RamStore(), 0
             self.clear()

@@ -1,5 +1,5 @@
 """
-Focus at inference: LensNet's scores become edits, some rest, and what was done is kept to be looked at.
+Focus at inference: turns LensNet's scores into edits of the working context, and records them for display.
 
 Shapes: B rows, n blocks of the stream, P tiles of a working context.
 """
@@ -115,7 +115,7 @@ class Focus:
         }
 
     def resume(self, state, context):
-        """Be as in this state. Returns its context, made as long as the given one. Raises ValueError if it is none."""
+        """Take over a `state`. Returns its context, cut or extended to the given one's length. Raises ValueError."""
         try:
             lods, blocks = torch.tensor(state["lod"]).T
             N, K = state["num_tokens"], context.block_size

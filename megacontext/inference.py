@@ -17,7 +17,7 @@ from nanochat.ranges import Count, CountOr0, Fraction, Range
 
 @dataclass
 class MCInference:
-    """Options of MCConfig for inference. -1 or empty: the value of the training."""
+    """The options of MCConfig that answering heeds. -1 or empty: the value that the checkpoint was trained with."""
 
     allocator: Literal["", "greedy", "stochastic_greedy"] = ""
     """take the best edits, or draw at random among the best"""
@@ -30,15 +30,15 @@ class MCInference:
     allocator_recent_tokens: CountOr0 = -1
     """newest tokens that are never compressed"""
     allocator_expand_threshold: Fraction = -1.0
-    """minimum score for expanding an entry, 0 to 1"""
+    """minimum score for opening a block, 0 to 1"""
     allocator_collapse_threshold: Fraction = -1.0
-    """siblings collapse if their highest score is at most minus this, 0 to 1"""
+    """siblings collapse to make room if a score is higher than theirs by this and the other threshold, 0 to 1"""
     mc_infer_allocator_max_replacements: Count = -1
-    """edits per round, at most"""
+    """blocks that are opened per round, at most"""
     mc_infer_allocator_iterations: Count = -1
-    """rounds of scoring and editing per refocus"""
+    """rounds of scoring and editing when a prompt was read, at most"""
     mc_infer_refocus_interval: Count = -1
-    """generated tokens between two refocuses"""
+    """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
     mc_tree: Literal["", "ram", "disk"] = ""
     """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
     mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""
@@ -77,7 +77,7 @@ def load_for_inference(source, meta, device, options: MCInference):
 
 
 def session_maker(model, networks, config, **options):
-    """A function rows -> MCSession; the model's weights are laid out once, in the precision of the moment."""
+    """A function rows -> MCSession; the weights are converted once, to the precision of the surrounding autocast."""
     return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
 
 
@@ -103,7 +103,7 @@ def about_stream(make_session, name, gist_key, device):
 
 
 class SessionScorer:
-    """A model for evaluate_core that reads rows in a session, their ends token by token, as a chat does."""
+    """Scores rows for evaluate_core in a session: their common beginning as a prompt, their ends token by token."""
 
     def __init__(self, make_session):
         self.make_session = make_session

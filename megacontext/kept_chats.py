@@ -135,6 +135,6 @@ class KeptChats:
 
 
 def _last_used(folder):
-    """In seconds since 1970; when it was made where it is not whole."""
+    """Time of the last use, or of the making of an incomplete folder; in seconds since 1970."""
     manifest = folder / "manifest"
     return (manifest if manifest.exists() else folder).stat().st_mtime

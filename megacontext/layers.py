@@ -37,7 +37,7 @@ class BidirectionalAttention(Attention):
 
 class Encoder(nn.Module):
     """
-    [B, T, C] → [B, T, C], normalized. A set goes in, unless cos_sin, each [T, 1, d/2], says where its members are.
+    [B, T, C] → [B, T, C], normalized. Without cos_sin, the rotary angles [T, 1, d/2], the order of the T is not seen.
     """
 
     def __init__(self, n_layer: int, n_embd: int, head_dim: int):

@@ -1,5 +1,5 @@
 """
-The past of the sequences of a training: what their streams of text said before them, of which only gists are kept.
+Training behind a past: a sequence is read after gists of the text that its stream had before it.
 
 A stream is longer at inference than any sequence of a training: most of it stands far away, at high levels. So a
 compressed sequence is read behind a past of up to many times its T tokens. It costs no more for being long: each gist

@@ -66,7 +66,7 @@ class Reader:
         return self.model.embed(ids)
 
     def embed_for_decoding(self, ids):
-        """The same, rounded by the decoder alone, whatever autocast surrounds it: level 0 of a session's tree."""
+        """The same without a surrounding autocast, since the decoder rounds: level 0 of a session's tree."""
         with autocast(self.device, torch.float32):
             return self.embed(ids)
 

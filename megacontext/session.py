@@ -42,7 +42,7 @@ MARGIN = 0.2  # z above which a token is listened to again after a refocus that 
 
 
 class Snapshot(NamedTuple):
-    """A moment of one session; nothing in it is as long as the stream."""
+    """A moment of one session; its size does not grow with the stream."""
 
     session: "MCSession"
     cuts: int
@@ -233,7 +233,7 @@ class MCSession:
 
     @torch.inference_mode()
     def saw(self, states):
-        """Told after a step of the states [B, D] of its tokens, which say what these want."""
+        """Take up what the tokens of a step want, from their states [B, D]; called after the step."""
         blocks = self.tree.store.count(1)
         if self._context.coarsest > 0 and not self._since % (1 + blocks // BLOCKS_PER_TOKEN):
             self.demand.listen(states.unsqueeze(1).unbind(), self.num_tokens)
@@ -297,7 +297,7 @@ class MCSession:
         self.demand.restore(demand)
 
     def note(self, tokens):
-        """Keep the tokens after those that the session holds, if these are how they begin, to be read at need."""
+        """Append the rest of `tokens`, if they begin with all that the session holds; the next call reads it."""
         if self._common_prefix(torch.tensor([[*tokens, -1]], device=self.device)) == self.num_tokens:
             rest = tokens[self.num_tokens - self.past :]
             if rest:
@@ -393,8 +393,7 @@ class MCSession:
 
     def _adopt(self, context, again=0, fresh=False):
         """
-        Go on with this context; the cache keeps what stays of it, less the newest `again` tokens if anything has left.
-        fresh: and less all that was read before an edit that stands before it, or as it is.
+        Go on with this context and splice it into the cache, see SplicedCache.splice; `again` and `fresh` are its.
         """
         before = self._context and self._context_now()
         self._context, self._closed = context, None
@@ -409,7 +408,7 @@ class MCSession:
         return mask.view(context.num_rows, -1).to(self.device, non_blocking=True)
 
     def _become_many(self):
-        """Rows that are equal now, and may go apart."""
+        """Become self.rows equal rows, which may then differ."""
         self.tree.repeat(self.rows)
         self.focus.repeat(self.rows)
         self._context = self._context.select([0] * self.rows)

@@ -42,9 +42,9 @@ class SplicedCache:
 
     def splice(self, context, before=None, again=0, fresh=False) -> bool:
         """
-        Keep of the cache what this context has, less the newest `again` tokens if anything has left. Returns whether
-        that is all it has. before: the context until now, if there was one. fresh: keep nothing that was read before an
-        edit that stands before it.
+        Drop the entries that this context does not have; if there were any, also the newest `again` tokens, which are
+        to be read again. Returns whether the cache then holds all entries of the context. before: the context until
+        now, if there was one. fresh: drop also what was read before an edit further up.
         """
         self._note(context)
         here, whole = context.codes, True
@@ -63,7 +63,7 @@ class SplicedCache:
         return whole
 
     def move(self, context, before=None):
-        """Note where this context's rows end, and turn the keys of entries that stood elsewhere in the one before."""
+        """Note where this context's rows end, and rotate the keys of entries that stood elsewhere `before`."""
         _, start, span, _ = as_positions(context.entries, self.positional)
         self._ends = (start + span).gather(1, context.lengths()[:, None] - 1)[:, 0].tolist()
         self._edited_at = context.num_tokens
@@ -93,12 +93,12 @@ class SplicedCache:
         self._held[row] = torch.cat((self._held[row], part))
 
     def repeat(self, rows):
-        """Become rows that are equal now, and may go apart."""
+        """Become `rows` equal rows, which may then differ."""
         self._held, self._stale, self._ends = self._held * rows, self._stale * rows, self._ends * rows
         cache, self.cache = self.cache, RowCaches()
         self.cache.join(cache, rows, self.limit)
 
     def _note(self, context):
-        """Have the tokens since the last note among the noted ones."""
+        """Add the tokens that were read since the last call to `_held`."""
         self._held = [self.held(row) for row in range(context.num_rows)]
         self._held_to = context.num_tokens

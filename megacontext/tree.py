@@ -86,7 +86,7 @@ class Store(Protocol):
         """Make each row into `rows` equal ones."""
 
     def settle(self) -> None:
-        """Called when there is a moment to put away what was appended; the values stay what they are."""
+        """Called after an append: the store may now move values to disk."""
 
     def close(self) -> None:
         """Let go of files; no call may follow."""

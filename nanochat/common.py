@@ -31,7 +31,7 @@ def get_base_dir() -> Path:
 
 
 def sync(path):
-    """Have a file or the entries of a folder reach the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -38,7 +38,7 @@ register_optimizer_step_post_hook(_after_optimizer_step)
 
 def weights_version(model):
     """
-    Equal to what it was as long as the model's weights are, which it does not read.
+    A value that changes when the model's weights do. Found without reading the weights.
 
     Notices changes in place, other tensors in their place, and steps of optimizers (AdamW's fused one raises no version
     of its parameters). What goes past all that, as `weight.data.mul_(2)` does, it does not notice.
@@ -221,7 +221,7 @@ class Decoder:
 
     @torch.inference_mode()
     def turn(self, cache, slots, by):
-        """Have the keys in slots [n] of a KVCache of one row stand `by` [n] positions further on."""
+        """Rotate the keys in slots [n] of a KVCache of one row, so that they stand `by` [n] positions further on."""
         slots, keys = slots.to(self.device, non_blocking=True), cache.data[0]
         cos_sin = cos_sin_at(by.to(self.device, non_blocking=True), self.frequencies)
         keys[..., slots, :] = apply_rotary(keys[..., slots, :].float(), *cos_sin).to(keys.dtype)

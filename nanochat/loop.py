@@ -44,8 +44,8 @@ class MicroBatches:
     not, as with another B, the text continues after the last row group that was begun; what was left of those is read
     in the next epoch.
 
-    keeper: keeps something of what each stream has said: `save(stream)` gives it, as tensors in lists or dicts, and
-    `load(stream, saved)` takes it back; it is saved with the state. With one, a batch is (x, y, origins), the last
+    keeper: an object with a state per stream, which is saved with the loader's: `save(stream)` returns it as tensors in
+    lists or dicts, `load(stream, saved)` restores it. With one, a batch is (x, y, origins), the last
     [B, 2] int64 on the CPU: the number of each row's stream, and 1 for a row that is fresh (see TokenLoader).
     """
 

@@ -60,13 +60,13 @@ class OptimizerOptions:
     """Learning rates for a model of width 768; they are scaled for other widths."""
 
     embedding_lr: Amount = 0.2
-    """AdamW, token embedding"""
+    """learning rate of the token embedding, which AdamW trains"""
     unembedding_lr: Amount = 0.004
-    """AdamW, head"""
+    """learning rate of the head, which AdamW trains"""
     matrix_lr: Amount = 0.02
-    """Muon, block matrices"""
+    """learning rate of the matrices of the blocks, which Muon trains"""
     weight_decay: Amount = 0.0
-    """AdamW"""
+    """weight decay of AdamW"""
 
 
 @dataclass

@@ -76,13 +76,13 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     source: Annotated[str, short("-i")] = "sft"
     """stage of the model: sft, rl, mid or base"""
     temperature: Annotated[float, Range(*schema.TEMPERATURE), short("-t")] = 0.8
-    """where a request names none"""
+    """sampling temperature of requests that name none"""
     top_k: Annotated[int, Range(*schema.TOP_K), short("-k")] = 50
-    """where a request names none"""
+    """sample from this many of the likeliest tokens, in requests that name no number"""
     max_tokens: Annotated[int, Range(*schema.MAX_TOKENS), short("-m")] = 512
-    """of one answer, where a request names none"""
+    """tokens per answer, at most, in requests that name no number"""
     port: Annotated[int, Range(0, 65535), short("-p")] = 8000
-    """to listen on; 0 for any free one"""
+    """port to listen on; 0 for any free one"""
     host: str = "127.0.0.1"
     """address to listen on; the default is this machine only, 0.0.0.0 is all networks (the default in nanochat)"""
     api_key: str = ""
@@ -94,13 +94,13 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     queue_size: Annotated[int, Range(0, 100_000)] = 64
     """requests that may wait for a worker; more get 503"""
     max_messages: Annotated[int, Range(1, 100_000)] = -1
-    """of one conversation; -1 for 500, or 20,000 with --mc"""
+    """messages per conversation, at most; -1 for 500, or 20,000 with --mc"""
     max_message_chars: Annotated[int, Range(1, 10_000_000)] = -1
-    """characters of one message; -1 for 8,000, or with --mc as many as in one conversation"""
+    """characters per message, at most; -1 for 8,000, or with --mc as many as in one conversation"""
     max_conversation_chars: Annotated[int, Range(1, 10_000_000)] = -1
-    """characters of one conversation; -1 for 32,000, or 2,000,000 with --mc"""
+    """characters per conversation, at most; -1 for 32,000, or 2,000,000 with --mc"""
     drain_seconds: Annotated[float, Range(0, 3600)] = 30.0
-    """for running answers to finish when the server is told to end"""
+    """seconds that running answers have to finish when the server is told to end"""
     mc_sessions: Annotated[int, Range(1, 10_000)] = 8
     """conversations that a worker keeps at hand, with --mc; others are read again at their next turn"""
     stream: str = ""
@@ -108,9 +108,9 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     mc_keep_chats: Annotated[int, Range(1, 10_000_000)] = 1000
     """conversations that are kept on disk, with --mc_tree disk; the least recently used go first"""
     mc_keep_gigabytes: Annotated[float, Range(0.001, 1e9)] = 10.0
-    """of all conversations that are kept on disk"""
+    """gigabytes of disk for all conversations that are kept"""
     mc_keep_days: Annotated[float, Range(0.001, 1e6)] = 30.0
-    """that a conversation is kept after its last answer, when room is made for another"""
+    """days that a conversation is kept after its last answer; older ones are deleted when a new one begins"""
 
 
 def check(config):

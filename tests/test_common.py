@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanochat import configurator
-from nanochat.common import UserError, atomic_write, compute_init, get_base_dir, get_dist_info, resolve_dtype
+from nanochat.common import Stopwatch, UserError, atomic_write, compute_init, get_base_dir, get_dist_info, resolve_dtype
 from nanochat.options import ModelOptions
 from tests.helpers import ROOT
 
@@ -18,6 +18,30 @@ def test_dtypes_and_nanochats_names_for_them():
     assert resolve_dtype("fp32", "cpu") == resolve_dtype("float32", "cpu") == torch.float32
     with pytest.raises(UserError, match="--dtype must be auto, bf16 or fp32, got 'half'"):
         resolve_dtype("half", "cpu")
+
+
+def test_a_stopwatch_times_the_work_of_a_gpu_and_not_its_launch(monkeypatch):
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.number = len(told)
+
+        def record(self):
+            told.append("record")
+
+        def synchronize(self):
+            told.append("wait")
+
+        def elapsed_time(self, other):
+            return 12.5 * (other.number - self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch(torch.device("cuda"))
+    watch.stop()
+    assert told == ["record", "record"]  # nobody has waited yet
+    assert float(watch) == 12.5
+    assert told == ["record", "record", "wait"]
 
 
 def test_names_of_the_step():

@@ -289,6 +289,15 @@ def test_what_killed_sessions_left_is_swept_by_the_next_process(base_dir, monkey
     other.close()
 
 
+@pytest.mark.parametrize("kind", streams.STORES)
+def test_sessions_keep_gists_in_two_bytes_per_number(kind):
+    """Wherever they are, and in whatever precision they were made."""
+    store = streams.STORES[kind](K)
+    tree_of(store).append(ids(3 * K))
+    assert store.get(1, torch.arange(3)[None]).dtype == torch.bfloat16
+    store.close()
+
+
 def read_as_the_page_says(folder):
     """A reader written from the page on the format: name → rows, and the facts."""
     manifest, pages = (folder / "manifest").read_bytes(), []

@@ -1,4 +1,4 @@
-"""What a stream costs as it grows: time to the first token, time per token, memory, and how calm the focus is."""
+"""What a stream costs as it grows: time to the first token, time per token, memory, and how often the focus changes."""
 
 import time
 

@@ -1,5 +1,6 @@
 """
-All that is told, as tables: spans, metrics, and what becomes of a session's update and of a step's record.
+Tables of everything that is exported, spans and metrics; and the functions that turn an update of a session, or a
+record of the training log, into spans.
 
 Documentation, dashboards and tests read these tables.
 """

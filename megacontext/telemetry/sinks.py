@@ -13,9 +13,9 @@ from nanochat.common import UserError
 
 
 class Telemetry:
-    """Goes nowhere: what a run without an endpoint has, and what the others are kinds of."""
+    """The base class, which drops everything: what a run without an endpoint has."""
 
-    listens = False  # whether anything comes of what it is told
+    listens = False  # whether events are kept or sent, so that making them is worth the time
 
     def event(self, name: str, attributes: dict, seconds: float | None = None):
         """

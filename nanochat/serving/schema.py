@@ -28,7 +28,7 @@ class Limits:
 
     @property
     def render_chars(self) -> int:
-        """Of all texts in one /render request: more than the longest answer, and no more than is soon done."""
+        """Of all texts in one /render request: more than the longest answer, few enough to be rendered quickly."""
         return min(2 * self.conversation_chars, RENDER_CHARS)
 
     @property

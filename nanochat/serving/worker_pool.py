@@ -132,7 +132,7 @@ class Worker:
             self.outbox.send()
 
     def _add(self, making):
-        """To those that share the steps, unless only the prompt was asked about."""
+        """Let an answer share the steps, unless it has no tokens: then only its prompt was to be scored."""
         job = making.answer.job
         try:
             if not job.max_tokens:
