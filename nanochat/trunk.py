@@ -1,7 +1,7 @@
 """
 What reading, generating and MegaContext need of a model: a decoder-only Transformer with rotary positions.
 
-GPT is one; Llama makes one of transformers' decoders. Whatever else is different in them, nobody else knows.
+GPT is one; Llama makes one of transformers' decoders. All that differs between them stays inside of them.
 
 Shapes: B batch, T time, D = n_embd, H = n_head, H_kv = n_kv_head, d channels per head, V = vocab_size.
 """
@@ -41,20 +41,8 @@ class Trunk(Protocol):
     def states(self, x, cos_sin=None) -> torch.Tensor:
         """What goes into the last layer, [B, T, D], of embeddings x [B, T, D]; without a gradient."""
 
-    def forward(
-        self,
-        idx=None,
-        targets=None,
-        kv_cache=None,
-        loss_reduction="mean",
-        *,
-        inputs_embeds=None,
-        cos_sin=None,
-        row_weights=None,
-        teacher=None,
-        asking=None,
-    ):
-        """See GPT.forward: logits [B, T, V] in float32, or the loss in nats, of ids or embeddings."""
+    def forward(self, idx=None, targets=None, kv_cache=None, loss_reduction="mean", **options):
+        """Logits [B, T, V] in float32, or the loss in nats, of ids or embeddings: see GPT.forward for the options."""
 
     def get_device(self) -> torch.device: ...
 
