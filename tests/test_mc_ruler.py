@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megacontext.evaluation.ruler import NOISE, TASKS, question, recall_tasks, ruler, score
+from megacontext.evaluation.ruler import NOISE, TASKS, question, recall_tasks, ruler, share_said
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.recall import LEXICON
@@ -129,7 +129,7 @@ def test_an_oracle_is_right_and_who_saw_nothing_is_not():
 
 
 def test_a_part_of_the_answers_counts():
-    assert score("They are ABC and def.", ["abc", "xyz", "DEF", "q1"]) == 0.5
+    assert share_said("They are ABC and def.", ["abc", "xyz", "DEF", "q1"]) == 0.5
 
 
 def test_script(mc_trained, capsys):

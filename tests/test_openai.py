@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import row_seed
-from nanochat.serving.answer import Answer, Cut, score
+from nanochat.serving.answer import Answer, Cut, score_prompt
 from nanochat.serving.job import Job
 from nanochat.serving.openai_schema import REFUSED
 from nanochat.serving.schema import ApiError, Limits, Message, turns
@@ -565,7 +565,7 @@ def reference(engine, ids):
 def test_score(engine):
     """Of each token given those before it, in pieces as in one; the first has none."""
     ids = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    (*parts, tokens), expected = score(engine, ids, 3), reference(engine, ids)
+    (*parts, tokens), expected = score_prompt(engine, ids, 3), reference(engine, ids)
     assert parts == [None] * 3
     assert [token.id for token in tokens] == ids
     assert (tokens[0].logprob, tokens[0].top) == (None, [])

@@ -161,7 +161,7 @@ def question(name, task, length, index, tokenizer, lines, seed=0) -> Question | 
     return best
 
 
-def score(said: str, answers) -> float:
+def share_said(said: str, answers) -> float:
     """The share of the answers that occur in what was said, whatever the case."""
     return sum(answer.lower() in said.lower() for answer in answers) / len(answers)
 
@@ -183,7 +183,8 @@ def ruler(tokenizer, readers, lengths, samples, lines, tasks=TASKS, seed=0) -> l
             row = {"task": name, "tokens": length, "samples": len(asked)}
             for reader, read in readers.items():
                 said = [read(tokenizer.encode(one.prompt, prepend=bos), one.new_tokens) for one in asked]
-                scores = [score(text, one.answers) for text, one in zip(said, asked, strict=True) if text is not None]
+                pairs = zip(said, asked, strict=True)
+                scores = [share_said(text, one.answers) for text, one in pairs if text is not None]
                 row[reader] = sum(scores) / len(scores) if scores else None
             rows.append(row)
     if not rows:

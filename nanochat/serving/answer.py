@@ -109,7 +109,7 @@ SCORED_AT_ONCE = 128  # positions per forward pass, to bound the logits [128, V]
 
 
 @torch.inference_mode()
-def score(engine, prompt, top):
+def score_prompt(engine, prompt, top):
     """
     Log probabilities of each token of a prompt given those before it, in the precision of generation.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from nanochat.serving.answer import Answer, ranked, score
+from nanochat.serving.answer import Answer, ranked, score_prompt
 from nanochat.serving.job import Done, Failed, Job, Outbox, Scored
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Worker:
         self.number, self.engine, self.size, self.ended, self.sessions = number, engine, size, ended, sessions
         self.device = engine.model.get_device()
         self.batch = None
-        self.scoring = deque()  # (_Making, what `score` yields) of those whose prompt comes first
+        self.scoring = deque()  # (_Making, what `score_prompt` yields) of those whose prompt comes first
         self.making = {}  # stream → _Making
         self.calls = deque()  # (function, Future) for `step` to call
         self.jobs = []  # of all these
@@ -126,7 +126,7 @@ class Worker:
         job.outbox = self.outbox
         making = _Making(Answer(job, self.engine.tokenizer, self.number), time.monotonic(), ExitStack())
         if job.score:
-            self.scoring.append((making, score(self.engine, job.prompt, job.logprobs or 0)))
+            self.scoring.append((making, score_prompt(self.engine, job.prompt, job.logprobs or 0)))
         else:
             self._add(making)
             self.outbox.send()
