@@ -84,12 +84,12 @@ class KVCache:
         return new
 
     def hold(self, data, shared=None):
-        """Be the cache in this memory, a row of `shared` or one's own, to which all that is filled has been copied."""
+        """Use this memory, a row of `shared` or the cache's own, into which the caller has copied what is filled."""
         self.data, self.capacity, self.shared = data, data.size(4), shared
         self.layers = [pair.unbind() for pair in data.unbind(1)]  # (keys, values), taken apart once and for all
 
     def leave(self):
-        """Have memory of one's own again."""
+        """Move out of the shared memory, into memory of its own."""
         self.hold(self._copied(1, self.capacity))
 
 
@@ -138,7 +138,7 @@ class RowCaches:
             self._move(self.data.size(2) // 2, min(self.capacity, longest + ROOM), self.data)
 
     def grow(self, capacity):
-        """Have room for so many positions in each row."""
+        """Make room for this many positions in each row."""
         self._make_room(len(self.rows), capacity, self.data)
 
     def _make_room(self, rows, capacity, like):
@@ -176,7 +176,7 @@ class RowCaches:
         return 0 if self.data is None else self.data.nbytes
 
     def advance(self, T, rows=None):
-        """The rows of these numbers, or all, have T more positions filled."""
+        """Count T more positions as filled in the rows of these numbers, or in all."""
         for cache in self.rows if rows is None else [self.rows[i] for i in rows]:
             cache.advance(T)
 

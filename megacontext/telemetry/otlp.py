@@ -1,5 +1,5 @@
 """
-OpenTelemetry's exporters, held so that they cannot hurt: see endpoint.py.
+OpenTelemetry's exporters, set up so that no collector, slow or gone, delays or ends a run: see endpoint.py.
 
 What is told goes into a bounded queue (spans) or a cell (metrics: the newest value). Threads of the SDK send it; they
 are daemons, so a process can end while one waits for a collector.
