@@ -404,6 +404,19 @@ def test_validation_uses_the_budget_of_the_runtime():
     assert MCConfig(mc_eval_soft_max_length=300).resolve(1024).mc_eval_soft_max_length == 300
 
 
+@pytest.mark.parametrize(("blocks", "rounds"), [(1, 1), (1, 3), (2, 2)])
+def test_focus_in_validation_uses_the_settings_of_the_runtime(blocks, rounds):
+    """And not those of the same names without "infer": as many blocks open as a session would open in its rounds."""
+    model, (x, _) = make_model(), tokens(B=1)
+    options = {"mc_infer_allocator_max_replacements": blocks, "mc_infer_allocator_iterations": rounds}
+    reader = make_objective(model, allocator_max_replacements=7, allocator_iterations=7, **options).reader
+    reader.wanted = lambda states, keys: torch.full(keys.shape[:2], 4.0)  # all blocks
+    lod_map = (torch.arange(T // K) < (T - RECENT) // K).to(torch.int8)[None]
+    context = WorkingContext.from_map(lod_map, T, K)
+    focused = reader.focus(reader.tree(model.embed(x)), context, T)
+    assert focused.lengths() - context.lengths() == blocks * rounds * (K - 1)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The proof: documents that each use a few words of many, so that what came before tells which
 
