@@ -18,18 +18,18 @@ def is_on(config) -> bool:
     return getattr(config, "mc", True)
 
 
-def attach(config, model_config, device, bos, parent=None):
+def attach(config, model_config, device, bos, parent=None, trunk=None):
     """
     (networks, make_objective) for a run with these options on a model of this GPTConfig.
 
     networks: None with the flag off. bos: the tokenizer's. parent: (state dict, settings) of networks to go on from,
     else they are new. make_objective(model) is what the loop calls. Raises UserError when the parent's networks are of
-    another shape.
+    another shape. trunk: see MCNetworks.
     """
     if not is_on(config):
         return None, PlainObjective
     mc = config.megacontext.resolve(model_config.sequence_len)
-    networks = MCNetworks(model_config.n_embd, mc).to(device)
+    networks = MCNetworks(model_config.n_embd, mc, trunk, bos).to(device)
     if parent is not None:
         networks.load(*parent)
 

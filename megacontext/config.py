@@ -20,9 +20,10 @@ class MCConfig:
     mc_positional: Literal["rank", "gaussian", "simple"] = "rank"
     """rotary positions: entries one after another, or where their spans are, gists faded or at the centre"""
     # GistNet
-    gistnet_type: Literal["transformer", "mean"] = "transformer"
-    """how gists are made: by a learned network, or as the mean"""
-    gistnet_layers: Literal[2, 4] = 2
+    gistnet_type: Literal["transformer", "mean", "copied"] = "transformer"
+    """how gists are made: by a network, as the mean, or by a network that starts from the lowest layers of the model,
+    for mc_train --hf-path, with --gistnet_layers=6"""
+    gistnet_layers: Literal[2, 4, 6] = 2
     """layers of GistNet"""
     gistnet_pooling: Literal["mean", "query", "cls"] = "mean"
     """how GistNet pools its outputs into one vector"""

@@ -13,11 +13,14 @@ pooling, bit for bit, and can only add to it. A model that learns with it starts
 what it knows, a token's embedding, and breaks on a mean.
 """
 
+import copy
+
 import torch
 import torch.nn as nn
 
 from megacontext.layers import Encoder, Head, check_choice, init_linear
-from nanochat.gpt import norm, rotary_cos_sin
+from nanochat.common import autocast_dtype
+from nanochat.gpt import cos_sin_at, norm, rotary_cos_sin
 
 TYPES = ("transformer", "mean")
 STARTS = ("mean", "last")
@@ -102,3 +105,42 @@ class GistNet(nn.Module):
         x = x.unflatten(-1, self.query.shape)  # [M, K, H, d]
         weights = (x * self.query).sum(-1, keepdim=True).softmax(dim=1)
         return (weights * x).sum(dim=1).flatten(1)
+
+
+class CopiedGistNet(GistNet):
+    """
+    A GistNet whose correction starts from the lowest layers of a finished model, a Trunk, copied and then trained:
+    gist = scale · norm(last child + correction), with a learned scale per level, 1 at first.
+
+    The children go through the layers behind a learned first vector, for attention to sink into, at first the
+    embedding of token `bos`; causal, as in the model. The mean of the outputs and the last one go through the head.
+    """
+
+    def __init__(self, trunk, layers: int, block_size: int, max_levels: int, head="mlp", bos=0):
+        super().__init__(trunk.config.n_embd, block_size, max_levels, type="mean", start="last")  # no parameters yet
+        self.type, D = "copied", trunk.config.n_embd
+        self.copied = nn.ModuleList(copy.deepcopy(layer) for layer in trunk.transformer.h[:layers])
+        self.copied.float().requires_grad_(True)
+        with torch.no_grad():
+            first = trunk.embed(torch.tensor([bos], device=trunk.get_device()))[0]
+        self.first = nn.Parameter(first.float())
+        self.level_embed = nn.Parameter(torch.zeros(max_levels, D))
+        self.scale = nn.Parameter(torch.ones(max_levels))
+        self.head = Head(head, D, D)
+        init_linear(self.head)
+        self.register_buffer("frequencies", trunk.frequencies.clone(), persistent=False)
+
+    def forward(self, children, level: int):
+        """See GistNet.forward."""
+        return super().forward(children, level) * self.scale[min(level, self.max_levels) - 1]
+
+    def _correction(self, children, level):
+        x = children + self.level_embed[min(level, self.max_levels) - 1].to(children.dtype)
+        x = torch.cat((self.first.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
+        x = x.to(autocast_dtype(x.device.type, x.dtype))
+        places = torch.arange(x.size(1), device=x.device)
+        cos_sin = tuple(t[None, :, None].to(x.dtype) for t in cos_sin_at(places, self.frequencies))
+        for layer in self.copied:
+            x = layer(x, cos_sin, None)
+        x = norm(x[:, 1:])
+        return self.head(norm(norm(x.mean(dim=1)) + x[:, -1]))

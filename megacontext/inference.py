@@ -61,13 +61,13 @@ class InferenceOptions:
     """these options have an effect with --mc only"""
 
 
-def load_for_inference(source, meta, device, options: MCInference):
+def load_for_inference(source, meta, device, options: MCInference, model=None):
     """
-    (networks in eval mode, resolved config) of a checkpoint; meta: its meta data, from `load_model(source, …)`.
+    (networks in eval mode, resolved config) of a checkpoint; model, meta: from `load_model(source, …)`.
 
     Raises UserError if the checkpoint has no networks.
     """
-    networks, config = load_networks(source, meta, device)
+    networks, config = load_networks(source, meta, device, model)
     if networks is None:
         raise UserError(
             f"--mc: the checkpoint {meta['model_tag']}, step {meta['step']} ({source}) has no GistNet and LensNet. "

@@ -81,7 +81,11 @@ def init_linear(module):
 
 
 def split_parameters(network) -> tuple[list, list]:
-    """(matrices, others) of a network: what Muon is for, and embeddings and single vectors, for AdamW."""
-    matrices = [layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)]
+    """
+    (matrices, others) of a network: what Muon is for, and for AdamW embeddings, single vectors, and what was copied
+    from a finished model, which Muon's steps, of one length, would undo.
+    """
+    layers = (layer for name, layer in network.named_modules() if not name.startswith("copied."))
+    matrices = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in network.parameters() if id(p) not in chosen]

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.config import MCConfig
-from megacontext.gistnet import GistNet
+from megacontext.gistnet import CopiedGistNet, GistNet
 from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
 from nanochat import checkpoint_manager
@@ -12,18 +12,28 @@ from nanochat.common import UserError
 from nanochat.gpt import make_optimizers
 
 MAX_LEVELS = 2  # levels with an embedding of their own: gists of tokens, and gists of gists, which are alike
+RATES = 0.02, 0.003  # learning rates of Muon and AdamW
+COPIED_RATES = 0.006, 0.0005  # of a GistNet that was copied
 
 
 class MCNetworks(nn.Module):
-    """The two networks for a model of width n_embd."""
+    """The two networks for a model of width n_embd; trunk: the model, for a GistNet that begins with its layers."""
 
-    def __init__(self, n_embd: int, config: MCConfig):
+    def __init__(self, n_embd: int, config: MCConfig, trunk=None, bos=0):
         super().__init__()
         c = config
         self.settings = {name: getattr(c, name) for name in ("block_size", "gistnet_start", "mc_positional")}
         self.lens_loss_weight = c.mc_lens_loss_weight
-        gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
-        self.gistnet = GistNet(n_embd, c.block_size, MAX_LEVELS, *gistnet)
+        if c.gistnet_type == "copied":
+            if trunk is None:
+                raise UserError("--gistnet_type: copied needs a finished model to copy from: train with mc_train")
+            if c.gistnet_layers > len(trunk.transformer.h):
+                depth = len(trunk.transformer.h)
+                raise UserError(f"--gistnet_layers: expected at most the model's {depth}, got {c.gistnet_layers}")
+            self.gistnet = CopiedGistNet(trunk, c.gistnet_layers, c.block_size, MAX_LEVELS, c.gistnet_head, bos)
+        else:
+            gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
+            self.gistnet = GistNet(n_embd, c.block_size, MAX_LEVELS, *gistnet)
         self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
 
     def load(self, state: dict, settings: dict):
@@ -42,7 +52,7 @@ class MCNetworks(nn.Module):
                 f"--block_size, --gistnet_* and --lensnet_* options ({str(error).splitlines()[0]})"
             ) from error
 
-    def setup_optimizers(self, matrix_lr=0.02, other_lr=0.003) -> list[torch.optim.Optimizer]:
+    def setup_optimizers(self) -> list[torch.optim.Optimizer]:
         """
         [Muon for the matrices, AdamW for the rest] of GistNet, then of LensNet; sharded over ranks under torchrun.
 
@@ -51,13 +61,14 @@ class MCNetworks(nn.Module):
         optimizers = []
         for network, weight in ((self.gistnet, 1.0), (self.lensnet, self.lens_loss_weight)):
             matrices, others = split_parameters(network)
+            matrix_lr, other_lr = COPIED_RATES if hasattr(network, "copied") else RATES
             if matrices:  # GistNet of type "mean" has none
                 groups = [{"params": others, "lr": weight * other_lr}]
                 optimizers += reversed(make_optimizers(groups, matrices, weight * matrix_lr))
         return optimizers
 
 
-def load_networks(source, meta, device):
+def load_networks(source, meta, device, trunk=None):
     """
     (networks, config) that lie beside the checkpoint of which `meta` came from `load_model`; (None, None) if none do.
 
@@ -68,6 +79,6 @@ def load_networks(source, meta, device):
     if state is None or "megacontext" not in meta:
         return None, None
     config = MCConfig(**meta["megacontext"])
-    networks = MCNetworks(meta["model_config"]["n_embd"], config).to(device)
+    networks = MCNetworks(meta["model_config"]["n_embd"], config, trunk).to(device)
     networks.load(state, meta["megacontext"])
     return networks, config

@@ -143,7 +143,7 @@ def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> i
     if not config.mc_auto_batch:
         return device_batch_size
     T, D = model_config.sequence_len, model_config.n_embd
-    gist_layers = config.gistnet_layers if config.gistnet_type == "transformer" else 0
+    gist_layers = 0 if config.gistnet_type == "mean" else config.gistnet_layers
     sizes = (model_config.n_layer * D, gist_layers * D, config.lensnet_layers * WIDTH)
     inputs = inputs_per_sequence(config, 0.0, T)  # variants are longest at the start
     need = sum(n * size for n, size in zip(inputs, sizes, strict=True)) / (T * sizes[0])

@@ -135,7 +135,7 @@ def main(config):
         model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
         name = f"{meta['model_tag']} (step {meta['step']:,})"
         file_name = f"{meta['model_tag']}_{meta['step']:06d}"
-    mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
+    mc = load_for_inference("base", meta, device, config.megacontext, model) if config.mc else None
 
     reason = ""
     if rank == 0:

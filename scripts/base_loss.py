@@ -52,7 +52,7 @@ def main(config: Config):
     _, rank, _, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
     model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
-    mc = load_for_inference("base", meta, device, config.megacontext) if config.mc else None
+    mc = load_for_inference("base", meta, device, config.megacontext, model) if config.mc else None
     B, T = config.device_batch_size, model.config.sequence_len
     steps = max(1, config.split_tokens // (B * T * world_size))
     token_bytes = get_token_bytes(device)

@@ -127,7 +127,7 @@ def main(config: Config):
     engine, console = Engine(model, tokenizer), Console(highlight=False)
     context, make_session = model.config.sequence_len, None
     if config.mc:
-        networks, settings = load_for_inference(source, meta, device, config.megacontext)
+        networks, settings = load_for_inference(source, meta, device, config.megacontext, model)
         with autocast(device, dtype):
             make_session = session_maker(model, networks, settings)
         if config.stream:

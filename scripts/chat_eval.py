@@ -108,7 +108,7 @@ def main(config: Config):
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step, config.mc)
     print0(f"model: {config.source} {meta['model_tag']}, step {meta['step']}")
 
-    mc = load_for_inference(config.source, meta, device, config.megacontext) if config.mc else None
+    mc = load_for_inference(config.source, meta, device, config.megacontext, model) if config.mc else None
 
     facts = {"Model": f"{meta['model_tag']} (step {meta['step']})", **asdict(config)}
     del facts["megacontext"]  # shown with --mc only, and as the model has it

@@ -171,7 +171,7 @@ def load(config, device, on_update=None):
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type))
     sessions = None
     if config.mc:
-        networks, settings = load_for_inference(source, meta, device, config.megacontext)
+        networks, settings = load_for_inference(source, meta, device, config.megacontext, model)
         make_session = partial(MCSession, model, networks, settings, decoder=engine.decoder)
         make_session().close()  # complains now of a budget that is too small
         gist_key, kept, past = gist_key_of(source, meta, tokenizer, settings), None, None

@@ -66,7 +66,7 @@ def main(config: Config):
     if unknown or not wanted:
         raise UserError(f"there is no task {', '.join(unknown) or 'without a name'}: see `lm-eval ls tasks`")
     source, model, tokenizer, meta = pretrained.load(config, device, companion=config.mc)
-    mc = load_for_inference(source, meta, device, config.megacontext) if config.mc else None
+    mc = load_for_inference(source, meta, device, config.megacontext, model) if config.mc else None
     name = f"{source}_{meta['model_tag']}_{meta['step']:06d}{'_mc' if mc else ''}"
     with autocast(device, resolve_dtype(config.dtype, device.type)):
         sessions = SessionScorer(session_maker(model, *mc)) if mc else None

@@ -165,7 +165,7 @@ def main(config: Config):
     dtype = resolve_dtype(config.dtype, device.type)
     ratios = numbers("ratios", config.ratios)
     source, model, tokenizer, meta = pretrained.load(config, device, companion=True)
-    networks, mc = load_networks(source, meta, device)
+    networks, mc = load_networks(source, meta, device, model)
     if networks is None:
         raise UserError(
             f"{source} {meta['model_tag']} was trained without MegaContext: train with --mc, or attach it with "

@@ -72,7 +72,7 @@ class Model:
     def __init__(self, config):
         self.device = compute_init(config.device_type)[-1]
         source, model, self.tokenizer, meta = pretrained.load(config, self.device, companion=True)
-        networks, settings = load_for_inference(source, meta, self.device, MCInference())
+        networks, settings = load_for_inference(source, meta, self.device, MCInference(), model)
         self.reader = Reader(model, networks, settings)
         self.gist_key = streams.gist_key_of(source, meta, self.tokenizer, settings)
 

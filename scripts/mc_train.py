@@ -66,7 +66,7 @@ def main(config: Config):
     tag = config.output_tag or parent["model_tag"] + "-mc" * (not config.hf_path)
     if tag == parent["model_tag"] and not config.hf_path:
         raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
-    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id())
+    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), trunk=model)
 
     def rate(step, total):
         return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
-from megacontext.networks import MCNetworks
+from megacontext.networks import COPIED_RATES, MCNetworks
 from megacontext.reader import Reader
 from megacontext.session import MCSession
 from megacontext.working_context import WorkingContext
@@ -276,3 +276,55 @@ def test_flops_and_parameters(pair):
     attention = 12 * c.num_hidden_layers * c.num_attention_heads * 2 * len(ours.frequencies) * 256
     expected = 6 * (matrices + V * D) + attention
     assert abs(ours.flops_per_token() / expected - 1) < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A GistNet that starts from the model's layers
+
+
+def copied(trunk, layers=2):
+    settings = session_settings(gistnet_type="copied", gistnet_layers=layers)
+    return MCNetworks(trunk.config.n_embd, settings, trunk, bos=7)
+
+
+@torch.no_grad()
+def test_a_copied_encoder_starts_as_the_models_lowest_layers(pair):
+    trunk, seen, children = pair[1], {}, torch.randn(5, K, D)
+    networks = copied(trunk)
+    hooks = [
+        trunk.transformer.h[1].register_forward_hook(lambda layer, args, x: seen.update(expected=x)),
+        networks.gistnet.copied[1].register_forward_hook(lambda layer, args, x: seen.update(ours=x)),
+    ]
+    gists = networks.gistnet(children, 1)
+    trunk.trunk(torch.cat((trunk.embed(torch.full((5, 1), 7)), children), dim=1))
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(seen["ours"], seen["expected"], **CLOSE)
+    torch.testing.assert_close(gists, F.rms_norm(children[:, -1], (D,)))
+    torch.testing.assert_close(networks.gistnet(children[3:], 2), gists[3:])
+
+
+def test_a_copied_encoder_learns_and_the_model_stays(pair):
+    trunk, children = pair[1], torch.randn(5, K, D)
+    networks, before = copied(trunk), {name: p.clone() for name, p in trunk.state_dict().items()}
+    start = {name: p.detach().clone() for name, p in networks.gistnet.named_parameters()}
+    optimizers = networks.setup_optimizers()
+    for _ in range(2):  # the last matrix is zero at first: what is before it learns from the second step on
+        (networks.gistnet(children, 1) + networks.gistnet(children, 2)).square().mul(torch.randn(D)).sum().backward()
+        for optimizer in optimizers[:2]:
+            optimizer.step()
+    assert all(not torch.equal(p, start[name]) for name, p in networks.gistnet.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in trunk.state_dict().items())
+    rates = {
+        id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    assert {rates[id(p)] for p in networks.gistnet.copied.parameters()} == {COPIED_RATES[1]}
+    assert rates[id(networks.gistnet.head.c_fc.weight)] == COPIED_RATES[0]
+
+
+def test_what_has_no_layers_to_copy_is_refused(pair):
+    settings = session_settings(gistnet_type="copied")
+    with pytest.raises(UserError, match="--gistnet_type: copied needs a finished model"):
+        MCNetworks(D, settings)
+    with pytest.raises(UserError, match="--gistnet_layers: expected at most the model's 3, got 4"):
+        copied(pair[1], layers=4)

@@ -56,8 +56,8 @@ def test_names_and_defaults_are_frozen():
     ("name", "value", "expected"),
     [
         ("block_size", 1, "2 or more"),
-        ("gistnet_type", "lstm", "one of transformer, mean"),
-        ("gistnet_layers", 3, "one of 2, 4"),
+        ("gistnet_type", "lstm", "one of transformer, mean, copied"),
+        ("gistnet_layers", 3, "one of 2, 4, 6"),
         ("gistnet_pooling", "max", "one of mean, query, cls"),
         ("gistnet_head", "none", "one of linear, mlp"),
         ("lensnet_type", "mean", "one of transformer"),

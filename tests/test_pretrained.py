@@ -223,7 +223,14 @@ def test_names(path, name):
 # Scripts
 
 
-TRAIN = [*QUICK, "--max_seq_len=64", "--block_size=4", "--allocator_recent_tokens=8", "--eval_every=4"]
+TRAIN = [
+    *QUICK,
+    "--max_seq_len=64",
+    "--block_size=4",
+    "--allocator_recent_tokens=8",
+    "--eval_every=4",
+    "--gistnet_type=copied",
+]
 
 
 @pytest.fixture(scope="module")
