@@ -140,7 +140,7 @@ def tidy(axes):
 
 def png(figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white", bbox_inches="tight")
     return buffer.getvalue()
 
 

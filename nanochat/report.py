@@ -258,8 +258,9 @@ class Report:
             if title in IF_THERE and all(value is None for value in values):
                 continue
             rows.append([title, *("-" if value is None else f"{value:.4f}" for value in values)])
-        lines = [f"| {row[0]:<15} | " + " | ".join(f"{cell:<8}" for cell in row[1:]) + " |\n" for row in rows]
-        lines.insert(1, f"|{'-' * 17}|" + f"{'-' * 10}|" * len(COLUMNS) + "\n")
+        wide = max(15, *(len(row[0]) for row in rows))
+        lines = [f"| {row[0]:<{wide}} | " + " | ".join(f"{cell:<8}" for cell in row[1:]) + " |\n" for row in rows]
+        lines.insert(1, f"|{'-' * (wide + 2)}|" + f"{'-' * 10}|" * len(COLUMNS) + "\n")
         return "".join(lines)
 
 
