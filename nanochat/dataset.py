@@ -96,8 +96,8 @@ def list_row_groups(split: str, data_dir=None, processes=1) -> list[tuple[Path, 
         raise UserError(f"no rows in the {split} split ({paths[0].name} … in {paths[0].parent}): {REMAKE}")
     if len(found) < processes:
         raise UserError(
-            f"the {split} split has {len(found)} row groups, too few for {processes} processes to share: "
-            "add data or start fewer processes"
+            f"the {split} split has {len(found)} row groups, too few for {processes} streams or processes to share: "
+            "add data or take fewer (--streams)"
         )
     return found
 

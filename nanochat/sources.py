@@ -23,7 +23,7 @@ from nanochat.common import UserError, atomic_write
 
 SEED = 1337
 VAL_FRACTION = 0.05
-MIN_GROUPS = 8  # ranks share out row groups, so that even a small split should have this many
+MIN_GROUPS = 32  # ranks and streams share out row groups, so that even a small split should have this many
 GROUP_DOCS, GROUP_CHARS = 64, 4_000_000  # a row group's limits
 SHARD_CHARS = 250_000_000
 PIECE_CHARS = 100_000  # a text file longer than this becomes several documents, cut at line ends

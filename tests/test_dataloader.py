@@ -358,7 +358,7 @@ def test_streams_take_turns_on_one_thread(data_dir):
 def test_missing_or_little_data_is_said_at_once(tmp_path, data_dir):
     with pytest.raises(UserError, match=r"python -m nanochat\.dataset"):
         TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="6 row groups, too few for 7 processes"):
+    with pytest.raises(UserError, match="6 row groups, too few for 7 streams or processes"):
         TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=data_dir, ranks=[0], world_size=7)
 
 
