@@ -317,6 +317,13 @@ def test_networks_keep_their_precision():
             assert root_mean_square(b.float() - c) < 0.05 * root_mean_square(c)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_networks_are_in_bf16_where_the_hardware_has_it(fast, monkeypatch):
+    monkeypatch.setattr("nanochat.common.has_fast_bf16", lambda device_type: fast)
+    dtype = make_objective(make_model(), mc_aux_dtype="auto").reader.dtype
+    assert dtype == (torch.bfloat16 if fast else torch.float32)
+
+
 def test_options_change_what_they_should():
     def stats(**options):
         model, (x, y) = make_model(), tokens(B=4)
