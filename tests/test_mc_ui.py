@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from megacontext.session import MCSession
 from nanochat.serving.worker_pool import ServedModel
 from tests.helpers import until
 from tests.helpers_browser import ask, finished
@@ -262,7 +264,7 @@ def test_what_is_read_can_be_pointed_at_too(visit):
     expect(page.locator("#focus-card")).to_contain_text("LensNet −0.50")
 
 
-def test_by_keyboard_and_in_words(visit, shot):
+def test_by_keyboard_and_in_words(visit, shot, monkeypatch):
     page = visit()
     words(page, 1)
     words(page, 2)
@@ -281,7 +283,9 @@ def test_by_keyboard_and_in_words(visit, shot):
     expect(page.locator("#focus-card h3")).to_have_text("Block 1")
     assert re.match(rf"Block 1, tokens {K} – {2 * K - 1}, LOD \d.*, LensNet", cursor.get_attribute("aria-valuetext"))
     shot(page, "keyboard")
-    page.evaluate("localStorage.setItem('nanochat.settings', '{\"max_tokens\": 2000}')")
+    page.evaluate("localStorage.setItem('nanochat.settings', '{\"max_tokens\": 4000}')")
+    enter = MCSession.enter  # so small a model would be at its end before a busy browser has taken the keys
+    monkeypatch.setattr(MCSession, "enter", lambda session, ids: [time.sleep(0.01), enter(session, ids)][1])
     page.locator("#input").fill("Go on for a long while")
     page.locator("#input").press("Enter")
     expect(page.locator("#send")).to_have_attribute("aria-label", "Stop")
