@@ -2,7 +2,7 @@
 SplicedCache: the KV cache of a session, and which entries of its working contexts it holds.
 
 What leaves a working context leaves the cache, what comes in is read and sees what stands before it, by position; all
-others stay as they were read. Entries are named by their codes, see WorkingContext.codes.
+other entries keep their keys and values. An entry is identified by its code, see WorkingContext.codes.
 
 Shapes: B rows, W entries of a context, held or not.
 """
