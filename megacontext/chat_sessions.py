@@ -53,9 +53,11 @@ class Held:
 
 class ChatSessions:
     """
-    nanochat.serving.worker_pool.Sessions. make_session(on_update=…) -> MCSession of one row; config: resolved, the
-    same. on_update(session, entries_read, watch): told of each session's updates, see MCSession. kept: where sessions
-    with a name are found again after a restart, or None. past: Arrays of the tokens that are before all conversations.
+    The sessions of one worker of a WorkerPool.
+
+    make_session(on_update=…) -> MCSession of one row; config: resolved, the same. on_update(session, entries_read,
+    watch): told of each session's updates, see MCSession. kept: where sessions with a name are found again after a
+    restart, or None. past: Arrays of the tokens that are before all conversations.
     """
 
     def __init__(self, make_session, config, limit, on_update=None, kept: KeptChats | None = None, past=None):
@@ -67,6 +69,7 @@ class ChatSessions:
 
     @contextmanager
     def serve(self, job):
+        """The session that a job is answered with; it is the job's until the end of the `with`."""
         held = self._take(job)
         try:
             yield held.session
@@ -147,12 +150,14 @@ class ChatSessions:
     # -----------------------------------------------------------------------------------------------------
     # From any thread
 
-    def last_used(self, conversation, prompt=()):
+    def last_used(self, conversation, prompt=()) -> float:
+        """When what this conversation, or this prompt, goes on with was used, by time.monotonic(); 0.0 if never."""
         with self.lock:
             held = self._find(array("i", prompt), conversation)
             return held.used if held else 0.0
 
-    def free(self, job):
+    def free(self, job) -> bool:
+        """Whether there is a session for this job now: not if its own is answering, or all are."""
         with self.lock:
             if job.conversation:
                 held = self._find((), job.conversation)
@@ -160,12 +165,14 @@ class ChatSessions:
                     return held.job is None
             return len(self.held) < self.limit or any(held.job is None for held in self.held)
 
-    def fits(self, num_tokens):
+    def fits(self, num_tokens) -> bool:
+        """Whether a session can hold so many tokens."""
         num_tokens += self.past.rows("tokens") if self.past else 0
         smallest = smallest_length(num_tokens, self.config.block_size, self.config.allocator_recent_tokens)
         return smallest <= self.config.budget_of_a_refocus
 
-    def describe(self):
+    def describe(self) -> dict:
+        """What GET /config tells of them."""
         return {
             **({"kept": True} if self.kept else {}),
             **({"past": self.past.rows("tokens")} if self.past else {}),
@@ -175,7 +182,8 @@ class ChatSessions:
             "refocus_interval": self.config.mc_infer_refocus_interval,
         }
 
-    def stats(self):
+    def stats(self) -> dict:
+        """What GET /stats tells of them."""
         with self.lock:
             return {
                 "held": len(self.held),
@@ -186,12 +194,13 @@ class ChatSessions:
                 **({"kept": self.kept.stats()} if self.kept else {}),
             }
 
-    def focus(self, conversation):
+    def focus(self, conversation) -> dict | None:
+        """The state that was told last in this conversation; None where there is none."""
         with self.lock:
             held = self._find(array("i"), conversation)
         return held.state if held else self.kept.view(conversation) if self.kept else None
 
-    def edits(self, conversation):
+    def edits(self, conversation) -> list[dict]:
         """
         What the newest refocuses changed, oldest first: time (seconds since 1970), num_tokens there were then, changes
         (first block, number of blocks, old and new level).
@@ -200,7 +209,11 @@ class ChatSessions:
             held = self._find(array("i"), conversation)
             return list(held.edits) if held else self.kept.edits(conversation) if self.kept else []
 
-    def look(self, conversation, question):
+    def look(self, conversation, question) -> list | None:
+        """
+        Blocks in which the answer to a question may stand, see look.look; None where there is no such conversation.
+        For the worker's thread.
+        """
         with self.lock:
             held = self._find(array("i"), conversation)
         if held:
@@ -214,8 +227,11 @@ class ChatSessions:
         finally:
             session.close()
 
-    def tokens(self, conversation, start, end):
-        """With the past, if there is one."""
+    def tokens(self, conversation, start, end) -> list[int] | None:
+        """
+        Some tokens of a conversation, with the past, so far as they are there; None where there is no such
+        conversation.
+        """
         n = self.past.rows("tokens") if self.past else 0
         before = streams.token_ids(self.past, start, min(end, n)) if start < n else []
         with self.lock:

@@ -244,7 +244,7 @@ def chat_attributes(job, outcome, model) -> dict:
         "gen_ai.request.top_k": job.sampling.top_k,
         "gen_ai.request.max_tokens": job.max_tokens,
         "gen_ai.usage.input_tokens": len(job.prompt),
-        "gen_ai.usage.output_tokens": job.tokens,
+        "gen_ai.usage.output_tokens": len(job.ids),
         "gen_ai.response.time_to_first_chunk": None if job.first is None else job.first - job.created,
         "gen_ai.response.finish_reasons": ["error" if outcome == "failed" else outcome],
         "gen_ai.conversation.compacted": job.compacted,

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import row_seed
-from nanochat.serving.answer import Answer, Cut, score_prompt
-from nanochat.serving.job import Job
-from nanochat.serving.openai_schema import REFUSED
+from nanochat.serving.job import Answer, Cut, Job, score_prompt
+from nanochat.serving.openai_api import REFUSED
 from nanochat.serving.schema import ApiError, Limits, Message, turns
 from tests.helpers import make_model, until
 from tests.helpers_server import (

@@ -18,8 +18,8 @@ from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.find import find_text
 from nanochat.pretrained import PretrainedTokenizer
+from nanochat.serving.app import Service
 from nanochat.serving.schema import Limits, Message
-from nanochat.serving.service import Service
 from nanochat.streaming import readable, stream_parts
 from nanochat.tokenizer import count_token_bytes
 from scripts import chat_web

@@ -26,7 +26,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import Sampling
 from nanochat.serving.page import page_files
 from nanochat.serving.schema import Limits
-from nanochat.serving.transport import PatientProtocol, open_socket
+from nanochat.serving.transport import Gate, PatientProtocol, open_socket
 from nanochat.streaming import stream_parts
 from scripts import chat_web
 from tests.helpers import ROOT, until, write_tokenizer
@@ -531,7 +531,8 @@ def test_frames_are_ascii(serve, tokenizer, path):
 def test_slow_senders_are_cut_off(serve, tokenizer, monkeypatch):
     """A head that never ends is dropped; a body that never ends is answered 408. Neither costs a worker."""
     monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
-    server = serve(Script(tokenizer), body_seconds=0.3)
+    monkeypatch.setattr(Gate, "body_seconds", 0.3)
+    server = serve(Script(tokenizer))
     address = ("127.0.0.1", server.port)
     with socket.create_connection(address, timeout=10) as silent, socket.create_connection(address, timeout=10) as head:
         head.sendall(b"POST /chat/comp")
@@ -615,7 +616,7 @@ def test_the_client_leaves(serve, tokenizer, api, moment, batch_size):
     if moment == "mid-stream":
         go.set()
         if api == "openai":
-            until(lambda: server.pool.workers[0].jobs[0].tokens > 5)
+            until(lambda: len(server.pool.workers[0].jobs[0].ids) > 5)
         else:
             received = b""
             while received.count(b"data: ") < 3:

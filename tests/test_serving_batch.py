@@ -13,10 +13,8 @@ from nanochat.batch import Batch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import Sampling
-from nanochat.serving import answer as answers
 from nanochat.serving import job as jobs
-from nanochat.serving.answer import Answer
-from nanochat.serving.job import Done, Job, Outbox, Piece
+from nanochat.serving.job import Answer, Done, Job, Outbox, Piece
 from nanochat.streaming import stream_parts
 from tests.helpers import until
 from tests.helpers_server import MODEL, Script, ask, said, send_raw
@@ -136,10 +134,10 @@ def test_a_short_answer_does_not_wait_for_a_long_one(serve, tokenizer):
 
 def test_scoring_a_prompt_holds_up_nobody(serve, engine, monkeypatch):
     """Prompts whose own probabilities are asked for are read in parts, between the steps of those that answer."""
-    log, step, part = [], Batch.step, answers.ranked
+    log, step, part = [], Batch.step, jobs.ranked
     monkeypatch.setattr(Batch, "step", lambda self: (log.append("step"), step(self))[1])
-    monkeypatch.setattr(answers, "ranked", lambda *args: (log.append("part"), part(*args))[1])
-    monkeypatch.setattr(answers, "SCORED_AT_ONCE", 8)
+    monkeypatch.setattr(jobs, "ranked", lambda *args: (log.append("part"), part(*args))[1])
+    monkeypatch.setattr(jobs, "SCORED_AT_ONCE", 8)
     engine = Engine(engine.model, engine.tokenizer)  # scoring knows no float64
     server = serve(engine, batch_size=BATCH)
     long = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 200, "temperature": 2, "seed": 1}

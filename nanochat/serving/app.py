@@ -1,8 +1,13 @@
-"""The application: the page and its endpoints. See scripts/chat_web.py for their list."""
+"""
+The application: requests become jobs for the workers, and their events answers; the endpoints of the page.
+
+See scripts/chat_web.py for a list of all endpoints.
+"""
 
 import asyncio
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from fastapi import FastAPI
@@ -11,18 +16,125 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from nanochat.common import UserError
 from nanochat.markdown import render_markdown
+from nanochat.sampling import row_seed
 from nanochat.serving import explore, openai_api, schema
-from nanochat.serving.job import Done, Failed, FocusState, Piece
-from nanochat.serving.openai_format import error_body
+from nanochat.serving.job import Done, Failed, FocusState, Job, Piece
+from nanochat.serving.openai_replies import error_body
 from nanochat.serving.page import page_files
 from nanochat.serving.schema import ApiError, Defaults, Limits
-from nanochat.serving.service import Service
 from nanochat.serving.transport import PING, EventStream, Gate, sse
+from nanochat.serving.worker_pool import Unavailable, WorkerPool
 from nanochat.streaming import readable
 
 OPENAI_PREFIX = "/v1"
 BASE_URL = f"For OpenAI's API, set a base URL that ends in {OPENAI_PREFIX}."
+COUNTED_NAMES = 200  # of ignored parameters; further names are counted together
+
+
+@dataclass(frozen=True)
+class Service:
+    """What both APIs share. Its methods raise Unavailable where the pool does."""
+
+    pool: WorkerPool
+    limits: Limits
+    defaults: Defaults
+    ping_seconds: float = 10.0
+    ignored: Counter = field(default_factory=Counter)  # name of an unknown parameter → number of requests with it
+
+    async def submit(self, request: schema.Request, prompts, max_tokens, n=1, param="messages", **job) -> list[Job]:
+        """
+        Queue n jobs for each prompt of `prompts()` (lists of ids) and return them. They share one queue of events.
+
+        prompts is called in a thread. max_tokens: None and −1 mean all that fits. param: name of the prompt in error
+        messages. job: further fields of Job. Raises ApiError or Unavailable; then no job stays queued.
+        """
+        for name in request.model_extra:
+            self.ignored[name[:60] if len(self.ignored) < COUNTED_NAMES else "others"] += 1
+        self.pool.check_open()
+        sampling = request.sampling(self.defaults, self.pool.tokenizer.get_vocab_size())
+        stop, events, sessions = request.stops(), asyncio.Queue(), self.pool.sessions
+        context = None if sessions and not job.get("score") else self.pool.context_length
+        jobs = []
+        try:
+            prompts = await asyncio.to_thread(prompts)
+        except UserError as error:  # a text that the tokenizer cannot take
+            raise ApiError(400, str(error), param=param) from error
+        for prompt in prompts:
+            fits = not sessions or sessions[0].fits(len(prompt))
+            tokens = schema.room(len(prompt), max_tokens, context, fits, param)
+            for _ in range(n):
+                settings = replace(sampling, seed=row_seed(sampling.seed, len(jobs)))
+                jobs.append(Job(prompt, tokens, settings, stop, index=len(jobs), events=events, **job))
+        if len(jobs) > self.pool.limit:
+            raise ApiError(400, f"at most {self.pool.limit} answers at once: got {len(jobs)}", param="n")
+        try:
+            for one in jobs:
+                self.pool.submit(one)
+        except Unavailable:
+            self.cancel(jobs)
+            raise
+        return jobs
+
+    def cancel(self, jobs):
+        for job in jobs:
+            self.pool.cancel(job)
+
+    async def events(self, jobs):
+        """Yield (job, event) until all these jobs are done, and None after each `ping_seconds` without an event."""
+        running = len(jobs)
+        while running:
+            try:
+                async with asyncio.timeout(self.ping_seconds):
+                    pair = await jobs[0].events.get()
+            except TimeoutError:
+                yield None
+                continue
+            running -= isinstance(pair[1], Done | Failed)
+            yield pair
+
+    def conversation(self, messages) -> list[dict]:
+        return schema.turns(messages, self.limits)
+
+    def render(self, turns) -> list[int]:
+        """Token ids of a conversation for the assistant to answer, or, if the last turn is its own, to continue."""
+        conversation = {"messages": turns}
+        if turns[-1]["role"] == "user":
+            return self.pool.tokenizer.render_for_completion(conversation)
+        return self.pool.tokenizer.render_conversation(conversation, max_tokens=None)[0][:-1]
+
+    def go_on(self, conversation, messages) -> list[int]:
+        """
+        Token ids of a conversation that the server keeps, with these messages after what it has; a name that it does
+        not know begins a new one. Raises ApiError (400) where none are kept.
+        """
+        sessions = self.sessions_of(conversation) if self.pool.sessions else None
+        if sessions is None or not sessions.describe().get("kept"):
+            raise ApiError(
+                400,
+                "conversation: this server keeps none; start it with --mc --mc_tree disk, or send all messages",
+                "unsupported_value",
+                "conversation",
+            )
+        said, turns = sessions.tokens(conversation, 0, 2**62), self.conversation(messages)
+        if not said:
+            return self.render(turns)
+        before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]  # in place of what was said
+        begun, _ = self.pool.tokenizer.render_conversation({"messages": before}, max_tokens=None)
+        end = begun[-1:] * (said[-1] != begun[-1])
+        return said + end + self.render([*before, *turns])[len(begun) :]
+
+    def sessions_of(self, conversation):
+        """The ChatSessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
+        if not self.pool.sessions:
+            raise ApiError(404, "this server keeps no sessions: it runs without --mc")
+        return max(self.pool.sessions, key=lambda sessions: sessions.last_used(conversation))
+
+    def model(self):
+        """The ServedModel, once it is loaded."""
+        self.pool.check_ready()
+        return self.pool.model
 
 
 class AsciiJSON(JSONResponse):
@@ -37,20 +149,17 @@ def _complain(status, message, code=None, param=None, headers=None):
     return AsciiJSON({**error_body(status, message, code, param), "detail": message}, status, headers)
 
 
-def create_app(
-    pool, limits=None, defaults=None, api_key="", origins=(), files=None, ping_seconds=10.0, body_seconds=30.0
-):
+def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_seconds=10.0):
     """
     The ASGI application.
 
     api_key: required for everything except the page's files and /health; empty for none. origins: origins of other web
-    pages that may send requests. files: those of the page, in the format of page_files.
+    pages that may send requests.
 
     Raises UserError if a file of the page is missing.
     """
-    limits, defaults = limits or Limits(), defaults or Defaults()
+    limits, defaults, files = limits or Limits(), defaults or Defaults(), page_files()
     service = Service(pool, limits, defaults, ping_seconds)
-    files = page_files() if files is None else files
     app = FastAPI(
         title="nanochat",
         servers=[{"url": "."}],
@@ -62,7 +171,11 @@ def create_app(
 
     @app.exception_handler(ApiError)
     async def on_api_error(request, error):
-        return _complain(error.status, error.message, error.code, error.param, error.headers)
+        return _complain(error.status, error.message, error.code, error.param)
+
+    @app.exception_handler(Unavailable)
+    async def on_unavailable(request, error):
+        return _complain(503, str(error), "unavailable", headers={"Retry-After": str(error.retry_after)})
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request, error):
@@ -156,7 +269,7 @@ def create_app(
 
     openai_router = openai_api.create_router(service)
     app.include_router(openai_router, prefix=OPENAI_PREFIX)
-    gate = Gate(app, limits.body_bytes, _complain, body_seconds, api_key, {*files, "/health", "/openapi.json"})
+    gate = Gate(app, limits.body_bytes, _complain, api_key, {*files, "/health", "/openapi.json"})
     if not origins:
         return gate
     return CORSMiddleware(
@@ -179,7 +292,7 @@ async def _native_stream(service, jobs, most):
             case FocusState(state):
                 yield sse({"focus": state}, event="focus")
             case Done("length"):
-                limit = "max_tokens" if jobs[0].tokens >= most else "context"
+                limit = "max_tokens" if len(jobs[0].ids) >= most else "context"
                 yield sse({"done": True, "finish_reason": "length", "limit": limit})
             case Done(reason):
                 yield sse({"done": True, "finish_reason": reason})

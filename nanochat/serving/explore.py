@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from nanochat.find import find_text
 from nanochat.serving import schema
 from nanochat.serving.schema import ApiError
-from nanochat.serving.service import unavailable_as_503
 from nanochat.streaming import readable
 
 SCANNED_TOKENS = 2**21  # in one answer to /focus/find
@@ -56,8 +55,7 @@ def create_router(service):
     async def look(body: schema.LookRequest):
         sessions = service.sessions_of(body.conversation)
         ids = service.pool.tokenizer.encode(body.text)
-        with unavailable_as_503():
-            answer = service.pool.call(sessions, lambda: sessions.look(body.conversation, ids))
+        answer = service.pool.call(sessions, lambda: sessions.look(body.conversation, ids))
         found = await asyncio.wrap_future(answer)
         if found is None:
             raise ApiError(404, "there is no such conversation here", "not_found")

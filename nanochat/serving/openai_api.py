@@ -1,16 +1,149 @@
-"""OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/models`."""
+"""
+OpenAI's API, `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/models`: requests and endpoints.
+
+A request is refused only if ignoring a parameter would change the meaning of the answer; other unknown parameters are
+ignored and counted. Parameters that OpenAI does not have (top_k, min_p, repetition_penalty) are named as in vLLM.
+"""
 
 import time
 from functools import partial
+from itertools import chain
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
 
-from nanochat.serving.openai_format import ChatShape, Reply, TextShape
-from nanochat.serving.openai_responses import ResponseReply, ResponseRequest, ResponseShape
-from nanochat.serving.openai_schema import ChatCompletionRequest, CompletionRequest
-from nanochat.serving.schema import ApiError
+from nanochat.serving import schema
+from nanochat.serving.openai_replies import ChatShape, Reply, ResponseReply, ResponseShape, TextShape
+from nanochat.serving.schema import ApiError, ConversationId, Message
 
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions by default, as at OpenAI
+TOP_LOGPROBS = (0, 20)
+CHOICES = (1, 128)
+
+NO_GRAMMAR = "this server has no constrained decoding"
+NO_MEMORY = "this server keeps no responses: name a conversation, or send all of it as input"
+NO_TOOLS = "this model can call no tools except its own calculator"
+REFUSED = {  # parameter → (values that have no effect, why other values are refused)
+    "response_format": (({"type": "text"},), NO_GRAMMAR),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ((), NO_GRAMMAR)),
+    **dict.fromkeys(("structured_outputs", "json_schema", "grammar"), ((), NO_GRAMMAR)),
+    "tool_choice": (("none", "auto"), NO_TOOLS),
+    "function_call": (("none", "auto"), NO_TOOLS),
+    "modalities": ((["text"],), "this server generates text only"),
+    "audio": ((), "this server generates text only"),
+    "suffix": (("",), "this server continues text, it does not insert"),
+    "use_beam_search": ((False,), "this server samples, it has no beam search"),
+}
+
+
+class ConversationObject(BaseModel):
+    id: ConversationId
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+    include_usage: bool | None = None
+
+
+class OpenAIRequest(schema.Request):
+    model: str | None = None
+    n: Annotated[int, Field(ge=CHOICES[0], le=CHOICES[1])] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Its secret name: what the server keeps under it comes before the messages of the request, as in /v1/responses
+    conversation: ConversationId | ConversationObject | None = None
+
+    @property
+    def conversation_name(self) -> str | None:
+        return getattr(self.conversation, "id", self.conversation)
+
+    @property
+    def with_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self):
+        """Raise ApiError (400) for parameters that are refused."""
+        if self.conversation and (self.n or 1) > 1:
+            raise ApiError(400, "n: a conversation goes on with one answer", "unsupported_value", "n")
+        for name, (neutral, reason) in REFUSED.items():
+            value = self.model_extra.get(name)
+            if value is not None and value not in neutral:
+                known = f": only {' or '.join(map(repr, neutral))} is supported" if neutral else ""
+                raise ApiError(400, f"{name}: {reason}{known}", "unsupported_value", name)
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message]
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None  # newer name of max_tokens
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
+
+    def check(self):
+        super().check()
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise ApiError(400, f"{name}: expected 1 or more, or -1 for what is left, got 0", param=name)
+
+
+class CompletionRequest(OpenAIRequest):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
+    best_of: int | None = None
+
+    def check(self):
+        super().check()
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(
+                400, "best_of must equal n: this server returns all answers that it generates", param="best_of"
+            )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the prompts are text, which is preceded by a <|bos|> that clients do not see."""
+        return isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], str))
+
+    def prompts(self, tokenizer, limits) -> list[list[int]]:
+        """Token ids of each prompt: of text after <|bos|>, or as given. Raises ApiError (400)."""
+        alone = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        prompts = [self.prompt] if alone else self.prompt
+        if sum(map(len, prompts)) > limits.conversation_chars:
+            raise ApiError(400, f"prompt: at most {limits.conversation_chars} characters in all", param="prompt")
+        ids = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in prompts]
+        if not ids or not all(ids):
+            raise ApiError(400, "prompt is empty: expected text, ids, or a list of several", param="prompt")
+        V = tokenizer.get_vocab_size()
+        if not all(0 <= id < V for id in chain.from_iterable(ids)):
+            raise ApiError(400, f"prompt: expected ids from 0 to {V - 1}", param="prompt")
+        return ids
+
+
+class ResponseRequest(OpenAIRequest):
+    """POST /v1/responses"""
+
+    input: str | list[Message]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: dict[str, Any] | None = None
+    previous_response_id: str | None = None
+
+    def check(self):
+        super().check()
+        if self.previous_response_id is not None:
+            raise ApiError(400, f"previous_response_id: {NO_MEMORY}", "unsupported_value", "previous_response_id")
+        if (self.text or {}).get("format") not in (None, {"type": "text"}):
+            raise ApiError(400, f"text.format: {NO_GRAMMAR}", "unsupported_value", "text.format")
+
+    def messages(self) -> list[Message]:
+        before = [Message(role="system", content=self.instructions)] if self.instructions else []
+        said = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        return [*before, *said]
 
 
 def create_router(service):

@@ -49,10 +49,9 @@ class Defaults:
 class ApiError(Exception):
     """An answer other than 200, with a sentence for people and, for OpenAI clients, a code and the parameter."""
 
-    def __init__(self, status, message, code=None, param=None, retry_after=None):
+    def __init__(self, status, message, code=None, param=None):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -80,10 +80,12 @@ class Gate:
     slashes in paths.
     """
 
-    def __init__(self, app, max_body_bytes, complain, body_seconds=30.0, api_key="", public=()):
+    body_seconds = 30.0
+
+    def __init__(self, app, max_body_bytes, complain, api_key, public):
         """complain(status, message, code, param, headers): makes an error response. public: paths that need no key."""
         self.app, self.max_body_bytes, self.complain = app, max_body_bytes, complain
-        self.body_seconds, self.api_key, self.public = body_seconds, api_key.encode(), public
+        self.api_key, self.public = api_key.encode(), public
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -184,15 +186,6 @@ def sse(data, event=None) -> bytes:
     """A server-sent event with a JSON value, in ASCII: no client splits it at a Unicode line separator."""
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {json.dumps(data)}\n\n".encode()
-
-
-async def next_or_none(events: asyncio.Queue, seconds):
-    """What comes out of a queue next, or None if nothing does within so many seconds."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await events.get()
-    except TimeoutError:
-        return None
 
 
 class EventStream(StreamingResponse):

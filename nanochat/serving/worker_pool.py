@@ -11,15 +11,12 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
 
 import torch
 
-from nanochat.serving.answer import Answer, ranked, score_prompt
-from nanochat.serving.job import Done, Failed, Job, Outbox, Scored
+from nanochat.serving.job import Answer, Done, Failed, Outbox, Scored, ranked, score_prompt
 
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER = 60  # seconds
@@ -47,68 +44,20 @@ class ServedModel:
         return f"nanochat-{self.source}-{self.model_tag}"
 
 
-class Sessions(Protocol):
-    """Contexts of one worker that outlive an answer; only `serve` is for the worker's thread alone."""
-
-    def free(self, job: Job) -> bool:
-        """Whether there is a session for this job now: not if its own is answering, or all are."""
-
-    def serve(self, job: Job) -> AbstractContextManager:
-        """The session that the Engine answers this job with; it is the job's until the end of the `with`."""
-
-    def last_used(self, conversation: str | None, prompt: list[int] = ()) -> float:
-        """When what this conversation, or this prompt, goes on with was used, by time.monotonic(); 0.0 if never."""
-
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a session can hold so many tokens."""
-
-    def describe(self) -> dict:
-        """What GET /config tells of them."""
-
-    def stats(self) -> dict:
-        """What GET /stats tells of them."""
-
-    def focus(self, conversation: str) -> dict | None:
-        """The FocusState that was told last in this conversation; None where there is none."""
-
-    def tokens(self, conversation: str, start: int, end: int) -> list[int] | None:
-        """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
-
-    def edits(self, conversation: str) -> list[dict]:
-        """The newest changes of the focus in this conversation, oldest first; see POST /focus/edits."""
-
-    def look(self, conversation: str, question: list[int]) -> list | None:
-        """
-        Blocks in which the answer to a question may stand, for POST /focus/look; None where there is no such
-        conversation. For the worker's thread.
-        """
-
-    def forget(self, conversation: str) -> None:
-        """Delete a conversation, at the end of its answer if there is one now."""
-
-
-class _Making(NamedTuple):
-    """An answer that is being made, from when on, and what is to be left at its end."""
-
-    answer: Answer
-    started: float
-    stack: ExitStack
-
-
 class Worker:
     """
     One engine, the sessions of its conversations if it keeps any, and the jobs that it is answering, at most `size`.
 
     For the worker's thread alone, but for the numbers that /stats shows. ended(job, reason, seconds): called for each
-    job that is over, with "stop", "length", "cancelled" or "failed".
+    job that is over, with "stop", "length", "cancelled" or "failed". sessions: see WorkerPool.start.
     """
 
-    def __init__(self, number, engine, size, ended, sessions: Sessions | None = None):
+    def __init__(self, number, engine, size, ended, sessions=None):
         self.number, self.engine, self.size, self.ended, self.sessions = number, engine, size, ended, sessions
         self.device = engine.model.get_device()
         self.batch = None
-        self.scoring = deque()  # (_Making, what `score_prompt` yields) of those whose prompt comes first
-        self.making = {}  # stream → _Making
+        self.scoring = deque()  # (Answer, what `score_prompt` yields) of those whose prompt comes first
+        self.making = {}  # stream → Answer
         self.calls = deque()  # (function, Future) for `step` to call
         self.jobs = []  # of all these
         self.served = self.failed = 0
@@ -124,45 +73,44 @@ class Worker:
     def begin(self, job):
         """Start on an answer; nothing is computed yet. Whatever goes wrong with it costs this job, never the worker."""
         job.outbox = self.outbox
-        making = _Making(Answer(job, self.engine.tokenizer, self.number), time.monotonic(), ExitStack())
+        answer = Answer(job, self.engine.tokenizer, self.number)
         if job.score:
-            self.scoring.append((making, score_prompt(self.engine, job.prompt, job.logprobs or 0)))
+            self.scoring.append((answer, score_prompt(self.engine, job.prompt, job.logprobs or 0)))
         else:
-            self._add(making)
+            self._add(answer)
             self.outbox.send()
 
-    def _add(self, making):
+    def _add(self, answer):
         """Let an answer share the steps, unless it has no tokens: then only its prompt was to be scored."""
-        job = making.answer.job
+        job = answer.job
         try:
             if not job.max_tokens:
-                self._end(making, making.answer.end())
+                self._end(answer, answer.end())
                 return
-            session = making.stack.enter_context(self.sessions.serve(job)) if self.sessions else None
+            session = answer.context.enter_context(self.sessions.serve(job)) if self.sessions else None
             if self.batch is None:
                 self.batch = self.engine.batch()
             with_logits = job.logprobs is not None
             stream = self.batch.add(job.prompt, job.max_tokens, job.sampling, session, with_logits)
-            self.making[stream] = making
+            self.making[stream] = answer
         except Exception as error:
-            self._end(making, error)
+            self._end(answer, error)
 
     def _score(self):
         """A part of one prompt whose own probabilities are asked for, the prompts in turn."""
-        making, parts = self.scoring.popleft()
-        job = making.answer.job
+        answer, parts = self.scoring.popleft()
         try:
-            tokens = None if job.cancelled else next(parts)
+            tokens = None if answer.job.cancelled else next(parts)
         except Exception as error:
-            self._end(making, error)
+            self._end(answer, error)
             return
-        if job.cancelled:
-            self._end(making, "cancelled")
+        if answer.job.cancelled:
+            self._end(answer, "cancelled")
         elif tokens is None:
-            self.scoring.append((making, parts))
+            self.scoring.append((answer, parts))
         else:
-            job.emit(Scored(tokens))
-            self._add(making)
+            answer.job.emit(Scored(tokens))
+            self._add(answer)
 
     def step(self):
         """A step of all answers; their clients hear of it at its end. Before it, one call of those that wait."""
@@ -176,7 +124,7 @@ class Worker:
         if self.scoring:
             self._score()
         try:
-            for stream in [stream for stream, making in self.making.items() if making.answer.job.cancelled]:
+            for stream in [stream for stream, answer in self.making.items() if answer.job.cancelled]:
                 self.batch.remove(stream)
                 self._end(self.making.pop(stream), "cancelled")
             for stream, id, logits in self.batch.step() if self.making else ():
@@ -189,7 +137,7 @@ class Worker:
 
     def _take(self, stream, id, logits):
         """What a step brought to one answer: another token, or its end, or both."""
-        answer, why, rank = self.making[stream].answer, stream.ended, ()
+        answer, why, rank = self.making[stream], stream.ended, ()
         try:
             if logits is not None:
                 [rank] = ranked(logits, torch.tensor([id], device=logits.device), answer.job.logprobs)
@@ -203,17 +151,17 @@ class Worker:
             self.batch.remove(stream)
             self._end(self.making.pop(stream), why)
 
-    def _end(self, making, why):
+    def _end(self, answer, why):
         """The end of one answer. why: "stop", "length", "cancelled", or an exception."""
-        job, error = making.answer.job, why if isinstance(why, Exception) else None
+        job, error = answer.job, why if isinstance(why, Exception) else None
         try:
-            making.stack.__exit__(type(error) if error else None, error, None)
+            answer.context.__exit__(type(error) if error else None, error, None)
         except Exception as fault:
             error = error or fault
         if error:
             logger.error("worker %d failed on a request", self.number, exc_info=error)
             why = "failed"
-        self.ended(self, job, why, time.monotonic() - making.started)
+        self.ended(self, job, why, time.monotonic() - answer.started)
         if not job.cancelled:
             job.emit(Failed("the model failed on this request") if error else Done(why))
 
@@ -242,7 +190,8 @@ class WorkerPool:
         """
         Begin to work, one thread per engine; they hold the same model.
 
-        sessions: Sessions for each engine; none for contexts that are gone after an answer.
+        sessions: for each engine the contexts that outlive an answer, megacontext.chat_sessions.ChatSessions; none for
+        contexts that are gone after it. Only their `serve` and `look` are for the worker's thread alone.
         """
         cores = max(1, torch.get_num_threads() // len(engines))
         with self.changed:
@@ -266,7 +215,7 @@ class WorkerPool:
         return self.workers[0].engine.model.config.sequence_len
 
     @property
-    def sessions(self) -> list[Sessions]:
+    def sessions(self) -> list:
         """One per worker, or none at all."""
         return [worker.sessions for worker in self.workers if worker.sessions]
 
@@ -422,7 +371,7 @@ class WorkerPool:
         outcome = "completed" if why in ("stop", "length") else why
         with self.changed:
             self.totals[outcome] += 1
-            self.totals["tokens"] += job.tokens
+            self.totals["tokens"] += len(job.ids)
             worker.served += outcome == "completed"
             worker.failed += outcome == "failed"
             worker.jobs.remove(job)
