@@ -28,9 +28,9 @@ from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import group, run
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.decode import Decoder
-from nanochat.engine import CacheSession
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
 from nanochat.gpus import gpu_of
+from nanochat.kv_cache import CacheSession
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.ranges import Count, Range
 from nanochat.sharding import clip_gradients

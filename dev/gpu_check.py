@@ -83,8 +83,8 @@ def benchmark(config, name, *options):
 def tests(config, failures):
     from megacontext.session import MCSession
     from nanochat.decode import Decoder
-    from nanochat.engine import CacheSession
     from nanochat.gpt import GPTConfig
+    from nanochat.kv_cache import CacheSession
     from nanochat.loop import maybe_compile
     from tests.helpers import CLOSE, K, make_model, make_objective, tokens
 

@@ -106,10 +106,8 @@ class Decoder:
         """
         Logits [B, V] in float32 after the inputs, which go into the cache.
 
-        inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions, of the rotary angles: None for
-        cache.pos, cache.pos + 1, …; an int for that one and those that follow; a tensor [B or 1, T]; or the angles'
-        (cos, sin) or (cos, sin, fade), as GPT.forward takes them. Given ones may exceed the model's table; without,
-        ValueError.
+        inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions: that of the first one, for its
+        rotary angles; None for cache.pos. Given ones may exceed the model's table; without, ValueError.
         """
         T = inputs.size(1)
         positions = self.checked(positions, cache, T)
@@ -144,9 +142,7 @@ class Decoder:
         return logits
 
     def step(self, ids, cache, positions=None):
-        """Logits [B, V] after one more token per row, ids [B]; positions: None, an int or a tensor [B or 1]."""
-        if isinstance(positions, torch.Tensor):
-            positions = positions[:, None]
+        """Logits [B, V] after one more token per row, ids [B]; positions: None or an int."""
         return self.extend(ids[:, None], cache, positions)
 
     def stepper(self, cache):

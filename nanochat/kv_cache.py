@@ -1,10 +1,12 @@
 """
-Caches of keys and values: of one stream, and of several that share their steps.
+Caches of keys and values, of one stream and of several that share their steps, and the session that has no more.
 
 Shapes: B or R rows, T tokens, K = n_kv_head, d = D / n_head, L layers.
 """
 
 import torch
+
+from nanochat.common import UserError
 
 
 class KVCache:
@@ -184,3 +186,55 @@ class RowCaches:
         """Make room for `end` positions in all, in each row."""
         if end > self.capacity:
             max(self.rows, key=lambda cache: cache.pos).reserve(end)
+
+
+class CacheSession:
+    """The plain context: every token, at full detail, as far as the model's positions go."""
+
+    wish = None  # it has all that there is
+
+    def __init__(self, decoder, rows=1, max_tokens=None):
+        self.decoder, self.rows, self.max_tokens = decoder, rows, max_tokens or 0
+        self.cache = self._step = None
+
+    def prefill(self, tokens):
+        """
+        Logits [rows, V] after the prompt (a list of ids), read once and shared by all rows.
+
+        Raises UserError when the prompt has more tokens than the model has positions.
+        """
+        [(_, logits)] = self.reading(tokens, len(tokens))
+        if self.rows > 1:
+            self.cache.repeat(self.rows)
+        self._step = self.decoder.stepper(self.cache)
+        return logits.expand(self.rows, -1)
+
+    def reading(self, tokens, part):
+        """
+        The same for one row, `part` tokens at a time: yields (how many, None) after each part but the last, then the
+        same with the logits [1, V].
+        """
+        decoder, limit = self.decoder, self.decoder.max_seq_len
+        if len(tokens) > limit:
+            raise UserError(
+                f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model: shorten it"
+            )
+        self._step = None  # it holds the cache of an earlier prompt
+        self.cache = KVCache(decoder.config.n_layer, min(len(tokens) + self.max_tokens, limit))
+        for start in range(0, len(tokens), part):
+            piece = tokens[start : start + part]
+            logits = decoder.extend(torch.tensor([piece], device=decoder.device), self.cache)
+            yield len(piece), logits if start + part >= len(tokens) else None
+
+    def step(self, ids):
+        """Logits [rows, V] after one more token per row, ids [rows]; None when the model's positions are used up."""
+        return self._step(ids) if self.enter(ids) is not None else None
+
+    read = step
+
+    def saw(self, states):
+        """Told after a step of the state of its token."""
+
+    def enter(self, ids):
+        """For a step that is shared with others: the position of one more token, or None, as in `step`."""
+        return self.cache.pos if self.cache.pos < self.decoder.max_seq_len else None

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
-from nanochat import batch as batching
-from nanochat.batch import CacheSession
+from nanochat import engine as batching
 from nanochat.common import UserError
 from nanochat.decode import Decoder
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
-from nanochat.kv_cache import KVCache, RowCaches
+from nanochat.kv_cache import CacheSession, KVCache, RowCaches
 from nanochat.sampling import Sampling
 from tests.helpers import make_model
 

@@ -18,8 +18,8 @@ from megacontext.layers import Encoder
 from megacontext.session import MCSession
 from nanochat.cross_entropy import loss_of_rows
 from nanochat.decode import Decoder, StaticStep
-from nanochat.engine import CacheSession
 from nanochat.gpt import Block, GPTConfig
+from nanochat.kv_cache import CacheSession
 from nanochat.loop import maybe_compile
 from tests.helpers import BOS, RECENT, K, make_model, tokens
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError, autocast
 from nanochat.decode import Decoder, Matrix, StaticStep, compute_dtype
-from nanochat.engine import CacheSession, Engine
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, rotary_cos_sin
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import CacheSession, KVCache
 from nanochat.streaming import stream_parts
 from tests.helpers import CLOSE, make_model
 
@@ -183,17 +183,15 @@ def test_generating_flips_no_switch_of_the_process(model):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("where", [2, 79, 80, 10_000_000, "rows"])
+@pytest.mark.parametrize("where", [2, 79, 80, 10_000_000])
 def test_explicit_positions(any_model, where, static):
     """80 positions have angles in the table; others are computed."""
     ids = torch.randint(0, V, (2, 7))
-    positions = torch.tensor([50, 3_000_000]) if where == "rows" else where
     decoder, cache = Decoder(any_model, graph=static), KVCache(any_model.config.n_layer, 9)
     any_model(ids[:, :6], kv_cache=cache)
-    logits = decoder.stepper(cache)(ids[:, 6], positions=positions)
+    logits = decoder.stepper(cache)(ids[:, 6], positions=where)
     cache.truncate(6)
-    at = positions if where == "rows" else torch.tensor([where, where])
-    cos, sin = rotary_cos_sin(at, any_model.config.n_embd // any_model.config.n_head)
+    cos, sin = rotary_cos_sin(torch.tensor([where, where]), any_model.config.n_embd // any_model.config.n_head)
     cos_sin = cos[:, None, None, :], sin[:, None, None, :]
     expected = any_model(ids[:, 6:], kv_cache=cache, cos_sin=cos_sin)[:, -1]
     torch.testing.assert_close(logits, expected, **CLOSE)
@@ -207,7 +205,7 @@ def test_a_chunk_at_explicit_positions(any_model):
     ids = torch.randint(0, V, (2, 9))
     decoder, cache = Decoder(any_model), KVCache(any_model.config.n_layer, 9)
     decoder.extend(ids[:, :4], cache, positions=100)
-    logits = decoder.extend(ids[:, 4:], cache, positions=torch.arange(104, 109)[None])
+    logits = decoder.extend(ids[:, 4:], cache, positions=104)
     cos, sin = rotary_cos_sin(torch.arange(100, 109), any_model.config.n_embd // any_model.config.n_head)
     cos_sin = cos[None, :, None, :], sin[None, :, None, :]
     torch.testing.assert_close(logits, any_model(ids, cos_sin=cos_sin)[:, -1], **CLOSE)
@@ -494,7 +492,7 @@ def test_closing_frees_the_cache(model, tokenizer, monkeypatch, graph):
     def alive():
         return [cache() is not None for cache in caches]
 
-    monkeypatch.setattr("nanochat.batch.KVCache", Watched)
+    monkeypatch.setattr("nanochat.kv_cache.KVCache", Watched)
     engine = Engine(model, tokenizer, graph=graph)
     gc.disable()  # at once, not when the collector comes by
     try:

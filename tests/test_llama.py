@@ -11,12 +11,11 @@ from megacontext.networks import COPIED_RATES, MCNetworks
 from megacontext.reader import Reader
 from megacontext.session import MCSession
 from megacontext.working_context import WorkingContext
-from nanochat.batch import CacheSession
 from nanochat.common import UserError
 from nanochat.decode import Decoder, compute_dtype
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import CacheSession, KVCache
 from nanochat.llama import Llama
 from nanochat.sampling import Sampling
 from nanochat.trunk import Trunk

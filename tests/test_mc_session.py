@@ -19,8 +19,9 @@ from megacontext.tree import build_table
 from megacontext.working_context import smallest_length
 from nanochat.common import UserError
 from nanochat.decode import Decoder
-from nanochat.engine import CacheSession, Engine
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, norm, positioned
+from nanochat.kv_cache import CacheSession
 from tests.helpers import SESSION_GPT, K, Told, disturbed_networks, make_model, session_settings
 from tests.reference_mc import common_prefix
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from nanochat import pretrained
-from nanochat.batch import Row
 from nanochat.common import UserError
 from nanochat.configurator import parse
+from nanochat.engine import Row
 from nanochat.find import find_text
 from nanochat.pretrained import PretrainedTokenizer
 from nanochat.serving.app import Service

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanochat.batch import Batch
-from nanochat.engine import Engine
+from nanochat.engine import Batch, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import Sampling
 from nanochat.serving import job as jobs
