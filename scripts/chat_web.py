@@ -14,8 +14,7 @@ POST /chat/completions       {"messages": [{"role", "content"}], "temperature", 
                              with {"conversation": "name", "focus": true} and --mc also, at each refocus,
                              event: focus, data: {"focus": {…}}; the name, 22 characters or more, is the key to
 POST /focus                  {"conversation"}: the last of these
-POST /focus/text             {"conversation", "start", "end"}: the tokens from start to end, as text
-POST /focus/blocks           {"conversation", "blocks": [n, …]}: the texts of these blocks
+POST /focus/text             {"conversation", "spans": [[start, end], …]}: the tokens of each span, as text
 POST /focus/edits            {"conversation"}: what the newest refocuses changed, and when
 POST /focus/find             {"conversation", "text", "start"}: where a text stands, from token start on, in pages
 POST /focus/look             {"conversation", "text"}: where LensNet would look for it
@@ -93,12 +92,8 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     """answers that a worker generates at once; with --mc, at most --mc_sessions"""
     queue_size: Annotated[int, Range(0, 100_000)] = 64
     """requests that may wait for a worker; more get 503"""
-    max_messages: Annotated[int, Range(1, 100_000)] = -1
-    """messages per conversation, at most; -1 for 500, or 20,000 with --mc"""
-    max_message_chars: Annotated[int, Range(1, 10_000_000)] = -1
-    """characters per message, at most; -1 for 8,000, or with --mc as many as in one conversation"""
     max_conversation_chars: Annotated[int, Range(1, 10_000_000)] = -1
-    """characters per conversation, at most; -1 for 32,000, or 2,000,000 with --mc"""
+    """characters per conversation, at most; -1 for 32,000, of which 8,000 per message, or 2,000,000 with --mc"""
     drain_seconds: Annotated[float, Range(0, 3600)] = 30.0
     """seconds that running answers have to finish when the server is told to end"""
     mc_sessions: Annotated[int, Range(1, 10_000)] = 8
@@ -157,12 +152,8 @@ def devices(config):
 
 def limits_of(config):
     """Of one conversation: where nothing else is asked for, with --mc they are no limits to speak of."""
-    usual = Limits(20_000, 2_000_000, 2_000_000) if config.mc else Limits()
-    messages, message, conversation = config.max_messages, config.max_message_chars, config.max_conversation_chars
-    conversation = usual.conversation_chars if conversation == -1 else conversation
-    if message == -1:
-        message = conversation if config.mc else usual.message_chars
-    return Limits(usual.messages if messages == -1 else messages, message, conversation)
+    usual, chars = Limits(20_000, 2_000_000, 2_000_000) if config.mc else Limits(), config.max_conversation_chars
+    return usual if chars == -1 else Limits(usual.messages, chars, chars)
 
 
 def load(config, device, on_update=None):

@@ -112,9 +112,8 @@ def talk(server, turns=4):
 
 def check_looking(server, tokenizer, tokens):
     whole = readable(tokenizer, tokens)
-    texts = post(server, "blocks", blocks=[0, 3, 10**9])["texts"]
-    assert texts == [readable(tokenizer, tokens[:K]), readable(tokenizer, tokens[3 * K : 4 * K]), ""]
-    assert post(server, "blocks", blocks=[3], tokens=9)["texts"] == [readable(tokenizer, tokens[3 * K : 3 * K + 9])]
+    spans = [[0, K], [3 * K, 4 * K], [3 * K, 3 * K + 9], [10**9, 10**9 + 1]]
+    assert post(server, "text", spans=spans)["texts"] == [readable(tokenizer, tokens[a:b]) for a, b in spans]
     found = post(server, "find", text="SECRET number is 7919")
     assert len(found["found"]) == whole.lower().count("secret number is 7919") == 3
     assert found["next"] is None
@@ -165,9 +164,9 @@ def test_what_is_not_there_and_what_is_too_much(tokenizer):
         other = {"conversation": "conversation-number-9999"}
         assert server.client.post("/focus/edits", json=other).json() == {"edits": []}
         assert server.client.post("/focus/find", json={**other, "text": "x"}).json() == {"found": [], "next": None}
-        assert server.client.post("/focus/blocks", json={**other, "blocks": [0]}).json() == {"texts": [""]}
+        assert server.client.post("/focus/text", json={**other, "spans": [[0, 4]]}).json() == {"texts": [None]}
         assert server.client.post("/focus/look", json={**other, "text": "x"}).status_code == 404
-        for path, body in [("find", {"text": ""}), ("blocks", {"blocks": [0] * 65}), ("look", {"text": "x" * 4001})]:
+        for path, body in [("find", {"text": ""}), ("text", {"spans": [[0, 1]] * 65}), ("look", {"text": "x" * 4001})]:
             assert server.client.post(f"/focus/{path}", json={**other, **body}).status_code == 400
         talk(server, 1)
         sessions = server.sessions[0]

@@ -148,8 +148,8 @@ def test_another_name_gives_nothing_and_deleting_deletes(serve, tmp_path):
         Chat(1).say(server, 0)
 
     def text(server, i):
-        body = {"conversation": name(i), "start": 0, "end": 1000}
-        return server.client.post("/focus/text", json=body).json()["text"]
+        body = {"conversation": name(i), "spans": [[0, 1000]]}
+        return server.client.post("/focus/text", json=body).json()["texts"][0]
 
     with serve() as server:
         assert fact(1, 0)[:20] in text(server, 1)  # before anything else was asked

@@ -245,10 +245,10 @@ def test_a_server_whose_chats_are_about_a_stream(text, capsys):
         assert said(replies[0]) == said(replies[1]) == said(replies[2]) == said(chat(names[0]))
         focus = [event["focus"] for event in replies[0] if "focus" in event]
         assert all(size < state["num_tokens"] < size + 200 and state["entries"] <= 40 for state in focus)
-        shown = post("/focus/text", json={"conversation": names[1], "start": 0, "end": size}).json()["text"]
-        assert shown.strip()[:30] in get_tokenizer().decode(streams.token_ids(tokens, 0, 200))
-        shown = post("/focus/text", json={"conversation": names[1], "start": size, "end": size + 99}).json()["text"]
-        assert "Where is the white whale?" in shown
+        spans = [[0, size], [size, size + 99]]
+        early, late = post("/focus/text", json={"conversation": names[1], "spans": spans}).json()["texts"]
+        assert early.strip()[:30] in get_tokenizer().decode(streams.token_ids(tokens, 0, 200))
+        assert "Where is the white whale?" in late
         assert post("/forget", json={"conversation": names[1]}).status_code == 200
         assert post("/focus", json={"conversation": names[1]}).json() == {"focus": None}
         until(server.pool.is_idle)

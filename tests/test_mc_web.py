@@ -327,8 +327,8 @@ def test_text_of_a_block(serve, tokenizer):
     chat.say("The first fact is 1234. " * 6)
 
     def text(start, end, i=0):
-        body = {"conversation": name(i), "start": start, "end": end}
-        return server.client.post("/focus/text", json=body).json()["text"]
+        body = {"conversation": name(i), "spans": [[start, end]]}
+        return server.client.post("/focus/text", json=body).json()["texts"][0]
 
     prompt = tokenizer.render_for_completion({"messages": chat.messages})
     for block in range(len(prompt) // K):
@@ -340,7 +340,8 @@ def test_text_of_a_block(serve, tokenizer):
     assert text(10**6, 10**6 + 4) == ""
     assert text(0, 4, i=1) is None
     assert server.client.post("/focus", json={"conversation": name(1)}).json() == {"focus": None}
-    for body in ({"start": 0, "end": 4}, {"conversation": "short", "start": 0, "end": 4}, {"conversation": ""}):
+    for who, spans in (("", []), ("short", [[0, 4]]), (name(0), [[1]]), (name(0), [[-1, 4]])):
+        body = {"conversation": who, "spans": spans}
         assert server.client.post("/focus/text", json=body).status_code == 400
     assert server.client.post("/focus", json={"conversation": "../" * 10}).status_code == 400
 
@@ -352,7 +353,7 @@ def test_without_mc_there_is_nothing_of_it(tokenizer):
         assert not any("focus" in reply for reply in replies)
         assert "mc" not in server.client.get("/config").json()
         assert "sessions" not in server.client.get("/stats").json()["workers"][0]
-        for path, more in (("/focus", {}), ("/focus/text", {"start": 0, "end": 1})):
+        for path, more in (("/focus", {}), ("/focus/text", {"spans": [[0, 1]]})):
             response = server.client.post(path, json={"conversation": name(0), **more})
             assert response.status_code == 404
             assert "without --mc" in response.json()["detail"]
@@ -424,8 +425,7 @@ def test_mistakes(checkpoints):
 def test_limits_grow_with_mc():
     assert chat_web.limits_of(config_of()) == Limits(500, 8000, 32000)
     assert chat_web.limits_of(config_of(mc=True)) == Limits(20_000, 2_000_000, 2_000_000)
-    given = {"max_messages": 3, "max_message_chars": 40, "max_conversation_chars": 50}
-    assert chat_web.limits_of(config_of(mc=True, **given)) == Limits(3, 40, 50)
+    assert chat_web.limits_of(config_of(max_conversation_chars=90)) == Limits(500, 90, 90)
     assert chat_web.limits_of(config_of(mc=True, max_conversation_chars=90)) == Limits(20_000, 90, 90)
 
 
@@ -485,8 +485,8 @@ def chat_for(server, i, end, turns):
                 done += 1
                 if chat.states:
                     prompt_end = chat.states[-1]["num_tokens"]
-                    body = {"conversation": name(number), "start": 0, "end": min(prompt_end, 40)}
-                    text = client.post("/focus/text", json=body).json()["text"]
+                    body = {"conversation": name(number), "spans": [[0, min(prompt_end, 40)]]}
+                    [text] = client.post("/focus/text", json=body).json()["texts"]
                     assert text is None or text.startswith(f"You: {chat.fact(0)}"[:30])
                 if time.monotonic() > end:
                     break

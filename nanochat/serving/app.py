@@ -26,7 +26,6 @@ from nanochat.serving.page import page_files
 from nanochat.serving.schema import ApiError, Defaults, Limits
 from nanochat.serving.transport import PING, EventStream, Gate, sse
 from nanochat.serving.worker_pool import Unavailable, WorkerPool
-from nanochat.streaming import readable
 
 OPENAI_PREFIX = "/v1"
 BASE_URL = f"For OpenAI's API, set a base URL that ends in {OPENAI_PREFIX}."
@@ -241,16 +240,6 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
         jobs = await service.submit(body, lambda: [service.render(turns)], most, **options)
         return EventStream(_native_stream(service, jobs, most), on_end=lambda: service.cancel(jobs))
 
-    @app.post("/focus")
-    async def focus(body: schema.FocusRequest):
-        return {"focus": service.sessions_of(body.conversation).focus(body.conversation)}
-
-    @app.post("/focus/text")
-    async def focus_text(body: schema.TextRequest):
-        end = min(body.end, body.start + schema.SHOWN_TOKENS)
-        ids = service.sessions_of(body.conversation).tokens(body.conversation, body.start, end)
-        return {"text": None if ids is None else readable(pool.tokenizer, ids)}
-
     app.include_router(explore.create_router(service))
 
     @app.post("/forget")
@@ -263,7 +252,8 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
 
     @app.post("/render")
     async def render(body: schema.RenderRequest):
-        schema.check_texts(body.texts, limits)
+        if sum(map(len, body.texts)) > schema.RENDER_CHARS:
+            raise ApiError(400, f"texts: at most {schema.RENDER_CHARS} characters in all", param="texts")
         async with rendering:
             return {"html": [await asyncio.to_thread(render_markdown, text) for text in body.texts]}
 

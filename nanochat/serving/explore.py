@@ -1,4 +1,4 @@
-"""Endpoints of the page with which a long conversation is looked through: /focus/edits, blocks, find and look."""
+"""Endpoints of the page that show a conversation and its focus: /focus, and /focus/text, edits, find and look."""
 
 import asyncio
 from dataclasses import asdict
@@ -20,20 +20,23 @@ def create_router(service):
     router = APIRouter(prefix="/focus")
 
     def texts(conversation, spans):
-        """The text of each span of tokens [start, end)."""
+        """The text of each span of tokens [start, end), or None if there is no such conversation."""
         sessions = service.sessions_of(conversation)
         tokens = (sessions.tokens(conversation, *span) for span in spans)
-        return [readable(service.pool.tokenizer, ids) if ids else "" for ids in tokens]
+        return [None if ids is None else readable(service.pool.tokenizer, ids) for ids in tokens]
+
+    @router.post("")
+    async def focus(body: schema.FocusRequest):
+        return {"focus": service.sessions_of(body.conversation).focus(body.conversation)}
+
+    @router.post("/text")
+    async def text(body: schema.TextRequest):
+        spans = [(start, min(end, start + schema.SHOWN_TOKENS)) for start, end in body.spans]
+        return {"texts": await asyncio.to_thread(texts, body.conversation, spans)}
 
     @router.post("/edits")
     async def edits(body: schema.FocusRequest):
         return {"edits": service.sessions_of(body.conversation).edits(body.conversation)}
-
-    @router.post("/blocks")
-    async def blocks(body: schema.BlocksRequest):
-        K = service.sessions_of(body.conversation).describe()["block_size"]
-        spans = [(i * K, i * K + min(body.tokens or K, schema.SHOWN_TOKENS)) for i in body.blocks]
-        return {"texts": await asyncio.to_thread(texts, body.conversation, spans)}
 
     def search(conversation, text, start):
         sessions, end = service.sessions_of(conversation), start + SCANNED_TOKENS

@@ -12,10 +12,10 @@ from nanochat.sampling import Sampling
 TEMPERATURE = (0.0, 2.0)
 TOP_K = (1, 200)
 MAX_TOKENS = (1, 4096)
-RENDER_CHARS = 200_000
+RENDER_CHARS = 64_000  # of all texts in one /render request: more than the longest answer
 STOP_CHARS = 10_000  # of all stop strings together
 FOUND_PLACES = 20  # in one answer to /focus/find
-SHOWN_TOKENS = 256  # of a conversation, in one answer to /focus/text
+SHOWN_TOKENS = 256  # of each span, in an answer to /focus/text
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,9 @@ class Limits:
     conversation_chars: int = 32000
 
     @property
-    def render_chars(self) -> int:
-        """Of all texts in one /render request: more than the longest answer, few enough to be rendered quickly."""
-        return min(2 * self.conversation_chars, RENDER_CHARS)
-
-    @property
     def body_bytes(self) -> int:
         """Of a request, before it is parsed: JSON spells a character with at most 12 bytes."""
-        return 12 * max(self.conversation_chars, self.render_chars) + 256 * self.messages
+        return 12 * max(self.conversation_chars, RENDER_CHARS) + 256 * self.messages
 
 
 @dataclass(frozen=True)
@@ -128,6 +123,9 @@ class ChatRequest(Request):
     focus: bool | None = None
 
 
+Index = Annotated[int, Field(ge=0, lt=2**48)]  # of a token
+
+
 class FocusRequest(Strict):
     """POST /focus"""
 
@@ -135,24 +133,16 @@ class FocusRequest(Strict):
 
 
 class TextRequest(FocusRequest):
-    """POST /focus/text: tokens from `start` on, `end` not included."""
+    """POST /focus/text: spans of tokens, each [start, end], `end` not included."""
 
-    start: Annotated[int, Field(ge=0)]
-    end: Annotated[int, Field(ge=0)]
-
-
-class BlocksRequest(FocusRequest):
-    """POST /focus/blocks: the texts of these blocks, or, from where each begins, of so many tokens."""
-
-    blocks: Annotated[list[Annotated[int, Field(ge=0, lt=2**48)]], Field(max_length=64)]
-    tokens: Annotated[int, Field(ge=1, le=SHOWN_TOKENS)] | None = None
+    spans: Annotated[list[Annotated[list[Index], Field(min_length=2, max_length=2)]], Field(max_length=64)]
 
 
 class FindRequest(FocusRequest):
     """POST /focus/find: places of a text from token `start` on."""
 
     text: Annotated[str, Field(min_length=1, max_length=1000)]
-    start: Annotated[int, Field(ge=0, lt=2**48)] = 0
+    start: Index = 0
 
 
 class LookRequest(FocusRequest):
@@ -164,7 +154,7 @@ class LookRequest(FocusRequest):
 class RenderRequest(Strict):
     """POST /render"""
 
-    texts: list[str]
+    texts: Annotated[list[str], Field(max_length=500)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -239,17 +229,6 @@ def _parts(message, role, refuse):
 def _joined(parts):
     """Parts as the tokenizer expects them: a string, or a list if it includes the calculator."""
     return parts if any(part["type"] in TOOL_PARTS for part in parts) else "".join(part["text"] for part in parts)
-
-
-def check_texts(texts: list[str], limits: Limits):
-    """ApiError (400) unless these may be rendered in one request."""
-    if len(texts) > limits.messages:
-        raise ApiError(400, f"too many texts: at most {limits.messages} are taken, got {len(texts)}", param="texts")
-    total = sum(map(len, texts))
-    if total > limits.render_chars:
-        raise ApiError(
-            400, f"texts are too long: at most {limits.render_chars} characters in all, got {total}", param="texts"
-        )
 
 
 def room(prompt_tokens: int, max_tokens: int | None, context_length: int | None, fits=True, param="messages") -> int:

@@ -100,6 +100,13 @@ async function list(title, load) {
   drawStrip();
 }
 
+// The first tokens of each of these blocks, as text.
+async function beginnings(blocks, tokens) {
+  const K = focus.block_size;
+  const { texts } = await post("text", { spans: blocks.map((block) => [block * K, block * K + tokens]) });
+  return texts.map((text) => text ?? "");
+}
+
 const post = (path, body) => ask(`focus/${path}`, { conversation: shownChat().conversation, ...body });
 
 function open(first, end) { // a part of what is open, or, from a search, of anything
@@ -120,7 +127,7 @@ function browse() {
     onclick: () => { ranges = ranges.slice(0, i + 1); browse(); },
   })));
   list(size === 1 ? "Block by block" : `In parts of ${number(size * K)} tokens`, async () => {
-    const { texts } = await post("blocks", { blocks: starts, ...(size > 1 && { tokens: EXCERPT }) });
+    const texts = await beginnings(starts, size > 1 ? EXCERPT : K);
     return starts.map((block, i) => {
       const stop = Math.min(block + size, end);
       const words = make("q", { textContent: texts[i] + (size > 1 ? " …" : "") });
@@ -179,7 +186,7 @@ function askLens(text) {
   list(`Where the model would look for “${text}”`, async () => {
     const { found } = await post("look", { text });
     marks = found.map(({ block }) => block);
-    const { texts } = await post("blocks", { blocks: marks, tokens: EXCERPT });
+    const texts = await beginnings(marks, EXCERPT);
     if (!found.length) return [make("li", { className: "note", textContent: "The conversation is too short for that." })];
     return found.map(({ block, score }, i) => row(() => show(block),
       [gauge(score), tokens(block, block + 1), make("small", { textContent: `score ${score.toFixed(2).replace("-", "−")}` })], make("q", { textContent: texts[i] })));

@@ -213,8 +213,8 @@ async function showText(words, start, stop) {
   if (!texts.has(key)) {
     await sleep(REST);
     if (!words.isConnected) return;
-    const answer = await ask("focus/text", { conversation, start, end: stop }).catch(() => ({}));
-    const text = answer.text ?? null;
+    const answer = await ask("focus/text", { conversation, spans: [[start, stop]] }).catch(() => ({}));
+    const text = answer.texts?.[0] ?? null;
     if (texts.size > 500) texts.clear();
     if (text !== null) texts.set(key, text && text + (stop - start > SHOWN_TOKENS ? " …" : ""));
   }
