@@ -146,7 +146,7 @@ def test_a_conversation_at_hand_and_after_a_restart(tokenizer, tmp_path):
 
 def test_pages_of_a_search(tokenizer, monkeypatch):
     monkeypatch.setattr("nanochat.serving.explore.SCANNED_TOKENS", 100)
-    monkeypatch.setattr("nanochat.serving.schema.FOUND_PLACES", 2)
+    monkeypatch.setattr("nanochat.serving.explore.FOUND_PLACES", 2)
     with serving_mc(tokenizer) as server:
         talk(server)
         found, start, pages = [], 0, 0

@@ -9,8 +9,9 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -243,19 +244,19 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
     app.include_router(explore.create_router(service))
 
     @app.post("/forget")
-    async def forget(body: schema.FocusRequest):
+    async def forget(conversation: explore.Name):
         for sessions in pool.sessions:
-            await asyncio.to_thread(sessions.forget, body.conversation)
+            await asyncio.to_thread(sessions.forget, conversation)
         return {}
 
     rendering = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too
 
     @app.post("/render")
-    async def render(body: schema.RenderRequest):
-        if sum(map(len, body.texts)) > schema.RENDER_CHARS:
+    async def render(texts: Annotated[list[str], Body(embed=True, strict=True, max_length=500)]):
+        if sum(map(len, texts)) > schema.RENDER_CHARS:
             raise ApiError(400, f"texts: at most {schema.RENDER_CHARS} characters in all", param="texts")
         async with rendering:
-            return {"html": [await asyncio.to_thread(render_markdown, text) for text in body.texts]}
+            return {"html": [await asyncio.to_thread(render_markdown, text) for text in texts]}
 
     openai_router = openai_api.create_router(service)
     app.include_router(openai_router, prefix=OPENAI_PREFIX)

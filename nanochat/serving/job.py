@@ -46,13 +46,6 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The log probabilities of the prompt, for a job with `score`; precedes all Pieces."""
-
-    tokens: list[Token]
-
-
-@dataclass(frozen=True)
 class Done:
     """The answer is complete. reason: "stop" or "length"."""
 
@@ -121,8 +114,9 @@ class Job:
     One answer to generate. Created in the event loop that reads `events`, a queue of (job, event) pairs which several
     jobs may share. The events of a job are Pieces, then one Done or Failed.
 
-    logprobs: number of likeliest tokens to report per position; None for no log probabilities. score: whether to report
-    those of the prompt. index: position of the answer among those of its request. conversation: secret name of the
+    logprobs: number of likeliest tokens to report per position; None for no log probabilities. echo_from: number of the
+    first token of the prompt that is repeated as the first Piece, None for none of them; score: whether that Piece has
+    their log probabilities. index: position of the answer among those of its request. conversation: secret name of the
     conversation, None if the client gave none. focus: whether `events` also gets FocusStates. created, first: times of
     the request and of the first Piece, by time.monotonic(). compacted: whether the session used compressed tokens.
     home: the Worker that holds the session of this conversation, if any. outbox: of the thread that generates.
@@ -133,6 +127,7 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
     logprobs: int | None = None
+    echo_from: int | None = None
     score: bool = False
     index: int = 0
     conversation: str | None = None
@@ -203,6 +198,14 @@ class Answer:
         self.chars = 0  # characters of text so far
         self.shown = 0  # characters of text that the client has
         self.tokens = []  # Tokens whose text the client does not have yet
+
+    def echo(self, scored=()):
+        """Repeat the prompt. scored: its Tokens, if their log probabilities are asked for."""
+        pieces, start = texts(self.parts.tokenizer, self.job.prompt), self.job.echo_from
+        text, hidden = "".join(pieces[start:]), sum(map(len, pieces[:start]))
+        self.chars = self.shown = len(text)
+        tokens = [replace(token, offset=token.offset - hidden) for token in scored[start:]]
+        self.job.emit(Piece("text", text, self.worker, tokens))
 
     def take(self, id, logprob=None, top=()) -> str | None:
         """Process a token (with log probabilities if the job wants them). Return "stop" if it completes the answer."""

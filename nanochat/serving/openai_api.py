@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from nanochat.serving import schema
 from nanochat.serving.openai_replies import ChatShape, Reply, ResponseReply, ResponseShape, TextShape
@@ -41,16 +41,11 @@ class ConversationObject(BaseModel):
     id: ConversationId
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
-    include_usage: bool | None = None
-
-
 class OpenAIRequest(schema.Request):
     model: str | None = None
     n: Annotated[int, Field(ge=CHOICES[0], le=CHOICES[1])] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, Any] | None = None
     # Its secret name: what the server keeps under it comes before the messages of the request, as in /v1/responses
     conversation: ConversationId | ConversationObject | None = None
 
@@ -60,7 +55,7 @@ class OpenAIRequest(schema.Request):
 
     @property
     def with_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+        return bool((self.stream_options or {}).get("include_usage"))
 
     def check(self):
         """Raise ApiError (400) for parameters that are refused."""
@@ -190,11 +185,11 @@ def create_router(service):
         body.check()
         model, score = known(body.model), bool(body.echo) and body.logprobs is not None
         most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        options = {"param": "prompt", "logprobs": body.logprobs, "score": score}
+        echo_from = int(body.is_text) if body.echo else None
+        options = {"param": "prompt", "logprobs": body.logprobs, "echo_from": echo_from, "score": score}
         prompts = partial(body.prompts, service.pool.tokenizer, service.limits)
         jobs = await service.submit(body, prompts, most, body.n or 1, **options)
-        echo_from = int(body.is_text) if body.echo else None
-        return await Reply(service, jobs, TextShape(), model, body, echo_from).give(request)
+        return await Reply(service, jobs, TextShape(), model, body).give(request)
 
     @router.post("/responses")
     async def respond(body: ResponseRequest, request: Request):

@@ -6,9 +6,8 @@ The calls of the model's own calculator and their results are left out of the te
 
 import time
 import uuid
-from dataclasses import replace
 
-from nanochat.serving.job import Done, Failed, Piece, Scored, texts
+from nanochat.serving.job import Done, Failed, Piece
 from nanochat.serving.schema import ApiError
 from nanochat.serving.transport import PING, EventStream, sse, unless_gone
 
@@ -74,14 +73,10 @@ class TextShape:
 
 
 class Reply:
-    """
-    Builds the response to a request from the events of its jobs (n consecutive jobs per prompt).
+    """Builds the response to a request from the events of its jobs (n consecutive jobs per prompt)."""
 
-    echo_from: index of the first prompt token that is repeated in the response; None to repeat nothing.
-    """
-
-    def __init__(self, service, jobs, shape, model, body, echo_from=None):
-        self.service, self.jobs, self.shape, self.body, self.echo_from = service, jobs, shape, body, echo_from
+    def __init__(self, service, jobs, shape, model, body):
+        self.service, self.jobs, self.shape, self.body = service, jobs, shape, body
         self.tokenizer = service.pool.tokenizer
         self.head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.id}
 
@@ -105,25 +100,10 @@ class Reply:
 
     async def _bits(self):
         """Yield (job, text, its Tokens or None, finish reason or None), or None for a ping. Raises ApiError."""
-        prompts = {job: ("", 0) for job in self.jobs}  # (text repeated, number of characters before it)
-        if self.echo_from is not None:
-            for job in self.jobs:
-                pieces = texts(self.tokenizer, job.prompt)
-                hidden, shown = pieces[: self.echo_from], pieces[self.echo_from :]
-                prompts[job] = "".join(shown), len("".join(hidden))
-                if not job.score:
-                    yield job, prompts[job][0], [], None
-
-        def moved(tokens, characters):
-            return [replace(token, offset=token.offset + characters) for token in tokens]
-
         async for pair in self.service.events(self.jobs):
             match pair:
-                case job, Scored(tokens):
-                    shown, hidden = prompts[job]
-                    yield job, shown, moved(tokens[self.echo_from :], -hidden), None
                 case job, Piece(kind="text", text=text, tokens=tokens):
-                    yield job, text, moved(tokens, len(prompts[job][0])), None
+                    yield job, text, tokens, None
                 case job, Done(reason):
                     yield job, "", None, reason
                 case _, Failed(message):

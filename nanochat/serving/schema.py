@@ -14,8 +14,6 @@ TOP_K = (1, 200)
 MAX_TOKENS = (1, 4096)
 RENDER_CHARS = 64_000  # of all texts in one /render request: more than the longest answer
 STOP_CHARS = 10_000  # of all stop strings together
-FOUND_PLACES = 20  # in one answer to /focus/find
-SHOWN_TOKENS = 256  # of each span, in an answer to /focus/text
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,6 @@ class ApiError(Exception):
 
 def number(low, high):
     return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    """No conversions ("1" is not a number), no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class Message(BaseModel):
@@ -110,7 +102,7 @@ class Request(BaseModel):
 
 
 # What cannot be guessed: 22 characters can hold 128 bits
-ConversationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22,64}$")]
+ConversationId = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]{22,64}$")]
 
 
 class ChatRequest(Request):
@@ -121,40 +113,6 @@ class ChatRequest(Request):
     max_tokens: Annotated[int, Field(ge=MAX_TOKENS[0], le=MAX_TOKENS[1])] | None = None
     conversation: ConversationId | None = None
     focus: bool | None = None
-
-
-Index = Annotated[int, Field(ge=0, lt=2**48)]  # of a token
-
-
-class FocusRequest(Strict):
-    """POST /focus"""
-
-    conversation: ConversationId
-
-
-class TextRequest(FocusRequest):
-    """POST /focus/text: spans of tokens, each [start, end], `end` not included."""
-
-    spans: Annotated[list[Annotated[list[Index], Field(min_length=2, max_length=2)]], Field(max_length=64)]
-
-
-class FindRequest(FocusRequest):
-    """POST /focus/find: places of a text from token `start` on."""
-
-    text: Annotated[str, Field(min_length=1, max_length=1000)]
-    start: Index = 0
-
-
-class LookRequest(FocusRequest):
-    """POST /focus/look: where the model would look for this."""
-
-    text: Annotated[str, Field(min_length=1, max_length=4000)]
-
-
-class RenderRequest(Strict):
-    """POST /render"""
-
-    texts: Annotated[list[str], Field(max_length=500)]
 
 
 # ---------------------------------------------------------------------------------------------------------

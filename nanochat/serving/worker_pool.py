@@ -16,7 +16,7 @@ from itertools import zip_longest
 
 import torch
 
-from nanochat.serving.job import Answer, Done, Failed, Outbox, Scored, ranked, score_prompt
+from nanochat.serving.job import Answer, Done, Failed, Outbox, ranked, score_prompt
 
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER = 60  # seconds
@@ -80,10 +80,12 @@ class Worker:
             self._add(answer)
             self.outbox.send()
 
-    def _add(self, answer):
-        """Let an answer share the steps, unless it has no tokens: then only its prompt was to be scored."""
+    def _add(self, answer, scored=()):
+        """Let an answer share the steps, unless it has no tokens: then only its prompt was to be repeated."""
         job = answer.job
         try:
+            if job.echo_from is not None:
+                answer.echo(scored)
             if not job.max_tokens:
                 self._end(answer, answer.end())
                 return
@@ -109,8 +111,7 @@ class Worker:
         elif tokens is None:
             self.scoring.append((answer, parts))
         else:
-            answer.job.emit(Scored(tokens))
-            self._add(answer)
+            self._add(answer, tokens)
 
     def step(self):
         """A step of all answers; their clients hear of it at its end. Before it, one call of those that wait."""
