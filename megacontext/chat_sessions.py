@@ -108,12 +108,10 @@ class ChatSessions:
         return held
 
     def _make_session(self, held):
-        store = state = None
-        if self.kept and held.conversation:
-            store, state = self.kept.open(held.conversation)
-        options = {"store": store, "state": state} if store else {}
-        held.is_kept = bool(store)
-        held.edits.extend(self.kept.edits(held.conversation) if store else ())
+        store = self.kept.open(held.conversation) if self.kept and held.conversation else None
+        record, held.is_kept = self._record(held.conversation) if store else {}, bool(store)
+        options = {"store": store, "state": record.get("session")} if store else {}
+        held.edits.extend(record.get("edits", ()))
         held.session = self.make_session(on_update=partial(self._on_update, held), **options)
 
     def _find(self, prompt, conversation, idle=False):
@@ -194,11 +192,14 @@ class ChatSessions:
                 **({"kept": self.kept.stats()} if self.kept else {}),
             }
 
+    def _record(self, conversation):
+        return self.kept.record(conversation) if self.kept else {}
+
     def focus(self, conversation) -> dict | None:
         """The state that was told last in this conversation; None where there is none."""
         with self.lock:
             held = self._find(array("i"), conversation)
-        return held.state if held else self.kept.view(conversation) if self.kept else None
+        return held.state if held else self._record(conversation).get("view")
 
     def edits(self, conversation) -> list[dict]:
         """
@@ -207,7 +208,7 @@ class ChatSessions:
         """
         with self.lock:
             held = self._find(array("i"), conversation)
-            return list(held.edits) if held else self.kept.edits(conversation) if self.kept else []
+            return list(held.edits) if held else self._record(conversation).get("edits", [])
 
     def look(self, conversation, question) -> list | None:
         """

@@ -45,8 +45,8 @@ class KeptChats:
 
     def open(self, name):
         """
-        (store, state) with which a session continues; an empty store and None for a new conversation; None and None if
-        the disk is full or another session has the conversation.
+        The store with which a session continues, an empty one for a new conversation; None if the disk is full or
+        another session has the conversation.
         """
         folder = self._folder(name)
         try:
@@ -61,8 +61,8 @@ class KeptChats:
             return self.open(name)
         except UserError as error:
             logger.error("a conversation is not kept: %s", error)
-            return None, None
-        return store, self._read(folder).get("session")
+            return None
+        return store
 
     def read(self, name):
         """The store of a conversation that no session has, to be read only; None where there is none."""
@@ -70,7 +70,7 @@ class KeptChats:
         return streams.open_store(folder, self.gist_key, self.device) if folder.exists() else None
 
     def save(self, name, session, view, edits=()):
-        """Keep what the session holds; view and edits: what the methods of these names are to answer."""
+        """Keep what the session holds, and its state, view and edits for `record`."""
         try:
             session.tree.store.commit()
             path = self._folder(name) / "focus.json"
@@ -81,22 +81,19 @@ class KeptChats:
             self.refused += 1
             logger.error("an answer is not kept: %s", error)
 
-    def _read(self, folder):
+    def record(self, name) -> dict:
+        """
+        What `save` kept beside the store: "session", its state; "view", the focus at the end of the last answer;
+        "edits", see ChatSessions.edits. Empty where there is no such conversation.
+        """
+        path = self._folder(name) / "focus.json"
         try:
-            return json.loads((folder / "focus.json").read_text("utf-8"))
+            return json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            logger.error("where a conversation looked is forgotten: %s: %s", folder / "focus.json", error)
+            logger.error("where a conversation looked is forgotten: %s: %s", path, error)
             return {}
-
-    def view(self, name):
-        """The focus at the end of the last answer; None where there is no such conversation."""
-        return self._read(self._folder(name)).get("view")
-
-    def edits(self, name) -> list[dict]:
-        """What the newest refocuses changed, see ChatSessions.edits."""
-        return self._read(self._folder(name)).get("edits", [])
 
     def tokens(self, name, start, end) -> list[int] | None:
         """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""

@@ -211,11 +211,6 @@ class Decoder:
         return put
 
     @torch.inference_mode()
-    def static_step(self, ids, slot, positions, data):
-        """A step without a shape that changes: ids and positions [B]; slot [1], or [B] where rows differ."""
-        return self._run(ids[:, None], self._rotary(positions[:, None], 1), self._attend_masked(slot, data))
-
-    @torch.inference_mode()
     def turn(self, cache, slots, by):
         """Rotate the keys in slots [n] of a KVCache of one row, so that they stand `by` [n] positions further on."""
         slots, keys = slots.to(self.device, non_blocking=True), cache.data[0]
@@ -380,5 +375,7 @@ class StaticStep:
                 self._step()
 
     def _step(self):
-        self.logits = self.decoder.static_step(self.ids, self.slot, self.positions, self.data)
-        self.states = self.decoder.states
+        decoder = self.decoder
+        attend = decoder._attend_masked(self.slot, self.data)
+        self.logits = decoder._run(self.ids[:, None], decoder._rotary(self.positions[:, None], 1), attend)
+        self.states = decoder.states

@@ -202,7 +202,7 @@ def test_a_server_that_keeps_nothing_says_so(tokenizer):
 
 def test_bounds_of_count_size_and_age(serve, tmp_path, tokenizer):
     def left():
-        return {i for i in range(20) if kept(tmp_path, tokenizer).view(name(i))}
+        return {i for i in range(20) if kept(tmp_path, tokenizer).record(name(i))}
 
     with serve(bounds=Bounds(count=3), limit=1) as server:
         for i in range(5):

@@ -283,7 +283,7 @@ def test_a_chat_request_becomes_a_span(tokenizer, collector, opened):
 
     async def ask(prompt, **settings):
         job = Job(tokenizer.encode(prompt), sampling=Sampling(0.5, 7), **{"max_tokens": 99, **settings})
-        pool.submit(job)
+        pool.submit([job])
         while isinstance(event := (await job.events.get())[1], Piece):
             pass
         return event

@@ -48,7 +48,7 @@ class Service:
         Queue n jobs for each prompt of `prompts()` (lists of ids) and return them. They share one queue of events.
 
         prompts is called in a thread. max_tokens: None and −1 mean all that fits. param: name of the prompt in error
-        messages. job: further fields of Job. Raises ApiError or Unavailable; then no job stays queued.
+        messages. job: further fields of Job. Raises ApiError or Unavailable; then none is queued.
         """
         for name in request.model_extra:
             self.ignored[name[:60] if len(self.ignored) < COUNTED_NAMES else "others"] += 1
@@ -69,12 +69,7 @@ class Service:
                 jobs.append(Job(prompt, tokens, settings, stop, index=len(jobs), events=events, **job))
         if len(jobs) > self.pool.limit:
             raise ApiError(400, f"at most {self.pool.limit} answers at once: got {len(jobs)}", param="n")
-        try:
-            for one in jobs:
-                self.pool.submit(one)
-        except Unavailable:
-            self.cancel(jobs)
-            raise
+        self.pool.submit(jobs)
         return jobs
 
     def cancel(self, jobs):

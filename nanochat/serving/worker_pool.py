@@ -231,11 +231,11 @@ class WorkerPool:
     def _running(self):
         return [job for worker in self.workers for job in worker.jobs]
 
-    def _check_open(self):
+    def _check_open(self, new=1):
         self.check_ready()
-        if len(self.waiting) + len(self._running()) >= self.limit:
-            self.totals["requests"] += 1
-            self.totals["rejected"] += 1
+        if len(self.waiting) + len(self._running()) + new > self.limit:
+            self.totals["requests"] += new
+            self.totals["rejected"] += new
             wait = math.ceil(self.seconds * (len(self.waiting) + 1) / (self.limit - self.queue_size))
             raise Unavailable(
                 f"the server is busy: {len(self.waiting)} requests are waiting already", min(wait, MAX_RETRY_AFTER)
@@ -252,15 +252,16 @@ class WorkerPool:
         with self.changed:
             self._check_open()
 
-    def submit(self, job):
-        """Queue a job. Raises Unavailable."""
+    def submit(self, jobs):
+        """Queue jobs, all of them or none. Raises Unavailable."""
         homes = self.workers if len(self.workers) > 1 else []
-        used = {w: w.sessions.last_used(job.conversation, job.prompt) for w in homes if w.sessions}
-        job.home = max((w for w in used if used[w]), key=used.get, default=None)
+        for job in jobs:
+            used = {w: w.sessions.last_used(job.conversation, job.prompt) for w in homes if w.sessions}
+            job.home = max((w for w in used if used[w]), key=used.get, default=None)
         with self.changed:
-            self._check_open()
-            self.totals["requests"] += 1
-            self.waiting.append(job)
+            self._check_open(len(jobs))
+            self.totals["requests"] += len(jobs)
+            self.waiting.extend(jobs)
             self.changed.notify_all()
 
     def call(self, sessions, function) -> Future:
