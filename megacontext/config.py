@@ -31,6 +31,8 @@ class MCConfig:
     """last layer of GistNet"""
     gistnet_start: Literal["mean", "last"] = "mean"
     """what GistNet starts from: the mean of a block, or its last token, which mc_train takes for frozen models"""
+    gistnet_deep: CountOr0 = 0
+    """layers of a finished model, spread over it, that gists are added to once more, at most; mc_train takes 3"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""

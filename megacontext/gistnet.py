@@ -20,12 +20,13 @@ import torch.nn as nn
 
 from megacontext.layers import Encoder, Head, check_choice, init_linear
 from nanochat.common import autocast_dtype
-from nanochat.gpt import cos_sin_at, norm, rotary_cos_sin
+from nanochat.gpt import cos_sin_at, norm, rotary_cos_sin, split_deep
 
 TYPES = ("transformer", "mean")
 STARTS = ("mean", "last")
 POOLINGS = ("mean", "query", "cls")
 HEAD_DIM = 64
+SAMPLE = 64  # tokens from which the length of a model's states is taken
 
 
 class GistNet(nn.Module):
@@ -54,6 +55,7 @@ class GistNet(nn.Module):
         check_choice("gistnet start", start, STARTS)
         self.start = start
         self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
+        self.deep = None  # a DeepGists, or None
         if type == "mean":
             return
         self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
@@ -144,3 +146,29 @@ class CopiedGistNet(GistNet):
             x = layer(x, cos_sin, None)
         x = norm(x[:, 1:])
         return self.head(norm(norm(x.mean(dim=1)) + x[:, -1]))
+
+
+class DeepGists(nn.Module):
+    """
+    What gists add to the residual stream of a finished model, a Trunk, before `count` of the layers behind its first:
+    per layer a matrix times the gist, 0 at first.
+
+    A finished model reads what stands at its input, but its first layer adds vectors many times as long: little of a
+    gist reaches the layers behind it. So it is said to them again, at the length of the model's own states there.
+    """
+
+    def __init__(self, trunk, count: int):
+        super().__init__()
+        c = trunk.config
+        self.maps = nn.ModuleList(Head("linear", c.n_embd, c.n_embd) for _ in range(count))
+        init_linear(self.maps)
+        ids = torch.arange(SAMPLE, device=trunk.get_device())[None] * c.vocab_size // SAMPLE
+        _, layers = split_deep(torch.empty(1 + count), 1, c.n_layer)
+        x = trunk.embed(ids)
+        states = (trunk.states_before(layer, x).float() for layer in layers)
+        lengths = [x.square().mean(-1).sqrt().median() for x in states]  # a first token's may be a hundred times more
+        self.register_buffer("lengths", torch.stack(lengths))
+
+    def forward(self, gists):
+        """[..., n·D] of gists [..., D], see split_deep."""
+        return torch.cat([n * head(gists) for n, head in zip(self.lengths, self.maps, strict=True)], dim=-1)

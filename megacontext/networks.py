@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.config import MCConfig
-from megacontext.gistnet import CopiedGistNet, GistNet
+from megacontext.gistnet import CopiedGistNet, DeepGists, GistNet
 from megacontext.layers import split_parameters
 from megacontext.lensnet import LensNet
 from nanochat import checkpoint_manager
@@ -13,17 +13,18 @@ from nanochat.gpt import make_optimizers
 
 MAX_LEVELS = 2  # levels with an embedding of their own: gists of tokens, and gists of gists, which are alike
 RATES = 0.02, 0.003  # learning rates of Muon and AdamW
+FROZEN_RATES = 0.005, 0.0008  # of GistNet, where the model does not learn with it
 COPIED_RATES = 0.006, 0.0005  # of a GistNet that was copied
 
 
 class MCNetworks(nn.Module):
-    """The two networks for a model of width n_embd; trunk: the model, for a GistNet that begins with its layers."""
+    """The two networks for a model of width n_embd; trunk: the model, if it is finished, for what GistNet has of it."""
 
     def __init__(self, n_embd: int, config: MCConfig, trunk=None, bos=0):
         super().__init__()
         c = config
         self.settings = {name: getattr(c, name) for name in ("block_size", "gistnet_start", "mc_positional")}
-        self.lens_loss_weight = c.mc_lens_loss_weight
+        self.lens_loss_weight, self.frozen = c.mc_lens_loss_weight, c.mc_freeze_base
         if c.gistnet_type == "copied":
             if trunk is None:
                 raise UserError("--gistnet_type: copied needs a finished model to copy from: train with mc_train")
@@ -34,6 +35,11 @@ class MCNetworks(nn.Module):
         else:
             gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
             self.gistnet = GistNet(n_embd, c.block_size, MAX_LEVELS, *gistnet)
+        if c.gistnet_deep and c.gistnet_type != "mean":
+            if trunk is None:
+                raise UserError("--gistnet_deep: gists go deeper only into a finished model: train with mc_train")
+            if count := min(c.gistnet_deep, len(trunk.transformer.h) - 1):
+                self.gistnet.deep = DeepGists(trunk, count)
         self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
 
     def load(self, state: dict, settings: dict):
@@ -59,9 +65,10 @@ class MCNetworks(nn.Module):
         These optimizers do not see the scale of a gradient. So LensNet's rates carry the weight of its loss.
         """
         optimizers = []
-        for network, weight in ((self.gistnet, 1.0), (self.lensnet, self.lens_loss_weight)):
+        of_gists = COPIED_RATES if hasattr(self.gistnet, "copied") else FROZEN_RATES if self.frozen else RATES
+        for network, rates, weight in ((self.gistnet, of_gists, 1.0), (self.lensnet, RATES, self.lens_loss_weight)):
             matrices, others = split_parameters(network)
-            matrix_lr, other_lr = COPIED_RATES if hasattr(network, "copied") else RATES
+            matrix_lr, other_lr = rates
             if matrices:  # GistNet of type "mean" has none
                 groups = [{"params": others, "lr": weight * other_lr}]
                 optimizers += reversed(make_optimizers(groups, matrices, weight * matrix_lr))

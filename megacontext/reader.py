@@ -85,6 +85,21 @@ class Reader:
         """The tree over embeddings [B, N, D], all levels in one table."""
         return build_table(self.gist, embeds, self.config.block_size, self.model.sink)
 
+    def deepen(self, inputs, entries):
+        """
+        Inputs [R, W, D] of entries as the model takes them: behind gists stands what they add further up the model, if
+        GistNet does so, behind tokens zeros.
+        """
+        deep, gists = self.networks.gistnet.deep, entries.lod > 0
+        if deep is None or not gists.any():
+            return inputs
+        if self.model.sink:  # the first node is read as a token
+            gists = gists & (entries.start > entries.start.amin(1, keepdim=True).clamp(max=0))
+        with autocast(self.device, self.dtype):
+            added = deep(self._suited(inputs)).to(inputs.dtype)
+        here = gists[..., None].to(self.device, non_blocking=True)
+        return torch.cat((inputs, added.where(here, 0)), dim=-1)
+
     def keys(self, embeds):
         """LensNet's keys [B, n, C] of the whole blocks of tokens with embeddings [B, N, D]."""
         K = self.config.block_size
@@ -99,7 +114,7 @@ class Reader:
     @torch.no_grad()
     def states(self, inputs, context, at):
         """The trunk's states [R, P, D] of the entries with index `at` [R, P] in a context with inputs [R, W, D]."""
-        states = self.model.states(inputs, self.positions(context))
+        states = self.model.states(self.deepen(inputs, context.entries), self.positions(context))
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
     def wants(self, states, keys):
@@ -140,6 +155,7 @@ class Reader:
         positions = self.positions_of(entries)
         counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
+        inputs = self.deepen(inputs, entries)
         loss, nll = self.model(
             inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights, teacher=teacher
         )

@@ -439,7 +439,8 @@ class MCSession:
         context, caches = self._context_now(), self.spliced.rows
         rows, unread, entries = range(context.num_rows), self.spliced.unread(context), context.codes
         at = pad_sequence(unread, batch_first=True)
-        x, positions = self.tree.materialize(context, at), self.reader.positions(context, at)
+        x = self.reader.deepen(self.tree.materialize(context, at), context.entries.at(at))
+        positions = self.reader.positions(context, at)
         done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]
         while these := [row for row in rows if done[row] < len(unread[row])]:  # all of them at once
             spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]

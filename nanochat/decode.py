@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at
+from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at, split_deep
 from nanochat.kv_cache import RowCaches
 
 
@@ -268,7 +268,7 @@ class Network:
 
     def __call__(self, inputs, cos_sin, attend, last=(slice(None), -1)):
         """
-        (logits [B, V] in float32, states [B·T, D] before the last layer) of inputs, ids [B, T] or embeddings [B, T, D].
+        (logits [B, V] in float32, states [B·T, D] before the last layer) of inputs: ids [B, T] or what GPT.trunk takes.
 
         attend(layer, q [B, H, T, d], k, v [B, K, T, d]) -> [B·T, H·d] is the network's only memory. last: index of the
         inputs that the logits come after, one per row.
@@ -280,8 +280,9 @@ class Network:
         rotation = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1), *fade
         if not x.is_floating_point():
             x = norm(F.embedding(x, self.embedding))
+        x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
-            states = x
+            states = x = x + deep[layer] if layer in deep else x
             heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = positioned(qk, *rotation).transpose(1, 2).split((H, K), dim=1)

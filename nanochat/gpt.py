@@ -91,6 +91,15 @@ def positioned(x, cos, sin, fade=None):
     return x if fade is None else x * fade
 
 
+def split_deep(x, n_embd, n_layer):
+    """
+    (embeddings [..., D], {layer: what is added to the residual stream before it}) of inputs [..., (1 + n)·D]: what
+    stands behind an embedding goes in at n layers, spread evenly (DeepStack, arXiv 2406.04334).
+    """
+    x, *deep = x.split(n_embd, dim=-1)
+    return x, {(i + 1) * n_layer // (len(deep) + 1): vectors for i, vectors in enumerate(deep)}
+
+
 class Looks(NamedTuple):
     """
     Where P tokens of each row look, without a gradient: per layer their queries [B, H, P, d] and the keys of all tokens
@@ -278,12 +287,15 @@ class GPT(nn.Module):
 
     def trunk(self, x, cos_sin=None, kv_cache=None, asking=None):
         """
-        (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D]; the other arguments as of forward.
+        (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D], or what `split_deep` takes; the
+        other arguments as of forward.
 
         asking: tokens [B, P] int64 that are asked where they look, None for nobody, with no looks. See Looks.
         """
         cos_sin, pairs, states = self._angles(x, cos_sin, kv_cache), [], None
-        for block in self.transformer.h:
+        x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
+        for layer, block in enumerate(self.transformer.h):
+            x = x + deep[layer] if layer in deep else x
             if asking is not None and block is self.transformer.h[-1]:
                 states = x.detach().gather(1, asking[..., None].expand(-1, -1, x.size(-1)))
             x = block(x, cos_sin, kv_cache, asking)
@@ -296,11 +308,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def states(self, x, cos_sin=None):
-        """What goes into the last layer, [B, T, D], of embeddings x [B, T, D]; without a gradient."""
+        """What goes into the last layer, [B, T, D], of inputs x as of `trunk`; without a gradient."""
+        return self.states_before(self.config.n_layer - 1, x, cos_sin)
+
+    @torch.no_grad()
+    def states_before(self, last, x, cos_sin=None):
+        """The same of layer number `last`."""
         cos_sin = self._angles(x, cos_sin, None)
-        for block in self.transformer.h[:-1]:
+        x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
+        for layer, block in enumerate(self.transformer.h[:last]):
+            x = x + deep[layer] if layer in deep else x
             x = block.forward(x, cos_sin, None)  # never compiled: a graph of its own would cost more than it saves
-        return x
+        return x + deep[last] if last in deep else x
 
     def _angles(self, x, cos_sin, kv_cache):
         """The rotary angles of x, in the precision of the layers; None for those of the positions that come next."""
@@ -330,7 +349,7 @@ class GPT(nn.Module):
         """
         Logits [B, T, V] in float32, or the cross-entropy (nats) when targets are given.
 
-        idx [B, T] token ids, or inputs_embeds [B, T, D] as `embed` makes them (exactly one of the two).
+        idx [B, T] token ids, or inputs_embeds [B, T, D] as `embed` makes them (exactly one of the two); see split_deep.
         targets [B, T] with −1 for positions without a target. loss_reduction "mean" (over the targets; 0 if there
         are none), "sum", or "none" ([B·T], 0 without a target).
         row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.

@@ -39,7 +39,10 @@ class Trunk(Protocol):
         """See GPT.trunk: what the head reads, and where the tokens that are asked look."""
 
     def states(self, x, cos_sin=None) -> torch.Tensor:
-        """What goes into the last layer, [B, T, D], of embeddings x [B, T, D]; without a gradient."""
+        """What goes into the last layer, [B, T, D], of inputs x as of `trunk`; without a gradient."""
+
+    def states_before(self, last, x, cos_sin=None) -> torch.Tensor:
+        """The same of layer number `last`."""
 
     def forward(self, idx=None, targets=None, kv_cache=None, loss_reduction="mean", **options):
         """Logits [B, T, V] in float32, or the loss in nats, of ids or embeddings: see GPT.forward for the options."""

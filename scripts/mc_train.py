@@ -49,7 +49,9 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     eval_every: Every = 100
     """steps between validations; -1 for never"""
     # MegaContext
-    megacontext: Annotated[MCConfig, group] = field(default_factory=lambda: MCConfig(gistnet_start="last"))
+    megacontext: Annotated[MCConfig, group] = field(
+        default_factory=lambda: MCConfig(gistnet_start="last", gistnet_deep=3)
+    )
     """settings of MegaContext"""
 
 

@@ -75,7 +75,7 @@ def make_objective(model, **options):
     options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **options}
     config = MCConfig(**options).resolve(model.config.sequence_len)
     torch.manual_seed(1)
-    return MCObjective(model, MCNetworks(model.config.n_embd, config), config, BOS)
+    return MCObjective(model, MCNetworks(model.config.n_embd, config, model), config, BOS)
 
 
 def tokens(B=2, seed=0, vocab=SMALL.vocab_size):

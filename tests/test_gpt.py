@@ -1,5 +1,6 @@
 """The model against slow, obvious references; shapes, losses, KV cache, other people's checkpoints' shapes."""
 
+import dataclasses
 import math
 from unittest import mock
 
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common import autocast, has_fast_bf16
 from nanochat.cross_entropy import softcap, softcap_cross_entropy
-from nanochat.gpt import GPT, GPTConfig, apply_rotary, rotary_cos_sin
+from nanochat.decode import Decoder
+from nanochat.gpt import GPT, GPTConfig, apply_rotary, norm, rotary_cos_sin
 from nanochat.kv_cache import KVCache
 from tests.helpers import CLOSE, make_model
 
@@ -148,6 +150,31 @@ def test_inputs_embeds_and_cos_sin_are_the_same_model():
         model(ids, inputs_embeds=model.embed(ids))
     with pytest.raises(ValueError, match="exactly one of idx and inputs_embeds"):
         model()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "layers"), [(1, [1]), (2, [1, 2]), (1, [2])])
+def test_what_stands_behind_an_embedding_is_added_further_up(n, layers):
+    """Model, states and Decoder: as the layers are written out one after another."""
+    depth = 4 if layers == [2] else n + 1
+    model = make_model(dataclasses.replace(CONFIG, n_layer=depth)).eval()
+    x, deep = model.embed(torch.randint(0, 70, (2, 9))), torch.randn(2, 9, n * CONFIG.n_embd)
+    inputs, cos_sin, h, before = torch.cat((x, deep), -1), (model.cos[:, :9], model.sin[:, :9]), x, []
+    for layer, block in enumerate(model.transformer.h):
+        if layer in layers:
+            h = h + deep.chunk(n, -1)[layers.index(layer)]
+        before.append(h)
+        h = block(h, cos_sin, None)
+    expected = 15 * torch.tanh(model.lm_head(norm(h))[..., :70] / 15)
+    torch.testing.assert_close(model(inputs_embeds=inputs), expected, **CLOSE)
+    torch.testing.assert_close(model.states(inputs), before[-1], **CLOSE)
+    for layer in range(depth):
+        torch.testing.assert_close(model.states_before(layer, inputs), before[layer], **CLOSE)
+    decoder, cache = Decoder(model), KVCache(depth, 8)
+    decoder.extend(inputs[:1, :4], cache)
+    torch.testing.assert_close(decoder.extend(inputs[:1, 4:], cache), expected[:1, -1], **CLOSE)
+    torch.testing.assert_close(decoder.states, before[-1][0, 4:], **CLOSE)
+    assert torch.equal(model(inputs_embeds=F.pad(x, (0, deep.size(-1)))), model(inputs_embeds=x))
 
 
 def test_rotation_turns_backwards():

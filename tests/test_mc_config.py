@@ -16,6 +16,7 @@ DEFAULTS = {
     "gistnet_pooling": "mean",
     "gistnet_head": "mlp",
     "gistnet_start": "mean",
+    "gistnet_deep": 0,
     "lensnet_type": "transformer",
     "lensnet_layers": 2,
     "lensnet_head": "mlp",
