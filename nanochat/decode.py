@@ -148,8 +148,8 @@ class Decoder:
     def stepper(self, cache):
         """
         The fastest step for this cache: a function (ids [B], positions=None) -> logits [B, V]; for RowCaches (ids,
-        positions, rows=None), with positions an int or a list of them, and the numbers of the rows that take part: what
-        comes of others means nothing, and they stay as they are.
+        positions, rows=None), with a list of positions, and the numbers of the rows that take part: what comes of
+        others means nothing, and they stay as they are.
         """
         if self.graph:
             return StaticStep(self, cache)
@@ -162,7 +162,7 @@ class Decoder:
         cache.reserve(longest)
         data, lengths = cache.data[:, :, :n, :, :longest], [row.pos + 1 for row in cache.rows]
         slot = cache.pos.to(self.device)
-        cos_sin = self._rotary([positions] * n if isinstance(positions, int) else positions, 1)
+        cos_sin = self._rotary(positions, 1)
         if n * longest <= 2 * sum(lengths):
             logits = self._run(ids[:, None], cos_sin, self._attend_masked(slot, data))
         else:  # one is much longer than others: each is read as far as it goes

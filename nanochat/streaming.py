@@ -3,10 +3,10 @@
 import codecs
 from itertools import groupby
 
-PARTS = {  # token that begins a part → (type of the part, token that ends it)
-    "<|python_start|>": ("python", "<|python_end|>"),
-    "<|output_start|>": ("python_output", "<|output_end|>"),
-}
+from nanochat.tokenizer import PART_TOKENS
+
+# token that begins a part → (type of the part, token that ends it)
+PARTS = {start: (kind, end) for kind, (start, end, _) in PART_TOKENS.items() if start}
 
 
 class Parts:

@@ -18,11 +18,9 @@ from nanochat.serving.openai_replies import ChatShape, Reply, ResponseReply, Res
 from nanochat.serving.schema import ApiError, ConversationId, Message
 
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions by default, as at OpenAI
-TOP_LOGPROBS = (0, 20)
-CHOICES = (1, 128)
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 NO_GRAMMAR = "this server has no constrained decoding"
-NO_MEMORY = "this server keeps no responses: name a conversation, or send all of it as input"
 NO_TOOLS = "this model can call no tools except its own calculator"
 REFUSED = {  # parameter → (values that have no effect, why other values are refused)
     "response_format": (({"type": "text"},), NO_GRAMMAR),
@@ -32,6 +30,7 @@ REFUSED = {  # parameter → (values that have no effect, why other values are r
     "function_call": (("none", "auto"), NO_TOOLS),
     "modalities": ((["text"],), "this server generates text only"),
     "audio": ((), "this server generates text only"),
+    "previous_response_id": ((), "this server keeps no responses: name a conversation, or send all of it as input"),
     "suffix": (("",), "this server continues text, it does not insert"),
     "use_beam_search": ((False,), "this server samples, it has no beam search"),
 }
@@ -43,7 +42,7 @@ class ConversationObject(BaseModel):
 
 class OpenAIRequest(schema.Request):
     model: str | None = None
-    n: Annotated[int, Field(ge=CHOICES[0], le=CHOICES[1])] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     # Its secret name: what the server keeps under it comes before the messages of the request, as in /v1/responses
@@ -72,10 +71,9 @@ class ChatCompletionRequest(OpenAIRequest):
     """POST /v1/chat/completions"""
 
     messages: list[Message]
-    max_tokens: Annotated[int, Field(ge=-1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None  # newer name of max_tokens
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
+    top_logprobs: TopLogprobs | None = None
 
     def check(self):
         super().check()
@@ -89,7 +87,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=TOP_LOGPROBS[0], le=TOP_LOGPROBS[1])] | None = None
+    logprobs: TopLogprobs | None = None
     best_of: int | None = None
 
     def check(self):
@@ -126,12 +124,9 @@ class ResponseRequest(OpenAIRequest):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: dict[str, Any] | None = None
-    previous_response_id: str | None = None
 
     def check(self):
         super().check()
-        if self.previous_response_id is not None:
-            raise ApiError(400, f"previous_response_id: {NO_MEMORY}", "unsupported_value", "previous_response_id")
         if (self.text or {}).get("format") not in (None, {"type": "text"}):
             raise ApiError(400, f"text.format: {NO_GRAMMAR}", "unsupported_value", "text.format")
 

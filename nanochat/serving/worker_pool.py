@@ -56,7 +56,7 @@ class Worker:
         self.number, self.engine, self.size, self.ended, self.sessions = number, engine, size, ended, sessions
         self.device = engine.model.get_device()
         self.batch = None
-        self.scoring = deque()  # (Answer, what `score_prompt` yields) of those whose prompt comes first
+        self.scoring = deque()  # what `_score` yields of those answers whose prompt comes first
         self.making = {}  # stream → Answer
         self.calls = deque()  # (function, Future) for `step` to call
         self.jobs = []  # of all these
@@ -75,7 +75,7 @@ class Worker:
         job.outbox = self.outbox
         answer = Answer(job, self.engine.tokenizer, self.number)
         if job.score:
-            self.scoring.append((answer, score_prompt(self.engine, job.prompt, job.logprobs or 0)))
+            self.scoring.append(self._score(answer))
         else:
             self._add(answer)
             self.outbox.send()
@@ -98,20 +98,20 @@ class Worker:
         except Exception as error:
             self._end(answer, error)
 
-    def _score(self):
-        """A part of one prompt whose own probabilities are asked for, the prompts in turn."""
-        answer, parts = self.scoring.popleft()
+    def _score(self, answer):
+        """Yield after each part of a prompt whose own probabilities are asked for, then let its answer begin."""
+        job = answer.job
+        parts = score_prompt(self.engine, job.prompt, job.logprobs or 0)
         try:
-            tokens = None if answer.job.cancelled else next(parts)
+            while (tokens := next(parts)) is None:
+                yield
+                if job.cancelled:
+                    self._end(answer, "cancelled")
+                    return
         except Exception as error:
             self._end(answer, error)
             return
-        if answer.job.cancelled:
-            self._end(answer, "cancelled")
-        elif tokens is None:
-            self.scoring.append((answer, parts))
-        else:
-            self._add(answer, tokens)
+        self._add(answer, tokens)
 
     def step(self):
         """A step of all answers; their clients hear of it at its end. Before it, one call of those that wait."""
@@ -122,8 +122,10 @@ class Worker:
                     future.set_result(function())
                 except Exception as error:  # whoever asked hears of it
                     future.set_exception(error)
-        if self.scoring:
-            self._score()
+        if self.scoring:  # a part of one prompt, the prompts in turn
+            parts = self.scoring.popleft()
+            if next(parts, "done") is None:
+                self.scoring.append(parts)
         try:
             for stream in [stream for stream, answer in self.making.items() if answer.job.cancelled]:
                 self.batch.remove(stream)
