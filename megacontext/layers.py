@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         self.n_head = num_heads(n_embd, head_dim)
         self.head_dim = n_embd // self.n_head
         config = GPTConfig(n_layer=n_layer, n_head=self.n_head, n_kv_head=self.n_head, n_embd=n_embd)
-        self.attn = nn.ModuleList(BidirectionalAttention(config, layer) for layer in range(n_layer))
+        self.attn = nn.ModuleList(BidirectionalAttention(config) for _ in range(n_layer))
         self.mlp = nn.ModuleList(MLP(config) for _ in range(n_layer))
 
     def forward(self, x, cos_sin=None):

@@ -1,8 +1,8 @@
 """
 Fast decoding: a GPT's weights, copied once into the layout and precision that generation likes best.
 
-A transformation from outside, of which the model knows nothing. Decoder and GPT.forward share the KVCache and are
-equal up to rounding: what one of them has read, the other can continue.
+A transformation from outside: the model knows nothing of it, and has no cache. Decoder and GPT.forward are equal up to
+rounding.
 
 Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, L layers, V = vocab_size.
 """
@@ -80,7 +80,7 @@ def packs(device, dtype):
 
 class Decoder:
     """
-    What GPT.forward computes, for the last token only, with weights converted once to `dtype` (see compute_dtype).
+    What GPT.forward computes, with a KVCache, and with weights converted once to `dtype` (see compute_dtype).
 
     Making one costs some steps. It does not follow the model: make another when weights have changed, as
     `weights_version` tells. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where
@@ -102,9 +102,9 @@ class Decoder:
         return self.cos.size(1)
 
     @torch.inference_mode()
-    def extend(self, inputs, cache, positions=None):
+    def extend(self, inputs, cache, positions=None, last=(slice(None), -1)):
         """
-        Logits [B, V] in float32 after the inputs, which go into the cache.
+        Logits [B, V] in float32 after the inputs, which go into the cache; or those after the inputs of index `last`.
 
         inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions: that of the first one, for its
         rotary angles; None for cache.pos. Given ones may exceed the model's table; without, ValueError.
@@ -115,7 +115,7 @@ class Decoder:
         def attend(layer, q, k, v):
             return attend_causally(q, *cache.insert(layer, k, v))
 
-        logits = self._run(inputs, self._rotary(positions, T), attend)
+        logits = self._run(inputs, self._rotary(positions, T), attend, last)
         cache.advance(T)
         return logits
 

@@ -111,20 +111,13 @@ class Looks(NamedTuple):
     states: torch.Tensor
 
 
-def attend(q, k, v, layer, kv_cache, asking):
+def attend(q, k, v, asking):
     """
     (values [B, T, H·d] that T queries q [B, H, T, d] find, what Looks holds of them or None). They see the T keys and
-    values k, v [B, H_kv, T, d] up to their own and all that the cache of this layer holds; asking: see GPT.trunk.
+    values k, v [B, H_kv, T, d] up to their own; asking: see GPT.trunk.
     """
     B, H, T, d = q.shape
-    mask, causal = None, True
-    if kv_cache is not None:
-        k, v = kv_cache.insert(layer, k, v)  # now [B, H_kv, past + T, d]
-        past = k.size(2) - T
-        causal = past == 0
-        if past > 0 and T > 1:  # a chunk attends to all of the past and causally to itself
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) != H)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != H)
     y = y.transpose(1, 2).reshape(B, T, H * d)
     if asking is None:
         return y, None
@@ -132,9 +125,8 @@ def attend(q, k, v, layer, kv_cache, asking):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer = layer
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
         self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
@@ -142,14 +134,14 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos_sin, kv_cache, asking=None):
+    def forward(self, x, cos_sin, asking=None):
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = positioned(q, *cos_sin).transpose(1, 2)  # [B, H, T, d]
         k = positioned(k, *cos_sin).transpose(1, 2)  # [B, H_kv, T, d]
-        y, look = attend(q, k, v, self.layer, kv_cache, asking)
+        y, look = attend(q, k, v, asking)
         return self.c_proj(y), look
 
 
@@ -164,13 +156,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos_sin, kv_cache, asking=None):
-        y, look = self.attn(norm(x), cos_sin, kv_cache, asking)
+    def forward(self, x, cos_sin, asking=None):
+        y, look = self.attn(norm(x), cos_sin, asking)
         x = x + y
         x = x + self.mlp(norm(x))
         return x if asking is None else (x, look)
@@ -204,7 +196,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": _embedding(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -285,25 +277,23 @@ class GPT(nn.Module):
 
     loss_of_rows = staticmethod(loss_of_rows)  # in whose place a compiled one may be put
 
-    def trunk(self, x, cos_sin=None, kv_cache=None, asking=None):
+    def trunk(self, x, cos_sin=None, asking=None):
         """
         (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D], or what `split_deep` takes; the
         other arguments as of forward.
 
         asking: tokens [B, P] int64 that are asked where they look, None for nobody, with no looks. See Looks.
         """
-        cos_sin, pairs, states = self._angles(x, cos_sin, kv_cache), [], None
+        cos_sin, pairs, states = self._angles(x, cos_sin), [], None
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h):
             x = x + deep[layer] if layer in deep else x
             if asking is not None and block is self.transformer.h[-1]:
                 states = x.detach().gather(1, asking[..., None].expand(-1, -1, x.size(-1)))
-            x = block(x, cos_sin, kv_cache, asking)
+            x = block(x, cos_sin, asking)
             if asking is not None:
                 x, pair = x
                 pairs.append(pair)
-        if kv_cache is not None:
-            kv_cache.advance(x.size(1))
         return self.final_norm(x), None if asking is None else Looks(*zip(*pairs, strict=True), states)
 
     @torch.no_grad()
@@ -314,22 +304,22 @@ class GPT(nn.Module):
     @torch.no_grad()
     def states_before(self, last, x, cos_sin=None):
         """The same of layer number `last`."""
-        cos_sin = self._angles(x, cos_sin, None)
+        cos_sin = self._angles(x, cos_sin)
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h[:last]):
             x = x + deep[layer] if layer in deep else x
-            x = block.forward(x, cos_sin, None)  # never compiled: a graph of its own would cost more than it saves
+            x = block.forward(x, cos_sin)  # never compiled: a graph of its own would cost more than it saves
         return x + deep[last] if last in deep else x
 
-    def _angles(self, x, cos_sin, kv_cache):
-        """The rotary angles of x, in the precision of the layers; None for those of the positions that come next."""
+    def _angles(self, x, cos_sin):
+        """The rotary angles of x, in the precision of the layers; None for those of the first positions."""
         if cos_sin is None:
-            past, T = 0 if kv_cache is None else kv_cache.pos, x.size(1)
-            if past + T > self.max_seq_len:
+            length = x.size(1)
+            if length > self.max_seq_len:
                 raise ValueError(
-                    f"{past + T} tokens are more than the {self.max_seq_len} positions of this model: shorten the input"
+                    f"{length} tokens are more than the {self.max_seq_len} positions of this model: shorten the input"
                 )
-            cos_sin = self.cos[:, past : past + T], self.sin[:, past : past + T]
+            cos_sin = self.cos[:, :length], self.sin[:, :length]
         dtype = autocast_dtype(x.device.type, x.dtype)  # of what the layers make of x
         return tuple(t.to(dtype) for t in cos_sin)  # once for all layers
 
@@ -337,7 +327,6 @@ class GPT(nn.Module):
         self,
         idx=None,
         targets=None,
-        kv_cache=None,
         loss_reduction="mean",
         *,
         inputs_embeds=None,
@@ -354,14 +343,14 @@ class GPT(nn.Module):
         are none), "sum", or "none" ([B·T], 0 without a target).
         row_weights [B, T]: return (sum of the losses times these, the losses [B·T] without a gradient) instead.
         teacher [B, T, D], with row_weights: activations as of `trunk`, from which the loss is the divergence.
-        cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions past, past + 1, …; or (cos, sin, fade), the
+        cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions 0, 1, …; or (cos, sin, fade), the
         last [B or 1, T, 1, d], a factor of the normalized queries and keys.
         asking: if given, return (all this, looks): see trunk.
         """
         if (idx is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of idx and inputs_embeds, got both or neither")
         x = self.embed(idx) if inputs_embeds is None else inputs_embeds
-        x, looks = self.trunk(x, cos_sin, kv_cache, asking)
+        x, looks = self.trunk(x, cos_sin, asking)
         if targets is None:
             result = softcap(self.lm_head(x)[..., : self.config.vocab_size], self.softcap)
         else:

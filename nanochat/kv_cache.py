@@ -13,7 +13,7 @@ class KVCache:
     """
     Keys and values of all layers, [2, L, B, K, capacity, d], filled up to `pos`. Grows when it must, up to `limit`.
 
-    `insert` and `advance` are called by the forward pass.
+    `insert` and `advance` are called by the Decoder.
     """
 
     def __init__(self, n_layer, capacity, limit=None):
@@ -45,10 +45,6 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return 0 if self.data is None else self.data.nbytes
-
-    def truncate(self, pos):
-        """Forget everything from position `pos` on."""
-        self.pos = min(self.pos, pos)
 
     @torch.inference_mode()
     def keep(self, kept):

@@ -1,7 +1,7 @@
 """
 Llama-like decoders of transformers as a Trunk: Llama and SmolLM, Mistral, Qwen2 and Qwen3.
 
-The weights and the small modules are those of transformers; attention, positions, caches and losses are the GPT's,
+The weights and the small modules are those of transformers; attention, positions and losses are the GPT's,
 which take positions and embeddings from outside. What differs: norms have weights, matrices may have biases, queries
 and keys are normalized before the rotation (Qwen3) or not at all, rotation goes the other way round, the MLP is a gated
 one, the head may be the embedding, and logits have no softcap.
@@ -27,9 +27,9 @@ ROTARY = ("default", "linear", "llama3")  # kinds of positions whose frequencies
 class Layer(nn.Module):
     """One of transformers' decoder layers, called as the GPT's blocks are."""
 
-    def __init__(self, layer, number: int, head_dim: int):
+    def __init__(self, layer, head_dim: int):
         super().__init__()
-        self.number, self.head_dim = number, head_dim
+        self.head_dim = head_dim
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
         self.attn, self.mlp = layer.self_attn, layer.mlp
 
@@ -49,8 +49,8 @@ class Layer(nn.Module):
         x = x + self.attn.o_proj(y)
         return x + self.mlp(self.norm_2(x))
 
-    def forward(self, x, cos_sin, kv_cache, asking=None):
-        y, look = attend(*self.heads(x, *cos_sin), self.number, kv_cache, asking)
+    def forward(self, x, cos_sin, asking=None):
+        y, look = attend(*self.heads(x, *cos_sin), asking)
         x = self.after(x, y)
         return x if asking is None else (x, look)
 
@@ -76,7 +76,7 @@ class Llama(GPT):
         heads, window = (c.num_attention_heads, c.num_key_value_heads), getattr(c, "sliding_window", None)
         length = min(c.max_position_embeddings, window or c.max_position_embeddings)  # up to which it sees all tokens
         self.config = GPTConfig(length, c.vocab_size, c.num_hidden_layers, *heads, c.hidden_size)
-        layers = (Layer(layer, number, self._d(body)) for number, layer in enumerate(body.layers))
+        layers = (Layer(layer, self._d(body)) for layer in body.layers)
         self.transformer = nn.ModuleDict({"wte": body.embed_tokens, "h": nn.ModuleList(layers)})
         self.norm, self.lm_head = body.norm, model.lm_head
         device = self.get_device()

@@ -35,7 +35,7 @@ class Trunk(Protocol):
     def embed(self, idx: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, T, D] of ids [B, T], with a root mean square of about 1: gists live among them."""
 
-    def trunk(self, x, cos_sin=None, kv_cache=None, asking=None) -> tuple[torch.Tensor, Looks | None]:
+    def trunk(self, x, cos_sin=None, asking=None) -> tuple[torch.Tensor, Looks | None]:
         """See GPT.trunk: what the head reads, and where the tokens that are asked look."""
 
     def states(self, x, cos_sin=None) -> torch.Tensor:
@@ -44,7 +44,7 @@ class Trunk(Protocol):
     def states_before(self, last, x, cos_sin=None) -> torch.Tensor:
         """The same of layer number `last`."""
 
-    def forward(self, idx=None, targets=None, kv_cache=None, loss_reduction="mean", **options):
+    def forward(self, idx=None, targets=None, loss_reduction="mean", **options):
         """Logits [B, T, V] in float32, or the loss in nats, of ids or embeddings: see GPT.forward for the options."""
 
     def get_device(self) -> torch.device: ...

@@ -100,22 +100,22 @@ def test_logits_of_chunks_and_steps(any_model):
 
 
 def truncated(cache, pos):
-    cache.truncate(pos)
+    cache.keep(torch.arange(cache.pos) < pos)
     return cache
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_and_decoder_share_a_cache(any_model, dtype):
+def test_logits_after_every_token_of_a_chunk(any_model, dtype):
     ids = torch.randint(0, V, (2, 20))
     tolerance = CLOSE if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
     decoder, cache = Decoder(any_model, dtype), KVCache(any_model.config.n_layer, 20)
+    with autocast(CPU, dtype):
+        expected = any_model(ids)
     for at, T in ((0, 4), (4, 1), (5, 3), (8, 1), (9, 6), (15, 1)):
-        chunk = ids[:, at : at + T]
-        with autocast(CPU, dtype):
-            logits = any_model(chunk, kv_cache=cache)[:, -1] if at % 2 else decoder.extend(chunk, cache)
+        logits = decoder.extend(ids[:, at : at + T], cache, last=at % 2)
         assert cache.data.dtype == dtype
-        torch.testing.assert_close(logits, naive(any_model, ids[:, : at + T], dtype), **tolerance)
+        torch.testing.assert_close(logits, expected[at % 2, at : at + T], **tolerance)
 
 
 def test_bf16_is_as_close_to_the_truth_as_the_autocast_model(any_model):
@@ -188,12 +188,11 @@ def test_explicit_positions(any_model, where, static):
     """80 positions have angles in the table; others are computed."""
     ids = torch.randint(0, V, (2, 7))
     decoder, cache = Decoder(any_model, graph=static), KVCache(any_model.config.n_layer, 9)
-    any_model(ids[:, :6], kv_cache=cache)
+    decoder.extend(ids[:, :6], cache)
     logits = decoder.stepper(cache)(ids[:, 6], positions=where)
-    cache.truncate(6)
-    cos, sin = rotary_cos_sin(torch.tensor([where, where]), any_model.config.n_embd // any_model.config.n_head)
-    cos_sin = cos[:, None, None, :], sin[:, None, None, :]
-    expected = any_model(ids[:, 6:], kv_cache=cache, cos_sin=cos_sin)[:, -1]
+    at = torch.tensor([0, 1, 2, 3, 4, 5, where])
+    cos, sin = rotary_cos_sin(at, any_model.config.n_embd // any_model.config.n_head)
+    expected = any_model(ids, cos_sin=(cos[None, :, None, :], sin[None, :, None, :]))[:, -1]
     torch.testing.assert_close(logits, expected, **CLOSE)
     assert cache.pos == 7
     if where != 2:
@@ -235,7 +234,7 @@ def test_any_history_equals_reading_what_is_left_of_it(edits, name, static, seed
     step = decoder.stepper(cache)
     for edit, n in edits:
         if edit == "truncate":
-            cache.truncate(max(1, cache.pos - n))  # n < 0: nothing to forget
+            truncated(cache, max(1, cache.pos - n))  # n < 0: nothing to forget
             ids = ids[:, : cache.pos]
         elif edit == "repeat" and len(ids) == 1:
             cache.repeat(n)
@@ -269,7 +268,7 @@ def test_static_step_is_recorded_again_only_when_the_cache_has_moved(model, monk
     torch.testing.assert_close(logits, naive(model, ids), **CLOSE)
     assert recorded == [5, 8, 16, 32]
     kept = logits.clone()
-    cache.truncate(20)
+    truncated(cache, 20)
     step(ids[:, 0])
     assert torch.equal(logits, kept)  # what a step returned stays
     assert recorded == [5, 8, 16, 32]

@@ -111,31 +111,6 @@ def test_causality():
     assert not torch.equal(la[:, 7:], lb[:, 7:])
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 5], [3, 1, 4, 1]])
-def test_kv_cache_in_any_chunks_equals_one_pass(cuts):
-    model = make_model(CONFIG)
-    ids = torch.randint(0, 70, (2, 9))
-    whole = model(ids)
-    cache, parts = KVCache(2, capacity=3), []
-    for chunk in ids.split(cuts, dim=1):
-        parts.append(model(chunk, kv_cache=cache))
-    torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
-    assert cache.pos == 9
-
-
-@torch.inference_mode()
-def test_kv_cache_truncate_and_repeat():
-    model = make_model(CONFIG)
-    ids = torch.randint(0, 70, (1, 8))
-    cache = KVCache(2, capacity=8)
-    model(ids, kv_cache=cache)
-    cache.truncate(5)
-    cache.repeat(3)
-    logits = model(ids[:, 5:].expand(3, -1), kv_cache=cache)
-    torch.testing.assert_close(logits, model(ids)[:, 5:].expand(3, -1, -1), **CLOSE)
-
-
 def test_inputs_embeds_and_cos_sin_are_the_same_model():
     model = make_model(CONFIG)
     ids = torch.randint(0, 70, (2, 9))

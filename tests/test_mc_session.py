@@ -247,7 +247,7 @@ class Spliced:
         h = dict(zip(new, x[new], strict=True))
         for name in (names[i] for i in new):
             self.entries[name] = []
-        for block in model.transformer.h:
+        for layer, block in enumerate(model.transformer.h):
             attn, queries = block.attn, {}
             for i in new:
                 row, at = norm(h[i])[None, None], [t[:, i : i + 1] for t in angles]
@@ -255,7 +255,7 @@ class Spliced:
                 key = attn.c_k(row).view(1, 1, attn.n_kv_head, -1)
                 self.entries[names[i]].append((key, attn.c_v(row).view(attn.n_kv_head, -1)))
             for i in new:
-                pairs = [self.entries[name][attn.layer] for name in names[: i + 1]]
+                pairs = [self.entries[name][layer] for name in names[: i + 1]]
                 keys, values = zip(*pairs, strict=True)
                 keys = [positioned(key, *(t[:, j : j + 1] for t in angles))[0, 0] for j, key in enumerate(keys)]
                 keys, values = (torch.stack(part, 1).repeat_interleave(2, 0) for part in (keys, values))

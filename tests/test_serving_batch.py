@@ -137,7 +137,6 @@ def test_scoring_a_prompt_holds_up_nobody(serve, engine, monkeypatch):
     monkeypatch.setattr(Batch, "step", lambda self: (log.append("step"), step(self))[1])
     monkeypatch.setattr(jobs, "ranked", lambda *args: (log.append("part"), part(*args))[1])
     monkeypatch.setattr(jobs, "SCORED_AT_ONCE", 8)
-    engine = Engine(engine.model, engine.tokenizer)  # scoring knows no float64
     server = serve(engine, batch_size=BATCH)
     long = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 200, "temperature": 2, "seed": 1}
     bodies = [{"prompt": f"{i} of many words" * 8, "max_tokens": 0, "echo": True, "logprobs": 1} for i in range(3)]

@@ -9,8 +9,6 @@ from itertools import accumulate
 
 import torch
 
-from nanochat.common import autocast
-from nanochat.decode import compute_dtype
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling, logprobs
 from nanochat.streaming import Parts
@@ -268,14 +266,12 @@ def score_prompt(engine, prompt, top):
 
     A generator, so that others need not wait for a long prompt: yields None after each part, then the list of Tokens.
     """
-    model, tokenizer = engine.model, engine.tokenizer
-    ids = torch.tensor(prompt, device=model.get_device())
-    dtype = engine.dtype or compute_dtype(model)
-    cache, ranks = KVCache(model.config.n_layer, len(prompt)), [(None, [])]
+    decoder, tokenizer = engine.decoder, engine.tokenizer
+    ids = torch.tensor(prompt, device=decoder.device)
+    cache, ranks = KVCache(decoder.config.n_layer, len(prompt)), [(None, [])]
     for start in range(0, len(prompt) - 1, SCORED_AT_ONCE):
         end = min(start + SCORED_AT_ONCE, len(prompt) - 1)
-        with autocast(ids.device, dtype):
-            logits = model(ids[None, start:end], kv_cache=cache)[0]
+        logits = decoder.extend(ids[None, start:end], cache, last=0)
         ranks += ranked(logits, ids[start + 1 : end + 1], top)
         yield None
     offsets = list(accumulate(map(len, texts(tokenizer, prompt)), initial=0))
