@@ -139,7 +139,7 @@ def test_what_stands_behind_an_embedding_is_added_further_up(n, layers):
         if layer in layers:
             h = h + deep.chunk(n, -1)[layers.index(layer)]
         before.append(h)
-        h = block(h, cos_sin, None)
+        h = block(h, cos_sin)
     expected = 15 * torch.tanh(model.lm_head(norm(h))[..., :70] / 15)
     torch.testing.assert_close(model(inputs_embeds=inputs), expected, **CLOSE)
     torch.testing.assert_close(model.states(inputs), before[-1], **CLOSE)
