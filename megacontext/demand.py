@@ -1,12 +1,12 @@
 """
 Demand: what the newest tokens of a session want of the blocks of its stream.
 
-Shapes: B rows, P tokens, n blocks that are asked, D = n_embd, C = KEY.
+Shapes: B rows, P tokens, n blocks that are asked, D = n_embd, C numbers of a key with words.
 """
 
 import torch
 
-from megacontext.lensnet import FADE, KEY
+from megacontext.lensnet import FADE
 from megacontext.tree import RamStore
 
 MOST_BLOCKS = 32768  # a million tokens at block_size 32
@@ -14,14 +14,14 @@ MOST_BLOCKS = 32768  # a million tokens at block_size 32
 
 class Demand:
     """
-    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1. The newest MOST_BLOCKS whole
+    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1, of n_embd numbers. The newest MOST_BLOCKS whole
     blocks are asked, from number `first` on, and no others: what a token costs has a bound, however long the stream.
 
     What was wanted fades with each token. So that fading costs nothing, values are kept as they would be at token 0.
     """
 
-    def __init__(self, listener, store):
-        self.listener, self.store = listener, store
+    def __init__(self, listener, store, n_embd):
+        self.listener, self.store, self.n_embd = listener, store, n_embd
         self.keys, self.first = RamStore(), 0  # keys [B, n, C] at level 0
         self.clear()
 
@@ -34,12 +34,12 @@ class Demand:
             return torch.zeros(rows, 0)
         return self._values - FADE * self._end
 
-    def listen(self, states, num_tokens):
-        """Add what the newest tokens want, the last of which is token num_tokens − 1: states [P, D] for each row."""
-        self.load(len(states))
+    def listen(self, asking, num_tokens):
+        """Add what the newest tokens want, the last of which is token num_tokens − 1: asking [P, 2·D] for each row."""
+        self.load(len(asking))
         blocks = self.keys.count(0)
         if blocks:
-            now = [self.listener(row, keys)[None] for row, keys in zip(states, self.keys.all(0), strict=True)]
+            now = [self.listener(row, keys)[None] for row, keys in zip(asking, self.keys.all(0), strict=True)]
             now = (now[0] if len(now) == 1 else torch.cat(now)).add_(FADE * num_tokens)
             if self._values is None:
                 self._values = now
@@ -60,7 +60,7 @@ class Demand:
                 self.keys.append(0, kept)
         if blocks > known:
             index = torch.arange(known, blocks, device=self.store.device).expand(rows, -1)
-            self.keys.append(0, self.store.get(1, index)[..., -KEY:].float())
+            self.keys.append(0, self.store.get(1, index)[..., self.n_embd :].float())
 
     def _grown(self, blocks):
         grown = self._values.new_full((len(self._values), blocks), -torch.inf)

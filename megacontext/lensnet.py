@@ -5,14 +5,18 @@ Shapes: R rows, P tokens that ask, n blocks of K tokens, D = n_embd, H = HEADS, 
 
     query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h
     key      of a block, from the embeddings of its tokens: `layers` of attention within it, mean, head → [C]
-    z      = bias + Σ_h w_h · leaky_relu(q_h · key)
+    words    of a block: the sum of the embeddings of its tokens, and of some before it, less their mean, projected to
+             S = word_size numbers, of length 1; of a token: the same of the newest tokens, which fade with their age
+    z      = bias + Σ_h w_h · leaky_relu(q_h · key) + match · (words of the token · words of the block)
 
 z is the logarithm of the odds that the token looks into that block for what it says, and not into none; the score is
 tanh(z / 2) = 2·sigmoid(z) − 1. A key knows neither its place nor the length of the stream, so what is far is found as
-what is near is. The form of z is that of DeepSeek-V3.2's lightning indexer; what it is trained for, see losses.
+what is near is. The form of the first sum is that of DeepSeek-V3.2's lightning indexer; what it is trained for, see
+losses. The last term finds what shares words before anything is learned, as BM25 would: in a model that is finished
+the projection *whitens* embeddings (see `whiten`), so that rare tokens count more than what all have in common.
 
 Parameters: about 12·layers·WIDTH² + WIDTH·D and, for the mlp head, 4·WIDTH·(WIDTH + C), for keys; (C + 1)·H·D for
-queries.
+queries; the projection is not trained.
 """
 
 import torch
@@ -31,6 +35,27 @@ HEAD_DIM = 32
 SHARP = 8.0  # z is large where it is sure: without the factor, steps of bounded size take long to get there
 LEAK = 0.1  # of ReLU: without it, all heads of all tokens may die, and then nothing is ever learned again
 FADE = 0.5  # of what a token wants, per token after it
+WORDS = 256  # most numbers for the words of a block: 64 do not tell the thousands of blocks of long streams apart
+EPSILON = 1e-6  # of all power: directions with less than that are noise
+NEWEST, NEWEST_FADE = 64, 0.96  # tokens whose words a token asks with, and the weight of each beside the next
+FINISHED_MATCH, FINISHED_BIAS = 0.34, -0.07  # fitted to where SmolLM2-135M looks; from 0 it takes 100 steps
+
+
+def word_size(n_embd) -> int:
+    """S: numbers that stand for the words of a block."""
+    return min(WORDS, n_embd // 2)
+
+
+def asking(states, embeds, at):
+    """
+    What tokens ask with, […, P, 2·D]: their states […, P, D] and, for their words, the mean of the embeddings
+    […, N, D] of the NEWEST tokens up to them, each with NEWEST_FADE of the weight of the next. at […, P]: where they
+    stand among the N.
+    """
+    age = at[..., None] - torch.arange(embeds.size(-2), device=at.device)
+    weights = torch.where((age >= 0) & (age < NEWEST), NEWEST_FADE ** age.clamp(0, NEWEST).float(), 0.0)
+    newest = (weights / weights.sum(-1, keepdim=True)) @ embeds.float()
+    return torch.cat((states, newest.to(states.dtype)), dim=-1)
 
 
 class LensNet(nn.Module):
@@ -44,6 +69,9 @@ class LensNet(nn.Module):
             torch.empty(HEADS, n_embd)
         )  # Muon's steps, of one length, would make it large at once
         self.bias = nn.Parameter(torch.empty(1))
+        self.match = nn.Parameter(torch.empty(1))
+        self.register_buffer("mean", torch.empty(n_embd))
+        self.register_buffer("projection", torch.empty(word_size(n_embd), n_embd))
         self.embed = nn.Linear(n_embd, WIDTH, bias=False)
         self.encoder = Encoder(layers, WIDTH, HEAD_DIM)
         self.head = Head(head, WIDTH, KEY)
@@ -54,21 +82,56 @@ class LensNet(nn.Module):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
         nn.init.normal_(self.head.c_proj.weight, std=self.head.c_proj.weight.size(1) ** -0.5)
-        nn.init.zeros_(self.weigh)
-        nn.init.zeros_(self.bias)
+        for p in (self.weigh, self.bias, self.match, self.mean):
+            nn.init.zeros_(p)
+        nn.init.orthogonal_(self.projection)
 
-    def keys(self, children):
-        """Keys [M, C] of blocks, from the embeddings [M, K, D] of their tokens."""
+    @torch.no_grad()
+    def whiten(self, embeddings, counts):
+        """
+        Start from a finished model: embeddings [V, D] of its tokens and how often each occurs in text, counts [V].
+
+        The mean over text is taken away and what is left multiplied by the inverse root of its covariance, then
+        projected at random, which keeps products. With keys and queries made so, untrained, blocks are found nearly as
+        well as by BM25 (dev/LOG.md).
+        """
+        p = counts.double() / counts.sum()
+        mean = p @ embeddings.double()
+        x = embeddings.double() - mean
+        covariance = x.mT @ (p[:, None] * x)
+        power, directions = torch.linalg.eigh(covariance)
+        root = directions * (power.clamp(min=0) + EPSILON * power.sum()).rsqrt()
+        chance = torch.randn(self.projection.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        random = torch.linalg.qr(chance.mT)[0].to(root.device)
+        self.mean.copy_(mean)
+        self.projection.copy_((root @ random).mT)
+        self.match.fill_(FINISHED_MATCH)
+        self.bias.fill_(FINISHED_BIAS)
+
+    def keys(self, children, before):
+        """Keys with words [M, C + S] of blocks, from the embeddings [M, K, D] of their tokens and of `before` them."""
+        words = self.words(torch.cat((before, children), dim=1).mean(1))
+        return torch.cat((self._key(children), words), dim=-1)
+
+    def words(self, means):
+        """Words [..., S], float32, of means [..., D] of embeddings: rounded, small powers would drown in large ones."""
+        with torch.autocast(means.device.type, enabled=False):
+            return F.normalize(F.linear(means.float() - self.mean, self.projection), dim=-1)
+
+    def _key(self, children):
         cos, sin = rotary_cos_sin(torch.arange(children.size(1), device=children.device), self.encoder.head_dim)
         h = self.encoder(self.embed(children), (cos[:, None], sin[:, None]))
         return norm(self.head(h.mean(1)))
 
-    def forward(self, states, keys):
-        """z [R, P, n], float32, of states [R, P, D] of tokens and keys [R, n, C] of blocks."""
+    def forward(self, asking, keys):
+        """z [R, P, n], float32, of what tokens ask with, [R, P, 2·D], and keys with words [R, n, C + S] of blocks."""
+        states, newest = asking.chunk(2, dim=-1)
         h = norm(states)
         q = self.query(h).unflatten(-1, (HEADS, KEY))
+        keys, words = keys[..., :KEY], keys[..., KEY:]
         found = F.leaky_relu(torch.einsum("rphc,rnc->rphn", q, keys.to(q.dtype)), LEAK).float() / KEY**0.5
-        return SHARP * ((F.linear(h, self.weigh.to(h.dtype)).float()[..., None] * found).sum(2) + self.bias.float())
+        z = (F.linear(h, self.weigh.to(h.dtype)).float()[..., None] * found).sum(2) + self.bias.float()
+        return SHARP * (z + self.match.float() * (self.words(newest) @ words.float().mT))
 
     def listener(self):
         """What tells what tokens want, with the weights as they are now."""
@@ -85,18 +148,19 @@ class Listener:
     def __init__(self, lensnet):
         weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh))
         self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * lensnet.bias.float()
+        self.words, self.match = lensnet.words, SHARP * lensnet.match.float()
 
-    def __call__(self, states, keys):
-        """What tokens with these states [P, D], the newest last, want together of blocks with keys [n, C]: [n]."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self._wanted(states, keys)
+    def __call__(self, asking, keys):
+        """What tokens, the newest last, want together of n blocks: [n]. asking [P, 2·D], keys [n, C + S]: as above."""
+        with torch.autocast(asking.device.type, enabled=False):
+            return self._wanted(*asking.float().chunk(2, dim=-1), keys[:, :KEY], keys[:, KEY:])
 
-    def _wanted(self, states, keys):
-        asked = self.matrix(norm(states.float()))
+    def _wanted(self, states, newest, keys, words):
+        asked, newest = self.matrix(norm(states)), self.match * self.words(newest)
         q, w = asked[:, :-HEADS].reshape(-1, KEY), asked[:, -HEADS:]
         found = F.leaky_relu_(torch.mm(q, keys.T), LEAK)  # [P·H, n]; the other way round costs a CPU twice the time
         if len(w) == 1:
-            return torch.mv(found.T, w[0]).add_(self.bias)
+            return torch.mv(found.T, w[0]).addmv_(words, newest[0]).add_(self.bias)
         age = torch.arange(len(w) - 1, -1, -1, device=w.device)
-        z = torch.bmm(w[:, None], found.view(*w.shape, -1))[:, 0]
+        z = torch.bmm(w[:, None], found.view(*w.shape, -1))[:, 0].addmm_(newest, words.T)
         return (z - FADE * age[:, None]).amax(0) + self.bias

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megacontext.lensnet import NEWEST, asking
 from megacontext.reader import score
 from megacontext.session import MCSession
 
@@ -39,7 +40,9 @@ def look(session: MCSession, question: list[int], most=20) -> list[Found]:
     query = reader.embed(torch.tensor([question], device=session.device)).to(x.dtype)
     at = int(context.lengths()) + torch.arange(-len(question), 0)[None]
     demand.load(session.rows)
-    asked = reader.states(torch.cat((x, query), dim=1), context, at)[0]
+    states = reader.states(torch.cat((x, query), dim=1), context, at)
+    words = torch.cat((session.tree.newest(NEWEST)[:1], query), dim=1)
+    (asked,) = asking(states, words, words.size(1) + torch.arange(-len(question), 0, device=session.device)[None])
     scores, blocks = score(demand.listener(asked, demand.keys.all(0)[0])).sort(descending=True, stable=True)
     blocks = demand.first + blocks[:most]
     lods = context.tiles[0, context.tile_of(blocks[None])[0]]

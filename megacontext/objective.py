@@ -17,6 +17,7 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
+from megacontext.lensnet import asking
 from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.past import Pasts, put_before
@@ -107,18 +108,18 @@ class MCObjective:
                 inputs, entries, targets = put_before(before, K, most, inputs, entries, targets, generator)
                 stats["mc/tree_tokens"] += sum(past.num_tokens for past in before) / len(before)
                 stats["mc/wc_entries"] = entries.valid.sum().item() / len(inputs)
-        asking = None
+        at = None
         if judged:
             counterfactuals = random_variants(C * dense, T, K, length, recent, generator)
-            tokens, asked, at, there = asked_tokens(counterfactuals, recent, ASKED, generator)
-            asking = tokens.view(dense, -1).to(x.device, non_blocking=True)
+            tokens, asked, entry, there = asked_tokens(counterfactuals, recent, ASKED, generator)
+            at = tokens.view(dense, -1).to(x.device, non_blocking=True)
         if dense and not c.mc_freeze_base:
-            result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=asking)
+            result = self.model(inputs_embeds=embeds[:dense], targets=y[:dense], asking=at)
             stats["mc/base_loss"], looks = result if judged else (result, None)
             loss = loss + stats["mc/base_loss"]
         elif judged:
             with torch.no_grad():
-                _, looks = self.model.trunk(embeds[:dense], asking=asking)
+                _, looks = self.model.trunk(embeds[:dense], asking=at)
 
         if dense < B:
             teacher = self.taught(embeds[dense:], entries) if c.mc_freeze_base else None
@@ -131,14 +132,14 @@ class MCObjective:
                 caches[name] = cos[i : i + V], sin[i : i + V], None if fade is None else fade[i : i + V]
 
         if judged:
-            blocks = embeds[:dense, : old * K].detach()
-            inputs = tables[0].materialize(counterfactuals)
-            compressed = reader.states(inputs, counterfactuals, at).view(*asking.shape, -1)
-            z = reader.wants(torch.cat((looks.states, compressed), 1), reader.keys(blocks))
-            among = old_blocks_of(asking, old, K, recent)
+            values, inputs = embeds[:dense].detach(), tables[0].materialize(counterfactuals)
+            compressed = reader.states(inputs, counterfactuals, entry).view(*at.shape, -1)
+            states = torch.cat((looks.states, compressed), 1)
+            z = reader.wants(asking(states, values, at.repeat(1, 2)), reader.keys(values[:, : old * K]))
+            among = old_blocks_of(at, old, K, recent)
             sinks = x[:dense] == self.bos
             sinks[:, 0] |= self.model.sink
-            content = looks_for_content(looks, asking, sinks, K, among)
+            content = looks_for_content(looks, at, sinks, K, among)
             counted = torch.cat((asked.view(dense, -1), there.view(dense, -1)), 1).to(x.device, non_blocking=True)
             stats["mc/lens_loss"] = lens_loss(z, content.repeat(1, 2, 1), among.repeat(1, 2, 1), counted)
             loss = loss + c.mc_lens_loss_weight * stats["mc/lens_loss"]

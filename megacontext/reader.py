@@ -16,8 +16,9 @@ import torch
 from megacontext.config import MCConfig
 from megacontext.focus import Focus
 from megacontext.gaussian_rope import as_positions, entry_positions
+from megacontext.lensnet import asking
 from megacontext.networks import MCNetworks
-from megacontext.tree import Table, build_table
+from megacontext.tree import Table, before, build_table, tokens_of_blocks
 from nanochat.common import autocast, resolve_dtype
 
 
@@ -76,9 +77,12 @@ class Reader:
             return self.networks.gistnet(self._suited(children), level)
 
     def node(self, children, level):
-        """`gist`; at level 1 LensNet's key of the block stands behind it: [M, D + C]. What sessions keep."""
+        """
+        `gist`; at level 1, where children come with the tokens before them, LensNet's key of the block stands behind
+        it: [M, D + C]. What sessions keep.
+        """
         children = children[..., : self.model.config.n_embd]
-        gists = self.gist(children, level)
+        gists = self.gist(children[:, -self.config.block_size :], level)
         return gists if level > 1 else torch.cat((gists, self.block_keys(children).to(gists.dtype)), dim=-1)
 
     def tree(self, embeds) -> Table:
@@ -102,14 +106,16 @@ class Reader:
 
     def keys(self, embeds):
         """LensNet's keys [B, n, C] of the whole blocks of tokens with embeddings [B, N, D]."""
-        K = self.config.block_size
-        blocks = embeds[:, : embeds.size(1) // K * K].unflatten(1, (-1, K))
+        index = tokens_of_blocks(0, embeds.size(1) // self.config.block_size, self.config.block_size)
+        blocks = embeds[:, index.to(embeds.device, non_blocking=True)]
         return self.block_keys(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2])
 
     def block_keys(self, children):
-        """LensNet's keys [M, C] of blocks with embeddings [M, K, D]."""
+        """LensNet's keys [M, C] of blocks, from the embeddings of their tokens behind those before: [M, before + K, D]."""
+        K = self.config.block_size
+        earlier, children = self._suited(children).split((before(K), K), dim=1)
         with autocast(self.device, self.dtype):
-            return self.networks.lensnet.keys(self._suited(children))
+            return self.networks.lensnet.keys(children, earlier)
 
     @torch.no_grad()
     def states(self, inputs, context, at):
@@ -117,15 +123,15 @@ class Reader:
         states = self.model.states(self.deepen(inputs, context.entries), self.positions(context))
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
-    def wants(self, states, keys):
-        """LensNet's z [R, P, n] of blocks with keys [R, n, C], each for tokens with states [R, P, D]."""
+    def wants(self, asking, keys):
+        """LensNet's z [R, P, n] of blocks with keys [R, n, C], for each of the tokens that ask [R, P, 2·D]."""
         with autocast(self.device, self.dtype):
-            return self.networks.lensnet(self._suited(states), keys)
+            return self.networks.lensnet(self._suited(asking), keys)
 
-    def wanted(self, states, keys):
-        """What the tokens of each row want together, z [R, n], of states [R, P, D] and keys [R, n, C]: see Listener."""
+    def wanted(self, asking, keys):
+        """What tokens of each row that ask [R, P, 2·D] want together, z [R, n], of keys [R, n, C]: see Listener."""
         listener = self.networks.lensnet.listener()
-        return torch.stack([listener(*row) for row in zip(states, keys.float(), strict=True)])
+        return torch.stack([listener(*row) for row in zip(asking, keys.float(), strict=True)])
 
     def positions(self, context, at=None):
         """The rotary positions of a context's entries, or of those with index `at` [R, n]: see entry_positions."""
@@ -163,12 +169,15 @@ class Reader:
 
     def focus(self, table, context, budget):
         """The context after the refocus of a prompt, as at inference, within the budget."""
-        focus, keys = Focus(self.config, context.num_rows), self.keys(table.values[:, : context.num_tokens])
-        keys = keys.repeat_interleave(context.num_rows // len(keys), 0)
+        focus, embeds = Focus(self.config, context.num_rows), table.level(0)
+        embeds = embeds.repeat_interleave(context.num_rows // len(embeds), 0)
+        keys, newest = self.keys(embeds), torch.arange(-min(ASKING, context.num_tokens), 0)
+        at = (context.num_tokens + newest).to(self.device).expand(context.num_rows, -1)
         for i in range(self.config.mc_infer_allocator_iterations):
-            newest = context.lengths()[:, None] + torch.arange(-min(ASKING, context.num_tokens), 0)
-            states = self.states(table.materialize(context), context, newest.clamp(min=0))
-            edited = focus.refocus(context, score(self.wanted(states, keys)), budget, again=i > 0, eager=True)
+            entries = context.lengths()[:, None] + newest
+            states = self.states(table.materialize(context), context, entries.clamp(min=0))
+            wanted = self.wanted(asking(states, embeds, at), keys)
+            edited = focus.refocus(context, score(wanted), budget, again=i > 0, eager=True)
             if edited is context:
                 break
             context = edited

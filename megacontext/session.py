@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megacontext.config import MCConfig
 from megacontext.demand import Demand
 from megacontext.focus import Focus, focus_state
+from megacontext.lensnet import NEWEST, asking
 from megacontext.reader import ASKING, Reader, score
 from megacontext.spliced_cache import SplicedCache
 from megacontext.streams import STORES
@@ -102,7 +103,7 @@ class MCSession:
         store = self._store or STORES[self.config.mc_tree](self.config.block_size)
         reader, K = self.reader, self.config.block_size
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink)
-        self.demand = Demand(self._listener, store)
+        self.demand = Demand(self._listener, store, self.model.config.n_embd)
         self.focus = Focus(self.config, 1, self.seed)
         self.spliced = SplicedCache(self.decoder, self.budget, self.config.mc_positional)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
@@ -165,7 +166,7 @@ class MCSession:
                 context = self._refocused(self._context, again > 1, eager=True)
                 if context is self._context:
                     break
-                self._adopt(context, ASKING)
+                self._adopt(context, NEWEST)  # all whose words asked see what was found
             for n, after in self._read_parts(part):
                 logits = after
                 read += n
@@ -236,8 +237,15 @@ class MCSession:
         """Take up what the tokens of a step want, from their states [B, D]; called after the step."""
         blocks = self.tree.store.count(1)
         if self._context.coarsest > 0 and not self._since % (1 + blocks // BLOCKS_PER_TOKEN):
-            self.demand.listen(states.unsqueeze(1).unbind(), self.num_tokens)
+            self._listen(states.unsqueeze(1).unbind())
             self.wish = self._wish()
+
+    def _listen(self, states):
+        """Take up what the newest tokens of each row want, from their states [P, D]."""
+        embeds = self.tree.newest(NEWEST + max(map(len, states)) - 1, len(states))
+        newest = torch.arange(embeds.size(1), device=self.device)
+        rows = zip(states, embeds, strict=True)
+        self.demand.listen([asking(h, x, newest[len(x) - len(h) :]) for h, x in rows], self.num_tokens)
 
     def _wish(self):
         """How much each row wants the hidden block that it wants most, z [B] on the device; None if there is none."""
@@ -457,7 +465,7 @@ class MCSession:
                 states[row].append(state[(part >= LEVELS * (context.num_tokens - ASKING)).to(self.device)])
             self._up_to_date = all(done[row] == len(unread[row]) for row in rows)
             if self._up_to_date:
-                self.demand.listen(list(map(torch.cat, states)), context.num_tokens)
+                self._listen(list(map(torch.cat, states)))
             yield len(index[0]), torch.cat(logits) if self._up_to_date else None
 
     # -----------------------------------------------------------------------------------------------------

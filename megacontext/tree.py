@@ -6,7 +6,7 @@ Shapes: B rows, N tokens, K = block_size, D = n_embd, W entries of a working con
 Level 0 is the tokens. Node i of level l >= 1 is the gist of nodes K·i … K·i + K − 1 of level l − 1 and so covers
 the tokens [i·K^l, (i+1)·K^l); it exists once they are all there. Both forms ask a gist function for the nodes of
 one level at a time: gist_fn(children [M, K, D], level) -> [M, D]. For a MegaContextTree it may be wider than D: what
-stands behind a gist is kept with it.
+stands behind a gist is kept with it; and the children of level 0 come with those before them, see `before`.
 
 sink: the model was never taught to have a gist in the first place, to which tokens attend whatever it says (an
 attention sink, arXiv 2309.17453). So for the first node of a level the first token is read.
@@ -27,6 +27,21 @@ def _gists(gist_fn, children, block_size, level):
     """Children [B, m·K, D] of level − 1 to their parents [B, m, D], in the children's precision."""
     blocks = children.unflatten(1, (-1, block_size)).flatten(0, 1)
     return gist_fn(blocks, level).unflatten(0, (children.size(0), -1)).to(children.dtype)
+
+
+def before(block_size) -> int:
+    """Tokens of the block before that come with each block of a MegaContextTree."""
+    return block_size // 2
+
+
+def tokens_of_blocks(first, end, block_size):
+    """
+    Positions [n, before + K] of the tokens of blocks first … end − 1, each behind those before it. What comes before
+    the first block of all is its own end.
+    """
+    K = block_size
+    positions = torch.arange(first, end)[:, None] * K + torch.arange(-before(K), K)
+    return torch.where(positions < 0, positions + K, positions)
 
 
 class Table(NamedTuple):
@@ -192,8 +207,9 @@ class MegaContextTree:
         most, K, level, cut = INGEST_TOKENS // self.block_size + 1, self.block_size, 1, False
         while (done := self.store.count(level)) < (ready := self.store.count(level - 1) // K):
             ready, cut = min(ready, done + most), cut or ready > done + most
-            index = torch.arange(done * K, ready * K, device=self.store.device).expand(rows, -1)
-            self.store.append(level, _gists(self.gist_fn, self._get(level - 1, index), K, level))
+            index = tokens_of_blocks(done, ready, K) if level == 1 else torch.arange(done * K, ready * K).view(-1, K)
+            children = self._get(level - 1, index.flatten().to(self.store.device).expand(rows, -1))
+            self.store.append(level, _gists(self.gist_fn, children, index.size(1), level))
             level += 1
         self.store.settle()
         return cut
@@ -201,6 +217,11 @@ class MegaContextTree:
     def _get(self, level, index):
         values = self.store.get(level, index)
         return self.embed_fn(values) if level == 0 else values
+
+    def newest(self, count, rows=1):
+        """Embeddings [B, n, D] of the newest tokens, `count` or all that there are."""
+        index = torch.arange(max(0, self.num_tokens - count), self.num_tokens, device=self.store.device)
+        return self._get(0, index.expand(rows, -1))
 
     @torch.no_grad()
     def materialize(self, context, at=None):

@@ -14,6 +14,9 @@ interrupted run from its newest checkpoint.
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
+import torch
+import torch.distributed as dist
+
 from megacontext.attach import attach, meta_of, observe
 from megacontext.config import MCConfig
 from nanochat import pretrained
@@ -26,6 +29,9 @@ from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Amount, Count, Every, Fraction
 from nanochat.tokenizer import count_token_bytes
 from nanochat.training import Training, set_length
+
+
+COUNTED = 2**18  # tokens of which frequencies are taken
 
 
 @dataclass
@@ -55,6 +61,22 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     """settings of MegaContext"""
 
 
+def embeddings_in_text(model, tokenizer, loader):
+    """
+    The model's embeddings [V, D], and how often each token occurs, [V], in COUNTED tokens of text of all ranks; special
+    tokens, which are between all turns of chats, as often as the commonest.
+    """
+    V = tokenizer.get_vocab_size()
+    counts, ids = torch.zeros(V, device=loader.device), torch.arange(V, device=loader.device)
+    while counts.sum() < COUNTED:
+        counts += next(loader)[0].flatten().bincount(minlength=V)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    counts[[tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]] = counts.max()
+    with torch.no_grad():
+        return model.embed(ids[None])[0].float(), counts
+
+
 def main(config: Config):
     *_, world_size, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
@@ -69,6 +91,8 @@ def main(config: Config):
     if tag == parent["model_tag"] and not config.hf_path:
         raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), trunk=model)
+    with TokenLoader(tokenizer, B, T, "train", device) as loader:
+        companion.lensnet.whiten(*embeddings_in_text(model, tokenizer, loader))
 
     def rate(step, total):
         return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)

@@ -5,10 +5,23 @@ import math
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from megacontext.layers import split_parameters
-from megacontext.lensnet import FADE, HEADS, KEY, LEAK, SHARP, WIDTH, LensNet
+from megacontext.lensnet import (
+    FADE,
+    HEADS,
+    KEY,
+    LEAK,
+    NEWEST,
+    NEWEST_FADE,
+    SHARP,
+    WIDTH,
+    LensNet,
+    asking,
+    word_size,
+)
 from megacontext.reader import score
 from nanochat.muon import Muon
 from tests.helpers import root_mean_square
@@ -35,13 +48,19 @@ def blocks(n=10, seed=0, rows=()):
     return rms_norm(torch.randn(*rows, n, K, D, generator=torch.Generator().manual_seed(seed)))
 
 
-def states(rows=2, tokens=5, seed=1):
-    """The trunk's, which are not normalized."""
-    return 7 * torch.randn(rows, tokens, D, generator=torch.Generator().manual_seed(seed))
+def tokens_asking(rows=2, tokens=5, seed=1):
+    """States as the trunk's, which are not normalized, and means of newest embeddings."""
+    random = torch.randn(rows, tokens, 2 * D, generator=torch.Generator().manual_seed(seed))
+    return torch.cat((7 * random[..., :D], random[..., D:]), dim=-1)
+
+
+def before(n=10, rows=()):
+    return rms_norm(torch.randn(*rows, n, K // 2, D, generator=torch.Generator().manual_seed(8)))
 
 
 def keys_of(lens, rows=2, n=10):
-    return lens.keys(blocks(n, rows=(rows,)).flatten(0, 1)).unflatten(0, (rows, n))
+    children, earlier = blocks(n, rows=(rows,)).flatten(0, 1), before(n, (rows,)).flatten(0, 1)
+    return lens.keys(children, earlier).unflatten(0, (rows, n))
 
 
 def rms(v):
@@ -80,45 +99,50 @@ def reference_key(lens, children):
     return rms(w["head.c_proj.weight"] @ x)
 
 
-def reference_z(lens, state, key):
+def reference_z(lens, asks, key):
     """z of one token for one block, head by head."""
-    w = {name: p.detach().double() for name, p in lens.named_parameters()}
-    h = rms(state.double())
-    z = w["bias"][0]
+    w = {name: p.detach().double() for name, p in (*lens.named_parameters(), *lens.named_buffers())}
+    state, newest, key, words = *asks.double().split(D), *key.double().split((KEY, word_size(D)))
+    h = rms(state)
+    found = w["projection"] @ (newest - w["mean"])
+    z = w["bias"][0] + w["match"][0] * (found / found.norm()) @ words
     for head in range(HEADS):
         query = w["query.weight"][head * KEY : (head + 1) * KEY] @ h
-        found = query @ key.double()
+        found = query @ key
         z = z + (w["weigh"][head] @ h) * (found if found > 0 else LEAK * found) / math.sqrt(KEY)
     return SHARP * z
 
 
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_keys_equal_the_reference(options):
-    lens, children = make(**options).double(), blocks(3)
+    lens, children, earlier = make(**options).double(), blocks(3), before(3)
+    nn.init.normal_(lens.mean, std=0.1)
     assert lens.encoder.n_head == 4
-    keys = lens.keys(children.double())
-    assert keys.shape == (3, KEY)
-    for key, block in zip(keys, children, strict=True):
+    keys = lens.keys(children.double(), earlier.double())
+    assert keys.shape == (3, KEY + word_size(D))
+    for key, block, some in zip(keys, children, earlier, strict=True):
         # The angles of rotary positions are float32
-        torch.testing.assert_close(key, reference_key(lens, block), atol=1e-6, rtol=0)
-    assert (keys[0] - keys[1]).abs().max() > 0.1
+        torch.testing.assert_close(key[:KEY], reference_key(lens, block), atol=1e-6, rtol=0)
+        words = sum(lens.projection @ (token.double() - lens.mean) for token in (*some, *block))
+        torch.testing.assert_close(key[KEY:].double(), words / words.norm(), atol=1e-6, rtol=0)
+    assert (keys[0] - keys[1])[:KEY].abs().max() > 0.1
 
 
-def wanted(lens, asking, keys):
+def wanted(lens, asks, keys):
     """Of all rows."""
     listener = lens.listener()
-    return torch.stack([listener(*row) for row in zip(asking, keys.detach(), strict=True)])
+    return torch.stack([listener(*row) for row in zip(asks, keys.detach(), strict=True)])
 
 
 def test_z_and_what_is_wanted_equal_the_reference():
-    lens, asking = make(), states()
+    lens, asks = make(), tokens_asking()
     with torch.no_grad():
         keys = keys_of(lens)
-        z, heard = lens(asking, keys), wanted(lens, asking, keys)
+        z, heard = lens(asks, keys), wanted(lens, asks, keys)
     assert z.dtype == torch.float32
     assert z.shape == (2, 5, 10)
     for row, n in itertools.product(range(2), range(10)):
-        expected = [float(reference_z(lens, asking[row, p], keys[row, n])) for p in range(5)]
+        expected = [float(reference_z(lens, asks[row, p], keys[row, n])) for p in range(5)]
         assert z[row, :, n].tolist() == pytest.approx(expected, abs=1e-3, rel=1e-4)
         assert heard[row, n].item() == pytest.approx(max(e - FADE * (4 - p) for p, e in enumerate(expected)), abs=1e-3)
     assert z.std() > 1
@@ -127,9 +151,9 @@ def test_z_and_what_is_wanted_equal_the_reference():
 def test_an_untrained_lens_has_no_wishes_and_any_lens_scores_between_minus_one_and_one():
     for options in OPTIONS:
         lens = LensNet(D, **options)
-        assert not score(wanted(lens, states(), keys_of(lens))).any()
+        assert not score(wanted(lens, tokens_asking(), keys_of(lens))).any()
         lens = make(**options)
-        scores = score(lens(states(), keys_of(lens)).detach())
+        scores = score(lens(tokens_asking(), keys_of(lens)).detach())
         assert scores.abs().max() <= 1
         assert scores.min() < -0.1
         assert scores.max() > 0.1
@@ -139,44 +163,47 @@ def test_every_option_changes_parameters_and_keys():
     lenses = [make(**options) for options in OPTIONS]
     for a, b in itertools.combinations(lenses, 2):
         assert dict(a.named_parameters()).keys() != dict(b.named_parameters()).keys()
-        assert not torch.allclose(a.keys(blocks()), b.keys(blocks()), atol=1e-3)
+        assert not torch.allclose(keys_of(a), keys_of(b), atol=1e-3)
 
 
 def test_a_key_knows_all_words_of_its_block_and_their_order_and_nothing_else():
-    lens, children = make(), blocks()
-    keys = lens.keys(children)
+    lens, children, earlier = make(), blocks(), before()
+    keys = lens.keys(children, earlier)
     for token in range(K):
         changed = children.clone()
         changed[3, token] = -changed[3, token]
-        moved = (lens.keys(changed) - keys).abs().amax(1)
-        assert moved[3] > 1e-3
+        moved = (lens.keys(changed, earlier) - keys).abs()
+        assert moved[3, :KEY].max() > 1e-3
+        assert moved[3, KEY:].max() > 1e-3
         assert moved[torch.arange(10) != 3].max() < 1e-5
-    assert (lens.keys(children.flip(1)) - keys).abs().amax() > 1e-3
+    moved = (lens.keys(children, -earlier) - keys).abs()  # what comes before counts as words only
+    assert moved[:, :KEY].max() < 1e-5 < 1e-3 < moved[:, KEY:].max()
+    assert (lens.keys(children.flip(1), earlier) - keys)[:, :KEY].abs().amax() > 1e-3
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))  # its place does not matter
-    torch.testing.assert_close(lens.keys(children[order]), keys[order], atol=1e-5, rtol=0)
-    torch.testing.assert_close(lens.keys(children[:1]), keys[:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(lens.keys(children[order], earlier[order]), keys[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(lens.keys(children[:1], earlier[:1]), keys[:1], atol=1e-5, rtol=0)
 
 
 def test_what_a_token_wants_of_a_block_depends_on_the_two_alone():
-    lens, asking = make(), states()
+    lens, asks = make(), tokens_asking()
     keys = keys_of(lens)
-    z = lens(asking, keys)
-    torch.testing.assert_close(lens(asking[:, 2:3], keys[:, 4:6]), z[:, 2:3, 4:6], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(lens(asking.flip(0), keys.flip(0)), z.flip(0), atol=1e-4, rtol=1e-4)
+    z = lens(asks, keys)
+    torch.testing.assert_close(lens(asks[:, 2:3], keys[:, 4:6]), z[:, 2:3, 4:6], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens(asks.flip(0), keys.flip(0)), z.flip(0), atol=1e-4, rtol=1e-4)
     many = torch.cat((keys, keys_of(lens, n=500)), 1)  # however long the stream is
-    torch.testing.assert_close(lens(asking, many)[..., :10], z, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(lens(3 * asking, keys), z, atol=1e-4, rtol=1e-4)  # the size of a state says nothing
+    torch.testing.assert_close(lens(asks, many)[..., :10], z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens(3 * asks, keys), z, atol=1e-4, rtol=1e-4)  # the size of a state says nothing
 
 
 def test_what_is_wanted_fades():
     """The same state at each place: the newest counts; and what an old one wants more than that, less its age."""
     lens = make()
-    keys, state = keys_of(lens, rows=1), states(rows=1, tokens=1, seed=1)
+    keys, state = keys_of(lens, rows=1), tokens_asking(rows=1, tokens=1, seed=1)
     z = lens(state, keys)[:, 0]
     torch.testing.assert_close(wanted(lens, state.expand(-1, 6, -1), keys), z, atol=1e-4, rtol=1e-4)
     remembered = False
     for seed in range(20):
-        other = states(rows=1, tokens=3, seed=seed)
+        other = tokens_asking(rows=1, tokens=3, seed=seed)
         later, latest = wanted(lens, torch.cat((state, other), 1), keys), wanted(lens, other, keys)
         torch.testing.assert_close(later, torch.maximum(z - 3 * FADE, latest), atol=1e-4, rtol=1e-4)
         remembered |= bool((later > latest + 1e-3).any())
@@ -187,19 +214,21 @@ def test_what_is_wanted_fades():
 def test_a_listener_hears_what_is_wanted(tokens):
     """Also within autocast, and of no blocks."""
     lens = make()
-    keys, asking = keys_of(lens, rows=1, n=30).detach(), states(rows=1, tokens=tokens)
-    expected = (lens(asking, keys)[0] - FADE * torch.arange(tokens - 1, -1, -1)[:, None]).amax(0).detach()
+    keys, asks = keys_of(lens, rows=1, n=30).detach(), tokens_asking(rows=1, tokens=tokens)
+    expected = (lens(asks, keys)[0] - FADE * torch.arange(tokens - 1, -1, -1)[:, None]).amax(0).detach()
     listener = lens.listener()
     for around in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
-            torch.testing.assert_close(listener(asking[0], keys[0]), expected, atol=1e-3, rtol=1e-4)
-    assert listener(asking[0], keys[0, :0]).shape == (0,)
+            torch.testing.assert_close(listener(asks[0], keys[0]), expected, atol=1e-3, rtol=1e-4)
+    assert listener(asks[0], keys[0, :0]).shape == (0,)
 
 
 def test_gradients():
-    lens, children, asking = make(), blocks(20).requires_grad_(), states(rows=1).requires_grad_()
-    lens(asking, lens.keys(children)[None]).square().sum().backward()
-    for tensor in (children, asking, *lens.parameters()):
+    lens, children, earlier, asks = make(), blocks(20), before(20), tokens_asking(rows=1)
+    for tensor in (children, earlier, asks):
+        tensor.requires_grad_()
+    lens(asks, lens.keys(children, earlier)[None]).square().sum().backward()
+    for tensor in (children, earlier, asks, *lens.parameters()):
         assert tensor.grad.isfinite().all()
         assert tensor.grad.any()
 
@@ -208,9 +237,9 @@ def test_bf16_by_autocast():
     lens = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         keys = keys_of(lens)
-        z = lens(states(), keys)
+        z = lens(tokens_asking(), keys)
     assert z.dtype == torch.float32
-    exact = lens(states(), keys_of(lens))
+    exact = lens(tokens_asking(), keys_of(lens))
     assert 0 < root_mean_square(z - exact) < 0.05 * root_mean_square(exact)  # ε is 2^-8, after a few layers
 
 
@@ -226,7 +255,7 @@ def test_can_be_made_on_the_meta_device():
     for p, q in zip(lens.parameters(), other.parameters(), strict=True):
         assert p.isfinite().all()
         assert p.shape == q.shape
-    assert not lens(states(), keys_of(lens)).any()
+    assert not lens(tokens_asking(), keys_of(lens)).any()
     assert keys_of(lens).any()
 
 
@@ -235,7 +264,49 @@ def test_wide_models_get_a_narrow_lens(head):
     layers, n_embd = 2, 768
     lens = LensNet(n_embd, layers, head)
     of_keys = 12 * layers * WIDTH**2 + WIDTH * n_embd + (4 * WIDTH * (WIDTH + KEY) if head == "mlp" else WIDTH * KEY)
-    assert sum(p.numel() for p in lens.parameters()) == of_keys + (KEY + 1) * HEADS * n_embd + 1
+    assert sum(p.numel() for p in lens.parameters()) == of_keys + (KEY + 1) * HEADS * n_embd + 2
+
+
+def test_a_token_asks_with_the_words_of_the_newest_that_fade():
+    N = NEWEST + 20
+    states, embeds = torch.randn(1, 3, D), torch.randn(1, N, D)
+    places = [0, 7, N - 1]
+    asks = asking(states, embeds, torch.tensor([places]))
+    assert torch.equal(asks[..., :D], states)
+    for i, place in enumerate(places):
+        span = range(max(0, place - NEWEST + 1), place + 1)
+        weights = [NEWEST_FADE ** (place - t) for t in span]
+        mean = sum(w * embeds[0, t] for w, t in zip(weights, span, strict=True)) / sum(weights)
+        torch.testing.assert_close(asks[0, i, D:], mean, atol=1e-5, rtol=1e-5)
+
+
+def test_whitened_words_have_no_mean_and_no_direction_in_common():
+    """And blocks are found by their rarest words, untrained, where all embeddings are nearly alike."""
+    n_embd, V = 64, 500
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.linspace(2, 0.05, n_embd)
+    table = 3 + torch.randn(V, n_embd, generator=generator) * shape
+    counts = (1000 / torch.arange(1.0, V + 1)).round()
+    lens = LensNet(n_embd)
+    lens.whiten(table, counts)
+    projected = F.linear(table - lens.mean, lens.projection)
+    p = counts / counts.sum()
+    torch.testing.assert_close(p @ projected, torch.zeros(word_size(n_embd)), atol=1e-3, rtol=0)
+    covariance = projected.T @ (p[:, None] * projected)
+    torch.testing.assert_close(covariance, torch.eye(word_size(n_embd)), atol=0.02, rtol=0)
+
+    text = p.multinomial(50 * 16, replacement=True, generator=generator).view(50, 16)
+    rare = torch.arange(V - 50, V)
+    text[:, 3] = rare
+    keys = lens.keys(table[text], table[text][:, :0])
+    question = torch.cat((text[:, 8:12], rare[:, None]), dim=1)  # ends with the word that stands in one block only
+    asks = asking(torch.zeros(50, 1, n_embd), table[question], torch.full((50, 1), 4))
+    z = lens(asks, keys.expand(50, -1, -1))[:, 0]
+    assert (z.argmax(1) == torch.arange(50)).float().mean() > 0.9
+    lens = LensNet(n_embd)  # with a match, but not whitened
+    nn.init.ones_(lens.match)
+    z = lens(asks, lens.keys(table[text], table[text][:, :0]).expand(50, -1, -1))[:, 0]
+    assert (z.argmax(1) == torch.arange(50)).float().mean() < 0.5
 
 
 def test_learns_to_point_at_what_the_newest_token_is_about():
@@ -253,8 +324,9 @@ def test_learns_to_point_at_what_the_newest_token_is_about():
         word = torch.rand(B, words).argsort(1)[:, : n * K].view(B, n, K)
         answer = torch.randint(0, n, (B, P))
         asked = word[torch.arange(B)[:, None], answer, torch.randint(0, K, (B, P))]
-        keys = lens.keys(table[word].flatten(0, 1)).unflatten(0, (B, n))
-        return lens(table[asked], keys), answer
+        children = table[word].flatten(0, 1)
+        keys = lens.keys(children, children[:, :0]).unflatten(0, (B, n))
+        return lens(table[asked].repeat(1, 1, 2), keys), answer
 
     for step in range(steps):
         z, answer = batch(8)

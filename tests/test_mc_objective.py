@@ -9,7 +9,7 @@ import megacontext.objective
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
 from megacontext.inference import MCInference
-from megacontext.lensnet import KEY
+from megacontext.lensnet import KEY, asking, word_size
 from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
@@ -246,7 +246,9 @@ def test_lens_loss_against_one_sequence_at_a_time():
         z, parts = [], ([], [], [])
         for row in range(2):
             embeds = model.embed(x[row : row + 1])
-            keys = torch.stack([lens.keys(embeds[:, i * K : (i + 1) * K])[0] for i in range(n)])[None]
+            earlier = [embeds[:, i * K - K // 2 : i * K] if i else embeds[:, K - K // 2 : K] for i in range(n)]
+            keys = [lens.keys(embeds[:, i * K : (i + 1) * K], before)[0] for i, before in enumerate(earlier)]
+            keys = torch.stack(keys)[None]
             table, dense = reader.tree(embeds), model.states(embeds)
             for c in range(2):
                 context = contexts.select([2 * row + c])
@@ -264,7 +266,7 @@ def test_lens_loss_against_one_sequence_at_a_time():
                         t = int(tokens_asked[2 * row + c, p])
                         assert there[2 * row + c, p] == (t in place and lod_of[t] == 0)
                         for state in (dense[:, t], *([compressed[:, place[t]]] if there[2 * row + c, p] else [])):
-                            z.append(lens(state[:, None], keys)[0, 0])
+                            z.append(lens(asking(state[:, None], embeds, torch.tensor([[t]])), keys)[0, 0])
                             i = c * asked.size(1) + p
                             for part, value in zip(parts, (content[row, i], old[row, i]), strict=False):
                                 part.append(value)
@@ -298,16 +300,17 @@ def test_networks_keep_their_precision():
     networks = make_objective(model).reader.networks
     for p in networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    children = torch.randn(2, 4, 32).bfloat16()
-    states, keys = torch.randn(2, 3, 32).bfloat16(), torch.randn(2, 5, KEY)
+    children = torch.randn(2, 6, 32).bfloat16()  # K and those before
+    asking, keys = torch.randn(2, 3, 2 * 32).bfloat16(), torch.randn(2, 5, KEY + word_size(32))
 
     def outputs(dtype):
         config = MCConfig(block_size=K, mc_aux_dtype=dtype).resolve(T)
         reader = Reader(model, networks, config)
-        return reader.gist(children, 1), reader.block_keys(children), reader.wants(states, keys)
+        return reader.gist(children[:, 2:], 1), reader.block_keys(children), reader.wants(asking, keys)
 
     lens = networks.lensnet
-    exact = networks.gistnet(children.float(), 1), lens.keys(children.float()), lens(states.float(), keys)
+    before, block = children.float().split((2, 4), dim=1)
+    exact = networks.gistnet(block, 1), lens.keys(block, before), lens(asking.float(), keys)
     for around in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
             fine, coarse = outputs("fp32"), outputs("bf16")

@@ -48,11 +48,11 @@ class Lens:
     def __init__(self, want):
         self.want = want
 
-    def keys(self, children):
+    def keys(self, children, before):
         return torch.zeros(len(children), KEY)
 
     def listener(self):
-        return lambda states, keys: self.want(len(keys))
+        return lambda asking, keys: self.want(len(keys))
 
 
 def random_lens(seed=0):

@@ -35,8 +35,13 @@ def random_context(N, K, rows, rng):
     return WorkingContext.from_map(torch.tensor(maps, dtype=torch.int8), N, K)
 
 
+def own(gist_fn, K):
+    """A gist function for a MegaContextTree, which has no use for what comes before a block."""
+    return lambda children, level: gist_fn(children[:, -K:], level)
+
+
 def new_tree(K, store=None, **options):
-    return MegaContextTree(gist, K, store or RamStore(**options), embedding())
+    return MegaContextTree(own(gist, K), K, store or RamStore(**options), embedding())
 
 
 def random_ids(B, N, seed=0):
@@ -85,9 +90,33 @@ def test_appending_in_chunks_equals_building(K, B, chunks):
         torch.testing.assert_close(level, other)
 
 
+@given(st.integers(2, 7), st.lists(st.integers(0, 30), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_blocks_come_behind_the_tokens_before_them(K, chunks):
+    """Of the block before, its later half; before the first of all, its own."""
+    seen = []
+
+    def watch(children, level):
+        if level == 1:
+            seen.extend(children[..., 0].tolist())
+        return gist(children[:, -K:], level)
+
+    tree = MegaContextTree(watch, K, RamStore(), lambda ids: ids[..., None].expand(-1, -1, D).double())
+    for n in chunks:
+        tree.append(torch.arange(tree.num_tokens, tree.num_tokens + n)[None])
+    stream = list(range(sum(chunks)))
+    for i, block in enumerate(seen):
+        earlier = stream[(i - 1) * K : i * K] if i else stream[:K]
+        assert block == earlier[K - K // 2 :] + stream[i * K : (i + 1) * K]
+    assert len(seen) == sum(chunks) // K
+    newest = tree.newest(5)[0, :, 0].tolist() if stream else []
+    assert newest == stream[-5:]
+
+
 def test_long_appends_are_taken_in_pieces(monkeypatch):
     seen = []
-    tree = MegaContextTree(lambda x, level: seen.append(x.numel()) or gist(x, level), 4, RamStore(), embedding())
+    gist_fn = own(lambda x, level: seen.append(x.numel()) or gist(x, level), 4)
+    tree = MegaContextTree(gist_fn, 4, RamStore(), embedding())
     monkeypatch.setattr(megacontext.tree, "INGEST_TOKENS", 10)
     ids = random_ids(2, 203)
     tree.append(ids)
@@ -121,7 +150,7 @@ def test_a_sink_is_the_first_token_in_place_of_a_gist(shape):
     N, K, B, _ = shape
     context, embed = random_context(*shape), embedding()
     ids = random_ids(B, N)
-    tree = MegaContextTree(gist, K, RamStore(), embed, sink=True)
+    tree = MegaContextTree(own(gist, K), K, RamStore(), embed, sink=True)
     tree.append(ids)
     plain = build_table(gist, embed(ids), K).materialize(context)
     for x in (build_table(gist, embed(ids), K, sink=True).materialize(context), tree.materialize(context)):
@@ -218,14 +247,14 @@ def test_store_keeps_gists_in_the_precision_asked_for_and_ids_exactly():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_entries_come_in_the_precision_of_the_embeddings(dtype, stored):
-    tree = MegaContextTree(gist, 4, RamStore(stored), embedding(dtype=dtype))
+    tree = MegaContextTree(own(gist, 4), 4, RamStore(stored), embedding(dtype=dtype))
     tree.append(random_ids(1, 64))
     assert tree.materialize(WorkingContext.initial(64, 4, 20, 0)).dtype == dtype
 
 
 def test_trees_work_across_inference_mode_and_keep_no_graph():
     weight = torch.eye(D, dtype=torch.float64, requires_grad=True)
-    tree = MegaContextTree(lambda x, level: gist(x, level) @ weight, 2, RamStore(), embedding())
+    tree = MegaContextTree(own(lambda x, level: gist(x, level) @ weight, 2), 2, RamStore(), embedding())
     ids = random_ids(1, 24)
     with torch.inference_mode():
         tree.append(ids[:, :9])
