@@ -111,7 +111,7 @@ class Reader:
         return self.block_keys(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2])
 
     def block_keys(self, children):
-        """LensNet's keys [M, C] of blocks, from the embeddings of their tokens behind those before: [M, before + K, D]."""
+        """LensNet's keys [M, C] of blocks, from embeddings [M, before + K, D] of their tokens behind those before."""
         K = self.config.block_size
         earlier, children = self._suited(children).split((before(K), K), dim=1)
         with autocast(self.device, self.dtype):

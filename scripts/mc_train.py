@@ -30,7 +30,6 @@ from nanochat.ranges import Amount, Count, Every, Fraction
 from nanochat.tokenizer import count_token_bytes
 from nanochat.training import Training, set_length
 
-
 COUNTED = 2**18  # tokens of which frequencies are taken
 
 
