@@ -16,7 +16,7 @@ $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -27,8 +27,7 @@ from megacontext.evaluation.policies import focus_by_length
 from megacontext.evaluation.reconstruction import reconstruction_accuracy
 from megacontext.evaluation.ruler import TASKS, recall_tasks, ruler
 from megacontext.evaluation.stream_cost import STEPS_IN_INTERVALS, stream_cost
-from megacontext.inference import session_maker
-from megacontext.networks import load_networks
+from megacontext.inference import MCInference, load_for_inference, session_maker
 from megacontext.reader import Reader
 from megacontext.session import MCSession
 from nanochat import pretrained
@@ -41,7 +40,7 @@ from nanochat.common import (
     print0,
     resolve_dtype,
 )
-from nanochat.configurator import run, short
+from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_data_dir, list_row_groups, read_row_group
 from nanochat.engine import Engine
@@ -132,6 +131,8 @@ class Config(PretrainedOptions, DeviceOptions):
     """grow a session to this many tokens and measure its cost; 0 for none"""
     probe_steps: CountOr0 = 300
     """training steps of the decoder that reads blocks back from gists; 0 for none"""
+    megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
+    """settings to evaluate with"""
 
 
 def numbers(option, text, least=2) -> list[int]:
@@ -165,13 +166,7 @@ def main(config: Config):
     dtype = resolve_dtype(config.dtype, device.type)
     ratios = numbers("ratios", config.ratios)
     source, model, tokenizer, meta = pretrained.load(config, device, companion=True)
-    networks, mc = load_networks(source, meta, device, model)
-    if networks is None:
-        raise UserError(
-            f"{source} {meta['model_tag']} was trained without MegaContext: train with --mc, or attach it with "
-            "python -m scripts.mc_train"
-        )
-    networks.eval()
+    networks, mc = load_for_inference(source, meta, device, config.megacontext, model)
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     if not mc.allocator_recent_tokens + mc.block_size <= T <= model.max_seq_len:
         raise UserError(

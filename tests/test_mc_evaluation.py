@@ -236,7 +236,7 @@ def test_report_shows_plots_of_sections(mc_trained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model_tag=d1"], "trained without MegaContext"),
+        (["--model_tag=d1"], "has no GistNet and LensNet"),
         (["--model_tag=mc", "--ratios=4,x"], "whole numbers"),
         (["--model_tag=mc", "--ratios=1"], "2 or more"),
         (["--model_tag=mc", "--device_batch_size=1"], "2 or more"),

@@ -451,7 +451,7 @@ def test_conversations_of_another_model_get_their_gists_in_the_background(checkp
     config = config_of(model_tag="mc", mc=True, megacontext=MCInference(mc_tree="disk"))
     kept = chat_web.load(config, torch.device("cpu"))[2].kept
     older = KeptChats(kept.root, kept.gist_key | {"model": "older"})
-    store, _ = older.open(name(1))
+    store = older.open(name(1))
     store.append(0, torch.arange(50)[None])
     store.append(1, torch.ones(1, 12, 16))
     store.commit()
