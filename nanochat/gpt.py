@@ -18,7 +18,6 @@ from nanochat.adamw import DistAdamW
 from nanochat.common import autocast_dtype, get_dist_info
 from nanochat.cross_entropy import loss_of_rows, softcap, softcap_cross_entropy
 from nanochat.muon import DistMuon, Muon
-from nanochat.sampling import Sampler, Sampling
 
 LOGIT_SOFTCAP = 15.0
 VOCAB_MULTIPLE = 64  # the rows of embedding and head are padded to a multiple of this, for fast matrix products
@@ -359,14 +358,3 @@ class GPT(nn.Module):
                 x, weight, targets, V, self.softcap, loss_reduction, row_weights, self.loss_of_rows, teacher
             )
         return result if asking is None else (result, looks)
-
-    @torch.inference_mode()
-    def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
-        """Yield token ids after the list `tokens`, without a cache: a slow and simple reference."""
-        sampler = Sampler(self.config.vocab_size, self.get_device(), [Sampling(temperature, top_k, seed=seed)])
-        ids = torch.tensor([tokens], device=self.get_device())
-        for _ in range(max_tokens):
-            next_id = sampler(self.forward(ids)[:, -1])
-            sampler.observe(next_id)
-            ids = torch.cat((ids, next_id[:, None]), dim=1)
-            yield next_id.item()

@@ -52,6 +52,15 @@ def make_model(config=SMALL, seed=0, spread=0.3):
     return model
 
 
+@torch.inference_mode()
+def likeliest(model, tokens, max_tokens):
+    """Yield the likeliest id after the list `tokens`, again and again, everything computed anew: a slow reference."""
+    ids = list(tokens)
+    for _ in range(max_tokens):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        yield ids[-1]
+
+
 # Of sessions: a model of 300 tokens, and room for 48 entries
 SESSION_GPT = GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 

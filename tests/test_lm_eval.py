@@ -20,7 +20,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.hf_export import export_hf
 from nanochat.lm_eval_adapter import HarnessLM
 from scripts import lm_eval as script
-from tests.helpers import make_model, write_tokenizer
+from tests.helpers import likeliest, make_model, write_tokenizer
 from tests.helpers_server import MODEL, serving
 
 pytestmark = [
@@ -134,7 +134,7 @@ def test_in_sessions_nothing_is_cut(adapter, tokenizer):
     assert rolled == pytest.approx(reference(model, ids, len(ids) - 1)[0], abs=NATS)
     greedy = {"max_gen_toks": 8, "do_sample": False, "until": []}
     [text] = lm.generate_until([Request(LONG, greedy)], disable_tqdm=True)
-    assert text == tokenizer.decode([id for id in model.generate(ids, 8, temperature=0.0) if id not in lm.special_ids])
+    assert text == tokenizer.decode([id for id in likeliest(model, ids, 8) if id not in lm.special_ids])
 
     prefills = []
     make = session_maker(model, networks, config.resolve(T))
@@ -171,7 +171,7 @@ def test_generate_until(adapter, tokenizer):
     for prompt, text in zip(prompts, texts, strict=True):
         ids = tokenizer.encode(prompt, prepend="<|bos|>")[-(T - 12) :]
         said, ends = [], {tokenizer.encode_special(t) for t in ("<|bos|>", "<|assistant_end|>")}
-        for token in lm.model.generate(ids, 12, temperature=0.0):
+        for token in likeliest(lm.model, ids, 12):
             if token in ends:
                 break
             said.append(token)

@@ -20,7 +20,7 @@ from nanochat.dataset import make_local
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from tests.helpers import ROOT, make_model
+from tests.helpers import ROOT, likeliest, make_model
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_engine_equals_the_naive_way(model, tokenizer):
     engine = Engine(model, tokenizer)
     prompt = tokenizer.encode("def double(x", prepend="<|bos|>")
     ids, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=20, temperature=0)
-    naive = list(model.generate(prompt, 20, temperature=0))
+    naive = list(likeliest(model, prompt, 20))
     ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
     until = next((i for i, token in enumerate(naive) if token in ends), len(naive))
     assert ids[0] == ids[1] == prompt + naive[:until]

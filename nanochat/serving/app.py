@@ -8,7 +8,6 @@ import asyncio
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Annotated
 
 from fastapi import Body, FastAPI
@@ -89,9 +88,6 @@ class Service:
             running -= isinstance(pair[1], Done | Failed)
             yield pair
 
-    def conversation(self, messages) -> list[dict]:
-        return schema.turns(messages, self.limits)
-
     def render(self, turns) -> list[int]:
         """Token ids of a conversation for the assistant to answer, or, if the last turn is its own, to continue."""
         conversation = {"messages": turns}
@@ -112,7 +108,7 @@ class Service:
                 "unsupported_value",
                 "conversation",
             )
-        said, turns = sessions.tokens(conversation, 0, 2**62), self.conversation(messages)
+        said, turns = sessions.tokens(conversation, 0, 2**62), schema.turns(messages, self.limits)
         if not said:
             return self.render(turns)
         before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]  # in place of what was said
@@ -188,7 +184,7 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
         return _complain(500, "the server made a mistake; its log says more")
 
     for path, (content, headers) in files.items():
-        app.router.add_route(path, partial(_file, content, headers), ["GET"], include_in_schema=False)
+        app.router.add_route(path, Response(content, headers=headers), ["GET"], include_in_schema=False)
 
     @app.get("/health")
     async def health():
@@ -230,7 +226,7 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
     async def chat(body: schema.ChatRequest):
         if "model" in body.model_extra:
             raise ApiError(404, BASE_URL, "not_found")
-        turns = service.conversation(body.messages)
+        turns = schema.turns(body.messages, limits)
         most = defaults.max_tokens if body.max_tokens is None else body.max_tokens
         options = {"conversation": body.conversation, "focus": bool(body.focus)}
         jobs = await service.submit(body, lambda: [service.render(turns)], most, **options)
@@ -261,10 +257,6 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
     return CORSMiddleware(
         gate, origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["Retry-After"]
     )
-
-
-async def _file(content, headers, request):
-    return Response(content, headers=headers)
 
 
 async def _native_stream(service, jobs, most):

@@ -153,7 +153,7 @@ def create_router(service):
         """The function that makes the prompt of a chat: these messages, after what is kept of the conversation."""
         if conversation:
             return lambda: [service.go_on(conversation, messages)]
-        turns = service.conversation(messages)
+        turns = schema.turns(messages, service.limits)
         return lambda: [service.render(turns)]
 
     @router.get("/models")
