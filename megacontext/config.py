@@ -21,8 +21,8 @@ class MCConfig:
     """rotary positions: entries one after another, or where their spans are, gists faded or at the centre"""
     # GistNet
     gistnet_type: Literal["transformer", "mean", "copied"] = "transformer"
-    """how gists are made: by a network, as the mean, or by a network that starts from the lowest layers of the model,
-    for mc_train --hf-path, with --gistnet_layers=6"""
+    """how gists are made: by a network, as the mean, or by a network that starts from the lowest layers of a finished
+    model, which mc_train takes"""
     gistnet_layers: Literal[2, 4, 6] = 2
     """layers of GistNet"""
     gistnet_pooling: Literal["mean", "query", "cls"] = "mean"
@@ -133,6 +133,10 @@ class MCConfig:
     def budget_of_a_refocus(self) -> int:
         """Entries that a refocus of a session may leave: the next ones must fit until the refocus after it."""
         return self.allocator_soft_max - self.mc_infer_refocus_interval
+
+    def deep_layers(self, n_layer: int) -> int:
+        """The layers of a model of n_layer that gists are added to; none but the first where there is no GistNet."""
+        return 0 if self.gistnet_type == "mean" else min(self.gistnet_deep, n_layer - 1)
 
     def check_session(self, max_seq_len: int):
         """Raises UserError if a session of a model of this context length cannot keep to the budget."""

@@ -1,7 +1,7 @@
 """
 Demand: what the newest tokens of a session want of the blocks of its stream.
 
-Shapes: B rows, P tokens, n blocks that are asked, D = n_embd, C numbers of a key with words.
+Shapes: B rows, P tokens, n blocks that are asked, C numbers of a key with words.
 """
 
 import torch
@@ -14,15 +14,15 @@ MOST_BLOCKS = 32768  # a million tokens at block_size 32
 
 class Demand:
     """
-    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1, of n_embd numbers. The newest
+    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. The newest
     MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a bound, however
     long the stream.
 
     What was wanted fades with each token. So that fading costs nothing, values are kept as they would be at token 0.
     """
 
-    def __init__(self, listener, store, n_embd):
-        self.listener, self.store, self.n_embd = listener, store, n_embd
+    def __init__(self, listener, store, gist_size):
+        self.listener, self.store, self.gist_size = listener, store, gist_size
         self.keys, self.first = RamStore(), 0  # keys [B, n, C] at level 0
         self.clear()
 
@@ -61,7 +61,7 @@ class Demand:
                 self.keys.append(0, kept)
         if blocks > known:
             index = torch.arange(known, blocks, device=self.store.device).expand(rows, -1)
-            self.keys.append(0, self.store.get(1, index)[..., self.n_embd :].float())
+            self.keys.append(0, self.store.get(1, index)[..., self.gist_size :].float())
 
     def _grown(self, blocks):
         grown = self._values.new_full((len(self._values), blocks), -torch.inf)

@@ -55,7 +55,7 @@ class GistNet(nn.Module):
         check_choice("gistnet start", start, STARTS)
         self.start = start
         self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
-        self.deep = None  # a DeepGists, or None
+        self.deep = None  # a DeepGists, for finished models
         if type == "mean":
             return
         self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
@@ -76,7 +76,8 @@ class GistNet(nn.Module):
 
     def forward(self, children, level: int):
         """
-        Gists [M, D] of `level` (1 or more) from children [M, K, D] of level − 1.
+        Gists [M, D] of `level` (1 or more) from children [M, K, D] of level − 1; with `deep`, behind each what it adds
+        further up the model, [M, (1 + n)·D].
 
         Levels above max_levels share its embedding. Raises ValueError when a block is not of K children.
         """
@@ -88,16 +89,20 @@ class GistNet(nn.Module):
         if self.type == "mean":
             return norm(children.mean(dim=1))
         start = children.mean(dim=1) if self.start == "mean" else children[:, -1]
-        return norm(start + self._correction(children, level))
+        pooled = self._pooled(children, level)
+        gists = self._scaled(norm(start + self.head(pooled)), level)
+        return gists if self.deep is None else torch.cat((gists, self.deep(pooled).to(gists.dtype)), dim=-1)
 
-    def _correction(self, children, level):
+    def _scaled(self, gists, level):
+        return gists
+
+    def _pooled(self, children, level):
         x = children + self.level_embed[min(level, self.max_levels) - 1].to(children.dtype)  # bf16 on GPUs
         if self.pooling == "cls":
             x = torch.cat((x, self.cls.expand(len(x), 1, -1).to(x.dtype)), dim=1)
         places = torch.arange(x.size(1), device=x.device)
         cos, sin = rotary_cos_sin(places, self.encoder.head_dim)
-        x = self.encoder(x, (cos[:, None], sin[:, None]))
-        return self.head(norm(self._pool(x)))
+        return norm(self._pool(self.encoder(x, (cos[:, None], sin[:, None]))))
 
     def _pool(self, x):
         if self.pooling == "cls":
@@ -132,11 +137,10 @@ class CopiedGistNet(GistNet):
         init_linear(self.head)
         self.register_buffer("frequencies", trunk.frequencies.clone(), persistent=False)
 
-    def forward(self, children, level: int):
-        """See GistNet.forward."""
-        return super().forward(children, level) * self.scale[min(level, self.max_levels) - 1]
+    def _scaled(self, gists, level):
+        return gists * self.scale[min(level, self.max_levels) - 1]
 
-    def _correction(self, children, level):
+    def _pooled(self, children, level):
         x = children + self.level_embed[min(level, self.max_levels) - 1].to(children.dtype)
         x = torch.cat((self.first.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
         x = x.to(autocast_dtype(x.device.type, x.dtype))
@@ -145,23 +149,23 @@ class CopiedGistNet(GistNet):
         for layer in self.copied:
             x = layer(x, cos_sin, None)
         x = norm(x[:, 1:])
-        return self.head(norm(norm(x.mean(dim=1)) + x[:, -1]))
+        return norm(norm(x.mean(dim=1)) + x[:, -1])
 
 
 class DeepGists(nn.Module):
     """
-    What gists add to the residual stream of a finished model, a Trunk, before `count` of the layers behind its first:
-    per layer a matrix times the gist, 0 at first.
+    What gists add to the residual stream of a finished model, a Trunk, before `count` of the layers behind its first,
+    each a vector of its own, 0 at first.
 
     A finished model reads what stands at its input, but its first layer adds vectors many times as long: little of a
-    gist reaches the layers behind it. So it is said to them again, at the length of the model's own states there.
+    gist reaches the layers behind it. So more is said to them there, at the length of the model's own states.
     """
 
     def __init__(self, trunk, count: int):
         super().__init__()
         c = trunk.config
-        self.maps = nn.ModuleList(Head("linear", c.n_embd, c.n_embd) for _ in range(count))
-        init_linear(self.maps)
+        self.head = Head("mlp", c.n_embd, count * c.n_embd)
+        init_linear(self.head)
         ids = torch.arange(SAMPLE, device=trunk.get_device())[None] * c.vocab_size // SAMPLE
         _, layers = split_deep(torch.empty(1 + count), 1, c.n_layer)
         x = trunk.embed(ids)
@@ -169,6 +173,12 @@ class DeepGists(nn.Module):
         lengths = [x.square().mean(-1).sqrt().median() for x in states]  # a first token's may be a hundred times more
         self.register_buffer("lengths", torch.stack(lengths))
 
-    def forward(self, gists):
-        """[..., n·D] of gists [..., D], see split_deep."""
-        return torch.cat([n * head(gists) for n, head in zip(self.lengths, self.maps, strict=True)], dim=-1)
+    @property
+    def width(self) -> int:
+        """Channels of what they add."""
+        return self.head.c_proj.out_features
+
+    def forward(self, pooled):
+        """[M, n·D] of what GistNet pooled, [M, D]; see split_deep."""
+        added = self.head(pooled).unflatten(-1, (len(self.lengths), -1))
+        return (self.lengths[:, None].to(added.dtype) * added).flatten(-2)

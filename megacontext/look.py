@@ -8,6 +8,7 @@ the session changes.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from megacontext.lensnet import NEWEST, asking
 from megacontext.reader import score
@@ -40,7 +41,7 @@ def look(session: MCSession, question: list[int], most=20) -> list[Found]:
     query = reader.embed(torch.tensor([question], device=session.device)).to(x.dtype)
     at = int(context.lengths()) + torch.arange(-len(question), 0)[None]
     demand.load(session.rows)
-    states = reader.states(torch.cat((x, query), dim=1), context, at)
+    states = reader.states(torch.cat((x, F.pad(query, (0, reader.deep))), dim=1), context, at)
     words = torch.cat((session.tree.newest(NEWEST)[:1], query), dim=1)
     (asked,) = asking(states, words, words.size(1) + torch.arange(-len(question), 0, device=session.device)[None])
     scores, blocks = score(demand.listener(asked, demand.keys.all(0)[0])).sort(descending=True, stable=True)

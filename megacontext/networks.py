@@ -35,11 +35,10 @@ class MCNetworks(nn.Module):
         else:
             gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
             self.gistnet = GistNet(n_embd, c.block_size, MAX_LEVELS, *gistnet)
-        if c.gistnet_deep and c.gistnet_type != "mean":
-            if trunk is None:
-                raise UserError("--gistnet_deep: gists go deeper only into a finished model: train with mc_train")
-            if count := min(c.gistnet_deep, len(trunk.transformer.h) - 1):
-                self.gistnet.deep = DeepGists(trunk, count)
+        if c.gistnet_deep and trunk is None:
+            raise UserError("--gistnet_deep: gists go deeper only into a finished model: train with mc_train")
+        if c.gistnet_deep and (count := c.deep_layers(len(trunk.transformer.h))):
+            self.gistnet.deep = DeepGists(trunk, count)
         self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
 
     def load(self, state: dict, settings: dict):

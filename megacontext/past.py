@@ -44,7 +44,8 @@ class Pasts:
 
     def _new(self, stream):
         reader = self.reader
-        tree = MegaContextTree(reader.gist, reader.config.block_size, RamStore(), reader.embed, reader.model.sink)
+        kinds = reader.gist, reader.config.block_size, RamStore(), reader.embed, reader.model.sink, reader.deep
+        tree = MegaContextTree(*kinds)
         self.trees[stream] = tree
         return tree
 

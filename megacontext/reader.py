@@ -62,6 +62,12 @@ class Reader:
         self.device = model.get_device()
         self.dtype = resolve_dtype(config.mc_aux_dtype, self.device.type)
 
+    @property
+    def deep(self) -> int:
+        """Channels that stand behind a gist, for further up the model."""
+        deep = self.networks.gistnet.deep
+        return 0 if deep is None else deep.width
+
     def embed(self, ids):
         """Embeddings [B, N, D] of token ids [B, N]: level 0 of a tree."""
         return self.model.embed(ids)
@@ -72,14 +78,15 @@ class Reader:
             return self.embed(ids)
 
     def gist(self, children, level):
-        """Gists [M, D] of a level from their children [M, K, D]."""
+        """Gists [M, D + deep] of a level from their children [M, K, D], or wider."""
+        children = children[..., : self.model.config.n_embd]
         with autocast(self.device, self.dtype):
             return self.networks.gistnet(self._suited(children), level)
 
     def node(self, children, level):
         """
         `gist`; at level 1, where children come with the tokens before them, LensNet's key of the block stands behind
-        it: [M, D + C]. What sessions keep.
+        all else: [M, D + deep + C]. What sessions keep.
         """
         children = children[..., : self.model.config.n_embd]
         gists = self.gist(children[:, -self.config.block_size :], level)
@@ -88,21 +95,6 @@ class Reader:
     def tree(self, embeds) -> Table:
         """The tree over embeddings [B, N, D], all levels in one table."""
         return build_table(self.gist, embeds, self.config.block_size, self.model.sink)
-
-    def deepen(self, inputs, entries):
-        """
-        Inputs [R, W, D] of entries as the model takes them: behind gists stands what they add further up the model, if
-        GistNet does so, behind tokens zeros.
-        """
-        deep, gists = self.networks.gistnet.deep, entries.lod > 0
-        if deep is None or not gists.any():
-            return inputs
-        if self.model.sink:  # the first node is read as a token
-            gists = gists & (entries.start > entries.start.amin(1, keepdim=True).clamp(max=0))
-        with autocast(self.device, self.dtype):
-            added = deep(self._suited(inputs)).to(inputs.dtype)
-        here = gists[..., None].to(self.device, non_blocking=True)
-        return torch.cat((inputs, added.where(here, 0)), dim=-1)
 
     def keys(self, embeds):
         """LensNet's keys [B, n, C] of the whole blocks of tokens with embeddings [B, N, D]."""
@@ -120,7 +112,7 @@ class Reader:
     @torch.no_grad()
     def states(self, inputs, context, at):
         """The trunk's states [R, P, D] of the entries with index `at` [R, P] in a context with inputs [R, W, D]."""
-        states = self.model.states(self.deepen(inputs, context.entries), self.positions(context))
+        states = self.model.states(inputs, self.positions(context))
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
     def wants(self, asking, keys):
@@ -161,7 +153,6 @@ class Reader:
         positions = self.positions_of(entries)
         counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
-        inputs = self.deepen(inputs, entries)
         loss, nll = self.model(
             inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights, teacher=teacher
         )
@@ -169,7 +160,7 @@ class Reader:
 
     def focus(self, table, context, budget):
         """The context after the refocus of a prompt, as at inference, within the budget."""
-        focus, embeds = Focus(self.config, context.num_rows), table.level(0)
+        focus, embeds = Focus(self.config, context.num_rows), table.level(0)[..., : self.model.config.n_embd]
         embeds = embeds.repeat_interleave(context.num_rows // len(embeds), 0)
         keys, newest = self.keys(embeds), torch.arange(-min(ASKING, context.num_tokens), 0)
         at = (context.num_tokens + newest).to(self.device).expand(context.num_rows, -1)

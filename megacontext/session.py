@@ -102,8 +102,8 @@ class MCSession:
     def _reset(self):
         store = self._store or STORES[self.config.mc_tree](self.config.block_size)
         reader, K = self.reader, self.config.block_size
-        self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink)
-        self.demand = Demand(self._listener, store, self.model.config.n_embd)
+        self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink, reader.deep)
+        self.demand = Demand(self._listener, store, self.model.config.n_embd + reader.deep)
         self.focus = Focus(self.config, 1, self.seed)
         self.spliced = SplicedCache(self.decoder, self.budget, self.config.mc_positional)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
@@ -447,8 +447,7 @@ class MCSession:
         context, caches = self._context_now(), self.spliced.rows
         rows, unread, entries = range(context.num_rows), self.spliced.unread(context), context.codes
         at = pad_sequence(unread, batch_first=True)
-        x = self.reader.deepen(self.tree.materialize(context, at), context.entries.at(at))
-        positions = self.reader.positions(context, at)
+        x, positions = self.tree.materialize(context, at), self.reader.positions(context, at)
         done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]
         while these := [row for row in rows if done[row] < len(unread[row])]:  # all of them at once
             spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]

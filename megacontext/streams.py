@@ -40,6 +40,7 @@ GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
 SPILL_TOKENS = 16384  # tokens kept in memory before a commit
 INGEST_CHARS = 100_000  # characters tokenized at a time
 PIECE_TOKENS = 65536  # tokens decoded at a time
+SHAPE = "n_embd", "block_size", "deep"  # facts of a gist key on which the shape of gists depends
 
 
 def _name(level):
@@ -199,6 +200,7 @@ def gist_key_of(source, meta, tokenizer, config) -> dict:
         "model": meta.get("weights") or weights_checksum(folder, meta["step"]),
         "networks": weights_checksum(folder, meta["step"], "mc"),
         "n_embd": meta["model_config"]["n_embd"],
+        **({"deep": deep} if (deep := config.deep_layers(meta["model_config"]["n_layer"])) else {}),
         "block_size": config.block_size,
     }
 
@@ -256,7 +258,7 @@ def gist_sets(folder, gist_key=None) -> dict[Path, int]:
     found = {}
     for path in sorted(Path(folder).glob("gists-*")):
         with contextlib.suppress(Damaged), contextlib.closing(Arrays(path)) as gists:
-            if gist_key is None or all(gists.facts.get(key) == gist_key[key] for key in ("n_embd", "block_size")):
+            if gist_key is None or all(gists.facts.get(key) == gist_key.get(key) for key in SHAPE):
                 found[path] = gists.rows(_name(1))
     return found
 

@@ -5,8 +5,9 @@ Shapes: B rows, N tokens, K = block_size, D = n_embd, W entries of a working con
 
 Level 0 is the tokens. Node i of level l >= 1 is the gist of nodes K·i … K·i + K − 1 of level l − 1 and so covers
 the tokens [i·K^l, (i+1)·K^l); it exists once they are all there. Both forms ask a gist function for the nodes of
-one level at a time: gist_fn(children [M, K, D], level) -> [M, D]. For a MegaContextTree it may be wider than D: what
-stands behind a gist is kept with it; and the children of level 0 come with those before them, see `before`.
+one level at a time: gist_fn(children [M, K, D], level) -> [M, D]. It may be wider than D: what stands behind a gist is
+kept with it, and among its parent's children; `deep` channels of it are for the model, behind tokens 0. The children of
+level 0 come to a MegaContextTree's with those before them, see `before`.
 
 sink: the model was never taught to have a gist in the first place, to which tokens attend whatever it says (an
 attention sink, arXiv 2309.17453). So for the first node of a level the first token is read.
@@ -45,7 +46,7 @@ def tokens_of_blocks(first, end, block_size):
 
 
 class Table(NamedTuple):
-    """All levels of a batch side by side: values [B, M, D], where level l begins at offsets[l]."""
+    """All levels of a batch side by side: values [B, M, D + deep], where level l begins at offsets[l]."""
 
     values: torch.Tensor
     offsets: tuple[int, ...]
@@ -76,8 +77,9 @@ def build_table(gist_fn, embeds, block_size, sink=False) -> Table:
     while whole := levels[-1].size(1) // block_size * block_size:
         offsets.append(offsets[-1] + levels[-1].size(1))
         levels.append(_gists(gist_fn, levels[-1][:, :whole], block_size, len(levels)))
+    levels[0] = F.pad(embeds, (0, levels[-1].size(-1) - embeds.size(-1)))
     if sink:
-        levels[1:] = [torch.cat((embeds[:, :1], level[:, 1:]), dim=1) for level in levels[1:]]
+        levels[1:] = [torch.cat((levels[0][:, :1], level[:, 1:]), dim=1) for level in levels[1:]]
     return Table(torch.cat(levels, dim=1), tuple(offsets))
 
 
@@ -178,9 +180,9 @@ class MegaContextTree:
     `truncate(num_tokens)` goes back there.
     """
 
-    def __init__(self, gist_fn, block_size: int, store: Store, embed_fn=lambda tokens: tokens, sink=False):
+    def __init__(self, gist_fn, block_size: int, store: Store, embed_fn=lambda tokens: tokens, sink=False, deep=0):
         self.gist_fn, self.block_size, self.store, self.embed_fn = gist_fn, block_size, store, embed_fn
-        self.sink = sink
+        self.sink, self.deep = sink, deep
 
     @property
     def num_tokens(self) -> int:
@@ -225,14 +227,14 @@ class MegaContextTree:
 
     @torch.no_grad()
     def materialize(self, context, at=None):
-        """Embeddings [B, W, D] of a working context's entries, or of those with index `at` [B, n]; of padding any."""
+        """[B, W, D + deep] of a working context's entries, or of those with index `at` [B, n]; of padding any."""
         if context.num_tokens > self.num_tokens:
             raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
         lod, start, span, _ = context.entries.at(at).to(self.store.device)
         index = start // span
         if self.sink:
             lod = lod.where(start > 0, 0)
-        x = self._get(0, index.where(lod == 0, 0))
+        x = F.pad(self._get(0, index.where(lod == 0, 0)), (0, self.deep))
         level = 1
         while level <= context.coarsest:
             here = lod == level

@@ -67,7 +67,7 @@ def main(config: Config):
     train_set, val_set = mid_mixture(config.tasks), mid_val(config.tasks)
 
     total = config.num_iterations if config.num_iterations > 0 else None
-    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), networks)
+    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), networks, model)
     frozen = config.mc and config.megacontext.mc_freeze_base
 
     def rate(done):

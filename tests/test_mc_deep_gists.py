@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megacontext.gistnet import DeepGists
 from megacontext.networks import FROZEN_RATES, RATES, MCNetworks
 from megacontext.session import MCSession
-from megacontext.variants import past_entries
+from megacontext.variants import random_past, random_variants, target_length
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from tests.helpers import SESSION_GPT, make_model, make_objective, session_settings, tokens
+from tests.helpers import SESSION_GPT, K, make_model, make_objective, session_settings, tokens
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 DEPTH = GPTConfig(sequence_len=64, vocab_size=70, n_layer=4, n_head=4, n_kv_head=2, n_embd=32)
@@ -21,13 +22,20 @@ def disturb(networks):
     return networks
 
 
-def told(deep, inputs, gists):
-    """Inputs [W, D] as the model takes them, entry by entry; gists: which of them are."""
-    rows = []
-    for x, is_gist in zip(inputs, gists, strict=True):
-        more = [n * (head.c_proj.weight @ x) * is_gist for n, head in zip(deep.lengths, deep.maps, strict=True)]
-        rows.append(torch.cat((x, *more)))
-    return torch.stack(rows)
+def told(networks, model, ids, context):
+    """
+    What a model is told of a working context of one row, entry by entry: per entry its embedding or gist and, behind a
+    gist, the vectors for further up; with a sink the first entry is the first token.
+    """
+    net, K, embeds, rows = networks.gistnet, context.block_size, model.embed(ids), []
+    levels = [list(embeds[0])]
+    while len(levels[-1]) >= K:
+        blocks = [torch.stack(levels[-1][i : i + K])[:, :32] for i in range(0, len(levels[-1]) // K * K, K)]
+        levels.append([net(block[None], len(levels))[0] for block in blocks])
+    for lod, start, span in zip(*(t[0].tolist() for t in context.entries[:3]), strict=True):
+        node = levels[0][0] if model.sink and start == 0 else levels[lod][start // span]
+        rows.append(F.pad(node, (0, 32 + net.deep.width - len(node))))
+    return torch.stack(rows)[None]
 
 
 @torch.no_grad()
@@ -40,6 +48,7 @@ def test_they_have_the_length_of_the_models_states(count, layers):
     model(torch.arange(64)[None] * 70 // 64)
     expected = [sorted((x**2).mean().sqrt().item() for x in seen[layer][0])[31] for layer in layers]
     assert deep.lengths.tolist() == pytest.approx(expected, rel=1e-4)
+    assert deep.width == count * 32
     assert not deep(torch.randn(5, 32)).any()  # at the start they say nothing
 
 
@@ -49,41 +58,63 @@ def test_a_model_of_one_layer_has_no_place_for_them():
     assert objective.process_batch(*tokens(B=2), 1.0).loss.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["transformer", "copied"])
+def test_a_gist_stands_before_what_it_adds(kind):
+    """GistNet without them makes the same gists; they are made of the same block and scaled, vector by vector."""
+    model, children = make_model(DEPTH), torch.randn(5, K, 32)
+    settings = session_settings(gistnet_deep=2, gistnet_type=kind)
+    net = disturb(MCNetworks(32, settings, model)).gistnet
+    with torch.no_grad():
+        wide, deep, net.deep = net(children, 1), net.deep, None
+        assert torch.equal(wide[:, :32], net(children, 1))
+        pooled, (fc, proj) = net._pooled(children, 1), (deep.head.c_fc.weight, deep.head.c_proj.weight)
+        for i, length in enumerate(deep.lengths.tolist()):
+            expected = length * torch.relu(pooled @ fc.T) ** 2 @ proj[32 * i : 32 * (i + 1)].T
+            torch.testing.assert_close(wide[:, 32 * (i + 1) : 32 * (i + 2)], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("sink", [False, True])
 def test_training_against_one_row_at_a_time(sink, monkeypatch):
-    """With pasts of several lengths, and where the model has a sink, in whose place the first node is a token."""
+    """Where the model has a sink, the first node is a token."""
     monkeypatch.setattr(GPT, "sink", sink)
-    seen = []
     model = make_model(DEPTH).requires_grad_(False)
-    objective = make_objective(model, gistnet_deep=2, mc_aux_dtype="fp32", mc_lens_loss_weight=0.0)
-    networks = disturb(objective.reader.networks)
-    read, deep = objective.reader.read_entries, networks.gistnet.deep
-
-    def kept(inputs, entries, targets, teacher=None):
-        seen.append((inputs.detach(), entries, targets))
-        return read(inputs, entries, targets, teacher)
-
-    monkeypatch.setattr(objective.reader, "read_entries", kept)
-    lengths = set()
-    for step in range(3):
-        origins, generator = torch.tensor([[0, 0], [1, 0], [2, int(step == 2)]]), torch.Generator().manual_seed(1)
-        result = objective.process_batch(*tokens(B=3, seed=step), 1.0, generator, origins=origins)
-        (inputs, entries, targets), losses = seen.pop(), []
-        for row in range(len(inputs)):
-            lod, start, _, valid = (t[row] for t in entries)
-            gists = (lod > 0) & valid
-            if sink:
-                gists[0] = False
-            lengths.add((int(gists.sum()), bool(start[0] < 0)))
-            cos_sin = tuple(t[row : row + 1] for t in objective.reader.positions_of(entries))
-            wide = told(deep, inputs[row], gists)[None]
-            losses.append(model(inputs_embeds=wide, cos_sin=cos_sin, targets=targets[row : row + 1]))
-        assert result.stats["mc/token_loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-    assert {behind for _, behind in lengths} == {False, True}
-    assert past_entries(objective.config, 64) > 0
+    objective = make_objective(model, gistnet_deep=2, mc_aux_dtype="fp32", mc_lens_loss_weight=0.0, mc_past=0)
+    networks, V = disturb(objective.reader.networks), objective.config.mc_num_random_variants
+    x, y = tokens(B=2)
+    result = objective.process_batch(x, y, 1.0, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    torch.rand((), generator=generator)
+    i = int(torch.randperm(2, generator=generator)[1])  # the compressed one
+    T, recent = 64, objective.config.allocator_recent_tokens
+    length = target_length(1.0, T, K, objective.config.mc_train_wc_length)
+    contexts, losses = random_variants(V, T, K, length, recent, generator), []
+    for row in range(V):
+        context = contexts.select([row])
+        inputs = told(networks, model, x[i : i + 1], context)
+        targets, angles = context.targets(y[i : i + 1]), objective.reader.positions(context)
+        losses.append(model(inputs_embeds=inputs, cos_sin=angles, targets=targets))
+    assert result.stats["mc/token_loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     result.loss.backward()
-    assert all(head.c_proj.weight.grad.any() for head in deep.maps)
+    assert networks.gistnet.deep.head.c_proj.weight.grad.any()
+    assert networks.gistnet.deep.head.c_fc.weight.grad.any()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_they_stand_in_pasts_too():
+    """What a stream said before: told as a session would be that had read all of it."""
+    model = make_model(DEPTH)
+    objective = make_objective(model, gistnet_deep=2, mc_aux_dtype="fp32")
+    networks, pasts = disturb(objective.reader.networks), objective.keeper
+    ids = torch.cat([tokens(B=1, seed=seed)[0] for seed in range(4)])
+    with torch.no_grad():
+        for row in ids:
+            gists = objective.reader.tree(objective.reader.embed(row[None])).level(1)
+            (before,) = pasts.extend(torch.zeros(1, 2).long(), row[None], gists, torch.Generator().manual_seed(0))
+        assert before.num_tokens == 192
+        context = random_past(192, K, 40, torch.Generator().manual_seed(1))
+        assert context.coarsest > 1
+        expected = told(networks, model, ids[:3].reshape(1, -1), context)
+        torch.testing.assert_close(before.tree.materialize(context), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("sink", [False, True])
@@ -102,12 +133,11 @@ def test_a_session_says_what_the_model_says_when_it_is_told_them(exact, sink, mo
         context = session.context
         assert context.coarsest > 0
         with torch.inference_mode():
-            inputs, gists = session.tree.materialize(context)[0], context.entries.lod[0] > 0
-            gists[0] &= not sink
-            angles = session.reader.positions(context)
-            expected = model(inputs_embeds=told(networks.gistnet.deep, inputs, gists)[None], cos_sin=angles)[:, -1]
-            untold = model(inputs_embeds=inputs[None], cos_sin=angles)[:, -1]
-            asked = session.reader.states(inputs[None], context, torch.tensor([[len(inputs) - 1]]))
+            ids, angles = torch.tensor([prompt + list(range(token))]), session.reader.positions(context)
+            inputs = told(networks, model, ids, context)
+            expected = model(inputs_embeds=inputs, cos_sin=angles)[:, -1]
+            untold = model(inputs_embeds=inputs[..., :32], cos_sin=angles)[:, -1]
+            asked = session.reader.states(inputs, context, torch.tensor([[inputs.size(1) - 1]]))
         if exact or token == 0:  # else some entries stay as they were read
             torch.testing.assert_close(logits, expected, **CLOSE)
             torch.testing.assert_close(asked[0], session.decoder.states[-1:], **CLOSE)

@@ -140,14 +140,23 @@ def test_a_budget_too_small_to_sample_is_told_before_training(mc_trained):
 
 
 def test_attached_to_a_frozen_model(mc_trained):
-    options = ["-g", "off", *QUICK, "--num_iterations=3", "--eval_every=3", *WITH_MC[1:]]
+    train(base_train, *QUICK_BASE, "--depth=2", "--num_iterations=3", "--model_tag=two")
+    options = ["-g", "two", *QUICK, "--num_iterations=3", "--eval_every=3", *WITH_MC[1:]]
     train(mc_train, *options)
-    folder = mc_trained / "base_checkpoints" / "off-mc"
+    folder = mc_trained / "base_checkpoints" / "two-mc"
     assert_equal(
-        cm.load_checkpoint(folder, 3)[0], cm.load_checkpoint(mc_trained / "base_checkpoints" / "off", 3)[0]
+        cm.load_checkpoint(folder, 3)[0], cm.load_checkpoint(mc_trained / "base_checkpoints" / "two", 3)[0]
     )  # the model is as it was
-    assert cm.load_companion(folder, 3)["gistnet.head.c_proj.weight"].abs().sum() > 0
-    record = log_of(mc_trained, "base", "off-mc")[-1]
+    before = cm.load_companion(folder, 3)
+    assert before["gistnet.head.c_proj.weight"].any()
+    assert before["gistnet.deep.head.c_proj.weight"].any()
+    record = log_of(mc_trained, "base", "two-mc")[-1]
     assert "val/mc_bpb" in json.dumps(record)
     with pytest.raises(UserError, match="output_tag must differ"):
-        train(mc_train, *options, "--output_tag=off")
+        train(mc_train, *options, "--output_tag=two")
+    # model and networks can learn on together
+    mid = ["--tasks=recall", *QUICK, "--num_iterations=2", "--eval_every=-1", "--model_tag=two-mc", *WITH_MC]
+    train(mid_train, *mid, "--gistnet_type=copied", "--gistnet_start=last", "--gistnet_deep=3")
+    after = cm.load_companion(mc_trained / "mid_checkpoints" / "two-mc", 2)
+    assert after.keys() == before.keys()
+    assert not torch.equal(after["gistnet.deep.head.c_proj.weight"], before["gistnet.deep.head.c_proj.weight"])

@@ -151,8 +151,7 @@ def focus_by_length(reader, tokenizer, token_bytes, lengths, count, like, open_b
 
 def _answers(reader, table, context, windows):
     cos_sin = reader.positions(context)
-    x = reader.deepen(table.materialize(context), context.entries)
-    longest, logits = int(windows.answer.sum(1).max()), []
+    x, longest, logits = table.materialize(context), int(windows.answer.sum(1).max()), []
     for row, length in enumerate(context.lengths().tolist()):  # one at a time: a vocabulary for each token is much
         part = slice(row, row + 1), slice(length)
         logits.append(reader.model(inputs_embeds=x[part], cos_sin=tuple(t[part] for t in cos_sin))[:, -longest:])

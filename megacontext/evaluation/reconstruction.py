@@ -36,8 +36,9 @@ def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps, t
     """
     Share of tokens read right out of gists of level 1, by a decoder that is trained for it on frozen gists.
 
-    gist_fn(children [M, K, D], level) -> [M, D]. samples: name → (for training, for the test), functions
-    n -> ids [n, K] on the model's device; the decoder is trained on equal parts of each. Returns name → accuracy.
+    gist_fn(children [M, K, D], level) -> [M, D], or wider, of which D are read. samples: name → (for training, for the
+    test), functions n -> ids [n, K] on the model's device; the decoder is trained on equal parts of each. Returns
+    name → accuracy.
     """
     device, D = model.get_device(), model.config.n_embd
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -50,7 +51,7 @@ def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps, t
 
     def read(ids):
         with torch.no_grad():
-            gists = gist_fn(model.embed(ids), 1)
+            gists = gist_fn(model.embed(ids), 1)[:, :D]
         with autocast(device, dtype):
             return decoder(gists).float()
 
