@@ -14,9 +14,9 @@ MOST_BLOCKS = 32768  # a million tokens at block_size 32
 
 class Demand:
     """
-    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. The newest
-    MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a bound, however
-    long the stream.
+    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. The
+    newest MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a bound,
+    however long the stream.
 
     What was wanted fades with each token. So that fading costs nothing, values are kept as they would be at token 0.
     """
