@@ -39,7 +39,7 @@ SPECIAL_TOKENS = [
 ]
 
 # GPT-4's pattern, but with numbers split after two digits instead of three: three-digit tokens would waste a small
-# vocabulary. `rustbpe` has a fast scanner for it.
+# vocabulary. `rustbpe` knows it and runs a faster form of it.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""

@@ -187,15 +187,15 @@ def test_default_pattern():
 @pytest.mark.parametrize("pattern", [DEFAULT_PATTERN, SPLIT_PATTERN], ids=["GPT-4", "ours"])
 @settings(max_examples=300, deadline=None)
 @given(text=any_text | st.text(ALPHABET, max_size=80))
-def test_the_scanner_equals_the_regex_engine(pattern, text):
-    # In parentheses the pattern is no longer recognized and runs on the general engine. Counting
+def test_the_simplified_pattern_equals_the_pattern(pattern, text):
+    # In parentheses the pattern is no longer recognized and runs as it stands. Counting
     # one text often and learning all there is shows every cut: whole words become tokens.
     regex = train([text], 2000, pattern=f"(?:{pattern})")
     assert learnt(train([text], 2000, pattern=pattern)) == learnt(regex)
 
 
 @pytest.mark.parametrize("pattern", [DEFAULT_PATTERN, SPLIT_PATTERN], ids=["GPT-4", "ours"])
-def test_the_scanner_knows_every_range_of_characters(pattern):
+def test_the_simplified_pattern_knows_every_range_of_characters(pattern):
     """Both ends of each, in places where the class shows: after a letter, digit, quote, space, and before them."""
     kinds = [unicodedata.category(chr(i)) for i in range(sys.maxunicode + 1)]
     ends = {i for edge in range(1, len(kinds)) if kinds[edge - 1] != kinds[edge] for i in (edge - 1, edge)}
