@@ -8,12 +8,11 @@ B·T + 1 tokens, the last of one being the first of the next: so every token is 
 padded and nothing left out.
 """
 
-import contextlib
 import itertools
 import os
-import queue
-import threading
 import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -71,14 +70,11 @@ class TokenLoader:
             for at in self._positions
         ]
         self._error = self.fresh = None
-        self._ready, self._stop = queue.Queue(maxsize=prefetch * len(streams)), threading.Event()
         # The thread must not hold the loader, so that an abandoned loader is collected and the thread ends.
-        batches = map(next, itertools.cycle(streams))
-        thread = threading.Thread(
-            target=_produce, args=(batches, self._ready, self._stop), name=f"TokenLoader-{split}", daemon=True
-        )
-        self._finalizer = weakref.finalize(self, _end, thread, self._ready, self._stop)
-        thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"TokenLoader-{split}")
+        self._batches = map(next, itertools.cycle(streams))
+        self._ahead = deque(self._thread.submit(next, self._batches) for _ in range(prefetch * len(streams)))
+        self._finalizer = weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
 
     def _checked(self, state, rank, num_row_groups):
         took, takes = (state["rank"], state["world_size"]), (rank, self.world_size)
@@ -110,12 +106,15 @@ class TokenLoader:
     def __next__(self):
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
+        if not self._finalizer.alive:
             raise ValueError("the loader is closed")
-        batch, position, self.fresh = self._ready.get()
-        if isinstance(batch, BaseException):
-            self._error = batch
-            raise batch
+        self._ahead.append(self._thread.submit(next, self._batches))
+        try:
+            batch, position, self.fresh = self._ahead.popleft().result()
+        except Exception as error:
+            self._error = error
+            self.close()
+            raise
         self._positions[self._next] = position
         self._next = (self._next + 1) % len(self.ranks)
         x, y = batch.to(self.device, non_blocking=True)
@@ -124,6 +123,7 @@ class TokenLoader:
     def close(self):
         """End the thread and wait for it; happens by itself when the loader is dropped and at exit."""
         self._finalizer()
+        self._thread.shutdown()
 
     def __enter__(self):
         return self
@@ -188,32 +188,3 @@ def _batches(stream, B, T, pin_memory):
                 batch[1] = window[1:].view(B, T)
                 yield batch, (epoch, number, start - 1), ((cuts >= rows) & (cuts < rows + T)).any(1)
                 view[0], filled, cuts = view[size], 1, cuts[cuts == size] - size
-
-
-def _produce(batches, ready, stop):
-    """Body of the thread: hand over batches, at the end the exception that ended them."""
-    try:
-        for item in batches:
-            if not _put(ready, item, stop):
-                return
-    except BaseException as error:  # it is raised again where the batches are consumed
-        _put(ready, (error, None, None), stop)
-
-
-def _put(ready, item, stop):
-    """Put an item unless told to stop first; says whether it did."""
-    while not stop.is_set():
-        with contextlib.suppress(queue.Full):
-            ready.put(item, timeout=0.1)
-            return True
-    return False
-
-
-def _end(thread, ready, stop):
-    """Stop the thread and wait for it."""
-    stop.set()
-    with contextlib.suppress(queue.Empty):
-        while True:
-            ready.get_nowait()  # a waiting `put` returns at once
-    if thread is not threading.current_thread():  # the garbage collector runs in whichever thread it likes
-        thread.join()

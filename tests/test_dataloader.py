@@ -10,6 +10,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -289,8 +290,7 @@ def test_fresh_rows_against_lists(tmp_path, seed):
 def test_batches_read_ahead_do_not_count(data_dir):
     with TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=data_dir, prefetch=8) as loader:
         next(loader)
-        while not loader._ready.full():
-            time.sleep(0.01)
+        wait(loader._ahead)
         assert loader.state_dict() == [{"epoch": 0, "row_group": 0, "token": 4, "rank": 0, "world_size": 1}]
 
 
@@ -410,6 +410,9 @@ def test_a_dropped_loader_takes_its_thread_along(data_dir):
     assert live_threads()
     del loader
     gc.collect()
+    deadline = time.monotonic() + 2
+    while live_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not live_threads()
 
 
@@ -436,6 +439,6 @@ def test_memory_is_pinned_for_any_cuda_device(data_dir, monkeypatch, device, pin
 
     monkeypatch.setattr(dataloader.torch, "empty", recording_empty)
     loader = TokenLoader(ByteTokenizer(), 1, 4, "train", device=device, data_dir=data_dir)
-    loader._ready.get(timeout=10)
+    wait(loader._ahead, timeout=10)
     loader.close()
     assert any(asked) == pinned
