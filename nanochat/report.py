@@ -129,11 +129,14 @@ class Report:
     def log(self, section: str, data: list, plots: dict | None = None) -> Path | None:
         """
         Write a section, replacing an older one of that name; returns the path of its Markdown file, or None with a
-        warning where it cannot be written: what the section reports on is done, and must not fail for that.
+        warning where it cannot be written: what the section reports on is done, and must not fail for that. Only the
+        first process writes.
 
         data: dicts become lists of figures and are saved in the JSON file too; strings are Markdown; None is skipped.
         plots: title → PNG, shown at the end of the section.
         """
+        if get_dist_info()[1] != 0:
+            return None
         figures, parts = {}, []
         for item in data:
             if isinstance(item, dict):
@@ -268,22 +271,14 @@ def _image(title, name, png):
     return f"![{title}]({PLOT_FOLDER}/{name})\n"
 
 
-class NoReport:
-    """Stands in for Report on all processes but the first: its methods do nothing."""
-
-    def log(self, section, data, plots=None):
-        pass
-
-    def reset(self):
-        pass
-
-    def generate(self, copy_to=None):
-        pass
+def get_report() -> Report:
+    """The report of the current run."""
+    return Report()
 
 
-def get_report():
-    """The report of the current run: a Report on the first process, a NoReport on the others."""
-    return Report() if get_dist_info()[1] == 0 else NoReport()
+def fenced(text) -> str:
+    """A text as it is, in Markdown."""
+    return f"```text\n{text.replace('```', '` ` `')}\n```"
 
 
 @dataclass

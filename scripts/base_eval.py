@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from nanochat.common import (
 from nanochat.configurator import run
 from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
+from nanochat.loop import ProgressLine
 from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.pretrained import PretrainedTokenizer
 from nanochat.ranges import Count
@@ -71,29 +71,6 @@ def load_hf_model(path, device, dtype):
     except (OSError, ValueError) as error:  # model not found, hub not reachable, or unknown architecture
         raise UserError(f"cannot load the Hugging Face model {path!r}: {error}") from error
     return HFModel(model), PretrainedTokenizer(tokenizer)
-
-
-def evaluate_with_progress(model, tokenizer, device, max_per_task, show):
-    """evaluate_core with a progress bar and the time left."""
-    columns = (
-        bars.TextColumn("{task.description:<32}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, disable=not show) as progress:
-        bar = progress.add_task("CORE", total=None)
-        current = None
-
-        def step(label, done, total):
-            nonlocal current
-            if label != current and show and not progress.console.is_terminal:  # no bar in a log file
-                print(f"CORE: {label} ({done - 1:,} of {total:,} examples done)", flush=True)
-            current = label
-            progress.update(bar, description=label, completed=done, total=total)
-
-        return evaluate_core(model, tokenizer, device, max_per_task, progress=step)
 
 
 def write_csv(path, core):
@@ -153,7 +130,13 @@ def main(config):
     with autocast(device, dtype):
         if mc:
             model, file_name = SessionScorer(session_maker(model, *mc)), f"{file_name}_mc"
-        core = evaluate_with_progress(model, tokenizer, device, config.max_per_task, rank == 0)
+        line = ProgressLine("CORE", None)
+
+        def show(label, done, of):
+            line.update(done, f"of {of:,} examples | {label}", done / of)
+
+        core = evaluate_core(model, tokenizer, device, config.max_per_task, progress=show)
+        line.close()
 
     if rank == 0:
         path = get_base_dir() / "base_eval" / f"{file_name}.csv"

@@ -19,7 +19,7 @@ from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.ranges import Count
-from nanochat.report import compression_yardstick, get_report
+from nanochat.report import compression_yardstick, fenced, get_report
 from nanochat.samples import sample_texts
 from nanochat.tokenizer import get_token_bytes
 
@@ -79,7 +79,7 @@ def main(config: Config):
             samples = sample_texts(Engine(model, tokenizer), tokenizer, make_session=make_session)
         for sample in samples:
             print0(f"---\n{sample}")
-    shown = "\n\n".join(f"```text\n{sample.replace('```', '` ` `')}\n```" for sample in samples)
+    shown = "\n\n".join(map(fenced, samples))
     get_report().log(section="Base model loss", data=[results, f"### Samples\n\n{shown}"])
 
 

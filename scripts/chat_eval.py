@@ -24,7 +24,7 @@ from nanochat.execution import SandboxUnavailable, find_sandbox
 from nanochat.loop import ProgressLine
 from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.ranges import Amount, Count, CountOr0, Range
-from nanochat.report import get_report
+from nanochat.report import fenced, get_report
 from tasks.mixtures import eval_tasks
 from tasks.scoring import chat_core, evaluate
 
@@ -55,10 +55,6 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     """generate with MegaContext; multiple choice questions are always read at full detail"""
     compare: bool = False
     """with --mc: answer without it, too, and show the answers side by side"""
-
-
-def fenced(text) -> str:
-    return f"```text\n{text.replace('```', '` ` `')}\n```"
 
 
 def transcript(scores, tokenizer) -> str:
