@@ -132,6 +132,5 @@ class KeptChats:
 
 
 def _last_used(folder):
-    """Time of the last use, or of the making of an incomplete folder; in seconds since 1970."""
-    manifest = folder / "manifest"
-    return (manifest if manifest.exists() else folder).stat().st_mtime
+    """Time of the last use, in seconds since 1970: whoever uses it makes and renames files in it."""
+    return folder.stat().st_mtime

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megacontext.arrays import Arrays, Damaged, delete_incomplete
+from megacontext.arrays import Arrays, Damaged
 from megacontext.tree import MegaContextTree, RamStore
 from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
@@ -178,7 +178,6 @@ def private_folder(path) -> Path:
 
 def list_streams() -> list[Path]:
     """The folders of all streams, by name."""
-    delete_incomplete(streams_dir())
     return sorted(path for path in streams_dir().iterdir() if path.is_dir() and path.name[0] != ".")
 
 
@@ -250,7 +249,11 @@ def _open_or_create(path, gist_key):
 
 def size_of(folder) -> int:
     """Bytes of the files of a stream, or of one of its folders."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    size = 0
+    for path in Path(folder).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # SQLite's log has just gone
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def gist_sets(folder, gist_key=None) -> dict[Path, int]:
@@ -296,7 +299,6 @@ def compact(folder, gist_key):
         with contextlib.closing(Arrays(path, write=True)) as arrays:
             arrays.check()
             arrays.trim()
-    delete_incomplete(folder)
     for path in Path(folder).glob("gists-*"):
         if path != own:
             delete_stream(path)

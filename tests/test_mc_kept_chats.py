@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from megacontext import streams
-from megacontext.arrays import Arrays
+from megacontext.arrays import FILE, Arrays
 from megacontext.chat_sessions import ChatSessions
 from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.session import MCSession
@@ -213,7 +213,7 @@ def test_bounds_of_count_size_and_age(serve, tmp_path, tokenizer):
         Chat(5).say(server, 0)
         assert left() == {3, 4, 5}
     for folder in (tmp_path / "kept").iterdir():
-        os.utime(folder / "manifest", (time.time() - 7200, time.time() - 7200))
+        os.utime(folder, (time.time() - 7200, time.time() - 7200))
     with serve(bounds=Bounds(days=1 / 24)) as server:
         Chat(6).say(server, 0)
         assert left() == {6}
@@ -229,13 +229,13 @@ def test_damage_costs_the_memory_and_not_the_chat(serve, tmp_path, caplog):
     with serve() as server:
         chat.say(server, 3)
     assert "where a conversation looked is forgotten" in caplog.text
-    (folder / "manifest").write_bytes(b"no manifest")
+    (folder / FILE).write_bytes(b"no database")
     with serve() as server:
         chat.say(server, 4)
         assert server.sessions[0].held[0].is_kept
     assert "is set aside" in caplog.text
     assert len(list((tmp_path / "kept").iterdir())) == 2
-    (folder / "manifest").unlink()
+    (folder / FILE).unlink()
     with serve() as server:
         chat.say(server, 5)
         assert server.sessions[0].held[0].is_kept

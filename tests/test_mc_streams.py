@@ -4,8 +4,10 @@ import dataclasses
 import gc
 import json
 import os
+import sqlite3
 import time
 import zlib
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext import streams
-from megacontext.arrays import Arrays
+from megacontext.arrays import FILE, Arrays
 from megacontext.session import MCSession
 from megacontext.streams import create_stream, make_gists, missing_gists, open_store
 from megacontext.tree import MegaContextTree, RamStore
@@ -169,9 +171,9 @@ def test_damaged_and_half_made_gists_cost_no_more_than_their_making(tmp_path):
     [own] = streams.gist_sets(tmp_path / "s")
     (tmp_path / "s" / "gists-0").mkdir()  # of a kill
     (tmp_path / "s" / "gists-1").mkdir()
-    (tmp_path / "s" / "gists-1" / "manifest").write_bytes(b"\0" * 100)
+    (tmp_path / "s" / "gists-1" / FILE).write_bytes(b"\0" * 100)
     assert list(streams.gist_sets(tmp_path / "s")) == [own]
-    for damage in (lambda: (own / "manifest").unlink(), lambda: (own / "level_1.bin").write_bytes(b"x")):
+    for damage in (lambda: (own / FILE).unlink(), lambda: (own / FILE).write_bytes(b"x")):
         damage()
         assert streams.gist_sets(tmp_path / "s") == {}
         assert missing_gists(tmp_path / "s", GIST_KEY) == 50
@@ -258,7 +260,7 @@ def test_deleting_needs_that_nobody_writes(tmp_path):
     with pytest.raises(UserError, match="is being written to"):
         streams.delete_stream(tmp_path / "s")
     store.close()
-    (tmp_path / "s" / "manifest").write_bytes(b"")
+    (tmp_path / "s" / FILE).write_bytes(b"")
     streams.delete_stream(tmp_path / "s")
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()
@@ -300,26 +302,20 @@ def test_sessions_keep_gists_in_two_bytes_per_number(kind):
 
 def read_as_the_page_says(folder):
     """A reader written from the page on the format: name → rows, and the facts."""
-    manifest, pages = (folder / "manifest").read_bytes(), []
-    for page in (manifest[:8192], manifest[8192:]):
-        crc, line = page[:8], page[9:].rstrip(b"\0")
-        if int(crc, 16) == zlib.crc32(line):
-            pages.append(json.loads(line))
-    latest, rows = max(pages, key=lambda page: page["sequence"]), {}
-    for name, array in latest["arrays"].items():
-        content = (folder / f"{name}.bin").read_bytes()
-        crcs = np.fromfile(folder / f"{name}.crc", "<u4")
-        size = array["width"] * {"uint16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}[array["dtype"]]
-        content, chunk = content[: array["rows"] * size], array["chunk_rows"] * size
-        full = array["rows"] // array["chunk_rows"]
-        for i in range(full):
-            assert zlib.crc32(content[i * chunk : (i + 1) * chunk]) == crcs[i]
-        assert zlib.crc32(content[full * chunk :]) == array["crc"]
-        numbers = np.frombuffer(content, {2: "<u2", 4: "<u4"}[size // array["width"]]).reshape(-1, array["width"])
+    with closing(sqlite3.connect(folder / "arrays.sqlite")) as database:
+        [(content, crc)] = database.execute("SELECT content, crc FROM manifest")
+        chunks = database.execute("SELECT array, data, crc FROM chunks ORDER BY array, number").fetchall()
+    assert zlib.crc32(content) == crc
+    content, rows = json.loads(content), {}
+    for name, array in content["arrays"].items():
+        own = [data for owner, data, crc in chunks if owner == name and zlib.crc32(data) == crc]
+        size = {"uint16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}[array["dtype"]]
+        assert all(len(data) == array["chunk_rows"] * array["width"] * size for data in own[:-1])
+        numbers = np.frombuffer(b"".join(own), {2: "<u2", 4: "<u4"}[size]).reshape(-1, array["width"])
         if array["dtype"] == "bfloat16":
             numbers = (numbers.astype("<u4") << 16).view("<f4")
-        rows[name] = numbers
-    return rows, latest["facts"]
+        rows[name] = numbers[: array["rows"]]
+    return rows, content["facts"]
 
 
 def test_the_format_is_what_the_page_says(tmp_path, monkeypatch):
