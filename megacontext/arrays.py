@@ -192,13 +192,15 @@ class Arrays:
         """Rows [n, width] at index [n]. Raises Damaged if their checksum is wrong."""
         array, index = self._arrays[name], np.asarray(index, dtype=np.int64)
         out = np.empty((len(index), array.width), DTYPES[array.dtype])
-        if len(index) and not 0 <= index.min() <= index.max() < array.rows:
+        if not len(index):
+            return out
+        if not 0 <= index.min() <= index.max() < array.rows:
             limits = f"expected indices from 0 to {array.rows - 1}, got {index.min()} to {index.max()}"
             raise ValueError(f"{name}: {limits}")
         numbers, places = np.divmod(index, array.chunk_rows)
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
-            out[here] = self._chunk(name, number)[places[here]]
+        order = np.argsort(numbers, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            out[here] = self._chunk(name, int(numbers[here[0]]))[places[here]]
         return out
 
     def slice(self, name, start, end) -> np.ndarray:
