@@ -35,6 +35,7 @@ CHUNK_BYTES = 32768  # of the chunks of new arrays, if a row is not longer
 CACHED_CHUNKS = 32
 DTYPES = {"uint16": "<u2", "uint32": "<u4", "float32": "<f4", "bfloat16": "<u2"}  # numpy has no bfloat16: its bits
 TABLES = (
+    "PRAGMA journal_mode = WAL",  # so that nobody who reads waits for who writes
     "CREATE TABLE chunks (array TEXT, number INTEGER, data BLOB, crc INTEGER, PRIMARY KEY (array, number))",
     "CREATE TABLE manifest (content BLOB, crc INTEGER)",
 )
@@ -80,13 +81,13 @@ class Arrays:
 
     def __init__(self, folder, write=False):
         self.folder, self.path, self.write = Path(folder), Path(folder) / FILE, write
-        self._database = self._folder_lock = None
+        self._database, self._lock = None, contextlib.ExitStack()
         self._thread_lock, self._cache = threading.Lock(), {}
         if not self.path.exists():
             raise Damaged(f"there is nothing to read in {self.folder}: {FILE} is missing")
         try:
             if write:
-                self._lock()
+                self._lock.enter_context(_locked(self.folder))
             self._connect()
             self.refresh()
         except BaseException:
@@ -99,22 +100,25 @@ class Arrays:
         A new folder, open for writing, with these arrays: name → dtype and width, without rows. Takes over a folder
         that a killed process did not make to its end. Raises UserError if there are arrays already.
         """
-        folder = Path(folder)
+        folder, temporary = Path(folder), Path(folder) / f".{FILE}"
+        arrays = {name: _Array.new(*shape) for name, shape in arrays.items()}
         try:
             folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-            os.close(os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o600))
-            with contextlib.closing(sqlite3.connect(folder / FILE, isolation_level=None)) as database:
-                database.execute("BEGIN EXCLUSIVE")
-                if database.execute("SELECT 1 FROM sqlite_schema").fetchone():
+            with _locked(folder):
+                if (folder / FILE).exists():
                     raise UserError(f"{folder} is there already: choose another name")
-                for statement in TABLES:
-                    database.execute(statement)
-                arrays = {name: _Array.new(*shape) for name, shape in arrays.items()}
-                database.execute("INSERT INTO manifest VALUES (?, ?)", _manifest(facts or {}, arrays))
-                database.execute("COMMIT")
-            sync(folder)
-            sync(folder.parent)
+                for left in folder.glob(f"*{FILE}*"):  # by a killed process: SQLite would go on with its log
+                    left.unlink()
+                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600))
+                with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as database:
+                    for statement in TABLES:
+                        database.execute(statement)
+                    database.execute("INSERT INTO manifest VALUES (?, ?)", _manifest(facts or {}, arrays))
+                sync(temporary)
+                temporary.rename(folder / FILE)
+                sync(folder)
+                sync(folder.parent)
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", error)
             raise UserError(f"cannot create {folder} ({reason}): free some space or change it") from error
@@ -122,23 +126,11 @@ class Arrays:
 
     def close(self):
         """Close the file and release the lock. May be called twice."""
-        database, lock = self._database, self._folder_lock
-        self._database = self._folder_lock = None
-        if database:
-            database.close()
-        if lock is not None:
-            os.close(lock)
+        if self._database:
+            self._database.close()
+        self._lock.close()
 
     __del__ = close
-
-    def _lock(self):
-        try:
-            self._folder_lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.folder} is being written to by another process or session: wait for its end, or stop it"
-            ) from None
 
     def _connect(self):
         mode = "rw" if self.write else "ro" if os.access(self.folder, os.W_OK) else "ro&immutable=1"
@@ -147,7 +139,6 @@ class Arrays:
             self._database = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA cache_size = -256")  # KiB
             if self.write:
-                self._database.execute("PRAGMA journal_mode = WAL")  # so that nobody who reads waits for who writes
                 self._database.execute("PRAGMA synchronous = FULL")
 
     # -----------------------------------------------------------------------------------------------------
@@ -290,6 +281,20 @@ class Arrays:
             content = _manifest(self.facts, self._arrays)
             self._database.execute("UPDATE manifest SET content = ?, crc = ?", content)
             self._database.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"{folder} is being written to by another process or session: wait for its end, or stop it"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _manifest(facts, arrays) -> tuple[bytes, int]:

@@ -137,23 +137,30 @@ parquets_iter_batched = iter_documents  # its name in nanochat
 # What the folder holds
 
 
+def read_source(data_dir: Path) -> dict:
+    """What `source.json` says of the shards; those without the file came from the hub."""
+    path = data_dir / "source.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"source": "hub"}
+        record.get("sizes", {}).pop("depth", None)  # which earlier versions had
+        return {"source": record["source"], **record}
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"expected a record of the source in {path}, got {error!r}: remove {data_dir}") from error
+
+
 def check_source(data_dir: Path, source: str) -> dict:
     """
-    What `source.json` says of the shards; {} when there are none. Shards without the file came from the hub.
+    What `read_source` returns; {} when there are no shards.
 
     Raises UserError if they come from another source than `source`: two kinds of text must not be mixed.
     """
-    count, path = len(list(data_dir.glob("*.parquet"))), data_dir / "source.json"
+    count = len(list(data_dir.glob("*.parquet")))
     if not count:
         return {}
-    try:
-        have = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"source": "hub"}
-        from_there = have["source"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"expected a record of the source in {path}, got {error!r}: remove {data_dir}") from error
-    if from_there != source:
+    have = read_source(data_dir)
+    if have["source"] != source:
         raise UserError(
-            f"{data_dir} holds {count} shards from source {from_there!r} already, but {source!r} is wanted: "
+            f"{data_dir} holds {count} shards from source {have['source']!r} already, but {source!r} is wanted: "
             f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
         )
     return have

@@ -107,7 +107,6 @@ class Sizes:
     max_distance: int = -1  # -1: as far as the document reaches
     times: int = 1  # that each is asked for, at distances of their own
     ask: bool = True  # False: a fact is told again where else it would be asked for, which is learned sooner
-    depth: float | None = None  # of the facts: 0 first, 1 last; without max_distance they are asked for at the end
 
     def __post_init__(self):
         _check(self.times >= 1, "1 or more times", self.times)
@@ -129,7 +128,6 @@ class Sizes:
         _check(self.min_distance >= least, f"a min_distance of {least} characters or more", self.min_distance)
         far = f"a max_distance of {self.min_distance} (min_distance) or more, or -1"
         _check(self.max_distance == -1 or self.max_distance >= self.min_distance, far, self.max_distance)
-        _check(self.depth is None or 0 <= self.depth <= 1, "a depth from 0 to 1", self.depth)
         # The mean lengths of these lines, and a quarter more to put between them.
         asked = self.times * (50 if self.ask else 24)
         least = ((24 + asked) * self.questions + (100 + asked) * self.tables + 24 * self.distractors) * 5 // 4
@@ -137,9 +135,6 @@ class Sizes:
         _check(self.chars >= least, f"at least {least} characters for {have}", self.chars)
         reach = max(self.min_distance, self.max_distance) + 100
         _check(self.chars >= reach, f"at least {reach} characters for the distances", self.chars)
-        if self.depth is not None and self.max_distance != -1:
-            reach = round(self.max_distance + self.depth * (self.chars - self.min_distance))
-            _check(reach <= self.chars, f"at least {reach} characters for this depth and max_distance", self.chars)
 
 
 def _check(fits, expected, got):
@@ -254,10 +249,7 @@ def _place(rng, sizes):
     reach = sizes.chars - MARGIN
     low, high = sizes.min_distance, min(reach, sizes.max_distance if sizes.max_distance != -1 else reach)
     distances = [round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(sizes.times)]
-    if sizes.depth is None:
-        return rng.uniform(0, reach - max(distances)), distances
-    place = round(sizes.depth * (reach - low))
-    return place, [reach - place] * sizes.times if sizes.max_distance == -1 else distances
+    return rng.uniform(0, reach - max(distances)), distances
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Sample texts of a base model, to be read by people."""
 
 import itertools
-import json
 
-from nanochat.dataset import get_data_dir, iter_documents
+from nanochat.dataset import get_data_dir, iter_documents, read_source
 
 PROMPTS = [
     "The largest city of France is",
@@ -18,8 +17,7 @@ PROMPTS = [
 
 def prompts() -> list[str]:
     """Prompts about general knowledge for web text; for other sources the beginnings of validation documents."""
-    record = get_data_dir() / "source.json"
-    if not record.exists() or json.loads(record.read_text("utf-8"))["source"] == "hub":
+    if read_source(get_data_dir())["source"] == "hub":
         return PROMPTS
     documents = itertools.chain.from_iterable(iter_documents("val"))
     return [document[:40] for document in itertools.islice(documents, len(PROMPTS))]

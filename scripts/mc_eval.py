@@ -42,7 +42,7 @@ from nanochat.common import (
 )
 from nanochat.configurator import group, run, short
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import get_data_dir, list_row_groups, read_row_group
+from nanochat.dataset import get_data_dir, list_row_groups, read_row_group, read_source
 from nanochat.engine import Engine
 from nanochat.options import DeviceOptions
 from nanochat.pretrained import PretrainedOptions
@@ -317,9 +317,8 @@ def local_lines() -> list[str]:
 
 def recall_sizes() -> dict | None:
     """Sizes of the recall documents that the model was trained on; None for other data."""
-    path = get_data_dir() / "source.json"
-    record = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return record.get("sizes") if record.get("source") == "recall" else None
+    record = read_source(get_data_dir())
+    return record.get("sizes") if record["source"] == "recall" else None
 
 
 def reconstruction(config, tokenizer, reader, dtype, T) -> list[dict]:

@@ -101,13 +101,10 @@ def create_and_die(folder, moment):
 def test_a_folder_that_was_not_made_to_the_end_is_made_again(tmp_path, moment):
     folder = tmp_path / "x"
     start(create_and_die, folder, moment).join()
-    if moment == "_manifest":
-        with pytest.raises(Damaged, match="no such table"):
-            Arrays(folder)
-        store = Arrays.create(folder, {}, a=("uint16", 3))
-    else:  # it was committed, but nobody was told
-        store = Arrays(folder, write=True)
-        assert store.facts == {"owner": "killed"}
+    with pytest.raises(Damaged, match="there is nothing to read"):
+        Arrays(folder)
+    store = Arrays.create(folder, {"owner": "next"}, a=("uint16", 3))
+    assert (store.facts, len(list(folder.iterdir()))) == ({"owner": "next"}, 3)
     store.append("a", rows_of(1, 3))
     store.commit()
     store.close()

@@ -78,8 +78,6 @@ def test_every_question_is_answered_by_one_earlier_fact(data):
     least = 32 if options["tables"] == 0 else 128
     options["min_distance"] = draw(st.integers(least, 1000))
     options["max_distance"] = draw(st.sampled_from([-1, options["min_distance"], 2000]))
-    if draw(st.booleans()):
-        options["depth"] = draw(st.floats(0, 0.3))
     sizes = Sizes(**options)
     text, questions = recall_document(random.Random(draw(st.integers(0, 99))), **options)
     check(text, questions, sizes)
@@ -125,22 +123,6 @@ def test_distances_are_log_uniform():
     assert np.abs(parts - np.linspace(0, 1, len(parts))).max() < 0.08  # Kolmogorov–Smirnov
 
 
-def test_facts_lie_where_they_are_wanted():
-    for depth in (0, 0.25, 0.9, 1):
-        options = {"chars": 30_000, "questions": 3, "tables": 1, "depth": depth}
-        for text, questions in recall_documents(1, 3, **options):
-            check(text, questions, Sizes(**options))
-            for question in questions:
-                assert abs(question.fact[0] - depth * len(text)) < 600
-                assert len(text) - question.answer[1] < 400  # asked for at the end
-    options = {"chars": 30_000, "questions": 1, "tables": 1, "depth": 0.5, "min_distance": 7000, "max_distance": 7000}
-    for text, questions in recall_documents(1, 3, **options):
-        check(text, questions, Sizes(**options))
-        assert all(7000 <= question.distance < 7200 for question in questions)
-        assert all(abs(question.fact[0] - 0.5 * (30_000 - 7000)) < 300 for question in questions)
-        assert len(text) > 29_900  # everyday sentences go on
-
-
 def test_long_documents_are_quick():
     started = time.process_time()
     text, questions = next(recall_documents(0, 1, chars=1_000_000))
@@ -179,8 +161,6 @@ def test_seeds():
         ({"max_distance": 0}, "max_distance"),
         ({"questions": 60}, "at least .* characters for 60 questions, 2 tables and 5 distractors, got 4000"),
         ({"chars": 5000, "max_distance": 5000}, "at least 5100 characters for the distances, got 5000"),
-        ({"depth": 1.5}, "depth from 0 to 1"),
-        ({"depth": 0.9, "max_distance": 1000}, "at least .* characters for this depth and max_distance, got 4000"),
     ],
 )
 def test_sizes_that_cannot_be(sizes, message):

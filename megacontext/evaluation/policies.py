@@ -51,7 +51,7 @@ def recall_windows(tokenizer, token_bytes, N, recent, count, like, seed=0) -> Wi
     (text, _), *_ = recall_documents(seed, 1, **like)
     chars = round(1.6 * N * len(text) / len(tokenizer.encode(text)))
     scaled = {name: like[name] * chars // like["chars"] for name in ("questions", "tables", "distractors")}
-    sizes = {**like, **scaled, "chars": chars, "max_distance": -1, "depth": None, "times": 1}
+    sizes = {**like, **scaled, "chars": chars, "max_distance": -1, "times": 1}
     for text, questions in recall_documents(seed, MAX_DOCUMENTS_PER_WINDOW * count, **sizes):
         ids = tokenizer.encode(text, prepend=bos)
         fits = []
