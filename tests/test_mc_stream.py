@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megacontext import streams
-from megacontext.arrays import Arrays
+from megacontext.arrays import FILE, Arrays
 from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from nanochat import checkpoint_manager as cm
@@ -142,13 +142,8 @@ def test_an_ingestion_that_was_killed_goes_on_and_the_stream_is_the_same(text, c
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     folder = streams.stream_folder("cut")
 
-    def has_begun():
-        try:
-            return Arrays(folder).rows("tokens") > 1000
-        except UserError:  # not yet
-            return False
-
-    until(has_begun, 30)
+    log = folder / f"{FILE}-wal"
+    until(lambda: log.exists() and log.stat().st_size > 50_000, 60)
     time.sleep(when)
     process.send_signal(signal.SIGKILL)
     process.wait()
