@@ -32,7 +32,7 @@ class MCConfig:
     gistnet_start: Literal["mean", "last"] = "mean"
     """what GistNet starts from: the mean of a block, or its last token, which mc_train takes for frozen models"""
     gistnet_deep: CountOr0 = 0
-    """layers of a finished model, spread over it, that gists are added to once more, at most; mc_train takes 3"""
+    """layers of a finished model, spread over it, for which gists have a vector each, at most; mc_train takes 3"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""
