@@ -70,10 +70,10 @@ def session_settings(**options) -> MCConfig:
     return MCConfig(block_size=K, allocator_recent_tokens=RECENT, **usual | options).resolve(T)
 
 
-def disturbed_networks(settings):
+def disturbed_networks(settings, trunk=None):
     """Networks that are not as they begin: gists differ from means."""
     torch.manual_seed(3)
-    networks = MCNetworks(SESSION_GPT.n_embd, settings).eval()
+    networks = MCNetworks(SESSION_GPT.n_embd, settings, trunk).eval()
     with torch.no_grad():
         for p in networks.parameters():
             p.add_(0.2 * torch.randn_like(p))

@@ -222,6 +222,17 @@ def test_compact_waits_for_who_makes_other_gists(tmp_path):
     assert len(streams.gist_sets(tmp_path / "s")) == 1
 
 
+def test_gists_of_another_width_are_not_read(tmp_path):
+    store = new_stream(tmp_path)
+    tree_of(store).append(ids(1000))
+    store.commit()
+    store.close()
+    for deep, found in (({}, 1000 // K), ({"deep": 3}, 0)):
+        other = open_store(tmp_path / "s", GIST_KEY | {"networks": "n2"} | deep)
+        assert other.count(1) == found
+        other.close()
+
+
 def test_gists_are_made_without_gradients_and_their_maker_may_have_them(tmp_path):
     store, weight = new_stream(tmp_path), torch.ones(32, requires_grad=True)
     store.append(0, ids(600))
@@ -351,11 +362,13 @@ def turns(model, tokenizer, session, prompts, after=lambda session: session, pas
 PROMPTS = [ids(150, 7)[0].tolist(), ids(40, 8)[0].tolist(), ids(400, 9)[0].tolist(), ids(3, 10)[0].tolist()]
 
 
-@pytest.mark.parametrize("allocator", ["greedy", "stochastic_greedy"])
+@pytest.mark.parametrize(("allocator", "deep"), [("greedy", 0), ("stochastic_greedy", 0), ("greedy", 3)])
 def test_greedy_tokens_are_those_of_a_tree_in_memory_before_and_after_restarts(
-    model, networks, tokenizer, tmp_path, allocator
+    model, networks, tokenizer, tmp_path, allocator, deep
 ):
-    config = dataclasses.replace(SETTINGS, allocator=allocator, mc_infer_exact=True)  # a restart reads all again
+    config = dataclasses.replace(SETTINGS, allocator=allocator, gistnet_deep=deep)
+    networks = disturbed_networks(config, model) if deep else networks
+    config = dataclasses.replace(config, mc_infer_exact=True)  # a restart reads all again
     expected, _ = turns(model, tokenizer, MCSession(model, networks, config), PROMPTS)
 
     scratch = MCSession(model, networks, dataclasses.replace(config, mc_tree="disk"))
