@@ -3,11 +3,12 @@ LensNet: which blocks of the stream, however long it is, deserve detail now. The
 
 Shapes: R rows, P tokens that ask, n blocks of K tokens, D = n_embd, H = HEADS, C = KEY.
 
-    query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h
+    query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h, and
+             how much it looks anywhere at all
     key      of a block, from the embeddings of its tokens: `layers` of attention within it, mean, head → [C]
     words    of a block: the sum of the embeddings of its tokens, and of some before it, less their mean, projected to
              S = word_size numbers, of length 1; of a token: the same of the newest tokens, which fade with their age
-    z      = bias + Σ_h w_h · leaky_relu(q_h · key) + match · (words of the token · words of the block)
+    z      = bias + anywhere + Σ_h w_h · leaky_relu(q_h · key) + match · (words of the token · words of the block)
 
 z is the logarithm of the odds that the token looks into that block for what it says, and not into none; the score is
 tanh(z / 2) = 2·sigmoid(z) − 1. A key knows neither its place nor the length of the stream, so what is far is found as
@@ -16,7 +17,7 @@ losses. The last term finds what shares words before anything is learned, as BM2
 the projection *whitens* embeddings (see `whiten`), so that rare tokens count more than what all have in common.
 
 Parameters: about 12·layers·WIDTH² + WIDTH·D and, for the mlp head, 4·WIDTH·(WIDTH + C), for keys; (C + 1)·H·D for
-queries; the projection is not trained.
+queries and D for `anywhere`; the projection is not trained.
 """
 
 import torch
@@ -37,7 +38,7 @@ LEAK = 0.1  # of ReLU: without it, all heads of all tokens may die, and then not
 FADE = 0.5  # of what a token wants, per token after it
 WORDS = 256  # most numbers for the words of a block: 64 do not tell the thousands of blocks of long streams apart
 EPSILON = 1e-6  # of all power: directions with less than that are noise
-NEWEST, NEWEST_FADE = 64, 0.96  # tokens whose words a token asks with, and the weight of each beside the next
+NEWEST, NEWEST_FADE = 64, 0.95  # tokens whose words a token asks with, and the weight of each beside the next
 FINISHED_MATCH, FINISHED_BIAS = 0.34, -0.07  # fitted to where SmolLM2-135M looks; from 0 it takes 100 steps
 
 
@@ -70,7 +71,9 @@ class LensNet(nn.Module):
         )  # Muon's steps, of one length, would make it large at once
         self.bias = nn.Parameter(torch.empty(1))
         self.match = nn.Parameter(torch.empty(1))
+        self.anywhere = nn.Parameter(torch.empty(n_embd))
         self.register_buffer("mean", torch.empty(n_embd))
+        self.register_buffer("state_mean", torch.empty(n_embd))
         self.register_buffer("projection", torch.empty(word_size(n_embd), n_embd))
         self.embed = nn.Linear(n_embd, WIDTH, bias=False)
         self.encoder = Encoder(layers, WIDTH, HEAD_DIM)
@@ -82,16 +85,18 @@ class LensNet(nn.Module):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
         nn.init.normal_(self.head.c_proj.weight, std=self.head.c_proj.weight.size(1) ** -0.5)
-        for p in (self.weigh, self.bias, self.match, self.mean):
+        for p in (self.weigh, self.bias, self.match, self.anywhere, self.mean, self.state_mean):
             nn.init.zeros_(p)
         nn.init.orthogonal_(self.projection)
 
     @torch.no_grad()
-    def whiten(self, embeddings, counts):
+    def whiten(self, embeddings, counts, states):
         """
-        Start from a finished model: embeddings [V, D] of its tokens and how often each occurs in text, counts [V].
+        Start from a finished model: embeddings [V, D] of its tokens, how often each occurs in text, counts [V], and
+        states [n, D] of tokens of text.
 
-        The mean over text is taken away and what is left multiplied by the inverse root of its covariance, then
+        Of states and of embeddings the mean over text is taken away: else keys of all blocks are alike, queries of all
+        tokens, too. For words what is left of embeddings is multiplied by the inverse root of its covariance, then
         projected at random, which keeps products. With keys and queries made so, untrained, blocks are found nearly as
         well as by BM25 (dev/LOG.md).
         """
@@ -104,6 +109,7 @@ class LensNet(nn.Module):
         chance = torch.randn(self.projection.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         random = torch.linalg.qr(chance.mT)[0].to(root.device)
         self.mean.copy_(mean)
+        self.state_mean.copy_(norm(states.float()).mean(0))
         self.projection.copy_((root @ random).mT)
         self.match.fill_(FINISHED_MATCH)
         self.bias.fill_(FINISHED_BIAS)
@@ -120,17 +126,21 @@ class LensNet(nn.Module):
 
     def _key(self, children):
         cos, sin = rotary_cos_sin(torch.arange(children.size(1), device=children.device), self.encoder.head_dim)
-        h = self.encoder(self.embed(children), (cos[:, None], sin[:, None]))
+        h = self.encoder(self.embed(children - self.mean.to(children.dtype)), (cos[:, None], sin[:, None]))
         return norm(self.head(h.mean(1)))
+
+    def _centred(self, states):
+        return norm(states) - self.state_mean.to(states.dtype)
 
     def forward(self, asking, keys):
         """z [R, P, n], float32, of what tokens ask with, [R, P, 2·D], and keys with words [R, n, C + S] of blocks."""
         states, newest = asking.chunk(2, dim=-1)
-        h = norm(states)
+        h = self._centred(states)
         q = self.query(h).unflatten(-1, (HEADS, KEY))
         keys, words = keys[..., :KEY], keys[..., KEY:]
         found = F.leaky_relu(torch.einsum("rphc,rnc->rphn", q, keys.to(q.dtype)), LEAK).float() / KEY**0.5
         z = (F.linear(h, self.weigh.to(h.dtype)).float()[..., None] * found).sum(2) + self.bias.float()
+        z = z + F.linear(h, self.anywhere[None].to(h.dtype)).float()
         return SHARP * (z + self.match.float() * (self.words(newest) @ words.float().mT))
 
     def listener(self):
@@ -146,9 +156,10 @@ class Listener:
 
     @torch.no_grad()
     def __init__(self, lensnet):
-        weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh))
+        anywhere = SHARP * lensnet.anywhere[None]
+        weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh, anywhere))
         self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * lensnet.bias.float()
-        self.words, self.match = lensnet.words, SHARP * lensnet.match.float()
+        self.centred, self.words, self.match = lensnet._centred, lensnet.words, SHARP * lensnet.match.float()
 
     def __call__(self, asking, keys):
         """What tokens, the newest last, want together of n blocks: [n]. asking [P, 2·D], keys [n, C + S]: as above."""
@@ -156,11 +167,12 @@ class Listener:
             return self._wanted(*asking.float().chunk(2, dim=-1), keys[:, :KEY], keys[:, KEY:])
 
     def _wanted(self, states, newest, keys, words):
-        asked, newest = self.matrix(norm(states)), self.match * self.words(newest)
-        q, w = asked[:, :-HEADS].reshape(-1, KEY), asked[:, -HEADS:]
+        asked, newest = self.matrix(self.centred(states)), self.match * self.words(newest)
+        q, w = asked[:, : HEADS * KEY].reshape(-1, KEY), asked[:, HEADS * KEY : -1]
+        alone = asked[:, -1:] + self.bias
         found = F.leaky_relu_(torch.mm(q, keys.T), LEAK)  # [P·H, n]; the other way round costs a CPU twice the time
         if len(w) == 1:
-            return torch.mv(found.T, w[0]).addmv_(words, newest[0]).add_(self.bias)
+            return torch.mv(found.T, w[0]).addmv_(words, newest[0]).add_(alone[0])
         age = torch.arange(len(w) - 1, -1, -1, device=w.device)
         z = torch.bmm(w[:, None], found.view(*w.shape, -1))[:, 0].addmm_(newest, words.T)
-        return (z - FADE * age[:, None]).amax(0) + self.bias
+        return (z + alone - FADE * age[:, None]).amax(0)

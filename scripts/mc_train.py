@@ -60,20 +60,28 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     """settings of MegaContext"""
 
 
-def embeddings_in_text(model, tokenizer, loader):
+@torch.no_grad()
+def start_of_lensnet(model, tokenizer, loader):
     """
-    The model's embeddings [V, D], and how often each token occurs, [V], in COUNTED tokens of text of all ranks; special
-    tokens, which are between all turns of chats, as often as the commonest.
+    What `LensNet.whiten` takes: the model's embeddings [V, D]; how often each token occurs, [V], in COUNTED tokens of
+    text of all ranks; states of the first batch of text of each.
+
+    What stands around each turn of a chat, special tokens and roles, counts as much as the commonest token.
     """
     V = tokenizer.get_vocab_size()
     counts, ids = torch.zeros(V, device=loader.device), torch.arange(V, device=loader.device)
+    x = first = next(loader)[0]
     while counts.sum() < COUNTED:
-        counts += next(loader)[0].flatten().bincount(minlength=V)
+        counts += x.flatten().bincount(minlength=V)
+        x = next(loader)[0]
+    states = model.states(model.embed(first)).flatten(0, 1).float()
     if dist.is_initialized():
         dist.all_reduce(counts)
-    counts[[tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]] = counts.max()
-    with torch.no_grad():
-        return model.embed(ids[None])[0].float(), counts
+        states = torch.cat(dist.nn.functional.all_gather(states))
+    empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    around = [tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]
+    counts[around + tokenizer.render_for_completion({"messages": empty})] = counts.max()
+    return model.embed(ids[None])[0].float(), counts, states
 
 
 def main(config: Config):
@@ -90,8 +98,8 @@ def main(config: Config):
     if tag == parent["model_tag"] and not config.hf_path:
         raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), trunk=model)
-    with TokenLoader(tokenizer, B, T, "train", device) as loader:
-        companion.lensnet.whiten(*embeddings_in_text(model, tokenizer, loader))
+    with TokenLoader(tokenizer, B, T, "train", device) as loader, autocast(device, dtype):
+        companion.lensnet.whiten(*start_of_lensnet(model, tokenizer, loader))
 
     def rate(step, total):
         return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)

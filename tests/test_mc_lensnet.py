@@ -78,7 +78,7 @@ def reference_key(lens, children):
         phase = place * 10000.0 ** (-torch.arange(0, d, 2).double() / d)
         return torch.cat((a * phase.cos() + b * phase.sin(), b * phase.cos() - a * phase.sin()))
 
-    xs = [w["embed.weight"] @ child.double() for child in children]
+    xs = [w["embed.weight"] @ (child.double() - lens.mean) for child in children]
     for layer in range(len(lens.encoder.attn)):
         q, k, v = ([w[f"encoder.attn.{layer}.{c}.weight"] @ rms(x) for x in xs] for c in ("c_q", "c_k", "c_v"))
         out = []
@@ -103,9 +103,9 @@ def reference_z(lens, asks, key):
     """z of one token for one block, head by head."""
     w = {name: p.detach().double() for name, p in (*lens.named_parameters(), *lens.named_buffers())}
     state, newest, key, words = *asks.double().split(D), *key.double().split((KEY, word_size(D)))
-    h = rms(state)
+    h = rms(state) - w["state_mean"]
     found = w["projection"] @ (newest - w["mean"])
-    z = w["bias"][0] + w["match"][0] * (found / found.norm()) @ words
+    z = w["bias"][0] + w["anywhere"] @ h + w["match"][0] * (found / found.norm()) @ words
     for head in range(HEADS):
         query = w["query.weight"][head * KEY : (head + 1) * KEY] @ h
         found = query @ key
@@ -137,6 +137,7 @@ def wanted(lens, asks, keys):
 def test_z_and_what_is_wanted_equal_the_reference():
     lens, asks = make(), tokens_asking()
     with torch.no_grad():
+        lens.state_mean.normal_(std=0.3)
         keys = keys_of(lens)
         z, heard = lens(asks, keys), wanted(lens, asks, keys)
     assert z.dtype == torch.float32
@@ -264,7 +265,7 @@ def test_wide_models_get_a_narrow_lens(head):
     layers, n_embd = 2, 768
     lens = LensNet(n_embd, layers, head)
     of_keys = 12 * layers * WIDTH**2 + WIDTH * n_embd + (4 * WIDTH * (WIDTH + KEY) if head == "mlp" else WIDTH * KEY)
-    assert sum(p.numel() for p in lens.parameters()) == of_keys + (KEY + 1) * HEADS * n_embd + 2
+    assert sum(p.numel() for p in lens.parameters()) == of_keys + (KEY + 1) * HEADS * n_embd + n_embd + 2
 
 
 def test_a_token_asks_with_the_words_of_the_newest_that_fade():
@@ -288,7 +289,7 @@ def test_whitened_words_have_no_mean_and_no_direction_in_common():
     table = 3 + torch.randn(V, n_embd, generator=generator) * shape
     counts = (1000 / torch.arange(1.0, V + 1)).round()
     lens = LensNet(n_embd)
-    lens.whiten(table, counts)
+    lens.whiten(table, counts, 5 + torch.randn(20, n_embd, generator=torch.Generator().manual_seed(1)))
     projected = F.linear(table - lens.mean, lens.projection)
     p = counts / counts.sum()
     torch.testing.assert_close(p @ projected, torch.zeros(word_size(n_embd)), atol=1e-3, rtol=0)
