@@ -47,6 +47,11 @@ def word_size(n_embd) -> int:
     return min(WORDS, n_embd // 2)
 
 
+def key_size(n_embd) -> int:
+    """C + S: numbers of a block's key with its words."""
+    return KEY + word_size(n_embd)
+
+
 def asking(states, embeds, at):
     """
     What tokens ask with, […, P, 2·D]: their states […, P, D] and, for their words, the mean of the embeddings

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from megacontext.arrays import Arrays, Damaged
+from megacontext.lensnet import key_size
 from megacontext.tree import MegaContextTree, RamStore
 from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
@@ -37,10 +38,10 @@ from nanochat.tokenizer import get_tokenizer
 logger = logging.getLogger(__name__)
 
 GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
+SHAPE = "n_embd", "key_size", "block_size", "deep"  # facts of a gist key on which the shape of gists depends
 SPILL_TOKENS = 16384  # tokens kept in memory before a commit
 INGEST_CHARS = 100_000  # characters tokenized at a time
 PIECE_TOKENS = 65536  # tokens decoded at a time
-SHAPE = "n_embd", "block_size", "deep"  # facts of a gist key on which the shape of gists depends
 
 
 def _name(level):
@@ -200,6 +201,7 @@ def gist_key_of(source, meta, tokenizer, config) -> dict:
         "networks": weights_checksum(folder, meta["step"], "mc"),
         "n_embd": meta["model_config"]["n_embd"],
         **({"deep": deep} if (deep := config.deep_layers(meta["model_config"]["n_layer"])) else {}),
+        "key_size": key_size(meta["model_config"]["n_embd"]),
         "block_size": config.block_size,
     }
 

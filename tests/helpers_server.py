@@ -219,7 +219,7 @@ def tiny(tokenizer):
 def gist_key(tokenizer, networks="n"):
     """Of the tiny model: see streams.gist_key_of."""
     facts = {"tokenizer": tokenizer.checksum(), "vocab_size": tokenizer.get_vocab_size(), "model": "m"}
-    return {**facts, "networks": networks, "n_embd": 16, "block_size": K}
+    return {**facts, "networks": networks, "n_embd": 16, "key_size": 72, "block_size": K}
 
 
 class Watched(MCSession):

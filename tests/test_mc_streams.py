@@ -27,7 +27,7 @@ from tests.helpers import SESSION_GPT, K, disturbed_networks, make_model, sessio
 
 V = SESSION_GPT.vocab_size
 SETTINGS = session_settings(allocator_expand_threshold=0.0, allocator_collapse_threshold=0.0)
-GIST_KEY = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "block_size": K}
+GIST_KEY = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "key_size": 80, "block_size": K}
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_another_models_gists_are_made_beside_the_old_ones(tmp_path):
     assert len(streams.gist_sets(tmp_path / "s")) == 1
     with pytest.raises(UserError, match="another tokenizer"):
         open_store(tmp_path / "s", GIST_KEY | {"tokenizer": "other"})
-    wider = GIST_KEY | {"n_embd": 64}  # which the old ones do not fit
+    wider = GIST_KEY | {"key_size": 64}  # which the old ones do not fit
     assert open_store(tmp_path / "s", wider).count(1) == 0
 
 
