@@ -27,7 +27,8 @@ from tests.helpers import SESSION_GPT, K, disturbed_networks, make_model, sessio
 
 V = SESSION_GPT.vocab_size
 SETTINGS = session_settings(allocator_expand_threshold=0.0, allocator_collapse_threshold=0.0)
-GIST_KEY = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32, "key_size": 80, "block_size": K}
+GIST_KEY = {"tokenizer": "t", "vocab_size": V, "model": "m", "networks": "n", "n_embd": 32}
+GIST_KEY |= {"key_size": 80, "block_size": K}
 
 
 @pytest.fixture(autouse=True)
