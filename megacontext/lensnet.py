@@ -71,12 +71,10 @@ class LensNet(nn.Module):
         super().__init__()
         check_choice("lensnet type", type, TYPES)
         self.query = nn.Linear(n_embd, HEADS * KEY, bias=False)
-        self.weigh = nn.Parameter(
-            torch.empty(HEADS, n_embd)
-        )  # Muon's steps, of one length, would make it large at once
+        # No matrices for Muon, whose steps, of one length, would make them large at once
+        self.weigh, self.anywhere = nn.Parameter(torch.empty(HEADS, n_embd)), nn.Parameter(torch.empty(n_embd))
         self.bias = nn.Parameter(torch.empty(1))
         self.match = nn.Parameter(torch.empty(1))
-        self.anywhere = nn.Parameter(torch.empty(n_embd))
         self.register_buffer("mean", torch.empty(n_embd))
         self.register_buffer("state_mean", torch.empty(n_embd))
         self.register_buffer("projection", torch.empty(word_size(n_embd), n_embd))
