@@ -30,7 +30,10 @@ class MCNetworks(nn.Module):
                 raise UserError("--gistnet_type: copied needs a finished model to copy from: train with mc_train")
             if c.gistnet_layers > len(trunk.transformer.h):
                 depth = len(trunk.transformer.h)
-                raise UserError(f"--gistnet_layers: expected at most the model's {depth}, got {c.gistnet_layers}")
+                raise UserError(
+                    f"--gistnet_layers: expected at most the model's {depth}, got {c.gistnet_layers}: copy fewer, or "
+                    "none with --gistnet_type=transformer"
+                )
             self.gistnet = CopiedGistNet(trunk, c.gistnet_layers, c.block_size, MAX_LEVELS, c.gistnet_head, bos)
         else:
             gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
