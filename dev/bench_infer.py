@@ -87,7 +87,7 @@ def bench_mc_infer(config, show):
         timed(session.step, logits, interval)  # warms up, and refocuses once
         plain, own, refocus, edits = [], [], [], session.focus.records[0].edits
         for _ in range(rounds):  # by turns, so that both see the same machine
-            cache.truncate(session.cache.pos)
+            cache.keep(torch.arange(cache.pos) < session.cache.pos)
             plain += timed(step, logits, interval)[0]
             for i in range(interval):
                 lens.armed |= i == interval - 1

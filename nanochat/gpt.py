@@ -95,6 +95,8 @@ def split_deep(x, n_embd, n_layer):
     (embeddings [..., D], {layer: what is added to the residual stream before it}) of inputs [..., (1 + n)·D]: what
     stands behind an embedding goes in at n layers, spread evenly (DeepStack, arXiv 2406.04334).
     """
+    if x.size(-1) == n_embd:  # a view of x, the same but for its strides, would be compiled again
+        return x, {}
     x, *deep = x.split(n_embd, dim=-1)
     return x, {(i + 1) * n_layer // (len(deep) + 1): vectors for i, vectors in enumerate(deep)}
 
