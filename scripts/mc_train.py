@@ -64,7 +64,7 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
 def start_of_lensnet(model, tokenizer, loader):
     """
     What `LensNet.whiten` takes: the model's embeddings [V, D]; how often each token occurs, [V], in COUNTED tokens of
-    text of all ranks; states of the first batch of text of each.
+    text of all ranks; states of the first batch of text of the first.
 
     What stands around each turn of a chat, special tokens and roles, counts as much as the commonest token.
     """
@@ -77,7 +77,7 @@ def start_of_lensnet(model, tokenizer, loader):
     states = model.states(model.embed(first)).flatten(0, 1).float()
     if dist.is_initialized():
         dist.all_reduce(counts)
-        states = torch.cat(dist.nn.functional.all_gather(states))
+        dist.broadcast(states, 0)
     empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     around = [tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]
     counts[around + tokenizer.render_for_completion({"messages": empty})] = counts.max()
