@@ -98,8 +98,6 @@ def main(config: Config):
     if tag == parent["model_tag"] and not config.hf_path:
         raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
     companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), trunk=model)
-    with TokenLoader(tokenizer, B, T, "train", device) as loader, autocast(device, dtype):
-        companion.lensnet.whiten(*start_of_lensnet(model, tokenizer, loader))
 
     def rate(step, total):
         return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)
@@ -112,6 +110,9 @@ def main(config: Config):
     )
     if training.finished:
         return
+    if training.step == 0:  # a resumed run has what it began with
+        with TokenLoader(tokenizer, B, T, "train", device) as loader, autocast(device, dtype):
+            companion.lensnet.whiten(*start_of_lensnet(model, tokenizer, loader))
     objective = make_objective(training.model)
     observe(config, "mc_train", training)
     model = training.model  # free the parent's weights after a resume
