@@ -68,6 +68,8 @@ COLUMNS = {  # of the tables: key → head
     "dropped": "dropped",
     "gain": "gain",
     "standard_error": "± standard error",
+    "told": "gain over another text's",
+    "told_standard_error": "± its standard error",
     "ratio": "ratio",
     "level": "LOD",
     "nearest": "from",
@@ -78,7 +80,7 @@ COLUMNS = {  # of the tables: key → head
     "focus": "focus",
     "mean": "means",
     "shuffled": "shuffled",
-    "truncated": "truncated",
+    "truncated": "window",
     "sinks": "sinks + window",
     "none": "none",
     "random": "random",
@@ -92,6 +94,7 @@ COLUMNS = {  # of the tables: key → head
     "focus_recovered": "focus recovers",
     "mean_recovered": "means recover",
     "shuffled_recovered": "shuffled recover",
+    "truncated_kept": "window keeps",
     "sinks_kept": "sinks + window keep",
     "bm25_kept": "BM25 keeps",
     "gists_kept": "gists keep",
@@ -99,6 +102,7 @@ COLUMNS = {  # of the tables: key → head
     "mean_kept": "means keep",
     "shuffled_kept": "shuffled keep",
 }
+WORTH_KEEPING = 0.1  # nats per token: of what is less, nothing is said
 
 
 @dataclass
@@ -112,7 +116,7 @@ class Config(PretrainedOptions, DeviceOptions):
     device_batch_size: Annotated[int, Range(2)] = 8
     """sequences per batch, at least two, whose gists are exchanged"""
     ratios: str = "4,8,16,32"
-    """compression ratios of the history"""
+    """compression ratios of the history; what blocks of block_size tokens cannot reach is left out"""
     recall: CountOr0 = 128
     """questions per length, if the data was made by nanochat.dataset --source recall; 0 for none"""
     recall_lengths: str = ""
@@ -161,6 +165,32 @@ def table(title, rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def what_gists_keep(rows) -> str:
+    """One sentence of what gists keep of the history, beside what says as much in as many entries, from `by_ratio`."""
+    gain, entries = rows[0]["none"] - rows[0]["full"], listed([row["entries"] for row in rows])
+    if rows[0]["gists_kept"] is None or gain < WORTH_KEEPING:
+        return (
+            f"All of the history makes {gain:.2f} nats per token for this model, less than {WORTH_KEEPING} or than can "
+            "be told from chance: too little to say what gists keep of it."
+        )
+
+    def kept(name):
+        return listed([round(100 * row[f"{name}_kept"]) for row in rows]) + "%"
+
+    return (
+        f"Of the {gain:.2f} nats per token that all of the history is worth, gists keep {kept('gists')} (± "
+        f"{max(100 * row['gists_kept_error'] for row in rows):.0f}) at {listed([row['ratio'] for row in rows])} times "
+        f"compression, gists of another text {kept('shuffled')}, and a window of as many entries ({entries}) "
+        f"{kept('truncated')}."
+    )
+
+
+def listed(values) -> str:
+    """[8, 16, 32] → "8, 16 and 32"."""
+    *first, last = (f"{value:,}" for value in values)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def main(config: Config):
     *_, device = compute_init(config.device_type)
     dtype = resolve_dtype(config.dtype, device.type)
@@ -203,6 +233,8 @@ def main(config: Config):
         "by_distance": shown("By distance of the compressed part (tokens ago)", measured(Evaluator.by_distance)),
         "by_level": shown("The whole history at one level", measured(Evaluator.by_level)),
     }
+    verdict = what_gists_keep(figures["by_ratio"])
+    print0(verdict + "\n")
     if pasts:
         rows = [measured(lambda e: e.past(T), (1 + times) * T) for times in pasts]
         figures["past"] = shown(f"What came before {T:,} tokens, as gists or dropped", rows)
@@ -246,15 +278,12 @@ def main(config: Config):
     path = get_base_dir() / "mc_eval" / f"{name}.json"
     with atomic_write(path, "w") as file:
         json.dump({**facts, **figures}, file, indent=2)
-    gained = {
-        f"Context kept at {row['ratio']}×, %": None if (share := row["gists_kept"]) is None else 100 * share
-        for row in figures["by_ratio"]
-    }
     plot = plot_context_gain(figures["by_ratio"], figures["by_distance"], figures["by_level"])
     get_report().log(
         f"MegaContext evaluation {source}",
         [
-            facts | gained,
+            facts,
+            f"{verdict}\n",
             "Losses in nats per token on the scored tokens. Recovered: share of the gain of the full history over one "
             "truncated to as many entries. Kept: the same, compared with no history.\n",
             *tables,

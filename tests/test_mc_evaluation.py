@@ -102,6 +102,35 @@ def test_by_ratio(evaluator):
 
 
 @torch.no_grad()
+def test_what_blocks_cannot_reach_is_left_out(evaluator):
+    """Of 56 tokens of history in blocks of 4, in nodes of 16 where there are four: 3 + 2 entries are the fewest."""
+    assert [(row["ratio"], row["entries"]) for row in evaluator.by_ratio([2, 12, 14])] == [(2, 36), (12, 13)]
+    with pytest.raises(UserError, match="64 tokens in blocks of 4 to 13 entries or more, got the ratios .14, 32."):
+        evaluator.by_ratio([14, 32])
+
+
+def of_gists(full, none, shares, error=0.02):
+    shares = zip(("gists", "shuffled", "truncated"), shares, strict=True)
+    return {f"{name}_kept": share for name, share in shares} | {"full": full, "none": none, "gists_kept_error": error}
+
+
+def test_what_gists_keep_in_a_sentence():
+    rows = [{"ratio": 8, "entries": 1046} | of_gists(3.0, 3.5, (0.794, 0.5, 0.9), 0.014)]
+    assert mc_eval.what_gists_keep(rows) == (
+        "Of the 0.50 nats per token that all of the history is worth, gists keep 79% (± 1) at 8 times compression, "
+        "gists of another text 50%, and a window of as many entries (1,046) 90%."
+    )
+    rows += [{"ratio": 16, "entries": 31} | of_gists(3.0, 3.5, (0.5, -0.15, 0.66))]
+    assert "keep 79 and 50% (± 2) at 8 and 16 times compression, gists of another text 50 and -15%" in (
+        mc_eval.what_gists_keep(rows)
+    )
+    for full, shares in ((3.45, (0.5, 0.4, 0.6)), (3.3, (None, None, None))):  # too little, or not told from chance
+        said = mc_eval.what_gists_keep([{"ratio": 8, "entries": 46} | of_gists(full, 3.5, shares)])
+        assert f"makes {3.5 - full:.2f} nats per token for this model, less than 0.1" in said
+        assert "%" not in said
+
+
+@torch.no_grad()
 def test_focus_moves_detail_within_the_budget(evaluator):
     row = evaluator.by_ratio([2])[0]
     assert row["focus"] != row["gists"]
@@ -140,23 +169,32 @@ def test_by_distance(evaluator):
 
 @torch.no_grad()
 def test_past(evaluator):
-    """Against each row read by itself: 48 tokens in 3 gists of LOD 2 before 16 tokens, of which 8 are scored."""
+    """
+    Against each row read by itself: 48 tokens in 3 gists of LOD 2, of its own text and of another, before 16 tokens, of
+    which 8 are scored.
+    """
     model, (x, y) = evaluator.model, tokens(B=4)
     row = evaluator.past(16)
     assert (row["past"], row["entries"], row["sequences"]) == (48, 3, 4)
-    gists, dropped = [], []
+    gists, shuffled, dropped = [], [], []
     for i in range(4):
-        tree = build_table(evaluator.reader.gist, model.embed(x[i : i + 1]), K)
         context = WorkingContext.from_map(torch.tensor([[2] * 12 + [0] * 4], dtype=torch.int8), T, K)
-        inputs = torch.cat((tree.values[:, tree.offsets[2] : tree.offsets[2] + 3], tree.values[:, 48:64]), dim=1)
-        logits = model(inputs_embeds=inputs, cos_sin=evaluator.reader.positions(context))[0, -8:]
-        gists.append(torch.nn.functional.cross_entropy(logits, y[i, -8:]))
+        for losses, of in ((gists, i), (shuffled, i - 1)):
+            tree = build_table(evaluator.reader.gist, model.embed(x[of][None]), K)
+            far = tree.values[:, tree.offsets[2] : tree.offsets[2] + 3]
+            inputs = torch.cat((far, model.embed(x[i : i + 1, 48:64])), dim=1)
+            logits = model(inputs_embeds=inputs, cos_sin=evaluator.reader.positions(context))[0, -8:]
+            losses.append(torch.nn.functional.cross_entropy(logits, y[i, -8:]))
         logits = model(x[i : i + 1, -16:])[0, -8:]
         dropped.append(torch.nn.functional.cross_entropy(logits, y[i, -8:]))
     gain = torch.stack(dropped) - torch.stack(gists)
     assert row["gists"] == pytest.approx(torch.stack(gists).mean().item(), rel=1e-4)
     assert row["gain"] == pytest.approx(gain.mean().item(), rel=1e-3, abs=1e-4)
     assert row["standard_error"] == pytest.approx(gain.std().item() / 2, rel=1e-3)
+    told = torch.stack(shuffled) - torch.stack(gists)
+    assert row["shuffled"] == pytest.approx(torch.stack(shuffled).mean().item(), rel=1e-4)
+    assert row["told"] == pytest.approx(told.mean().item(), rel=1e-3, abs=1e-4)
+    assert row["told_standard_error"] == pytest.approx(told.std().item() / 2, rel=1e-3)
 
 
 def test_a_single_sequence_has_no_others(evaluator):
@@ -220,7 +258,9 @@ def test_script(mc_trained, capsys):
     assert all(row["first_token_s"] > 0 and row["token_ms"] > 0 for row in figures["stream"])
     assert "gists recover" in out
     section = (mc_trained / "report" / "megacontext-evaluation-base.md").read_text()
-    assert "Context kept at 4×" in section
+    verdict = mc_eval.what_gists_keep(figures["by_ratio"])
+    assert f"\n{verdict}\n" in section
+    assert verdict in out
     picture = "report/megacontext-evaluation-base-context-gain.png"
     assert f"({picture})" in section
     assert (mc_trained / "report" / picture).read_bytes().startswith(b"\x89PNG")

@@ -36,6 +36,11 @@ def mean_gist(children, level):
     return norm(children.mean(dim=1))
 
 
+def of_others(inputs, context):
+    """Inputs [B, W, D] of a context, tokens as they are, each row's gists those of the row before."""
+    return inputs.roll(1, 0).where((context.entries.lod[..., None] > 0).to(inputs.device), inputs)
+
+
 class Evaluator:
     """
     reader: of a model and networks in eval mode, its config resolved for T. batches: iterator of (x, y) [B, T].
@@ -53,15 +58,20 @@ class Evaluator:
 
     @torch.no_grad()
     def by_ratio(self, ratios) -> list[dict]:
-        """For each ratio a row: the history in 1 / ratio of its entries."""
-        losses = {ratio: defaultdict(list) for ratio in ratios}
+        """
+        For each ratio a row: the history in 1 / ratio of its entries. What gists of one block each cannot reach is left
+        out; raises UserError if that is everything.
+        """
+        losses = defaultdict(lambda: defaultdict(list))
         for x, y in self._batches():
             T = x.size(1)
             tables = self._tables(x)
             full = self._tokens(x, y, T)
             none = self._tokens(x, y, self.tail)
+            smallest = smallest_length(T, self.config.block_size, self.tail)
             for ratio in ratios:
-                W = self.budget(T, ratio)
+                if (W := self.budget(T, ratio)) < smallest:
+                    continue
                 context = WorkingContext.initial(T, self.config.block_size, W, self.tail, len(x))
                 row = losses[ratio]
                 row["full"].append(full)
@@ -72,6 +82,11 @@ class Evaluator:
                 self._gists(row, tables, context, y)
                 focused = self.reader.focus(tables["gists"], context, W)
                 row["focus"].append(self._read(tables["gists"], focused, y))
+        if not losses:
+            raise UserError(
+                f"expected a compression of {T} tokens in blocks of {self.config.block_size} to {smallest} entries or "
+                f"more, got the ratios {ratios}"
+            )
         return [
             {
                 "ratio": ratio,
@@ -79,13 +94,12 @@ class Evaluator:
                 **_figures(losses[ratio], "truncated"),
                 **_figures(losses[ratio], "none", "kept"),
             }
-            for ratio in ratios
+            for ratio in losses
         ]
 
     def budget(self, T, ratio) -> int:
         """Entries of a working context whose history of T − tail tokens is compressed by `ratio`."""
-        smallest = smallest_length(T, self.config.block_size, self.tail)
-        return max(smallest, self.tail + -(-(T - self.tail) // ratio))
+        return self.tail + -(-(T - self.tail) // ratio)
 
     # -----------------------------------------------------------------------------------------------------
     # By level, and by how long ago
@@ -139,24 +153,26 @@ class Evaluator:
     def past(self, T) -> dict:
         """
         Of the last T tokens of each sequence the second half is scored, with what came before as gists (in T / 8
-        entries, or as few as can be) and without it ("dropped"); and what the past gains, with its standard error.
+        entries, or as few as can be), with the gists of another sequence ("shuffled") and without any ("dropped"); the
+        gain of the first over "dropped", and over "shuffled" ("told"), with their standard errors.
         """
         losses, K = defaultdict(list), self.config.block_size
         for x, y in self._batches():
             N = x.size(1)
             W = max(T + T // 8, smallest_length(N, K, T))
             context, table = WorkingContext.initial(N, K, W, T, len(x)), self.reader.tree(self.reader.embed(x))
-            gists = newest(self.reader.read(table.materialize(context), context, y).nll, context, T // 2)
-            dropped = self.model(x[:, -T:], y[:, -T:], loss_reduction="none").view(len(x), T)[:, -(T // 2) :]
-            for name, nll in (("gists", gists), ("dropped", dropped)):
-                losses[name].append(nll.mean(1))
-        gists, dropped = (torch.cat(losses[name]).double() for name in ("gists", "dropped"))
-        gain = dropped - gists
-        return {
-            **{"past": N - T, "entries": int(context.lengths()[0]) - T, "sequences": len(gain)},
-            **{"gists": gists.mean().item(), "dropped": dropped.mean().item()},
-            **{"gain": gain.mean().item(), "standard_error": (gain.std() / len(gain) ** 0.5).item()},
-        }
+            inputs = table.materialize(context)
+            dropped = self.model(x[:, -T:], y[:, -T:], loss_reduction="none").view(len(x), T)
+            losses["dropped"].append(dropped[:, -(T // 2) :].mean(1))
+            for name, values in (("gists", inputs), ("shuffled", of_others(inputs, context))):
+                losses[name].append(newest(self.reader.read(values, context, y).nll, context, T // 2).mean(1))
+        losses = {name: torch.cat(values).double() for name, values in losses.items()}
+        row = {"past": N - T, "entries": int(context.lengths()[0]) - T, "sequences": len(losses["gists"])}
+        row |= {name: values.mean().item() for name, values in losses.items()}
+        for worse, gain, error in (("dropped", "gain", "standard_error"), ("shuffled", "told", "told_standard_error")):
+            gains = losses[worse] - losses["gists"]
+            row |= {gain: gains.mean().item(), error: (gains.std() / len(gains) ** 0.5).item()}
+        return row
 
     def _without(self, embeds, y, first, last):
         """The loss when tokens [first, last) are cut out and the others stay where they are."""
@@ -206,8 +222,7 @@ class Evaluator:
     def _gists(self, row, tables, context, y):
         row["gists"].append(self._read(tables["gists"], context, y))
         row["mean"].append(self._read(tables["mean"], context, y))
-        inputs, lod = tables["gists"].materialize(context), context.entries.lod
-        mixed = inputs.roll(1, 0).where((lod[..., None] > 0).to(inputs.device), inputs)
+        mixed = of_others(tables["gists"].materialize(context), context)
         row["shuffled"].append(self._loss(mixed, context, y))
 
     def _read(self, table, context, y):

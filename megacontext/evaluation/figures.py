@@ -9,17 +9,18 @@ LINES = {  # context → colour, marker, what it is called
     "gists": (BLUE, "o", "gists, newest tokens in detail"),
     "mean": (ORANGE, "^", "means in GistNet's place"),
     "shuffled": (GREY, "x", "gists of another text"),
+    "truncated": ("black", "D", "a window of as many entries"),
+    "bm25": ("#CC79A7", "v", "a window and blocks found by BM25"),
 }
 
 
 def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
     """A PNG: the share of the context gain that is recovered, by ratio and by distance; the loss by level."""
     figure, (ratios, distances, levels) = new_figure("What compression keeps of the context", 3)
-    _shares(ratios, [f"{row['ratio']}×" for row in by_ratio], by_ratio, LINES, "kept", "no context at all")
+    _shares(ratios, [f"{row['ratio']}×" for row in by_ratio], by_ratio, "kept", "no context at all")
     ratios.set(title="By compression of the history", ylabel="context kept")
-    without_focus = {name: line for name, line in LINES.items() if name != "focus"}
     labels = [f"{row['nearest']}–{row['farthest']}" for row in by_distance]
-    _shares(distances, labels, by_distance, without_focus, "recovered", "cut out")
+    _shares(distances, labels, by_distance, "recovered", "cut out")
     distances.set(title="By distance of what is compressed", xlabel="tokens ago", ylabel="gain recovered")
 
     names = {"full": "black", "gists": BLUE, "mean": ORANGE, "shuffled": GREY, "none": "#BBBBBB"}
@@ -36,12 +37,12 @@ def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
     return png(figure)
 
 
-def _shares(axes, labels, rows, lines, measure, worst):
-    for name, (color, marker, label) in lines.items():
+def _shares(axes, labels, rows, measure, worst):
+    for name, (color, marker, label) in LINES.items():
         points = [
             (i, row[f"{name}_{measure}"], row[f"{name}_{measure}_error"])
             for i, row in enumerate(rows)
-            if row[f"{name}_{measure}"] is not None
+            if row.get(f"{name}_{measure}") is not None
         ]
         if points:
             axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, capsize=3, label=label)
