@@ -4,8 +4,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.config import MCConfig
-from megacontext.gistnet import CopiedGistNet, DeepGists, GistNet
-from megacontext.layers import split_parameters
+from megacontext.gistnet import CopiedGistNet, DeepGists, GistNet, split_parameters
 from megacontext.lensnet import LensNet
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
@@ -67,9 +66,9 @@ class MCNetworks(nn.Module):
         These optimizers do not see the scale of a gradient. So LensNet's rates carry the weight of its loss.
         """
         optimizers = []
-        of_gists = COPIED_RATES if hasattr(self.gistnet, "copied") else FROZEN_RATES if self.frozen else RATES
+        of_gists = COPIED_RATES if self.gistnet.copied else FROZEN_RATES if self.frozen else RATES
         for network, rates, weight in ((self.gistnet, of_gists, 1.0), (self.lensnet, RATES, self.lens_loss_weight)):
-            matrices, others = split_parameters(network)
+            matrices, others = split_parameters(network, self.gistnet.copied)
             matrix_lr, other_lr = rates
             if matrices:  # GistNet of type "mean" has none
                 groups = [{"params": others, "lr": weight * other_lr}]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.focus import Focus
+from megacontext.focus_allocator import Focus
 from megacontext.gaussian_rope import as_positions, entry_positions
 from megacontext.lensnet import asking
 from megacontext.networks import MCNetworks

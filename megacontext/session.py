@@ -24,13 +24,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megacontext.config import MCConfig
-from megacontext.demand import Demand
-from megacontext.focus import Focus, focus_state
-from megacontext.lensnet import NEWEST, asking
+from megacontext.focus_allocator import Focus, focus_state
+from megacontext.lensnet import NEWEST, Demand, asking
 from megacontext.reader import ASKING, Reader, score
 from megacontext.spliced_cache import SplicedCache
-from megacontext.streams import STORES
-from megacontext.tree import MegaContextTree
+from megacontext.streams import scratch_store
+from megacontext.tree import GIST_DTYPE, MegaContextTree, RamStore
 from megacontext.working_context import LEVELS, WorkingContext, smallest_length
 from nanochat.common import Stopwatch, UserError
 from nanochat.decode import Decoder
@@ -100,8 +99,8 @@ class MCSession:
             self._resume(state)
 
     def _reset(self):
-        store = self._store or STORES[self.config.mc_tree](self.config.block_size)
         reader, K = self.reader, self.config.block_size
+        store = self._store or (scratch_store(K) if self.config.mc_tree == "disk" else RamStore(GIST_DTYPE))
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink, reader.deep)
         self.demand = Demand(self._listener, store, self.model.config.n_embd + reader.deep)
         self.focus = Focus(self.config, 1, self.seed)

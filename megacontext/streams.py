@@ -30,14 +30,13 @@ import torch
 
 from megacontext.arrays import Arrays, Damaged
 from megacontext.lensnet import key_size
-from megacontext.tree import MegaContextTree, RamStore
+from megacontext.tree import GIST_DTYPE, MegaContextTree, RamStore
 from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
 from nanochat.tokenizer import get_tokenizer
 
 logger = logging.getLogger(__name__)
 
-GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
 SHAPE = "n_embd", "key_size", "block_size", "deep"  # facts of a gist key on which the shape of gists depends
 SPILL_TOKENS = 16384  # tokens kept in memory before a commit
 INGEST_CHARS = 100_000  # characters tokenized at a time
@@ -407,10 +406,10 @@ def export_documents(tokens: Arrays, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Stores by the names of --mc_tree
+# Stores of a session
 
 
-def _scratch_store(block_size):
+def scratch_store(block_size):
     """A store on disk that is deleted at the end of its session."""
     root = private_folder(get_base_dir() / "scratch")
     _sweep(root)
@@ -427,6 +426,3 @@ def _sweep(root):
         with contextlib.suppress(FileNotFoundError, UserError):  # another process was faster; in use
             if time.time() - left.stat().st_mtime > 60:
                 delete_stream(left)
-
-
-STORES = {"ram": lambda block_size: RamStore(GIST_DTYPE), "disk": _scratch_store}

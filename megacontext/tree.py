@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
 INGEST_TOKENS = 16384  # a row; longer appends are cut into pieces of this many, to bound the memory they need
 
 

@@ -54,7 +54,7 @@ def networks():
 @pytest.fixture(autouse=True)
 def exact_gists(monkeypatch):
     """Rounded to bf16, two sums of another order can be a part in 256 apart."""
-    monkeypatch.setattr("megacontext.streams.GIST_DTYPE", torch.float32)
+    monkeypatch.setattr("megacontext.session.GIST_DTYPE", torch.float32)
 
 
 @pytest.fixture(autouse=True)

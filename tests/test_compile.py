@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megacontext.attach import attach, generating
 from megacontext.config import MCConfig
-from megacontext.layers import Encoder
+from megacontext.gistnet import Encoder
 from megacontext.session import MCSession
 from nanochat.cross_entropy import loss_of_rows
 from nanochat.decode import Decoder, StaticStep

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.demand import Demand
-from megacontext.focus import Focus
-from megacontext.layers import Encoder
+from megacontext.focus_allocator import Focus
+from megacontext.gistnet import Encoder
+from megacontext.lensnet import Demand
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.session import MCSession

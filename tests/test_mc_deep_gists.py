@@ -121,7 +121,7 @@ def test_they_stand_in_pasts_too():
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_session_says_what_the_model_says_when_it_is_told_them(exact, sink, monkeypatch):
     monkeypatch.setattr(GPT, "sink", sink)
-    monkeypatch.setattr("megacontext.streams.GIST_DTYPE", torch.float32)
+    monkeypatch.setattr("megacontext.session.GIST_DTYPE", torch.float32)
     model = make_model(SESSION_GPT).eval()
     settings = session_settings(gistnet_deep=3, mc_infer_exact=exact, mc_aux_dtype="fp32")
     torch.manual_seed(3)

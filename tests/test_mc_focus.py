@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megacontext.config import MCConfig
-from megacontext.focus import Focus, focus_state
+from megacontext.focus_allocator import Focus, focus_state
 from megacontext.working_context import Edit, WorkingContext
 
 K, BUDGET = 4, 60

@@ -17,7 +17,7 @@ NO_WISHES = {"allocator_expand_threshold": 1.0, "allocator_collapse_threshold": 
 
 
 def configure(recent=0, most=4, **options):
-    return MCConfig(allocator_recent_tokens=recent, allocator_max_replacements=most, **options)
+    return MCConfig(allocator_recent_tokens=recent, mc_infer_allocator_max_replacements=most, **options)
 
 
 def context_of(lods, K, tail=0):
@@ -100,7 +100,7 @@ def greedy(context, scores, budget, config, recent):
     """What plan is to answer where all is greedy: one wish after the other, and what is paid for it."""
     K, newest = context.block_size, config.allocator_recent_tokens
     edits = fit(context, scores, budget, newest, recent)
-    left, after = config.allocator_max_replacements - len(edits), context.apply(edits)
+    left, after = config.mc_infer_allocator_max_replacements - len(edits), context.apply(edits)
     touched = {b for edit in edits for b in blocks(edit)}
     groups = sorted(collapses(context, scores, newest).items(), key=lambda g: (g[1], g[0].new_lod, g[0].first_block))
     wishes = [wish for wish in openings(context, scores) if wish[0] >= config.allocator_expand_threshold]
@@ -206,7 +206,7 @@ def test_every_plan_keeps_its_promises(problem):
             touched |= set(blocks(one))
         paid = []
     assert not paid
-    assert opened <= max(0, config.allocator_max_replacements - forced)
+    assert opened <= max(0, config.mc_infer_allocator_max_replacements - forced)
     assert not {b for edit in edits[:forced] for b in blocks(edit)} & touched
 
 

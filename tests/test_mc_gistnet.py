@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megacontext.gistnet import POOLINGS, GistNet
-from megacontext.layers import num_heads, split_parameters
+from megacontext.gistnet import POOLINGS, GistNet, num_heads, split_parameters
 from tests.helpers import root_mean_square
 
 D, K, LEVELS = 32, 4, 2

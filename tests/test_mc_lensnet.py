@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from megacontext.layers import split_parameters
+from megacontext.gistnet import split_parameters
 from megacontext.lensnet import (
     FADE,
     HEADS,

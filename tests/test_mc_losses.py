@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.layers import split_parameters
+from megacontext.gistnet import split_parameters
 from megacontext.lensnet import LensNet
 from megacontext.losses import ASKED, LEAST, LITTLE, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.reader import score

@@ -39,7 +39,7 @@ def model():
 @pytest.fixture(autouse=True)
 def exact_gists(monkeypatch):
     """As in the reference: rounded to bf16, two sums of another order can be a part in 256 apart."""
-    monkeypatch.setattr("megacontext.streams.GIST_DTYPE", torch.float32)
+    monkeypatch.setattr("megacontext.session.GIST_DTYPE", torch.float32)
 
 
 class Lens:

@@ -7,7 +7,7 @@ Shapes: M blocks of K tokens, D = n_embd, V = vocab_size.
 import torch
 import torch.nn as nn
 
-from megacontext.layers import Encoder, init_linear, split_parameters
+from megacontext.gistnet import Encoder, init_linear, split_parameters
 from nanochat.common import autocast
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.gpt import LOGIT_SOFTCAP, norm

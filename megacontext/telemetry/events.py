@@ -8,7 +8,7 @@ Documentation, dashboards and tests read these tables.
 import math
 import re
 
-from megacontext.focus import lod_counts
+from megacontext.focus_allocator import lod_counts
 
 EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod} is a level
     "mc_tree_snapshot": {

@@ -1,6 +1,6 @@
 // The focus view: draws the focus events of MegaContext. The page calls setUpFocus when it has the server's settings, and
-// showFocus when another chat is opened or its focus changes. Terms as in megacontext/focus.py: a block is block_size
-// tokens; each block has a level of detail (LOD), 0 for the tokens themselves.
+// showFocus when another chat is opened or its focus changes. A block is block_size tokens; each block has a level of detail
+// (LOD), 0 for the tokens themselves.
 
 import { make, sleep, svg } from "./dom.js";
 import { store } from "./chats.js";
