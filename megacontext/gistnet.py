@@ -117,7 +117,7 @@ class GistNet(nn.Module):
 
 class CopiedGistNet(GistNet):
     """
-    A GistNet whose correction starts from the lowest layers of a finished model, a Trunk, copied and then trained:
+    A GistNet whose correction starts from the lowest layers of a finished model, a GPT, copied and then trained:
     gist = scale · norm(last child + correction), with a learned scale per level, 1 at first.
 
     The children go through the layers behind a learned first vector, for attention to sink into, at first the
@@ -155,7 +155,7 @@ class CopiedGistNet(GistNet):
 
 class DeepGists(nn.Module):
     """
-    What gists add to the residual stream of a finished model, a Trunk, before `count` of the layers behind its first,
+    What gists add to the residual stream of a finished model, a GPT, before `count` of the layers behind its first,
     each a vector of its own, 0 at first.
 
     A finished model reads what stands at its input, but its first layer adds vectors many times as long: little of a

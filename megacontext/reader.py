@@ -53,8 +53,8 @@ def newest(values, context, tail):
 
 class Reader:
     """
-    model: a Trunk, compiled or not. config: resolved for its context length. The two networks run in the precision of
-    mc_aux_dtype, whatever autocast surrounds them.
+    model: a GPT, ours or a Llama, compiled or not. config: resolved for its context length. The two networks run in the
+    precision of mc_aux_dtype, whatever autocast surrounds them.
     """
 
     def __init__(self, model, networks: MCNetworks, config: MCConfig):

@@ -189,7 +189,7 @@ def make_optimizers(adam_groups, matrices, matrix_lr, weight_decay=0.0) -> list[
 
 class GPT(nn.Module):
     softcap = LOGIT_SOFTCAP  # of the logits; None for none
-    sink = False  # see Trunk
+    sink = False  # whether a token must come first: models that were never taught otherwise break there on a gist
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -206,7 +206,10 @@ class GPT(nn.Module):
 
     @property
     def frequencies(self):
-        """Of the rotary positions: radians per token of each pair of channels of a head, float64 [d/2]."""
+        """
+        Of the rotary positions: radians per token of each pair of channels of a head, float64 [d/2]; negative in models
+        that turn them the other way.
+        """
         return rotary_frequencies(self.config.n_embd // self.config.n_head, device=self.get_device())
 
     def _rotary_cache(self, length, frequencies):

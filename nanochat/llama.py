@@ -1,5 +1,5 @@
 """
-Llama-like decoders of transformers as a Trunk: Llama and SmolLM, Mistral, Qwen2 and Qwen3.
+Llama-like decoders of transformers in a GPT's place: Llama and SmolLM, Mistral, Qwen2 and Qwen3.
 
 The weights and the small modules are those of transformers; attention, positions and losses are the GPT's,
 which take positions and embeddings from outside. What differs: norms have weights, matrices may have biases, queries

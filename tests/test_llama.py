@@ -1,4 +1,4 @@
-"""Models of transformers as trunks: the same logits, losses and tokens, whoever reads and decodes."""
+"""Models of transformers in a GPT's place: the same logits, losses and tokens, whoever reads and decodes."""
 
 import copy
 
@@ -14,12 +14,10 @@ from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.decode import Decoder, compute_dtype
 from nanochat.engine import Engine
-from nanochat.gpt import GPT
 from nanochat.kv_cache import CacheSession, KVCache
 from nanochat.llama import Llama
 from nanochat.sampling import Sampling
-from nanochat.trunk import Trunk
-from tests.helpers import SMALL, K, make_model, root_mean_square, session_settings
+from tests.helpers import K, root_mean_square, session_settings
 from tests.helpers_hf import FAMILIES, SHAPE, D, V, of_transformers
 
 T = 40
@@ -263,12 +261,6 @@ def test_positions_end_where_the_model_no_longer_sees_all():
 def test_other_models_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         Llama(AutoModelForCausalLM.from_config(config))
-
-
-def test_both_are_trunks(pair):
-    assert isinstance(pair[1], Trunk)
-    assert isinstance(make_model(SMALL), Trunk)
-    assert isinstance(pair[1], GPT)
 
 
 def test_flops_and_parameters(pair):
