@@ -268,7 +268,7 @@ def _left_out(skipped: dict) -> str:
 
 def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, data_dir: Path) -> tuple[dict, bool]:
     """
-    Generate shards of recall documents, with at most num_files (-1: all) for training.
+    Generate shards of recall documents and their answer key, with at most num_files (-1: all) for training.
 
     Returns what `make_local` does. Raises UserError if the folder holds documents that were made otherwise.
     """
@@ -276,7 +276,7 @@ def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, 
     with locked(data_dir):
         have = check_source(data_dir, "recall")
         _check_alike(have, record, data_dir)
-        if _has_enough(have, num_files, data_dir):
+        if _has_enough(have, num_files, data_dir) and (data_dir / recall.KEY_FILE).exists():
             return have, True
         make_shards = partial(recall.make_shards, seed, documents, sizes, progress.track)
         return _build(record, make_shards, num_files, data_dir), False

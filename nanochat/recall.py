@@ -16,14 +16,17 @@ vocabulary of 1,024 tokens about 3.3 characters make a token, at 4,096 about 4.4
 
 import heapq
 import itertools
+import json
 import math
 import random
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from nanochat.common import UserError
+from nanochat.common import UserError, atomic_write
 from nanochat.sources import SHARD_CHARS, VAL_FRACTION, write_shards
+
+KEY_FILE = "recall_val_key.jsonl"  # the answer key, beside the shards
 
 
 def _words(text):
@@ -250,25 +253,32 @@ def _place(rng, sizes):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Shards
+# Shards and their answer key
 
 
 def make_shards(seed: int, documents: int, sizes: Sizes, track, train_paths, val_path) -> dict:
     """
-    Write `documents` training documents, and VAL_FRACTION as many for validation.
+    Write `documents` training documents, VAL_FRACTION as many for validation, and KEY_FILE beside val_path.
 
     track(iterable, label, total=...): shows progress. Returns what nanochat.sources.make_shards does.
+    The key has one JSON object a validation document, in the order of the shard's rows: "index", "text" and
+    "questions", each the fields of Question and its distance.
     """
     _check(documents >= 1, "1 or more documents", documents)
 
-    def texts(split, count):
-        return (text for text, _ in track(recall_documents(seed, count, split, **asdict(sizes)), split, total=count))
+    def generate(split, count):
+        return track(recall_documents(seed, count, split, **asdict(sizes)), split, total=count)
+
+    def keyed(documents, key):
+        for index, (text, questions) in enumerate(documents):
+            asked = [asdict(question) | {"distance": question.distance} for question in questions]
+            key.write(json.dumps({"index": index, "text": text, "questions": asked}) + "\n")
+            yield text
 
     val = min(max(1, round(VAL_FRACTION * documents)), max(1, SHARD_CHARS // (2 * sizes.chars)))  # they fit in a shard
-    return {
-        "val": write_shards(texts("val", val), [val_path]),
-        "train": write_shards(texts("train", documents), train_paths),
-    }
+    with atomic_write(val_path.with_name(KEY_FILE), "w") as key:
+        val = write_shards(keyed(generate("val", val), key), [val_path])
+    return {"val": val, "train": write_shards((text for text, _ in generate("train", documents)), train_paths)}
 
 
 def token_spans(ids, token_bytes, spans) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanochat import dataset, recall, samples
 from nanochat.common import UserError
 from nanochat.dataset import Config, get_data_dir, iter_documents, list_row_groups, main
-from nanochat.recall import COLUMNS, FACTS, LEXICON, VERBS, Sizes, recall_document, recall_documents
+from nanochat.recall import COLUMNS, FACTS, KEY_FILE, LEXICON, VERBS, Sizes, recall_document, recall_documents
 from nanochat.tokenizer import RustBPETokenizer, count_token_bytes
 
 SMALL = {"recall_documents": 60, "recall_chars": 2000, "recall_questions": 4}
@@ -174,11 +174,15 @@ def test_sizes_that_cannot_be(sizes, message):
 # Shards
 
 
+def read_key():
+    return [json.loads(line) for line in (get_data_dir() / KEY_FILE).read_text("utf-8").splitlines()]
+
+
 def texts(split):
     return [text for group in iter_documents(split) for text in group]
 
 
-def test_shards(base_dir, capsys):
+def test_shards_and_their_key(base_dir, capsys):
     main(Config(source="recall", seed=5, **SMALL))
     assert "60 documents" in capsys.readouterr().out
     sizes = {"chars": 2000, "questions": 4}
@@ -186,6 +190,12 @@ def test_shards(base_dir, capsys):
     assert len(list_row_groups("train")) >= 8
     val = list(recall_documents(5, 3, "val", **sizes))
     assert texts("val") == [text for text, _ in val]
+    key = read_key()
+    assert [(entry["index"], entry["text"]) for entry in key] == list(enumerate(texts("val")))
+    for entry, (_, questions) in zip(key, val, strict=True):
+        for found, question in zip(entry["questions"], questions, strict=True):
+            assert found.pop("distance") == question.distance
+            assert recall.Question(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}) == question
     record = json.loads((get_data_dir() / "source.json").read_text())
     assert record["source"] == "recall"
     assert (record["seed"], record["documents"], record["sizes"]["chars"]) == (5, 60, 2000)
@@ -207,7 +217,7 @@ def test_made_once(base_dir, capsys):
     with pytest.raises(UserError, match="from source 'recall' already"):
         main(Config(source="stdlib"))
     assert {path: path.stat().st_mtime_ns for path in get_data_dir().iterdir()} == before
-    for lost in (dataset.shard_name(0), dataset.shard_name(dataset.VAL_SHARD)):
+    for lost in (KEY_FILE, dataset.shard_name(0), dataset.shard_name(dataset.VAL_SHARD)):
         content = (get_data_dir() / lost).read_bytes()
         (get_data_dir() / lost).unlink()
         main(Config(**options))
