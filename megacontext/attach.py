@@ -1,16 +1,29 @@
 """The one place where --mc becomes objects. With the flag off, none of MegaContext's networks or losses is made."""
 
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
 
+from megacontext.config import MCConfig
 from megacontext.inference import session_maker
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.telemetry.endpoint import open_telemetry
+from nanochat.configurator import group
 from nanochat.loop import compiles
 from nanochat.training import PlainObjective
+
+
+@dataclass
+class MCOptions:
+    """Options of the stages that may train a model together with the networks."""
+
+    mc: bool = False
+    """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
+    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
+    """these options have an effect with --mc only"""
 
 
 def is_on(config) -> bool:

@@ -22,9 +22,6 @@ import torch.nn.functional as F
 from nanochat.common import autocast_dtype
 from nanochat.gpt import MLP, Attention, GPTConfig, apply_rotary, cos_sin_at, norm, rotary_cos_sin, split_deep
 
-TYPES = ("transformer", "mean")
-STARTS = ("mean", "last")
-POOLINGS = ("mean", "query", "cls")
 HEAD_DIM = 64
 SAMPLE = 64  # tokens from which the length of a model's states is taken
 
@@ -50,9 +47,6 @@ class GistNet(nn.Module):
         start="mean",
     ):
         super().__init__()
-        check_choice("gistnet type", type, TYPES)
-        check_choice("gistnet pooling", pooling, POOLINGS)
-        check_choice("gistnet start", start, STARTS)
         self.start = start
         self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
         self.copied = nn.ModuleList()  # layers of a finished model, see CopiedGistNet
@@ -189,11 +183,6 @@ class DeepGists(nn.Module):
 # Layers that LensNet has, too
 
 
-def check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def num_heads(n_embd: int, head_dim: int) -> int:
     """The most attention heads of equal, even size that have at least head_dim channels each; else one."""
     return next((n for n in range(n_embd // head_dim, 1, -1) if n_embd % (2 * n) == 0), 1)
@@ -238,7 +227,6 @@ class Head(nn.Module):
 
     def __init__(self, kind: str, n_in: int, n_out: int):
         super().__init__()
-        check_choice("head", kind, ("linear", "mlp"))
         self.c_fc = nn.Linear(n_in, 4 * n_in, bias=False) if kind == "mlp" else None
         self.c_proj = nn.Linear(n_in if self.c_fc is None else 4 * n_in, n_out, bias=False)
 

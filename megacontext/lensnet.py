@@ -24,12 +24,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from megacontext.gistnet import Encoder, Head, check_choice, init_linear
+from megacontext.gistnet import Encoder, Head, init_linear
 from megacontext.tree import RamStore
 from nanochat.decode import Matrix
 from nanochat.gpt import norm, rotary_cos_sin
 
-TYPES = ("transformer",)
 WIDTH = 128  # of the encoder
 KEY = 64
 HEADS = 8
@@ -69,9 +68,8 @@ def asking(states, embeds, at):
 class LensNet(nn.Module):
     """A query and a key network; `head` is "linear" or "mlp". An untrained lens has no wishes: all scores are 0."""
 
-    def __init__(self, n_embd: int, layers=2, head="mlp", type="transformer"):
+    def __init__(self, n_embd: int, layers=2, head="mlp"):
         super().__init__()
-        check_choice("lensnet type", type, TYPES)
         self.query = nn.Linear(n_embd, HEADS * KEY, bias=False)
         # No matrices for Muon, whose steps, of one length, would make them large at once
         self.weigh, self.anywhere = nn.Parameter(torch.empty(HEADS, n_embd)), nn.Parameter(torch.empty(n_embd))

@@ -41,7 +41,7 @@ class MCNetworks(nn.Module):
             raise UserError("--gistnet_deep: gists go deeper only into a finished model: train with mc_train")
         if c.gistnet_deep and (count := c.deep_layers(len(trunk.transformer.h))):
             self.gistnet.deep = DeepGists(trunk, count)
-        self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head, c.lensnet_type)
+        self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head)
 
     def load(self, state: dict, settings: dict):
         """Take over a checkpoint's weights. Raises UserError when they were made with settings they do not fit."""

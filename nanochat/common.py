@@ -1,6 +1,7 @@
 """Basics for all modules: folders, atomic files, processes, devices, errors for users."""
 
 import contextlib
+import json
 import os
 import random
 import sys
@@ -64,6 +65,29 @@ def atomic_write(path, mode="wb"):
     finally:
         with contextlib.suppress(OSError):  # in a folder without write permission there is nothing to remove
             temporary.unlink()
+
+
+class JSONLines:
+    """A file to which a line of JSON per record is added. One that can no longer be written never ends a run."""
+
+    def __init__(self, path):
+        """Raises OSError."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
+
+    def write(self, record: dict):
+        """Add a record. If that fails, it is reported, and this and all others are lost."""
+        if self.file.closed:
+            return
+        try:
+            self.file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            print0(f"the run goes on without {self.file.name}: {error.strerror}")
+            self.close()
+
+    def close(self):
+        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+            self.file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------

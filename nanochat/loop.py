@@ -1,7 +1,5 @@
 """Parts shared by all training loops: batch arithmetic, schedules, logs, progress line."""
 
-import contextlib
-import json
 import math
 import os
 import sys
@@ -12,7 +10,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat.common import UserError, get_base_dir, get_dist_info, print0
+from nanochat.common import JSONLines, UserError, get_base_dir, get_dist_info, print0
 from nanochat.cross_entropy import loss_of_rows
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
@@ -206,13 +204,12 @@ class RunLog:
             return
         path = get_base_dir() / "logs" / f"{stage}_{tag}.jsonl"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not resumed:
                 path.rename(path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
             if path.exists():  # a killed run may have left an incomplete line
                 whole = path.read_bytes()
                 os.truncate(path, whole.rfind(b"\n") + 1)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
+            self.file = JSONLines(path)
         except OSError as error:
             print0(f"there will be no log {path}: {error.strerror}")
         if run != "dummy":
@@ -228,11 +225,7 @@ class RunLog:
         """A record such as {"step": 1, "train/loss": 2.5}."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         if self.file:
-            try:
-                self.file.write(json.dumps(finite) + "\n")
-            except OSError as error:
-                print0(f"the log goes on without {self.file.name}: {error.strerror}")
-                self._close_file()
+            self.file.write(finite)
         if self.wandb:
             try:
                 self.wandb.log(metrics)
@@ -242,16 +235,11 @@ class RunLog:
         for listener in self._listeners:
             listener.metrics(metrics)
 
-    def _close_file(self):
-        file, self.file = self.file, None
-        if file:
-            with contextlib.suppress(OSError):  # what could not be written before cannot be written now
-                file.close()
-
     def finish(self):
         for listener in self._listeners:
             listener.close()
-        self._close_file()
+        if self.file:
+            self.file.close()
         if self.wandb:
             try:
                 self.wandb.finish()

@@ -9,13 +9,12 @@ Pretrain the base model.
 Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
-from megacontext.attach import attach, generating, meta_of, observe
-from megacontext.config import MCConfig
+from megacontext.attach import MCOptions, attach, generating, meta_of, observe
 from nanochat.common import (
     UserError,
     autocast,
@@ -24,7 +23,7 @@ from nanochat.common import (
     resolve_dtype,
     sum_over_ranks,
 )
-from nanochat.configurator import group, run
+from nanochat.configurator import run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle, load_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenLoader
@@ -45,7 +44,7 @@ from nanochat.training import WARM_UP, Training
 
 
 @dataclass
-class Config(TrainingOptions, BatchOptions, OptimizerOptions):
+class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions):
     # Model
     depth: Annotated[int, Range(1, 1000)] = 20
     """number of layers; width and heads follow from it"""
@@ -84,11 +83,6 @@ class Config(TrainingOptions, BatchOptions, OptimizerOptions):
     """examples per task during training"""
     sample_every: Every = 2000
     """steps between samples; -1 for never"""
-    # MegaContext
-    mc: bool = False
-    """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
-    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
-    """these options have an effect with --mc only"""
 
 
 MEASURED = 20  # after this many steps, their speed makes a number of steps of --target_minutes

@@ -9,16 +9,14 @@ One pass over a mixture of conversations, packed into rows of max_seq_len. Run t
 to resume an interrupted run from its newest checkpoint.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Annotated
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from megacontext.attach import attach, meta_of, observe
-from megacontext.config import MCConfig
+from megacontext.attach import MCOptions, attach, meta_of, observe
 from nanochat.common import autocast, compute_init, resolve_dtype
-from nanochat.configurator import group, run
+from nanochat.configurator import run
 from nanochat.conversations import PackedConversations
 from nanochat.loop import accumulation_steps, muon_momentum
 from nanochat.options import BatchOptions, ModelOptions, OptimizerOptions, TrainingOptions
@@ -29,7 +27,7 @@ from tasks.mixtures import mid_mixture, mid_val
 
 
 @dataclass
-class Config(TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
+class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
     # What to train
     tasks: str = "full"
     """full (datasets of the hub), local (generated, for a CPU), recall (generated, up to 6,000 characters) or memory
@@ -48,11 +46,6 @@ class Config(TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
     # Evaluation
     eval_every: Every = 150
     """steps between validations; -1 for never"""
-    # MegaContext
-    mc: bool = False
-    """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
-    megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
-    """these options have an effect with --mc only"""
 
 
 def main(config: Config):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import loop
-from nanochat.common import UserError, get_base_dir, peak_flops
+from nanochat.common import JSONLines, UserError, get_base_dir, peak_flops
 from nanochat.configurator import OptionalInt, parse, short
 from nanochat.dataset import make_local
 from nanochat.engine import Engine
@@ -69,13 +69,13 @@ def test_run_log(base_dir):
 def test_a_full_disk_ends_no_training(base_dir, capsys):
     log = loop.RunLog("base", "d1", "dummy", {}, resumed=False)
     log.file.close()
-    log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    log.file = JSONLines("/dev/full")
     seen = []
     log.listen(SimpleNamespace(metrics=seen.append, close=lambda: None))
     log.log({"step": 1})
     log.log({"step": 2})
     log.finish()
-    assert capsys.readouterr().out == "the log goes on without /dev/full: No space left on device\n"
+    assert capsys.readouterr().out == "the run goes on without /dev/full: No space left on device\n"
     assert seen == [{"step": 1}, {"step": 2}]
 
 

@@ -12,19 +12,15 @@ counts, times and names: the tables of events.py are all that is told.
 """
 
 import atexit
-import contextlib
-import json
 import math
 import os
 import re
 import time
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from megacontext.telemetry.events import EVENTS, as_exported, events_of_step
-from nanochat.common import UserError, get_dist_info
+from nanochat.common import JSONLines, UserError, get_dist_info
 
 
 class Telemetry:
@@ -63,39 +59,26 @@ class Telemetry:
         pass
 
 
-class JSONLines(Telemetry):
+class TelemetryFile(Telemetry):
     """A line {"time", "service", "run", "event", "seconds", …attributes} or {"time", …, "metrics": {…}} each."""
 
     listens = True
 
     def __init__(self, path, head):
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
+            self.file = JSONLines(path)
         except OSError as error:
             raise UserError(f"MC_OTEL_ENDPOINT: cannot write to {path} ({error.strerror})") from error
-        self.head, self.path = head, path
+        self.head = head
 
     def _event(self, name, attributes, seconds):
-        self._write({"event": name, "seconds": seconds, **attributes})
+        self.file.write({"time": time.time(), **self.head, "event": name, "seconds": seconds, **attributes})
 
     def _metrics(self, record):
-        self._write({"metrics": record})
-
-    def _write(self, record):
-        if self.file is None:
-            return
-        try:
-            self.file.write(json.dumps({"time": time.time(), **self.head, **record}) + "\n")
-        except OSError as error:  # a full disk, most likely: the run goes on without
-            warnings.warn(f"MC_OTEL_ENDPOINT: no more telemetry, {self.path}: {error.strerror}", stacklevel=2)
-            self.close()
+        self.file.write({"time": time.time(), **self.head, "metrics": record})
 
     def close(self):
-        file, self.file = self.file, None
-        if file:
-            with contextlib.suppress(OSError):  # what could not be written before cannot be flushed now
-                file.close()
+        self.file.close()
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ def open_telemetry(service: str, run: str, attributes: dict | None = None) -> Te
         return Telemetry()
     endpoint = parse_endpoint(text, os.environ.get("MC_OTEL_INSECURE", "0").lower() in ("1", "true", "yes"))
     if endpoint.protocol == "file":
-        telemetry = JSONLines(endpoint.target, {"service": service, "run": run, **(attributes or {})})
+        telemetry = TelemetryFile(endpoint.target, {"service": service, "run": run, **(attributes or {})})
     else:
         from megacontext.telemetry.otlp import OTLP  # here: about a second and 40 MB that others are spared
 
