@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dev import bench
-from nanochat.common import UserError, atomic_write, autocast, get_base_dir
+from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import parse, run
 
 ROOT = Path(__file__).parent.parent
@@ -81,89 +81,12 @@ def benchmark(config, name, *options):
 
 
 def tests(config, failures):
-    from megacontext.session import MCSession
-    from nanochat.decode import Decoder
-    from nanochat.gpt import GPTConfig
-    from nanochat.kv_cache import CacheSession
-    from nanochat.loop import maybe_compile
-    from tests.helpers import CLOSE, K, make_model, make_objective, tokens
+    from tests.on_device import checks
 
     device = torch.device(size(config, "cuda", "cpu"))
-    torch.set_float32_matmul_precision("highest")
-    x, y = tokens(B=4)
-
-    def learned(device, dtype=torch.float32, compile="off", mc=True):
-        """(loss, gradients) of a training step."""
-        model = make_model().to(device)
-        objective = make_objective(maybe_compile(model, compile, device))
-        objective.reader.networks.to(device)
-        with autocast(device, dtype):
-            if mc:
-                loss = objective.process_batch(x.to(device), y.to(device), 1.0, torch.Generator().manual_seed(0)).loss
-            else:
-                loss = objective.model(x.to(device), y.to(device))
-        loss.backward()
-        return {"loss": loss.detach().cpu()} | {n: p.grad.float().cpu() for n, p in model.named_parameters()}
-
-    def compare(got, expected, tolerance):
-        for name, value in expected.items():
-            scale = value.abs().max().item()
-            torch.testing.assert_close(
-                got[name].float(), value.float(), atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-    for mc in (False, True):
-        what = "with --mc" if mc else "plain"
-        with step(failures, f"loss and gradients, {what}: device as CPU"):
-            expected = learned(torch.device("cpu"), mc=mc)
-            compare(learned(device, mc=mc), expected, 1e-3)
-        with step(failures, f"loss, {what}: bf16 near fp32"):
-            got, expected = learned(device, torch.bfloat16, mc=mc), learned(device, mc=mc)
-            torch.testing.assert_close(got["loss"].float(), expected["loss"], rtol=0.02, atol=0)
-        with step(failures, f"loss and gradients, {what}: compiled as eager"):
-            if not config.rehearse:  # tests/test_compile.py does it on the CPU
-                compare(learned(device, compile="on", mc=mc), learned(device, mc=mc), 2e-3)
-
-    def answers(session, prompt, n=48):
-        logits, ids = [session.prefill(prompt)], []
-        for _ in range(n):
-            ids.append(logits[-1].argmax(-1))
-            logits.append(session.step(ids[-1]))
-        return torch.stack(logits).cpu(), torch.stack(ids).cpu()
-
-    def check_answers(make_session, prompt):
-        """make_session(model, graph) on the device, with and without graphs, and on the CPU."""
-        on_cpu, _ = answers(make_session(make_model().eval(), False), prompt)
-        model = make_model().to(device).eval()
-        (graph, its), (eager, others) = (answers(make_session(model, graph), prompt) for graph in (True, False))
-        assert torch.equal(its, others), "graphs choose other tokens"
-        torch.testing.assert_close(graph, eager, **CLOSE)
-        n = (graph.argmax(-1) == on_cpu.argmax(-1)).all(1).long().cumprod(0).sum()  # until one differs by rounding
-        torch.testing.assert_close(graph[:n], on_cpu[:n], atol=1e-2, rtol=1e-2)
-        assert n > 8, f"other tokens than on the CPU after {n}"
-
-    prompt = torch.randint(1, 70, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    with torch.inference_mode():
-        with step(failures, "greedy tokens: graphs, eager, CPU"):
-            check_answers(lambda model, graph: CacheSession(Decoder(model, torch.float32, graph), 1, 64), prompt)
-        with step(failures, "greedy tokens with --mc: graphs, eager, CPU"):
-
-            def make_session(model, graph):
-                objective = make_objective(
-                    model, allocator_soft_max=64, mc_infer_refocus_interval=8, mc_aux_dtype="fp32", block_size=K
-                )
-                networks = objective.reader.networks.to(model.get_device()).eval()
-                return MCSession(model, networks, objective.config, decoder=Decoder(model, torch.float32, graph))
-
-            check_answers(make_session, prompt)
-    with step(failures, "a model of 128-channel heads in bf16 decodes as it reads"):
-        model = make_model(GPTConfig(256, 1024, 2, 2, 2, 256), spread=0.05).to(device).eval()
-        ids = torch.randint(0, 1024, (1, 100), device=device)
-        with torch.no_grad(), autocast(device, torch.bfloat16):
-            whole = model(ids)[:, -1]
-        session = CacheSession(Decoder(model, torch.bfloat16, graph=True), 1, 4)
-        session.prefill(ids[0, :-1].tolist())
-        torch.testing.assert_close(session.step(ids[0, -1:]), whole, atol=0.1, rtol=0.05)
+    for name, check in checks(device, compiled=not config.rehearse):  # tests/test_compile.py does it on the CPU
+        with step(failures, name):
+            check()
 
 
 # ---------------------------------------------------------------------------------------------------------
