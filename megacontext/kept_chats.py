@@ -6,18 +6,17 @@ each conversation is written by one session at a time.
 """
 
 import hashlib
-import json
 import logging
 import os
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from megacontext import streams
 from megacontext.arrays import Arrays, Damaged
-from nanochat.common import UserError, atomic_write
+from nanochat.common import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -72,35 +71,34 @@ class KeptChats:
     def save(self, name, session, view, edits=()):
         """Keep what the session holds, and its state, view and edits for `record`."""
         try:
-            session.tree.store.commit()
-            path = self._folder(name) / "focus.json"
-            with atomic_write(path, "w") as file:
-                os.fchmod(file.fileno(), 0o600)
-                json.dump({"session": session.state(), "view": view, "edits": edits}, file)
+            session.tree.store.commit(focus={"session": session.state(), "view": view, "edits": edits})
+            os.utime(self._folder(name))  # see _last_used
         except (UserError, OSError) as error:  # the answer has been given; the next one may find room
             self.refused += 1
             logger.error("an answer is not kept: %s", error)
 
     def record(self, name) -> dict:
         """
-        What `save` kept beside the store: "session", its state; "view", the focus at the end of the last answer;
+        What `save` kept with the tokens: "session", its state; "view", the focus at the end of the last answer;
         "edits", see ChatSessions.edits. Empty where there is no such conversation.
         """
-        path = self._folder(name) / "focus.json"
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            logger.error("where a conversation looked is forgotten: %s: %s", path, error)
-            return {}
+        with self._tokens(name) as tokens:
+            return tokens.facts.get("focus", {}) if tokens else {}
 
     def tokens(self, name, start, end) -> list[int] | None:
         """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
-        if not self._folder(name).exists():
-            return None
-        with closing(Arrays(self._folder(name))) as tokens:
-            return streams.token_ids(tokens, start, end)
+        with self._tokens(name) as tokens:
+            return streams.token_ids(tokens, start, end) if tokens else None
+
+    def _tokens(self, name):
+        """A context with the Arrays of a conversation's tokens; with None where they are missing or damaged."""
+        folder = self._folder(name)
+        try:
+            return closing(Arrays(folder))
+        except Damaged as error:
+            if folder.exists():
+                logger.error("a conversation cannot be shown: %s", error)
+            return nullcontext()
 
     def delete(self, name):
         """Raises UserError while a session has it."""
@@ -132,5 +130,5 @@ class KeptChats:
 
 
 def _last_used(folder):
-    """Time of the last use, in seconds since 1970: whoever uses it makes and renames files in it."""
+    """Time of the last use, in seconds since 1970: `save` notes it, and whoever opens it makes files in it."""
     return folder.stat().st_mtime

@@ -1,9 +1,9 @@
 """
 Streams: trees on disk that outlive the process (`--mc_tree disk`).
 
-    NAME/                  Arrays with the tokens; facts: the tokenizer's checksum, and the owner's own
+    NAME/                  Arrays with the tokens; facts: the tokenizer's checksum, and the owner's own, as of a
+                           conversation its focus
     NAME/gists-<id>/       Arrays level_1, level_2, …: gists of these tokens by one model's networks
-    NAME/focus.json        of a conversation: the last focus, see MCSession.state
 
 The tokens are the data; gists are derived from them and can be computed again. Appending commits tokens before their
 gists, and truncating cuts gists before tokens, so that the gists may lag behind the tokens but are never ahead of them;

@@ -225,12 +225,10 @@ def test_damage_costs_the_memory_and_not_the_chat(serve, tmp_path, caplog):
         for turn in range(3):
             chat.say(server, turn)
     [folder] = (tmp_path / "kept").iterdir()
-    (folder / "focus.json").write_text("{")
-    with serve() as server:
-        chat.say(server, 3)
-    assert "where a conversation looked is forgotten" in caplog.text
     (folder / FILE).write_bytes(b"no database")
     with serve() as server:
+        assert server.client.post("/focus", json={"conversation": name(1)}).json()["focus"] is None
+        assert "cannot be shown" in caplog.text
         chat.say(server, 4)
         assert server.sessions[0].held[0].is_kept
     assert "is set aside" in caplog.text
