@@ -16,7 +16,6 @@ Files are private (0600, folders 0700). One process may write, under a lock (flo
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UserError, sync
+from nanochat.common import UserError, locked, sync
 
 FORMAT = "megacontext arrays 2"
 FILE = "arrays.sqlite"
@@ -283,18 +282,8 @@ class Arrays:
             self._database.execute("COMMIT")
 
 
-@contextlib.contextmanager
 def _locked(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(
-            f"{folder} is being written to by another process or session: wait for its end, or stop it"
-        ) from None
-    finally:
-        os.close(descriptor)
+    return locked(folder, f"{folder} is being written to by another process or session: wait for its end, or stop it")
 
 
 def _manifest(facts, arrays) -> tuple[bytes, int]:

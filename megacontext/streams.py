@@ -33,6 +33,7 @@ from megacontext.lensnet import key_size
 from megacontext.tree import GIST_DTYPE, MegaContextTree, RamStore
 from nanochat.checkpoint_manager import checkpoint_root, weights_checksum
 from nanochat.common import UserError, get_base_dir
+from nanochat.sources import take
 from nanochat.tokenizer import get_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -337,18 +338,15 @@ def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
     if source and last.get("source") == source:
         done = Progress(**last["progress"])
         tree.truncate(done.tokens)  # the rest is part of a document
-        documents = iter(documents)
-        for _ in itertools.islice(documents, done.documents):
-            pass
-    documents = _batches(documents)
-    first = next(documents, None)
-    if first is None and not source:
+    documents = itertools.islice(documents, done.documents, None)
+    texts = take(documents, INGEST_CHARS)
+    if not texts and not source:
         store.commit()
         yield done
         return
     store.commit(ingested={"source": source, "progress": done._asdict()})
     committed, bos = time.monotonic(), np.array([tokenizer.get_bos_token_id()], np.uint32)
-    for texts in itertools.chain([first] if first else [], documents):
+    while texts:
         parts = [part for ids in tokenizer.encode_to_numpy(texts) for part in (bos, ids)]
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
         tree.append(ids.to(store.device))
@@ -357,20 +355,9 @@ def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
             store.commit(ingested={"source": source, "progress": done._asdict()})
             committed = time.monotonic()
             yield done
+        texts = take(documents, INGEST_CHARS)
     store.commit(ingested={"source": source, "progress": done._asdict()})
     yield done
-
-
-def _batches(documents):
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= INGEST_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def tokenizer_of(tokens: Arrays):

@@ -1,6 +1,7 @@
 """Basics for all modules: folders, atomic files, processes, devices, errors for users."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -65,6 +66,28 @@ def atomic_write(path, mode="wb"):
     finally:
         with contextlib.suppress(OSError):  # in a folder without write permission there is nothing to remove
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder, refusal=""):
+    """
+    Hold a folder, made if need be, against other processes. The kernel frees it however they end.
+
+    If another one holds it, UserError with this refusal is raised; without one, it is waited for.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if refusal:
+                raise UserError(refusal) from None
+            print(f"waiting for another process that fills {folder}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class JSONLines:

@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 from rich import progress
 
 from nanochat import recall, sources
-from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.common import UserError, atomic_write, get_base_dir, locked
 from nanochat.configurator import run, short
-from nanochat.download import fetch_from_hub, locked
+from nanochat.download import fetch_from_hub
 from nanochat.ranges import Count, CountOr0, Fraction, check
 
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"

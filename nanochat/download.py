@@ -3,8 +3,6 @@ Files from the Hugging Face hub and from other servers, by huggingface_hub: it g
 checks sizes, and waits as it is told when there are too many requests. Hashes are checked here.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,28 +12,12 @@ from pathlib import Path
 
 from rich import progress
 
-from nanochat.common import atomic_write
+from nanochat.common import atomic_write, locked
 
 RETRIES = 5  # of a server that is out of order
 BACKOFF_SECONDS = 1.0  # before the first retry; doubles with each
 # A wrong hash; and after a fault in one thread, huggingface_hub closes the connections that others are about to use
 BY_CHANCE = RuntimeError, AttributeError
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Hold a folder, made if need be, against other processes that fill it. The kernel frees it however they end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that fills {folder}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def fetch(url: str, path: Path) -> str | None:

@@ -302,15 +302,15 @@ def write_shards(texts, paths) -> dict:
 def row_groups(texts):
     """Yield lists of texts: at most GROUP_DOCS in one, fewer when there would not be MIN_GROUPS lists."""
     texts = iter(texts)
-    head = _take(texts, MIN_GROUPS * GROUP_DOCS, 2 * MIN_GROUPS * GROUP_CHARS)
+    head = take(texts, 2 * MIN_GROUPS * GROUP_CHARS, MIN_GROUPS * GROUP_DOCS)
     docs = min(GROUP_DOCS, max(1, len(head) // MIN_GROUPS))
     texts = itertools.chain(head, texts)
-    while group := _take(texts, docs, GROUP_CHARS):
+    while group := take(texts, GROUP_CHARS, docs):
         yield group
 
 
-def _take(texts, docs, characters):
-    """The next texts: `docs` of them, or fewer if these have `characters`."""
+def take(texts, characters, docs=None) -> list[str]:
+    """The next texts of an iterator, until they have this many characters, but at most `docs`; fewer at its end."""
     taken = []
     for text in texts:
         taken.append(text)

@@ -25,7 +25,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 from nanochat import dataset, download, sources
-from nanochat.common import UserError
+from nanochat.common import UserError, locked
 from nanochat.dataset import Config, iter_documents, list_parquet_files, list_row_groups, main, shard_name
 from tests.helpers import ROOT
 
@@ -582,7 +582,7 @@ def test_download(hub, data_dir, capsys):
 def test_what_is_there_is_no_reason_to_wait(hub, data_dir):
     """A recipe that is started again, while its first attempt still fetches the shards of pretraining."""
     main(Config(num_files=1))
-    with download.locked(data_dir):
+    with locked(data_dir):
         main(Config(num_files=1))
 
 
