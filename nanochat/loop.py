@@ -253,10 +253,13 @@ def clock(seconds) -> str:
 
 
 class ProgressLine:
-    """A progress bar with figures and the time left; without a terminal, a plain line every `every` seconds."""
+    """
+    A progress bar with figures and the time left; without a terminal, a plain line every `every` seconds. unit: of what
+    is counted.
+    """
 
-    def __init__(self, stage, total, start=0, every=10.0):
-        self.total, self.every = total, every
+    def __init__(self, stage, total, start=0, every=10.0, unit="step"):
+        self.total, self.every, self.unit = total, every, unit
         self.began, self.last_print = None, 0.0
         self.shown = get_dist_info()[1] == 0
         self.bar = None
@@ -268,7 +271,7 @@ class ProgressLine:
             self.bar.start()
 
     def update(self, step, figures: str, done: float | None = None):
-        """step: steps done. done: completed fraction of the run, if the number of steps is not known."""
+        """step: units done. done: completed fraction of the run, if the number of all is not known."""
         if not self.shown:
             return
         if done is None:
@@ -276,7 +279,7 @@ class ProgressLine:
         if self.began is None:  # the clock starts after the first step, which also compiles and warms up
             self.began, self.start = time.time(), done
         left = "?" if done <= self.start else clock((time.time() - self.began) / (done - self.start) * (1 - done))
-        count = f"step {step:,}" + (f"/{self.total:,}" if self.total else f" ({100 * done:.0f}%)")
+        count = f"{self.unit} {step:,}" + (f"/{self.total:,}" if self.total else f" ({100 * done:.0f}%)")
         text = f"{count} | {figures} | {left} left"
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)

@@ -130,10 +130,10 @@ def main(config):
     with autocast(device, dtype):
         if mc:
             model, file_name = SessionScorer(session_maker(model, *mc)), f"{file_name}_mc"
-        line = ProgressLine("CORE", None)
+        line = ProgressLine("CORE", None, unit="example")
 
         def show(label, done, of):
-            line.update(done, f"of {of:,} examples | {label}", done / of)
+            line.update(done, f"of {of:,} | {label}", done / of)
 
         core = evaluate_core(model, tokenizer, device, config.max_per_task, progress=show)
         line.close()

@@ -121,7 +121,7 @@ def main(config: Config):
             samples = random.Random(f"{config.source} {name}").sample(own, min(3, len(own)))  # others in each stage
             scores = {}
             for label, make in ways.items():
-                progress = ProgressLine(f"{name} {label}".strip(), None)
+                progress = ProgressLine(f"{name} {label}".strip(), None, unit="problem")
                 score = scores[label] = evaluate(
                     task,
                     model,
@@ -133,7 +133,7 @@ def main(config: Config):
                     config.top_k,
                     config.batch_size,
                     keep=samples,
-                    progress=lambda done, of, line=progress: line.update(done, f"of {of:,} problems", done / of),
+                    progress=lambda done, of, line=progress: line.update(done, f"of {of:,}", done / of),
                     make_session=make,
                 )
                 progress.close()

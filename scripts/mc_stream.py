@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich import progress
-from rich.console import Console
 
 from megacontext import streams
 from megacontext.arrays import Arrays
@@ -41,6 +39,7 @@ from nanochat import pretrained
 from nanochat.common import UserError, compute_init
 from nanochat.configurator import run, short
 from nanochat.find import find_text
+from nanochat.loop import ProgressLine
 from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, CountOr0
 from nanochat.sources import decode_text, folder_documents, folder_files
@@ -81,17 +80,6 @@ class Model:
         return MegaContextTree(self.reader.node, self.gist_key["block_size"], store, self.reader.embed_for_decoding)
 
 
-def bar(*columns):
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        *columns,
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
 def list_files(inputs):
     """The files named and those in the folders named, in order, and what is left out: path → reason."""
     files, skipped = [], {}
@@ -121,13 +109,12 @@ def append(config, folder):
     tree = model.tree(folder, write=True)
     for _ in tree.complete():
         pass
-    before, start = tree.num_tokens, time.monotonic()
-    with bar(progress.TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} per second")) as shown:
-        task = shown.add_task("reading", total=total, tokens=before, speed=0)
-        for done in streams.ingest(tree, documents, model.tokenizer, source):
-            speed = (done.tokens - before) / (time.monotonic() - start)
-            shown.update(task, completed=done.characters, tokens=done.tokens, speed=speed)
-        shown.update(task, completed=total)
+    before, start, line = tree.num_tokens, time.monotonic(), ProgressLine("reading", None, unit="token")
+    for done in streams.ingest(tree, documents, model.tokenizer, source):
+        speed = (done.tokens - before) / (time.monotonic() - start)
+        part = min(1.0, done.characters / total) if total else None  # of compressed files there may be more than bytes
+        line.update(done.tokens, f"{speed:,.0f} per second", part)
+    line.close()
     tree.store.close()
     reasons = sorted(set(skipped.values()))
     for reason in reasons:
@@ -145,15 +132,14 @@ def standard_input():
 
 def make_gists(model, folder):
     """For another model than before: beside the old ones."""
-    if missing := streams.missing_gists(folder, model.gist_key):
-        with bar() as shown:
-            task, before = shown.add_task("gists", total=missing), None
-            reader = model.reader
-            embed, device = reader.embed_for_decoding, model.device
-            for done in streams.make_gists(folder, model.gist_key, reader.node, embed, device):
-                before = done if before is None else before
-                shown.update(task, completed=done - before)
-    return missing
+    missing, reader = streams.missing_gists(folder, model.gist_key), model.reader
+    if not missing:
+        return
+    before, line = None, ProgressLine("gists", None, unit="block")
+    for done in streams.make_gists(folder, model.gist_key, reader.node, reader.embed_for_decoding, model.device):
+        before = done if before is None else before
+        line.update(done - before, f"of {missing:,}", (done - before) / missing)
+    line.close()
 
 
 def show_list():
