@@ -6,15 +6,16 @@ Shapes: R rows, P tokens that ask, n blocks of K tokens, D = n_embd, H = HEADS, 
     query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h, and
              how much it looks anywhere at all
     key      of a block, from the embeddings of its tokens: `layers` of attention within it, mean, head → [C]
-    words    of a block: the sum of the embeddings of its tokens, and of some before it, less their mean, projected to
-             S = word_size numbers, of length 1; of a token: the same of the newest tokens, which fade with their age
+    words    of a block: the sum of the embeddings of its tokens, and of some before it, less their mean, each as loud
+             as its token is rare, projected to S = word_size numbers, of length 1; of a token: the same of the newest
+             tokens, which fade with their age
     z      = bias + anywhere + Σ_h w_h · leaky_relu(q_h · key) + match · (words of the token · words of the block)
 
 z is the logarithm of the odds that the token looks into that block for what it says, and not into none; the score is
 tanh(z / 2) = 2·sigmoid(z) − 1. A key knows neither its place nor the length of the stream, so what is far is found as
 what is near is. The form of the first sum is that of DeepSeek-V3.2's lightning indexer; what it is trained for, see
 losses. The last term finds what shares words before anything is learned, as BM25 would: in a model that is finished
-the projection *whitens* embeddings (see `whiten`), so that rare tokens count more than what all have in common.
+the projection *whitens* embeddings, and how loud a token is follows from how rare it is in text (see `whiten`).
 
 Parameters: about 12·layers·WIDTH² + WIDTH·D and, for the mlp head, 4·WIDTH·(WIDTH + C), for keys; (C + 1)·H·D for
 queries and D for `anywhere`; the projection is not trained.
@@ -38,8 +39,9 @@ LEAK = 0.1  # of ReLU: without it, all heads of all tokens may die, and then not
 FADE = 0.5  # of what a token wants, per token after it
 WORDS = 256  # most numbers for the words of a block: 64 do not tell the thousands of blocks of long streams apart
 EPSILON = 1e-6  # of all power: directions with less than that are noise
-NEWEST, NEWEST_FADE = 64, 0.95  # tokens whose words a token asks with, and the weight of each beside the next
+NEWEST, NEWEST_FADE = 64, 0.92  # tokens whose words a token asks with, and the weight of each beside the next
 MOST_BLOCKS = 32768  # that a session asks: a million tokens at block_size 32
+COMMON = 1 / 32  # of all tokens: what is as common says nothing
 FINISHED_MATCH, FINISHED_BIAS = 0.34, -0.07  # fitted to where SmolLM2-135M looks; from 0 it takes 100 steps
 
 
@@ -51,18 +53,6 @@ def word_size(n_embd) -> int:
 def key_size(n_embd) -> int:
     """C + S: numbers of a block's key with its words."""
     return KEY + word_size(n_embd)
-
-
-def asking(states, embeds, at):
-    """
-    What tokens ask with, […, P, 2·D]: their states […, P, D] and, for their words, the mean of the embeddings
-    […, N, D] of the NEWEST tokens up to them, each with NEWEST_FADE of the weight of the next. at […, P]: where they
-    stand among the N.
-    """
-    age = at[..., None] - torch.arange(embeds.size(-2), device=at.device)
-    weights = torch.where((age >= 0) & (age < NEWEST), NEWEST_FADE ** age.clamp(0, NEWEST).float(), 0.0)
-    newest = (weights / weights.sum(-1, keepdim=True)) @ embeds.float()
-    return torch.cat((states, newest.to(states.dtype)), dim=-1)
 
 
 class LensNet(nn.Module):
@@ -77,6 +67,7 @@ class LensNet(nn.Module):
         self.match = nn.Parameter(torch.empty(1))
         self.register_buffer("mean", torch.empty(n_embd))
         self.register_buffer("state_mean", torch.empty(n_embd))
+        self.register_buffer("loudness", torch.empty(n_embd + 1))
         self.register_buffer("projection", torch.empty(word_size(n_embd), n_embd))
         self.embed = nn.Linear(n_embd, WIDTH, bias=False)
         self.encoder = Encoder(layers, WIDTH, HEAD_DIM)
@@ -88,8 +79,9 @@ class LensNet(nn.Module):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
         nn.init.normal_(self.head.c_proj.weight, std=self.head.c_proj.weight.size(1) ** -0.5)
-        for p in (self.weigh, self.bias, self.match, self.anywhere, self.mean, self.state_mean):
+        for p in (self.weigh, self.bias, self.match, self.anywhere, self.mean, self.state_mean, self.loudness):
             nn.init.zeros_(p)
+        self.loudness[-1] = 1.0
         nn.init.orthogonal_(self.projection)
 
     @torch.no_grad()
@@ -100,8 +92,9 @@ class LensNet(nn.Module):
 
         Of states and of embeddings the mean over text is taken away: else keys of all blocks are alike, queries of all
         tokens, too. For words what is left of embeddings is multiplied by the inverse root of its covariance, then
-        projected at random, which keeps products. With keys and queries made so, untrained, blocks are found nearly as
-        well as by BM25 (dev/LOG.md).
+        projected at random, which keeps products. Whatever length that gives a token, it is as loud as the logarithm of
+        how much rarer it is than COMMON, by a linear function of its embedding that is fitted to all tokens. With words
+        made so, untrained, blocks are found nearly as well as by BM25 (dev/LOG.md).
         """
         p = counts.double() / counts.sum()
         mean = p @ embeddings.double()
@@ -111,21 +104,46 @@ class LensNet(nn.Module):
         root = directions * (power.clamp(min=0) + EPSILON * power.sum()).rsqrt()
         chance = torch.randn(self.projection.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         random = torch.linalg.qr(chance.mT)[0].to(root.device)
+        rarity = torch.log(COMMON * counts.sum().double() / (counts.double() + 0.5)).clamp(min=0)
+        lengths = F.linear(x, (root @ random).mT).norm(dim=1).clamp(min=EPSILON)
+        weights = (1 + len(p) * p).sqrt()[:, None]  # both of what text consists of and of what is rare
+        features = F.pad(embeddings.double(), (0, 1), value=1.0)
+        fit = torch.linalg.lstsq(weights * features, weights * (rarity / lengths)[:, None]).solution
+        self.loudness.copy_(fit[:, 0])
         self.mean.copy_(mean)
         self.state_mean.copy_(norm(states.float()).mean(0))
         self.projection.copy_((root @ random).mT)
         self.match.fill_(FINISHED_MATCH)
         self.bias.fill_(FINISHED_BIAS)
 
+    def asking(self, states, embeds, at):
+        """
+        What tokens ask with, [..., P, 2·D]: their states [..., P, D] and, for their words, the mean of the NEWEST
+        tokens up to them, with embeddings [..., N, D], each with NEWEST_FADE of the weight of the next. at [..., P]:
+        where they stand among the N.
+        """
+        age = at[..., None] - torch.arange(embeds.size(-2), device=at.device)
+        weights = torch.where((age >= 0) & (age < NEWEST), NEWEST_FADE ** age.clamp(0, NEWEST).float(), 0.0)
+        with torch.autocast(embeds.device.type, enabled=False):
+            newest = (weights / weights.sum(-1, keepdim=True)) @ self.heard(embeds)
+        return torch.cat((states, newest.to(states.dtype)), dim=-1)
+
     def keys(self, children, before):
         """Keys with words [M, C + S] of blocks, from the embeddings [M, K, D] of their tokens and of `before` them."""
-        words = self.words(torch.cat((before, children), dim=1).mean(1))
+        words = self.words(self.heard(torch.cat((before, children), dim=1)).mean(1))
         return torch.cat((self._key(children), words), dim=-1)
 
-    def words(self, means):
-        """Words [..., S], float32, of means [..., D] of embeddings: rounded, small powers would drown in large ones."""
-        with torch.autocast(means.device.type, enabled=False):
-            return F.normalize(F.linear(means.float() - self.mean, self.projection), dim=-1)
+    def heard(self, embeds):
+        """What is heard of tokens, float32: their embeddings [..., D] less the mean, each as loud as the token is."""
+        with torch.autocast(embeds.device.type, enabled=False):
+            embeds = embeds.to(self.mean.dtype)
+            loud = F.relu(embeds @ self.loudness[:-1] + self.loudness[-1])
+            return loud[..., None] * (embeds - self.mean)
+
+    def words(self, heard):
+        """Words [..., S], float32, of means [..., D] of what is heard: rounded, small powers drown in large ones."""
+        with torch.autocast(heard.device.type, enabled=False):
+            return F.normalize(F.linear(heard.to(self.mean.dtype), self.projection), dim=-1)
 
     def _key(self, children):
         cos, sin = rotary_cos_sin(torch.arange(children.size(1), device=children.device), self.encoder.head_dim)

@@ -17,7 +17,6 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
-from megacontext.lensnet import asking
 from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.past import Pasts, put_before
@@ -135,7 +134,9 @@ class MCObjective:
             values, inputs = embeds[:dense].detach(), tables[0].materialize(counterfactuals)
             compressed = reader.states(inputs, counterfactuals, entry).view(*at.shape, -1)
             states = torch.cat((looks.states, compressed), 1)
-            z = reader.wants(asking(states, values, at.repeat(1, 2)), reader.keys(values[:, : old * K]))
+            z = reader.wants(
+                reader.networks.lensnet.asking(states, values, at.repeat(1, 2)), reader.keys(values[:, : old * K])
+            )
             among = old_blocks_of(at, old, K, recent)
             sinks = x[:dense] == self.bos
             sinks[:, 0] |= self.model.sink

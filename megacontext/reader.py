@@ -16,7 +16,6 @@ import torch
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import Focus
 from megacontext.gaussian_rope import as_positions, entry_positions
-from megacontext.lensnet import asking
 from megacontext.networks import MCNetworks
 from megacontext.tree import Table, before, build_table, tokens_of_blocks
 from nanochat.common import autocast, resolve_dtype
@@ -167,7 +166,7 @@ class Reader:
         for i in range(self.config.mc_infer_allocator_iterations):
             entries = context.lengths()[:, None] + newest
             states = self.states(table.materialize(context), context, entries.clamp(min=0))
-            wanted = self.wanted(asking(states, embeds, at), keys)
+            wanted = self.wanted(self.networks.lensnet.asking(states, embeds, at), keys)
             edited = focus.refocus(context, score(wanted), budget, again=i > 0, eager=True)
             if edited is context:
                 break

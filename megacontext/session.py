@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import Focus, focus_state
-from megacontext.lensnet import NEWEST, Demand, asking
+from megacontext.lensnet import NEWEST, Demand
 from megacontext.reader import ASKING, Reader, score
 from megacontext.spliced_cache import SplicedCache
 from megacontext.streams import scratch_store
@@ -243,7 +243,7 @@ class MCSession:
         """Take up what the newest tokens of each row want, from their states [P, D]."""
         embeds = self.tree.newest(NEWEST + max(map(len, states)) - 1, len(states))
         newest = torch.arange(embeds.size(1), device=self.device)
-        rows = zip(states, embeds, strict=True)
+        rows, asking = zip(states, embeds, strict=True), self.reader.networks.lensnet.asking
         self.demand.listen([asking(h, x, newest[len(x) - len(h) :]) for h, x in rows], self.num_tokens)
 
     def _wish(self):

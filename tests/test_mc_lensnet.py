@@ -19,7 +19,6 @@ from megacontext.lensnet import (
     SHARP,
     WIDTH,
     LensNet,
-    asking,
     word_size,
 )
 from megacontext.reader import score
@@ -99,12 +98,18 @@ def reference_key(lens, children):
     return rms(w["head.c_proj.weight"] @ x)
 
 
+def reference_heard(lens, token):
+    w = {name: p.double() for name, p in lens.named_buffers()}
+    loud = token.double() @ w["loudness"][:-1] + w["loudness"][-1]
+    return max(loud, 0.0) * (token.double() - w["mean"])
+
+
 def reference_z(lens, asks, key):
     """z of one token for one block, head by head."""
     w = {name: p.detach().double() for name, p in (*lens.named_parameters(), *lens.named_buffers())}
     state, newest, key, words = *asks.double().split(D), *key.double().split((KEY, word_size(D)))
     h = rms(state) - w["state_mean"]
-    found = w["projection"] @ (newest - w["mean"])
+    found = w["projection"] @ (newest)
     z = w["bias"][0] + w["anywhere"] @ h + w["match"][0] * (found / found.norm()) @ words
     for head in range(HEADS):
         query = w["query.weight"][head * KEY : (head + 1) * KEY] @ h
@@ -117,13 +122,14 @@ def reference_z(lens, asks, key):
 def test_keys_equal_the_reference(options):
     lens, children, earlier = make(**options).double(), blocks(3), before(3)
     nn.init.normal_(lens.mean, std=0.1)
+    nn.init.normal_(lens.loudness, std=0.1)  # some tokens are not heard
     assert lens.encoder.n_head == 4
     keys = lens.keys(children.double(), earlier.double())
     assert keys.shape == (3, KEY + word_size(D))
     for key, block, some in zip(keys, children, earlier, strict=True):
         # The angles of rotary positions are float32
         torch.testing.assert_close(key[:KEY], reference_key(lens, block), atol=1e-6, rtol=0)
-        words = sum(lens.projection @ (token.double() - lens.mean) for token in (*some, *block))
+        words = sum(lens.projection @ reference_heard(lens, token) for token in (*some, *block))
         torch.testing.assert_close(key[KEY:].double(), words / words.norm(), atol=1e-6, rtol=0)
     assert (keys[0] - keys[1])[:KEY].abs().max() > 0.1
 
@@ -272,13 +278,16 @@ def test_a_token_asks_with_the_words_of_the_newest_that_fade():
     N = NEWEST + 20
     states, embeds = torch.randn(1, 3, D), torch.randn(1, N, D)
     places = [0, 7, N - 1]
-    asks = asking(states, embeds, torch.tensor([places]))
+    lens = make()
+    nn.init.normal_(lens.mean, std=0.1)
+    nn.init.normal_(lens.loudness, std=0.1)
+    asks = lens.asking(states, embeds, torch.tensor([places]))
     assert torch.equal(asks[..., :D], states)
     for i, place in enumerate(places):
         span = range(max(0, place - NEWEST + 1), place + 1)
         weights = [NEWEST_FADE ** (place - t) for t in span]
-        mean = sum(w * embeds[0, t] for w, t in zip(weights, span, strict=True)) / sum(weights)
-        torch.testing.assert_close(asks[0, i, D:], mean, atol=1e-5, rtol=1e-5)
+        mean = sum(w * reference_heard(lens, embeds[0, t]) for w, t in zip(weights, span, strict=True)) / sum(weights)
+        torch.testing.assert_close(asks[0, i, D:], mean.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_whitened_words_have_no_mean_and_no_direction_in_common():
@@ -288,6 +297,7 @@ def test_whitened_words_have_no_mean_and_no_direction_in_common():
     shape = torch.linspace(2, 0.05, n_embd)
     table = 3 + torch.randn(V, n_embd, generator=generator) * shape
     counts = (1000 / torch.arange(1.0, V + 1)).round()
+    table[:, 0] -= counts.log()  # as in tables of models, how rare a token is can be read from it
     lens = LensNet(n_embd)
     lens.whiten(table, counts, 5 + torch.randn(20, n_embd, generator=torch.Generator().manual_seed(1)))
     projected = F.linear(table - lens.mean, lens.projection)
@@ -296,13 +306,16 @@ def test_whitened_words_have_no_mean_and_no_direction_in_common():
     covariance = projected.T @ (p[:, None] * projected)
     torch.testing.assert_close(covariance, torch.eye(word_size(n_embd)), atol=0.02, rtol=0)
 
+    loud = lens.heard(table).norm(dim=1) / (table - lens.mean).norm(dim=1)
+    assert loud[-50:].mean() > 2 * loud[:5].mean()  # what is rare is louder
+
     text = p.multinomial(50 * 16, replacement=True, generator=generator).view(50, 16)
     rare = torch.arange(V - 50, V)
     text[:, 3] = rare
     question = torch.cat((text[:, 8:12], rare[:, None]), dim=1)  # ends with the word that stands in one block only
-    asks = asking(torch.zeros(50, 1, n_embd), table[question], torch.full((50, 1), 4))
 
     def found(lens):
+        asks = lens.asking(torch.zeros(50, 1, n_embd), table[question], torch.full((50, 1), 4))
         keys = lens.keys(table[text], table[text][:, :0])
         return (lens(asks, keys.expand(50, -1, -1))[:, 0].argmax(1) == torch.arange(50)).float().mean()
 

@@ -9,7 +9,7 @@ import megacontext.objective
 from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
 from megacontext.inference import MCInference
-from megacontext.lensnet import KEY, asking, word_size
+from megacontext.lensnet import KEY, word_size
 from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
@@ -266,7 +266,7 @@ def test_lens_loss_against_one_sequence_at_a_time():
                         t = int(tokens_asked[2 * row + c, p])
                         assert there[2 * row + c, p] == (t in place and lod_of[t] == 0)
                         for state in (dense[:, t], *([compressed[:, place[t]]] if there[2 * row + c, p] else [])):
-                            z.append(lens(asking(state[:, None], embeds, torch.tensor([[t]])), keys)[0, 0])
+                            z.append(lens(lens.asking(state[:, None], embeds, torch.tensor([[t]])), keys)[0, 0])
                             i = c * asked.size(1) + p
                             for part, value in zip(parts, (content[row, i], old[row, i]), strict=False):
                                 part.append(value)
