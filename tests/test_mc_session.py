@@ -51,6 +51,9 @@ class Lens:
     def keys(self, children, before):
         return torch.zeros(len(children), KEY)
 
+    def asking(self, states, embeds, at):
+        return states
+
     def listener(self):
         return lambda asking, keys: self.want(len(keys))
 
