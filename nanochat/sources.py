@@ -219,10 +219,15 @@ def text_column(path, schema: pa.Schema) -> str:
 
 
 def first(characters, texts):
-    """Yield texts until they have this many characters."""
-    while characters > 0:
-        yield (text := next(texts))
+    """Yield texts of an iterator until they have this many characters. It holds the others still."""
+    while characters > 0 and (text := next(texts, None)) is not None:
+        yield text
         characters -= len(text)
+
+
+def take(texts, characters, docs=None) -> list[str]:
+    """The next texts of an iterator, until they have this many characters, but at most `docs`; fewer at its end."""
+    return list(itertools.islice(first(characters, texts), docs))
 
 
 def mixed(texts, others, part):
@@ -307,14 +312,3 @@ def row_groups(texts):
     texts = itertools.chain(head, texts)
     while group := take(texts, GROUP_CHARS, docs):
         yield group
-
-
-def take(texts, characters, docs=None) -> list[str]:
-    """The next texts of an iterator, until they have this many characters, but at most `docs`; fewer at its end."""
-    taken = []
-    for text in texts:
-        taken.append(text)
-        characters -= len(text)
-        if len(taken) == docs or characters <= 0:
-            break
-    return taken

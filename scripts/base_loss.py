@@ -6,6 +6,7 @@ Bits per byte of a base model on both splits, compared with gzip and xz, and sam
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 from megacontext.evaluation.validation import validate
 from megacontext.inference import InferenceOptions, load_for_inference, session_maker
@@ -21,6 +22,7 @@ from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.ranges import Count
 from nanochat.report import compression_yardstick, fenced, get_report
 from nanochat.samples import sample_texts
+from nanochat.sources import first
 from nanochat.tokenizer import get_token_bytes
 
 YARDSTICK_BYTES = 20_000_000  # of validation text, at most: xz takes about a second per megabyte
@@ -34,18 +36,6 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     """tokens to evaluate per split"""
     mc: bool = False
     """also evaluate the newest tokens in working contexts, and generate the samples with MegaContext"""
-
-
-def validation_bytes(limit) -> bytes:
-    """The concatenated validation documents, up to about `limit` bytes."""
-    parts, size = [], 0
-    for documents in iter_documents("val"):
-        for document in documents:
-            parts.append(document.encode())
-            size += len(parts[-1])
-            if size >= limit:
-                return b"".join(parts)
-    return b"".join(parts)
 
 
 def main(config: Config):
@@ -68,7 +58,8 @@ def main(config: Config):
         print0(f"val bpb of the newest tokens in a working context: {results['val/mc_bpb']:.4f}")
     samples = []
     if rank == 0:
-        text = validation_bytes(YARDSTICK_BYTES)
+        documents = chain.from_iterable(iter_documents("val"))
+        text = b"".join(first(YARDSTICK_BYTES, (document.encode() for document in documents)))
         results["Yardstick text (bytes)"] = len(text)
         results |= compression_yardstick(text)
         for name in ("gzip -9 (bpb)", "xz -9 (bpb)"):

@@ -6,6 +6,7 @@ Train the tokenizer on the training shards, and save the number of bytes of each
 
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import torch
 from rich.console import Console
@@ -16,6 +17,7 @@ from nanochat.configurator import run
 from nanochat.dataset import iter_documents
 from nanochat.ranges import Count
 from nanochat.report import get_report
+from nanochat.sources import first
 from nanochat.tokenizer import BYTES_FILE, RustBPETokenizer, count_token_bytes
 
 CHECK_TEXT = """Hello, world! 12345 + 6789 = 19134.
@@ -33,18 +35,6 @@ class Config:
     """size of the vocabulary: bytes, merges and special tokens"""
 
 
-def training_texts(max_chars, doc_cap):
-    """Documents of the training split, each cut at doc_cap characters, until max_chars are reached."""
-    seen = 0
-    for documents in iter_documents("train"):
-        for document in documents:
-            text = document[:doc_cap]
-            seen += len(text)
-            yield text
-            if seen >= max_chars:
-                return
-
-
 def main(config: Config):
     started = time.time()
     with Progress(console=Console(stderr=True)) as bar:
@@ -55,7 +45,8 @@ def main(config: Config):
             tasks[stage] = task
             bar.update(task, completed=done, total=total or None)
 
-        texts = training_texts(config.max_chars, config.doc_cap)
+        texts = (text[: config.doc_cap] for text in chain.from_iterable(iter_documents("train")))
+        texts = first(config.max_chars, texts)
         tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size, progress)
     seconds = time.time() - started
     if tokenizer.get_vocab_size() != config.vocab_size:
