@@ -60,7 +60,7 @@ def bench_mc_infer(config, show):
     W = config.max_seq_len
     model = random_model(GPTConfig.from_depth(config.depth, W, config.vocab_size), device)
     mc = config.megacontext.resolve(W)
-    networks = MCNetworks(model.config.n_embd, mc).to(device).eval()
+    networks = MCNetworks(model.config.n_embd, model.config.n_layer, mc).to(device).eval()
     lens = RestlessListener(networks.lensnet.listener(), mc.mc_infer_allocator_max_replacements)
     networks.lensnet.listener = lambda: lens
     decoder = Decoder(model, dtype, GRAPHS[config.compile])

@@ -96,7 +96,7 @@ def step_memory(depth, batch, mc=False, tokens=T, vocab=VOCAB, **options) -> int
         optimizers, objective = model.setup_optimizers(), PlainObjective(model)
         if mc:
             config = MCConfig(mc_aux_dtype="bf16", **options).resolve(tokens)
-            networks = MCNetworks(model.config.n_embd, config)
+            networks = MCNetworks(model.config.n_embd, model.config.n_layer, config)
             optimizers += networks.setup_optimizers()
             objective = MCObjective(model, networks, config, bos=0)
         x = torch.zeros(objective.rows_at_once(batch), tokens, dtype=torch.long)

@@ -42,7 +42,7 @@ def attach(config, model_config, device, bos, parent=None, trunk=None):
     if not is_on(config):
         return None, PlainObjective
     mc = config.megacontext.resolve(model_config.sequence_len)
-    networks = MCNetworks(model_config.n_embd, mc, trunk, bos).to(device)
+    networks = MCNetworks(model_config.n_embd, model_config.n_layer, mc, trunk, bos).to(device)
     if parent is not None:
         networks.load(*parent)
 

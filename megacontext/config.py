@@ -32,7 +32,8 @@ class MCConfig:
     gistnet_start: Literal["mean", "last"] = "mean"
     """what GistNet starts from: the mean of a block, or its last token, which mc_train takes for frozen models"""
     gistnet_deep: CountOr0 = 0
-    """layers of a finished model, spread over it, for which gists have a vector each, at most; mc_train takes 3"""
+    """layers of the model, spread over it behind the first, for which gists have a vector each, at most; mc_train takes
+    3"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""

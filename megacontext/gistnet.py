@@ -20,10 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import MLP, Attention, GPTConfig, apply_rotary, cos_sin_at, norm, rotary_cos_sin, split_deep
+from nanochat.gpt import MLP, Attention, GPTConfig, apply_rotary, cos_sin_at, norm, rotary_cos_sin
 
 HEAD_DIM = 64
-SAMPLE = 64  # tokens from which the length of a model's states is taken
 
 
 class GistNet(nn.Module):
@@ -50,7 +49,7 @@ class GistNet(nn.Module):
         self.start = start
         self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
         self.copied = nn.ModuleList()  # layers of a finished model, see CopiedGistNet
-        self.deep = None  # a DeepGists, for finished models
+        self.deep = None  # or DeepGists
         if type == "mean":
             return
         self.level_embed = nn.Parameter(torch.empty(max_levels, n_embd))
@@ -149,24 +148,17 @@ class CopiedGistNet(GistNet):
 
 class DeepGists(nn.Module):
     """
-    What gists add to the residual stream of a finished model, a GPT, before `count` of the layers behind its first,
-    each a vector of its own, 0 at first.
+    What gists add to the residual stream before `count` of the layers behind the first, each a vector of its own, 0 at
+    first.
 
-    A finished model reads what stands at its input, but its first layer adds vectors many times as long: little of a
-    gist reaches the layers behind it. So more is said to them there, at the length of the model's own states.
+    A model reads what stands at its input, but its first layer adds vectors many times as long: little of a gist
+    reaches the layers behind it. So more is said to them there, in units of the length of what is there (see deepened).
     """
 
-    def __init__(self, trunk, count: int):
+    def __init__(self, n_embd: int, count: int):
         super().__init__()
-        c = trunk.config
-        self.head = Head("mlp", c.n_embd, count * c.n_embd)
+        self.head = Head("mlp", n_embd, count * n_embd)
         init_linear(self.head)
-        ids = torch.arange(SAMPLE, device=trunk.get_device())[None] * c.vocab_size // SAMPLE
-        _, layers = split_deep(torch.empty(1 + count), 1, c.n_layer)
-        x = trunk.embed(ids)
-        states = (trunk.states_before(layer, x).float() for layer in layers)
-        lengths = [x.square().mean(-1).sqrt().median() for x in states]  # a first token's may be a hundred times more
-        self.register_buffer("lengths", torch.stack(lengths))
 
     @property
     def width(self) -> int:
@@ -174,9 +166,8 @@ class DeepGists(nn.Module):
         return self.head.c_proj.out_features
 
     def forward(self, pooled):
-        """[M, n·D] of what GistNet pooled, [M, D]; see split_deep."""
-        added = self.head(pooled).unflatten(-1, (len(self.lengths), -1))
-        return (self.lengths[:, None].to(added.dtype) * added).flatten(-2)
+        """[M, count·D] of what GistNet pooled, [M, D]; see split_deep."""
+        return self.head(pooled)
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -17,9 +17,12 @@ COPIED_RATES = 0.006, 0.0005  # of a GistNet that was copied
 
 
 class MCNetworks(nn.Module):
-    """The two networks for a model of width n_embd; trunk: the model, if it is finished, for what GistNet has of it."""
+    """
+    The two networks for a model of n_layer layers of width n_embd; trunk: the model, if it is finished, for what
+    GistNet has of it.
+    """
 
-    def __init__(self, n_embd: int, config: MCConfig, trunk=None, bos=0):
+    def __init__(self, n_embd: int, n_layer: int, config: MCConfig, trunk=None, bos=0):
         super().__init__()
         c = config
         self.settings = {name: getattr(c, name) for name in ("block_size", "gistnet_start", "mc_positional")}
@@ -27,20 +30,17 @@ class MCNetworks(nn.Module):
         if c.gistnet_type == "copied":
             if trunk is None:
                 raise UserError("--gistnet_type: copied needs a finished model to copy from: train with mc_train")
-            if c.gistnet_layers > len(trunk.transformer.h):
-                depth = len(trunk.transformer.h)
+            if c.gistnet_layers > n_layer:
                 raise UserError(
-                    f"--gistnet_layers: expected at most the model's {depth}, got {c.gistnet_layers}: copy fewer, or "
+                    f"--gistnet_layers: expected at most the model's {n_layer}, got {c.gistnet_layers}: copy fewer, or "
                     "none with --gistnet_type=transformer"
                 )
             self.gistnet = CopiedGistNet(trunk, c.gistnet_layers, c.block_size, MAX_LEVELS, c.gistnet_head, bos)
         else:
             gistnet = c.gistnet_type, c.gistnet_layers, c.gistnet_pooling, c.gistnet_head, c.gistnet_start
             self.gistnet = GistNet(n_embd, c.block_size, MAX_LEVELS, *gistnet)
-        if c.gistnet_deep and trunk is None:
-            raise UserError("--gistnet_deep: gists go deeper only into a finished model: train with mc_train")
-        if c.gistnet_deep and (count := c.deep_layers(len(trunk.transformer.h))):
-            self.gistnet.deep = DeepGists(trunk, count)
+        if count := c.deep_layers(n_layer):
+            self.gistnet.deep = DeepGists(n_embd, count)
         self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head)
 
     def load(self, state: dict, settings: dict):
@@ -87,6 +87,7 @@ def load_networks(source, meta, device, trunk=None):
     if state is None or "megacontext" not in meta:
         return None, None
     config = MCConfig(**meta["megacontext"])
-    networks = MCNetworks(meta["model_config"]["n_embd"], config, trunk).to(device)
+    shape = meta["model_config"]
+    networks = MCNetworks(shape["n_embd"], shape["n_layer"], config, trunk).to(device)
     networks.load(state, meta["megacontext"])
     return networks, config

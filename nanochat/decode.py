@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at, split_deep
+from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at, deepened, split_deep
 from nanochat.kv_cache import RowCaches
 
 
@@ -282,7 +282,7 @@ class Network:
             x = norm(F.embedding(x, self.embedding))
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, (qkv, attn_proj, fc, mlp_proj) in enumerate(self.layers):
-            states = x = x + deep[layer] if layer in deep else x
+            states = x = deepened(x, deep, layer)
             heads = qkv(norm(x).to(self.dtype)).view(B, T, H + 2 * K, -1)
             qk, v = heads.split((H + K, K), dim=2)
             q, k = positioned(qk, *rotation).transpose(1, 2).split((H, K), dim=1)

@@ -92,13 +92,23 @@ def positioned(x, cos, sin, fade=None):
 
 def split_deep(x, n_embd, n_layer):
     """
-    (embeddings [..., D], {layer: what is added to the residual stream before it}) of inputs [..., (1 + n)·D]: what
-    stands behind an embedding goes in at n layers, spread evenly (DeepStack, arXiv 2406.04334).
+    (embeddings [..., D], {layer: what `deepened` adds before it}) of inputs [..., (1 + n)·D]: what stands behind an
+    embedding goes in at n layers, spread evenly (DeepStack, arXiv 2406.04334).
     """
     if x.size(-1) == n_embd:  # a view of x, the same but for its strides, would be compiled again
         return x, {}
     x, *deep = x.split(n_embd, dim=-1)
     return x, {(i + 1) * n_layer // (len(deep) + 1): vectors for i, vectors in enumerate(deep)}
+
+
+def deepened(x, deep, layer):
+    """
+    The residual stream x [..., D] before a layer, with what split_deep has for it: vectors in units of the root mean
+    square of what they are added to. Embeddings have that of 1, but states become many times as long.
+    """
+    if layer not in deep:
+        return x
+    return x + x.detach().square().mean(-1, keepdim=True).sqrt() * deep[layer]
 
 
 class Looks(NamedTuple):
@@ -291,7 +301,7 @@ class GPT(nn.Module):
         cos_sin, pairs, states = self._angles(x, cos_sin), [], None
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h):
-            x = x + deep[layer] if layer in deep else x
+            x = deepened(x, deep, layer)
             if asking is not None and block is self.transformer.h[-1]:
                 states = x.detach().gather(1, asking[..., None].expand(-1, -1, x.size(-1)))
             x = block(x, cos_sin, asking)
@@ -311,9 +321,9 @@ class GPT(nn.Module):
         cos_sin = self._angles(x, cos_sin)
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h[:last]):
-            x = x + deep[layer] if layer in deep else x
+            x = deepened(x, deep, layer)
             x = block.forward(x, cos_sin)  # never compiled: a graph of its own would cost more than it saves
-        return x + deep[last] if last in deep else x
+        return deepened(x, deep, last)
 
     def _angles(self, x, cos_sin):
         """The rotary angles of x, in the precision of the layers; None for those of the first positions."""

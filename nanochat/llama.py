@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from nanochat.common import UserError
 from nanochat.decode import network_of
-from nanochat.gpt import GPT, GPTConfig, apply_rotary, attend, split_deep
+from nanochat.gpt import GPT, GPTConfig, apply_rotary, attend, deepened, split_deep
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of transformers' configurations
 ROTARY = ("default", "linear", "llama3")  # kinds of positions whose frequencies do not depend on the length
@@ -130,7 +130,7 @@ class LlamaNetwork:
         x = inputs if inputs.is_floating_point() else self.transformer.wte(inputs)
         x, deep = split_deep(x.to(self.head.weight.dtype), self.config.n_embd, self.config.n_layer)
         for number, layer in enumerate(self.transformer.h):
-            x = x + deep[number] if number in deep else x
+            x = deepened(x, deep, number)
             states = x.flatten(0, 1)
             x = layer.after(x, attend(number, *layer.heads(x, *cos_sin)).view(*x.shape[:2], -1))
         return self.head(self.norm(x[last])).float(), states

@@ -73,7 +73,7 @@ def session_settings(**options) -> MCConfig:
 def disturbed_networks(settings, trunk=None):
     """Networks that are not as they begin: gists differ from means."""
     torch.manual_seed(3)
-    networks = MCNetworks(SESSION_GPT.n_embd, settings, trunk).eval()
+    networks = MCNetworks(SESSION_GPT.n_embd, SESSION_GPT.n_layer, settings, trunk).eval()
     with torch.no_grad():
         for p in networks.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -84,7 +84,7 @@ def make_objective(model, **options):
     options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **options}
     config = MCConfig(**options).resolve(model.config.sequence_len)
     torch.manual_seed(1)
-    return MCObjective(model, MCNetworks(model.config.n_embd, config, model), config, BOS)
+    return MCObjective(model, MCNetworks(model.config.n_embd, model.config.n_layer, config, model), config, BOS)
 
 
 def tokens(B=2, seed=0, vocab=SMALL.vocab_size):

@@ -209,7 +209,7 @@ def tiny(tokenizer):
     with torch.no_grad():
         model.lm_head.weight[[tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()]] = 0
     torch.nn.init.normal_(model.transformer.h[0].attn.c_proj.weight, std=0.5)
-    networks = MCNetworks(16, SETTINGS.resolve(CONTEXT)).eval()
+    networks = MCNetworks(16, 1, SETTINGS.resolve(CONTEXT)).eval()
     with torch.no_grad():
         for p in networks.lensnet.parameters():
             p.add_(torch.randn_like(p))

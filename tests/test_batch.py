@@ -44,7 +44,7 @@ def engine(model, tokenizer):
 def networks():
     """A LensNet that has wishes."""
     torch.manual_seed(4)
-    networks = MCNetworks(32, SETTINGS).eval()
+    networks = MCNetworks(32, 2, SETTINGS).eval()
     with torch.no_grad():
         for p in networks.lensnet.parameters():
             p.add_(torch.randn_like(p))

@@ -137,7 +137,7 @@ def test_what_stands_behind_an_embedding_is_added_further_up(n, layers):
     inputs, cos_sin, h, before = torch.cat((x, deep), -1), (model.cos[:, :9], model.sin[:, :9]), x, []
     for layer, block in enumerate(model.transformer.h):
         if layer in layers:
-            h = h + deep.chunk(n, -1)[layers.index(layer)]
+            h = h + h.square().mean(-1, keepdim=True).sqrt() * deep.chunk(n, -1)[layers.index(layer)]
         before.append(h)
         h = block(h, cos_sin)
     expected = 15 * torch.tanh(model.lm_head(norm(h))[..., :70] / 15)

@@ -27,7 +27,7 @@ def objective_of(model, **options):
     options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_aux_dtype": "fp32", **options}
     config = MCConfig(**options).resolve(T)
     torch.manual_seed(1)
-    networks = MCNetworks(model.config.n_embd, config)
+    networks = MCNetworks(model.config.n_embd, model.config.n_layer, config)
     for p in networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
     return model, networks, config

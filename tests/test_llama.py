@@ -54,7 +54,7 @@ def generated(model, prompt, n):
 def reader_of(trunk, **options):
     settings = session_settings(mc_aux_dtype="fp32", **options)
     torch.manual_seed(1)
-    return Reader(trunk, MCNetworks(D, settings, trunk).eval(), settings)
+    return Reader(trunk, MCNetworks(D, trunk.config.n_layer, settings, trunk).eval(), settings)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_flops_and_parameters(pair):
 
 def copied(trunk, layers=2):
     settings = session_settings(gistnet_type="copied", gistnet_layers=layers)
-    return MCNetworks(trunk.config.n_embd, settings, trunk, bos=7)
+    return MCNetworks(trunk.config.n_embd, trunk.config.n_layer, settings, trunk, bos=7)
 
 
 @torch.no_grad()
@@ -295,7 +295,7 @@ def test_a_copied_encoder_starts_as_the_models_lowest_layers(pair):
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(seen["ours"], seen["expected"], **CLOSE)
-    torch.testing.assert_close(gists, F.rms_norm(children[:, -1], (D,)))
+    torch.testing.assert_close(gists[:, :D], F.rms_norm(children[:, -1], (D,)))
     torch.testing.assert_close(networks.gistnet(children[3:], 2), gists[3:])
 
 
@@ -320,6 +320,6 @@ def test_a_copied_encoder_learns_and_the_model_stays(pair):
 def test_what_has_no_layers_to_copy_is_refused(pair):
     settings = session_settings(gistnet_type="copied")
     with pytest.raises(UserError, match="--gistnet_type: copied needs a finished model"):
-        MCNetworks(D, settings)
+        MCNetworks(D, 3, settings)
     with pytest.raises(UserError, match="--gistnet_layers: expected at most the model's 3, got 4"):
         copied(pair[1], layers=4)

@@ -120,7 +120,7 @@ def test_in_sessions_nothing_is_cut(adapter, tokenizer):
     """With room for all tokens at full detail, contexts far beyond T are read as by the model; with less, they fit."""
     model = adapter().model
     config = MCConfig(block_size=4, allocator_soft_max=300, allocator_recent_tokens=8, mc_infer_refocus_interval=8)
-    networks = MCNetworks(model.config.n_embd, config.resolve(T)).eval()
+    networks = MCNetworks(model.config.n_embd, model.config.n_layer, config.resolve(T)).eval()
     lm = HarnessLM(model, tokenizer, sessions=SessionScorer(session_maker(model, networks, config.resolve(T))))
     pairs = [pair for pair in PAIRS if pair[0]]
     answers = lm.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)

@@ -1,4 +1,4 @@
-"""Gists that a finished model is told once more further up: in training, in sessions, and for whom they are."""
+"""Gists that a model is told once more further up: in training and in sessions."""
 
 import pytest
 import torch
@@ -8,8 +8,7 @@ from megacontext.gistnet import DeepGists
 from megacontext.networks import FROZEN_RATES, RATES, MCNetworks
 from megacontext.session import MCSession
 from megacontext.variants import random_past, random_variants, target_length
-from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, deepened
 from tests.helpers import SESSION_GPT, K, make_model, make_objective, session_settings, tokens
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
@@ -39,17 +38,19 @@ def told(networks, model, ids, context):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("count", "layers"), [(3, [1, 2, 3]), (2, [1, 2]), (1, [2])])
-def test_they_have_the_length_of_the_models_states(count, layers):
-    model, seen = make_model(DEPTH), {}
-    deep = DeepGists(model, count)
-    for layer in layers:
-        model.transformer.h[layer].register_forward_pre_hook(lambda block, args, i=layer: seen.update({i: args[0]}))
-    model(torch.arange(64)[None] * 70 // 64)
-    expected = [sorted((x**2).mean().sqrt().item() for x in seen[layer][0])[31] for layer in layers]
-    assert deep.lengths.tolist() == pytest.approx(expected, rel=1e-4)
-    assert deep.width == count * 32
-    assert not deep(torch.randn(5, 32)).any()  # at the start they say nothing
+def test_at_the_start_they_say_nothing():
+    """And a model that learns with them can begin: what it is told is of the length of its own states, 1 or 100."""
+    model, deep = make_model(DEPTH), DeepGists(32, 3)
+    assert deep.width == 3 * 32
+    assert not deep(torch.randn(5, 32)).any()
+    x, told = model.embed(torch.randint(70, (1, 9))), torch.randn(1, 9, 32)
+    for length in (1.0, 100.0):
+        state = length * x
+        added = deepened(state, {1: told}, 1) - state
+        expected = state.square().mean(-1, keepdim=True).sqrt() * told
+        torch.testing.assert_close(added, expected, **CLOSE)
+        assert deepened(state, {1: told}, 2) is state
+    assert torch.equal(deepened(x, {1: torch.zeros_like(x)}, 1), x)
 
 
 def test_a_model_of_one_layer_has_no_place_for_them():
@@ -60,17 +61,15 @@ def test_a_model_of_one_layer_has_no_place_for_them():
 
 @pytest.mark.parametrize("kind", ["transformer", "copied"])
 def test_a_gist_stands_before_what_it_adds(kind):
-    """GistNet without them makes the same gists; they are made of the same block and scaled, vector by vector."""
+    """GistNet without them makes the same gists; they are made of the same block."""
     model, children = make_model(DEPTH), torch.randn(5, K, 32)
     settings = session_settings(gistnet_deep=2, gistnet_type=kind)
-    net = disturb(MCNetworks(32, settings, model)).gistnet
+    net = disturb(MCNetworks(32, 4, settings, model)).gistnet
     with torch.no_grad():
         wide, deep, net.deep = net(children, 1), net.deep, None
         assert torch.equal(wide[:, :32], net(children, 1))
         pooled, (fc, proj) = net._pooled(children, 1), (deep.head.c_fc.weight, deep.head.c_proj.weight)
-        for i, length in enumerate(deep.lengths.tolist()):
-            expected = length * torch.relu(pooled @ fc.T) ** 2 @ proj[32 * i : 32 * (i + 1)].T
-            torch.testing.assert_close(wide[:, 32 * (i + 1) : 32 * (i + 2)], expected, **CLOSE)
+        torch.testing.assert_close(wide[:, 32:], torch.relu(pooled @ fc.T) ** 2 @ proj.T, **CLOSE)
 
 
 @pytest.mark.parametrize("sink", [False, True])
@@ -125,7 +124,7 @@ def test_a_session_says_what_the_model_says_when_it_is_told_them(exact, sink, mo
     model = make_model(SESSION_GPT).eval()
     settings = session_settings(gistnet_deep=3, mc_infer_exact=exact, mc_aux_dtype="fp32")
     torch.manual_seed(3)
-    networks = disturb(MCNetworks(SESSION_GPT.n_embd, settings, model)).eval()
+    networks = disturb(MCNetworks(SESSION_GPT.n_embd, SESSION_GPT.n_layer, settings, model)).eval()
     session = MCSession(model, networks, settings)
     prompt = torch.randint(0, 290, (150,), generator=torch.Generator().manual_seed(0)).tolist()
     logits, differ = session.prefill(prompt), 0
@@ -146,16 +145,23 @@ def test_a_session_says_what_the_model_says_when_it_is_told_them(exact, sink, mo
     assert differ == 20
 
 
-def test_they_are_for_finished_models():
-    with pytest.raises(UserError, match="--gistnet_deep: gists go deeper only into a finished model"):
-        MCNetworks(32, session_settings(gistnet_deep=1))
-    model = make_model(SESSION_GPT)
-    assert MCNetworks(32, session_settings(gistnet_deep=1, gistnet_type="mean"), model).gistnet.deep is None
+def test_means_have_none():
+    assert MCNetworks(32, 2, session_settings(gistnet_type="mean")).gistnet.deep is None
+
+
+def test_a_model_learns_with_them():
+    """Not frozen: model and vectors have gradients, and those of the tokens' embeddings reach them through gists."""
+    objective = make_objective(make_model(DEPTH), gistnet_deep=3, mc_lens_loss_weight=0.0)
+    networks = disturb(objective.reader.networks)
+    objective.process_batch(*tokens(B=2), 1.0, torch.Generator().manual_seed(5)).loss.backward()
+    for layer in networks.gistnet.deep.head.c_proj.weight.grad.unflatten(0, (3, 32)):
+        assert layer.any()
+    assert all(p.grad is not None for p in objective.model.parameters())
 
 
 @pytest.mark.parametrize(("frozen", "rates"), [(False, RATES), (True, FROZEN_RATES)])
 def test_gistnet_learns_slower_for_a_finished_model(frozen, rates):
-    networks = MCNetworks(32, session_settings(mc_freeze_base=frozen))
+    networks = MCNetworks(32, 2, session_settings(mc_freeze_base=frozen))
     groups = [group for optimizer in networks.setup_optimizers() for group in optimizer.param_groups]
     of = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert of[id(networks.gistnet.head.c_proj.weight)] == rates[0]

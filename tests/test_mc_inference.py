@@ -30,7 +30,7 @@ def trained(base):
     model, _, meta, _ = cm.load_checkpoint(source, 7, "cpu")
     config = SETTINGS.resolve(64)
     torch.manual_seed(2)
-    networks = MCNetworks(64, config)
+    networks = MCNetworks(64, 1, config)
     with torch.no_grad():
         for p in networks.lensnet.parameters():
             p.add_(torch.randn_like(p))

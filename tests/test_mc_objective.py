@@ -451,7 +451,7 @@ def test_gists_carry_the_context(K, blocks, B, steps, goal):
     model = GPT(GPTConfig(T, 64, 2, 1, 1, 64))
     model.init_weights()
     config = MCConfig(block_size=K, allocator_recent_tokens=tail, mc_train_wc_length=blocks + tail).resolve(T)
-    networks = MCNetworks(64, config)
+    networks = MCNetworks(64, 2, config)
     objective = MCObjective(model, networks, config, BOS)
     optimizers = model.setup_optimizers() + networks.setup_optimizers()
     for step in range(steps):

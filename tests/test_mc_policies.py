@@ -31,7 +31,7 @@ def tools():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     config = MCConfig(block_size=K, allocator_recent_tokens=RECENT).resolve(256)
-    reader = Reader(model.eval(), MCNetworks(32, config).eval(), config)
+    reader = Reader(model.eval(), MCNetworks(32, 2, config).eval(), config)
     return tokenizer, count_token_bytes(tokenizer), reader
 
 

@@ -688,7 +688,7 @@ def test_state_of_a_long_stream_is_small(model):
 def test_scores_of_the_networks_are_used(model):
     """The real LensNet, on the device and in the shapes that a session gives it."""
     torch.manual_seed(0)
-    networks = MCNetworks(32, SETTINGS).eval()
+    networks = MCNetworks(32, 2, SETTINGS).eval()
     with torch.no_grad():
         for p in networks.lensnet.parameters():
             p.add_(torch.randn_like(p))

@@ -40,7 +40,7 @@ def trained(base):
     facts = {"model_config": meta["model_config"], "megacontext": dataclasses.asdict(config)}
     for step in (3, 4):
         torch.manual_seed(step)
-        networks = MCNetworks(64, config)
+        networks = MCNetworks(64, 1, config)
         with torch.no_grad():
             for p in networks.parameters():
                 p.add_(0.1 * torch.randn_like(p))
