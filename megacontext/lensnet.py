@@ -85,10 +85,10 @@ class LensNet(nn.Module):
         nn.init.orthogonal_(self.projection)
 
     @torch.no_grad()
-    def whiten(self, embeddings, counts, states):
+    def whiten(self, embeddings, counts, states, around):
         """
-        Start from a finished model: embeddings [V, D] of its tokens, how often each occurs in text, counts [V], and
-        states [n, D] of tokens of text.
+        Start from a finished model: embeddings [V, D] of its tokens; how often each occurs in text, counts [V]; states
+        [n, D] of tokens of text; and the ids `around` of tokens that stand around turns of a chat.
 
         Of states and of embeddings the mean over text is taken away: else keys of all blocks are alike, queries of all
         tokens, too. For words what is left of embeddings is multiplied by the inverse root of its covariance, then
@@ -104,9 +104,12 @@ class LensNet(nn.Module):
         root = directions * (power.clamp(min=0) + EPSILON * power.sum()).rsqrt()
         chance = torch.randn(self.projection.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         random = torch.linalg.qr(chance.mT)[0].to(root.device)
-        rarity = torch.log(COMMON * counts.sum().double() / (counts.double() + 0.5)).clamp(min=0)
+        most = p.max().item()
+        common = p.index_fill(0, around, most)  # in a chat they are
+        rarity = -torch.log(common / COMMON + 0.5 / (COMMON * counts.sum())).clamp(max=0)
         lengths = F.linear(x, (root @ random).mT).norm(dim=1).clamp(min=EPSILON)
-        weights = (1 + len(p) * p).sqrt()[:, None]  # both of what text consists of and of what is rare
+        # Fitted to what text consists of, to what is rare and, as much as to the commonest token, to what stands around
+        weights = (1 + len(p) * p.index_fill(0, around, most / max(1, len(around)))).sqrt()[:, None]
         features = F.pad(embeddings.double(), (0, 1), value=1.0)
         fit = torch.linalg.lstsq(weights * features, weights * (rarity / lengths)[:, None]).solution
         self.loudness.copy_(fit[:, 0])
@@ -118,19 +121,19 @@ class LensNet(nn.Module):
 
     def asking(self, states, embeds, at):
         """
-        What tokens ask with, [..., P, 2·D]: their states [..., P, D] and, for their words, the mean of the NEWEST
-        tokens up to them, with embeddings [..., N, D], each with NEWEST_FADE of the weight of the next. at [..., P]:
-        where they stand among the N.
+        What tokens ask with, [..., P, D + S]: their states [..., P, D] and their words, of the NEWEST tokens up to
+        them, with embeddings [..., N, D], each with NEWEST_FADE of the weight of the next. at [..., P]: where they
+        stand among the N.
         """
         age = at[..., None] - torch.arange(embeds.size(-2), device=at.device)
         weights = torch.where((age >= 0) & (age < NEWEST), NEWEST_FADE ** age.clamp(0, NEWEST).float(), 0.0)
         with torch.autocast(embeds.device.type, enabled=False):
-            newest = (weights / weights.sum(-1, keepdim=True)) @ self.heard(embeds)
-        return torch.cat((states, newest.to(states.dtype)), dim=-1)
+            words = self.words(weights.to(self.mean.dtype) @ self.heard(embeds))
+        return torch.cat((states, words.to(states.dtype)), dim=-1)
 
     def keys(self, children, before):
         """Keys with words [M, C + S] of blocks, from the embeddings [M, K, D] of their tokens and of `before` them."""
-        words = self.words(self.heard(torch.cat((before, children), dim=1)).mean(1))
+        words = self.words(self.heard(torch.cat((before, children), dim=1)).sum(1))
         return torch.cat((self._key(children), words), dim=-1)
 
     def heard(self, embeds):
@@ -141,9 +144,9 @@ class LensNet(nn.Module):
             return loud[..., None] * (embeds - self.mean)
 
     def words(self, heard):
-        """Words [..., S], float32, of means [..., D] of what is heard: rounded, small powers drown in large ones."""
+        """Words [..., S] of sums [..., D] of what is heard, float32: rounded, small powers drown in large ones."""
         with torch.autocast(heard.device.type, enabled=False):
-            return F.normalize(F.linear(heard.to(self.mean.dtype), self.projection), dim=-1)
+            return F.normalize(F.linear(heard, self.projection), dim=-1)
 
     def _key(self, children):
         cos, sin = rotary_cos_sin(torch.arange(children.size(1), device=children.device), self.encoder.head_dim)
@@ -154,15 +157,15 @@ class LensNet(nn.Module):
         return norm(states) - self.state_mean.to(states.dtype)
 
     def forward(self, asking, keys):
-        """z [R, P, n], float32, of what tokens ask with, [R, P, 2·D], and keys with words [R, n, C + S] of blocks."""
-        states, newest = asking.chunk(2, dim=-1)
+        """z [R, P, n], float32, of what tokens ask with, [R, P, D + S], and keys with words [R, n, C + S] of blocks."""
+        states, asked = asking.tensor_split((self.mean.numel(),), dim=-1)
         h = self._centred(states)
         q = self.query(h).unflatten(-1, (HEADS, KEY))
         keys, words = keys[..., :KEY], keys[..., KEY:]
         found = F.leaky_relu(torch.einsum("rphc,rnc->rphn", q, keys.to(q.dtype)), LEAK).float() / KEY**0.5
         z = (F.linear(h, self.weigh.to(h.dtype)).float()[..., None] * found).sum(2) + self.bias.float()
         z = z + F.linear(h, self.anywhere[None].to(h.dtype)).float()
-        return SHARP * (z + self.match.float() * (self.words(newest) @ words.float().mT))
+        return SHARP * (z + self.match.float() * (asked.float() @ words.float().mT))
 
     def listener(self):
         """What tells what tokens want, with the weights as they are now."""
@@ -180,15 +183,16 @@ class Listener:
         anywhere = SHARP * lensnet.anywhere[None]
         weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh, anywhere))
         self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * lensnet.bias.float()
-        self.centred, self.words, self.match = lensnet._centred, lensnet.words, SHARP * lensnet.match.float()
+        self.centred, self.match = lensnet._centred, SHARP * lensnet.match.float()
 
     def __call__(self, asking, keys):
-        """What tokens, the newest last, want together of n blocks: [n]. asking [P, 2·D], keys [n, C + S]: as above."""
+        """What tokens, the newest last, want together of n blocks, [n], from asking [P, D + S], keys [n, C + S]."""
         with torch.autocast(asking.device.type, enabled=False):
-            return self._wanted(*asking.float().chunk(2, dim=-1), keys[:, :KEY], keys[:, KEY:])
+            size = keys.size(1) - KEY
+            return self._wanted(asking[:, :-size].float(), asking[:, -size:].float(), keys[:, :KEY], keys[:, KEY:])
 
     def _wanted(self, states, newest, keys, words):
-        asked, newest = self.matrix(self.centred(states)), self.match * self.words(newest)
+        asked, newest = self.matrix(self.centred(states)), self.match * newest
         q, w = asked[:, : HEADS * KEY].reshape(-1, KEY), asked[:, HEADS * KEY : -1]
         alone = asked[:, -1:] + self.bias
         found = F.leaky_relu_(torch.mm(q, keys.T), LEAK)  # [P·H, n]; the other way round costs a CPU twice the time
@@ -225,7 +229,7 @@ class Demand:
         return self._values - FADE * self._end
 
     def listen(self, asking, num_tokens):
-        """Add what the newest tokens want, the last of which is token num_tokens − 1: asking [P, 2·D] for each row."""
+        """Add what the newest tokens want, of which num_tokens − 1 is the last: asking [P, D + S] for each row."""
         self.load(len(asking))
         blocks = self.keys.count(0)
         if blocks:

@@ -115,12 +115,12 @@ class Reader:
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
     def wants(self, asking, keys):
-        """LensNet's z [R, P, n] of blocks with keys [R, n, C], for each of the tokens that ask [R, P, 2·D]."""
+        """LensNet's z [R, P, n] of blocks with keys [R, n, C], for each of the tokens that ask [R, P, D + S]."""
         with autocast(self.device, self.dtype):
             return self.networks.lensnet(self._suited(asking), keys)
 
     def wanted(self, asking, keys):
-        """What tokens of each row that ask [R, P, 2·D] want together, z [R, n], of keys [R, n, C]: see Listener."""
+        """What tokens of each row that ask [R, P, D + S] want together, z [R, n], of keys [R, n, C]: see Listener."""
         listener = self.networks.lensnet.listener()
         return torch.stack([listener(*row) for row in zip(asking, keys.float(), strict=True)])
 

@@ -39,11 +39,11 @@ def before(block_size) -> int:
 def tokens_of_blocks(first, end, block_size):
     """
     Positions [n, before + K] of the tokens of blocks first … end − 1, each behind those before it. What comes before
-    the first block of all is its own end.
+    the first block of all is every second token of its own, which says nothing new.
     """
     K = block_size
     positions = torch.arange(first, end)[:, None] * K + torch.arange(-before(K), K)
-    return torch.where(positions < 0, positions + K, positions)
+    return torch.where(positions < 0, 2 * (positions + before(K)) + 1, positions)
 
 
 class Table(NamedTuple):

@@ -64,9 +64,8 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
 def start_of_lensnet(model, tokenizer, loader):
     """
     What `LensNet.whiten` takes: the model's embeddings [V, D]; how often each token occurs, [V], in COUNTED tokens of
-    text of all ranks; states of the first batch of text of the first.
-
-    What stands around each turn of a chat, special tokens and roles, counts as much as the commonest token.
+    text of all ranks; states of the first batch of text of the first; what stands around each turn of a chat, special
+    tokens and roles.
     """
     V = tokenizer.get_vocab_size()
     counts, ids = torch.zeros(V, device=loader.device), torch.arange(V, device=loader.device)
@@ -80,8 +79,8 @@ def start_of_lensnet(model, tokenizer, loader):
         dist.broadcast(states, 0)
     empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     around = [tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]
-    counts[around + tokenizer.render_for_completion({"messages": empty})] = counts.max()
-    return model.embed(ids[None])[0].float(), counts, states
+    around = torch.tensor(around + tokenizer.render_for_completion({"messages": empty}), device=loader.device)
+    return model.embed(ids[None])[0].float(), counts, states, around
 
 
 def main(config: Config):

@@ -48,9 +48,9 @@ def blocks(n=10, seed=0, rows=()):
 
 
 def tokens_asking(rows=2, tokens=5, seed=1):
-    """States as the trunk's, which are not normalized, and means of newest embeddings."""
-    random = torch.randn(rows, tokens, 2 * D, generator=torch.Generator().manual_seed(seed))
-    return torch.cat((7 * random[..., :D], random[..., D:]), dim=-1)
+    """States as the trunk's, which are not normalized, and words."""
+    random = torch.randn(rows, tokens, D + word_size(D), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((7 * random[..., :D], F.normalize(random[..., D:], dim=-1)), dim=-1)
 
 
 def before(n=10, rows=()):
@@ -107,10 +107,10 @@ def reference_heard(lens, token):
 def reference_z(lens, asks, key):
     """z of one token for one block, head by head."""
     w = {name: p.detach().double() for name, p in (*lens.named_parameters(), *lens.named_buffers())}
-    state, newest, key, words = *asks.double().split(D), *key.double().split((KEY, word_size(D)))
+    state, asked = asks.double().split((D, word_size(D)))
+    key, words = key.double().split((KEY, word_size(D)))
     h = rms(state) - w["state_mean"]
-    found = w["projection"] @ (newest)
-    z = w["bias"][0] + w["anywhere"] @ h + w["match"][0] * (found / found.norm()) @ words
+    z = w["bias"][0] + w["anywhere"] @ h + w["match"][0] * asked @ words
     for head in range(HEADS):
         query = w["query.weight"][head * KEY : (head + 1) * KEY] @ h
         found = query @ key
@@ -199,7 +199,8 @@ def test_what_a_token_wants_of_a_block_depends_on_the_two_alone():
     torch.testing.assert_close(lens(asks.flip(0), keys.flip(0)), z.flip(0), atol=1e-4, rtol=1e-4)
     many = torch.cat((keys, keys_of(lens, n=500)), 1)  # however long the stream is
     torch.testing.assert_close(lens(asks, many)[..., :10], z, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(lens(3 * asks, keys), z, atol=1e-4, rtol=1e-4)  # the size of a state says nothing
+    louder = torch.cat((3 * asks[..., :D], asks[..., D:]), dim=-1)  # the size of a state says nothing
+    torch.testing.assert_close(lens(louder, keys), z, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_wanted_fades():
@@ -280,14 +281,15 @@ def test_a_token_asks_with_the_words_of_the_newest_that_fade():
     places = [0, 7, N - 1]
     lens = make()
     nn.init.normal_(lens.mean, std=0.1)
-    nn.init.normal_(lens.loudness, std=0.1)
+    nn.init.normal_(lens.loudness[:-1], std=0.05)
     asks = lens.asking(states, embeds, torch.tensor([places]))
     assert torch.equal(asks[..., :D], states)
     for i, place in enumerate(places):
         span = range(max(0, place - NEWEST + 1), place + 1)
         weights = [NEWEST_FADE ** (place - t) for t in span]
-        mean = sum(w * reference_heard(lens, embeds[0, t]) for w, t in zip(weights, span, strict=True)) / sum(weights)
-        torch.testing.assert_close(asks[0, i, D:], mean.float(), atol=1e-5, rtol=1e-5)
+        heard = sum(w * reference_heard(lens, embeds[0, t]) for w, t in zip(weights, span, strict=True))
+        words = lens.projection.double() @ heard
+        torch.testing.assert_close(asks[0, i, D:], (words / words.norm()).float(), atol=1e-5, rtol=1e-5)
 
 
 def test_whitened_words_have_no_mean_and_no_direction_in_common():
@@ -299,7 +301,8 @@ def test_whitened_words_have_no_mean_and_no_direction_in_common():
     counts = (1000 / torch.arange(1.0, V + 1)).round()
     table[:, 0] -= counts.log()  # as in tables of models, how rare a token is can be read from it
     lens = LensNet(n_embd)
-    lens.whiten(table, counts, 5 + torch.randn(20, n_embd, generator=torch.Generator().manual_seed(1)))
+    states = 5 + torch.randn(20, n_embd, generator=torch.Generator().manual_seed(1))
+    lens.whiten(table, counts, states, torch.tensor([V - 1]))
     projected = F.linear(table - lens.mean, lens.projection)
     p = counts / counts.sum()
     torch.testing.assert_close(p @ projected, torch.zeros(word_size(n_embd)), atol=1e-3, rtol=0)
@@ -307,10 +310,11 @@ def test_whitened_words_have_no_mean_and_no_direction_in_common():
     torch.testing.assert_close(covariance, torch.eye(word_size(n_embd)), atol=0.02, rtol=0)
 
     loud = lens.heard(table).norm(dim=1) / (table - lens.mean).norm(dim=1)
-    assert loud[-50:].mean() > 2 * loud[:5].mean()  # what is rare is louder
+    assert loud[-50:-1].mean() > 2 * loud[:5].mean()  # what is rare is louder,
+    assert loud[-1] < loud[-50:-1].mean() / 2  # but for what stands around turns
 
     text = p.multinomial(50 * 16, replacement=True, generator=generator).view(50, 16)
-    rare = torch.arange(V - 50, V)
+    rare = torch.arange(V - 51, V - 1)
     text[:, 3] = rare
     question = torch.cat((text[:, 8:12], rare[:, None]), dim=1)  # ends with the word that stands in one block only
 
@@ -341,7 +345,7 @@ def test_learns_to_point_at_what_the_newest_token_is_about():
         asked = word[torch.arange(B)[:, None], answer, torch.randint(0, K, (B, P))]
         children = table[word].flatten(0, 1)
         keys = lens.keys(children, children[:, :0]).unflatten(0, (B, n))
-        return lens(table[asked].repeat(1, 1, 2), keys), answer
+        return lens(torch.cat((table[asked], lens.words(lens.heard(table[asked]))), dim=-1), keys), answer
 
     for step in range(steps):
         z, answer = batch(8)

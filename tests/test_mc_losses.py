@@ -258,7 +258,8 @@ def test_lens_learns_where_the_model_looks():
         asked = torch.randint(48, (B, P), generator=generator)
         children = words[order[:, : n * K]].view(B * n, K, 32)
         keys = lens.keys(children, children[:, :0]).view(B, n, -1)
-        z = lens(words[order.gather(1, asked)].repeat(1, 1, 2), keys)
+        tokens = words[order.gather(1, asked)]
+        z = lens(torch.cat((tokens, lens.words(lens.heard(tokens))), dim=-1), keys)
         content = torch.zeros(B, P, n + 4).scatter(2, asked[..., None] // K, 0.6)[..., :n]
         return z, content, torch.ones(B, P, n, dtype=torch.bool), torch.ones(B, P, dtype=torch.bool)
 

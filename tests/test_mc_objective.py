@@ -246,7 +246,7 @@ def test_lens_loss_against_one_sequence_at_a_time():
         z, parts = [], ([], [], [])
         for row in range(2):
             embeds = model.embed(x[row : row + 1])
-            earlier = [embeds[:, i * K - K // 2 : i * K] if i else embeds[:, K - K // 2 : K] for i in range(n)]
+            earlier = [embeds[:, i * K - K // 2 : i * K] if i else embeds[:, 1:K:2] for i in range(n)]
             keys = [lens.keys(embeds[:, i * K : (i + 1) * K], before)[0] for i, before in enumerate(earlier)]
             keys = torch.stack(keys)[None]
             table, dense = reader.tree(embeds), model.states(embeds)
@@ -301,7 +301,7 @@ def test_networks_keep_their_precision():
     for p in networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
     children = torch.randn(2, 6, 32).bfloat16()  # K and those before
-    asking, keys = torch.randn(2, 3, 2 * 32).bfloat16(), torch.randn(2, 5, KEY + word_size(32))
+    asking, keys = torch.randn(2, 3, 32 + word_size(32)).bfloat16(), torch.randn(2, 5, KEY + word_size(32))
 
     def outputs(dtype):
         config = MCConfig(block_size=K, mc_aux_dtype=dtype).resolve(T)
