@@ -64,6 +64,9 @@ class MCConfig:
     # Training
     mc_num_random_variants: Count = 2
     """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
+    mc_start: Annotated[float, Range(0, 0.99)] = 0.0
+    """part of the training before which the model reads all sequences in full: a small one may have to learn to look
+    things up before gists can be of use"""
     mc_past: CountOr0 = -1
     """most tokens of a stream of pretraining text before a compressed sequence that are read with it, most of them as
     gists; 0 for none, as in mid_train; -1 for 16 × max_seq_len, or 0 if that is not a multiple of block_size"""
@@ -93,6 +96,12 @@ class MCConfig:
 
     def __post_init__(self):
         check(self)
+        alone = "0 with --mc_freeze_base, where the model has nothing to learn alone"
+        _expect("mc_start", self.mc_start, not (self.mc_freeze_base and self.mc_start), alone)
+
+    def begun(self, progress) -> float:
+        """Of the training with gists, which mc_start leaves, the part that is done; below 0 before it."""
+        return (progress - self.mc_start) / (1 - self.mc_start)
 
     def resolve(self, max_seq_len: int) -> "MCConfig":
         """

@@ -78,7 +78,8 @@ class MCObjective:
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
         length = variant_length(c, progress, T)
-        dense = int(B * dense_share(c) + torch.rand((), generator=generator).item())  # sequences; rounded by chance
+        share, begun = dense_share(c, progress), c.begun(progress) >= 0
+        dense = int(B * share + torch.rand((), generator=generator).item())  # sequences; rounded by chance
         order = torch.randperm(B, generator=generator)  # the dense ones first; each stream of text gets both roles
         names = [i if session_ids is None else session_ids[i] for i in order.tolist()]
         order = order.to(x.device, non_blocking=True)
@@ -88,8 +89,8 @@ class MCObjective:
         loss, stats = embeds.new_zeros((), dtype=torch.float32), {"mc/tree_tokens": T, "mc/wc_entries": length}
 
         old = old_blocks(T, K, recent)  # blocks that may be gists
-        judged = bool(dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
-        far = self.keeper is not None and origins is not None  # whether sequences have a past
+        judged = bool(begun and dense and old and c.mc_lens_loss_weight > 0)  # whether LensNet learns from this batch
+        far = begun and self.keeper is not None and origins is not None  # whether sequences have a past
         tables = [reader.tree(embeds[dense:])] if dense < B else []
         if dense and (judged or far):
             with torch.no_grad():

@@ -31,8 +31,12 @@ def target_length(progress, num_tokens, block_size, final_length) -> int:
 
 
 def variant_length(config: MCConfig, progress, T) -> int:
-    """Entries per variant at this part of a training; those for a frozen model, which learns nothing, never change."""
-    return target_length(1.0 if config.mc_freeze_base else progress, T, config.block_size, config.mc_train_wc_length)
+    """
+    Entries per variant at this part of a training, T before variants are read; those for a frozen model, which learns
+    nothing, never change.
+    """
+    progress = 1.0 if config.mc_freeze_base else config.begun(progress)
+    return T if progress < 0 else target_length(progress, T, config.block_size, config.mc_train_wc_length)
 
 
 def random_variants(rows, num_tokens, block_size, length, recent_tokens, generator=None):
@@ -94,8 +98,10 @@ def past_entries(config: MCConfig, T) -> int:
     return max(2 * config.block_size, T // 8) if config.mc_past > 0 else 0
 
 
-def dense_share(config: MCConfig) -> float:
-    """The part of the sequences that are read in full; all or none where only one of the two networks learns."""
+def dense_share(config: MCConfig, progress) -> float:
+    """The part of the sequences that are read in full; all or none where only one of the networks learns."""
+    if config.begun(progress) < 0:
+        return 1.0  # only the model learns
     if config.mc_freeze_base and config.gistnet_type == "mean":
         return 1.0  # only LensNet learns
     if config.mc_freeze_base and config.mc_lens_loss_weight == 0:
@@ -105,7 +111,9 @@ def dense_share(config: MCConfig) -> float:
 
 def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, float]:
     """Inputs that the model, GistNet and LensNet are trained on, per sequence of T tokens."""
-    c, dense = config, dense_share(config)
+    c, dense = config, dense_share(config, progress)
+    if c.begun(progress) < 0:
+        return T, 0, 0
     length = variant_length(c, progress, T)
     children = T * c.block_size / (c.block_size - 1)  # of all nodes of a tree
     length += past_entries(c, T)
@@ -128,8 +136,9 @@ def step_work(model, networks, config: MCConfig, progress, T) -> float:
     flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
     length = variant_length(config, progress, T)
     looks = config.mc_freeze_base + config.mc_max_counterfactuals * length / T  # without a gradient: a third of a pass
-    looks *= dense_share(config) / 3 if config.mc_lens_loss_weight > 0 else 0
-    looks += config.mc_freeze_base * (1 - dense_share(config)) / 3  # what it teaches
+    dense = dense_share(config, progress)
+    looks *= dense / 3 if tokens else 0
+    looks += config.mc_freeze_base * (1 - dense) / 3  # what it teaches
     return trunk / T + looks + flops / (T * model.flops_per_token())
 
 
@@ -145,7 +154,7 @@ def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> i
     T, D = model_config.sequence_len, model_config.n_embd
     gist_layers = 0 if config.gistnet_type == "mean" else config.gistnet_layers
     sizes = (model_config.n_layer * D, gist_layers * D, config.lensnet_layers * WIDTH)
-    inputs = inputs_per_sequence(config, 0.0, T)  # variants are longest at the start
+    inputs = inputs_per_sequence(config, config.mc_start, T)  # variants are longest at the start
     need = sum(n * size for n, size in zip(inputs, sizes, strict=True)) / (T * sizes[0])
     least = 1 + (device_batch_size + 1) % 2
     sizes = (n for n in range(least, device_batch_size + 1, least) if device_batch_size % n == 0)

@@ -31,6 +31,7 @@ DEFAULTS = {
     "allocator_iterations": 4,
     "mc_tree": "ram",
     "mc_num_random_variants": 2,
+    "mc_start": 0.0,
     "mc_past": -1,
     "mc_train_wc_length": -1,
     "mc_max_counterfactuals": 1,
@@ -77,6 +78,7 @@ def test_names_and_defaults_are_frozen():
         ("allocator_iterations", 0, "1 or more"),
         ("mc_tree", "cloud", "one of ram, disk"),
         ("mc_num_random_variants", 0, "1 or more"),
+        ("mc_start", 1.0, "from 0 to 0.99"),
         ("mc_train_wc_length", -5, "1 or more, or -1"),
         ("mc_max_counterfactuals", 0, "1 or more"),
         ("mc_eval_soft_max_length", 0, "1 or more, or -1"),
@@ -92,6 +94,11 @@ def test_bad_values_are_refused_with_what_was_expected_and_got(name, value, expe
     with pytest.raises(UserError) as error:
         MCConfig(**{name: value})
     assert str(error.value) == f"--{name}: expected {expected}, got {value!r}"
+
+
+def test_a_frozen_model_has_nothing_to_learn_alone():
+    with pytest.raises(UserError, match="--mc_start: expected 0 with --mc_freeze_base"):
+        MCConfig(mc_start=0.5, mc_freeze_base=True)
 
 
 def test_every_field_is_an_option_with_help(capsys):

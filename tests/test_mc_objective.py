@@ -42,6 +42,25 @@ def test_dense_sequences_have_the_flagless_loss():
     assert torch.equal(result.cached_embeddings, model.embed(x))
 
 
+def test_before_mc_start_the_model_learns_alone():
+    """All sequences are read in full, bit for bit as without MegaContext, and the step costs what it does then."""
+    model, (x, y) = make_model(), tokens(B=4)
+    objective = make_objective(model, mc_start=0.5)
+    result = process(objective, x, y, progress=0.49)
+    result.loss.backward()
+    assert result.loss.item() == model(x[roles(B=4)], y[roles(B=4)]).item()
+    assert all(p.grad is None for p in objective.reader.networks.parameters())
+    assert objective.work(0.49, T) == 1.0
+    whole = make_objective(make_model())
+    for later, progress in (
+        (0.5, 0.0),
+        (0.75, 0.5),
+        (1.0, 1.0),
+    ):  # from then on, what is left of it is a whole training
+        assert process(objective, x, y, later).stats.keys() == process(whole, x, y, progress).stats.keys()
+        assert objective.work(later, T) == whole.work(progress, T)
+
+
 def test_each_sequence_has_both_roles():
     """A stream of text that is the same row of every batch is read in full at times, and compressed at times."""
     objective = make_objective(make_model(), mc_positional="gaussian")

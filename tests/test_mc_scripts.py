@@ -43,14 +43,19 @@ def test_metrics_and_checkpoint(mc_trained):
     assert any(p.abs().sum() > 0 for p in [networks.gistnet.head.c_proj.weight])
 
 
-def test_resumed_equals_unbroken(mc_trained, capsys):
-    folder = mc_trained / "base_checkpoints" / "mc"
-    other = mc_trained / "base_checkpoints" / "again"
+@pytest.mark.parametrize(("step", "more"), [(3, []), (1, ["--mc_start=0.5", "--save_every=1"])])
+def test_resumed_equals_unbroken(mc_trained, step, more, capsys):
+    """The second time from a step at which the model still learns alone."""
+    options = *QUICK_BASE, *WITH_MC, "--num_iterations=6", "--save_every=3", *more
+    tags = ["alone", "alone-again"] if more else ["mc", "again"]
+    folder, other = (mc_trained / "base_checkpoints" / tag for tag in tags)
+    if more:
+        train(base_train, *options, "--model_tag=alone")
     other.mkdir()
-    for path in folder.glob("*_000003*"):
+    for path in folder.glob(f"*_00000{step}*"):
         (other / path.name).write_bytes(path.read_bytes())
-    train(base_train, *QUICK_BASE, *WITH_MC, "--num_iterations=6", "--save_every=3", "--model_tag=again")
-    assert "resuming from step 3" in capsys.readouterr().out
+    train(base_train, *options, f"--model_tag={other.name}")
+    assert f"resuming from step {step}" in capsys.readouterr().out
     for kind in ("model", "mc", "optim"):
         one, two = (torch.load(f / f"{kind}_000006.pt", weights_only=True) for f in (folder, other))
         assert_equal(one, two)
