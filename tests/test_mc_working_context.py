@@ -320,7 +320,7 @@ class LargestTensor(TorchFunctionMode):
 
 def test_no_tensor_grows_with_the_stream():
     N, K, budget = 10**9, 32, 2048
-    settings = MCConfig(allocator_recent_tokens=128)
+    settings = MCConfig(allocator_recent_tokens=128, mc_infer_allocator_max_replacements=4)
     with LargestTensor() as largest:
         context = WorkingContext.initial(N, K, budget, 128).append(1)
         context.check()
