@@ -103,11 +103,11 @@ class LensNet(nn.Module):
         power, directions = torch.linalg.eigh(covariance)
         root = directions * (power.clamp(min=0) + EPSILON * power.sum()).rsqrt()
         chance = torch.randn(self.projection.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        random = torch.linalg.qr(chance.mT)[0].to(root.device)
+        projection = (root @ torch.linalg.qr(chance.mT)[0].to(root.device)).mT
         most = p.max().item()
         common = p.index_fill(0, around, most)  # in a chat they are
         rarity = -torch.log(common / COMMON + 0.5 / (COMMON * counts.sum())).clamp(max=0)
-        lengths = F.linear(x, (root @ random).mT).norm(dim=1).clamp(min=EPSILON)
+        lengths = F.linear(x, projection).norm(dim=1).clamp(min=EPSILON)
         # Fitted to what text consists of, to what is rare and, as much as to the commonest token, to what stands around
         weights = (1 + len(p) * p.index_fill(0, around, most / max(1, len(around)))).sqrt()[:, None]
         features = F.pad(embeddings.double(), (0, 1), value=1.0)
@@ -115,7 +115,7 @@ class LensNet(nn.Module):
         self.loudness.copy_(fit[:, 0])
         self.mean.copy_(mean)
         self.state_mean.copy_(norm(states.float()).mean(0))
-        self.projection.copy_((root @ random).mT)
+        self.projection.copy_(projection)
         self.match.fill_(FINISHED_MATCH)
         self.bias.fill_(FINISHED_BIAS)
 

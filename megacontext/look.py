@@ -43,9 +43,8 @@ def look(session: MCSession, question: list[int], most=20) -> list[Found]:
     demand.load(session.rows)
     states = reader.states(torch.cat((x, F.pad(query, (0, reader.deep))), dim=1), context, at)
     words = torch.cat((session.tree.newest(NEWEST)[:1], query), dim=1)
-    (asked,) = reader.networks.lensnet.asking(
-        states, words, words.size(1) + torch.arange(-len(question), 0, device=session.device)[None]
-    )
+    last = words.size(1) + torch.arange(-len(question), 0, device=session.device)[None]
+    (asked,) = reader.asking(states, words, last)
     scores, blocks = score(demand.listener(asked, demand.keys.all(0)[0])).sort(descending=True, stable=True)
     blocks = demand.first + blocks[:most]
     lods = context.tiles[0, context.tile_of(blocks[None])[0]]

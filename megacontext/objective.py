@@ -135,9 +135,7 @@ class MCObjective:
             values, inputs = embeds[:dense].detach(), tables[0].materialize(counterfactuals)
             compressed = reader.states(inputs, counterfactuals, entry).view(*at.shape, -1)
             states = torch.cat((looks.states, compressed), 1)
-            z = reader.wants(
-                reader.networks.lensnet.asking(states, values, at.repeat(1, 2)), reader.keys(values[:, : old * K])
-            )
+            z = reader.wants(reader.asking(states, values, at.repeat(1, 2)), reader.keys(values[:, : old * K]))
             among = old_blocks_of(at, old, K, recent)
             sinks = x[:dense] == self.bos
             sinks[:, 0] |= self.model.sink

@@ -114,6 +114,10 @@ class Reader:
         states = self.model.states(inputs, self.positions(context))
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
+    def asking(self, states, embeds, at):
+        """What tokens ask LensNet with: see LensNet.asking."""
+        return self.networks.lensnet.asking(states, embeds, at)
+
     def wants(self, asking, keys):
         """LensNet's z [R, P, n] of blocks with keys [R, n, C], for each of the tokens that ask [R, P, D + S]."""
         with autocast(self.device, self.dtype):
@@ -166,7 +170,7 @@ class Reader:
         for i in range(self.config.mc_infer_allocator_iterations):
             entries = context.lengths()[:, None] + newest
             states = self.states(table.materialize(context), context, entries.clamp(min=0))
-            wanted = self.wanted(self.networks.lensnet.asking(states, embeds, at), keys)
+            wanted = self.wanted(self.asking(states, embeds, at), keys)
             edited = focus.refocus(context, score(wanted), budget, again=i > 0, eager=True)
             if edited is context:
                 break

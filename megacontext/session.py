@@ -243,8 +243,8 @@ class MCSession:
         """Take up what the newest tokens of each row want, from their states [P, D]."""
         embeds = self.tree.newest(NEWEST + max(map(len, states)) - 1, len(states))
         newest = torch.arange(embeds.size(1), device=self.device)
-        rows, asking = zip(states, embeds, strict=True), self.reader.networks.lensnet.asking
-        self.demand.listen([asking(h, x, newest[len(x) - len(h) :]) for h, x in rows], self.num_tokens)
+        rows = zip(states, embeds, strict=True)
+        self.demand.listen([self.reader.asking(h, x, newest[len(x) - len(h) :]) for h, x in rows], self.num_tokens)
 
     def _wish(self):
         """How much each row wants the hidden block that it wants most, z [B] on the device; None if there is none."""
