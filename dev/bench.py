@@ -2,56 +2,59 @@
 Benchmarks. Each prints a table and one JSON line. Compare figures of the same run only: machines are noisy.
 
     python dev/bench.py train --depth 4 [--mc 1]         # training steps: tokens/s, share of the peak
-    python dev/bench.py loss --vocab_size 65536          # our cross-entropy beside others
     python dev/bench.py decode --depth 4                 # time to the first token and per token, memory bandwidth
     python dev/bench.py mc-infer --depth 4               # with MegaContext: per token beside plain decoding, refocus
 """
 
-import importlib.util
 import json
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dev.bench_infer import GRAPHS, bench_mc_infer, random_model, timed
 from megacontext.attach import attach
 from megacontext.config import MCConfig
+from megacontext.networks import MCNetworks
+from megacontext.session import MCSession
 from nanochat.common import autocast, compute_init, peak_flops, resolve_dtype
 from nanochat.configurator import group, run
-from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.decode import Decoder
-from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpus import gpu_of
-from nanochat.kv_cache import CacheSession
+from nanochat.kv_cache import CacheSession, KVCache
 from nanochat.loop import accumulation_steps, maybe_compile
 from nanochat.ranges import Count, Range
+from nanochat.sampling import Sampler, Sampling
 from nanochat.sharding import clip_gradients
+
+GRAPHS = {"auto": None, "on": True, "off": False}  # --compile → of a Decoder
 
 
 @dataclass
 class Config:
-    benchmark: str = ""
-    """train, loss, decode or mc-infer; also as the first word"""
+    benchmark: tyro.conf.Positional[Literal["train", "decode", "mc-infer"]]
+    """what to measure"""
     vocab_size: Count = 8192
     """tokens"""
     repeat: Count = 3
-    """repetitions, of which the fastest counts"""
+    """decode: repetitions, of which the fastest counts"""
     device_batch_size: Count = 8
-    """train, loss: B"""
+    """train: B"""
     max_seq_len: Count = 512
-    """train, loss: T; mc-infer: entries of the working context"""
+    """train: T; mc-infer: entries of the working context"""
     total_batch_size: Count = -1
     """train: tokens per step; -1 for B × T"""
     depth: Annotated[int, Range(1, 1000)] = 4
-    """train, loss, decode, mc-infer: layers"""
+    """layers"""
     mc: bool = False
     """train: with MegaContext, half-way through the training"""
     steps: Count = 10
@@ -65,21 +68,17 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; empty for the best available"""
     dtype: str = "auto"
-    """auto, bf16 or fp32; for train and decode also both, for a comparison"""
+    """auto, bf16 or fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """train: compile the model, auto, on or off; decode, mc-infer: the same for CUDA graphs"""
     megacontext: Annotated[MCConfig, group] = field(default_factory=MCConfig)
     """train: these options have an effect with --mc only"""
 
 
-def best(repeat, function) -> float:
-    """Shortest of `repeat` times, in seconds."""
-    times = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return min(times)
+def seconds_of(function) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def show(title, rows: list[dict]):
@@ -99,183 +98,219 @@ def matmul_flops(device, dtype) -> float:
         (a @ b)[0, 0].item()  # waits for the device
 
     product()
-    return 2 * n**3 / best(20, product)
+    return 2 * n**3 / min(seconds_of(product) for _ in range(20))
 
 
 def bench_train(config):
     """Training steps beside the speed of matrix products alone, which they could at best have."""
-    rows = []
-    for name in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
-        _, _, _, world_size, device = compute_init(config.device_type)
-        dtype = resolve_dtype(name, device.type)
-        cuda = device.type == "cuda"
-        B, T = config.device_batch_size, config.max_seq_len
-        total = B * T if config.total_batch_size == -1 else config.total_batch_size
-        accumulation = accumulation_steps(total, B, T, world_size)
-        model = GPT(GPTConfig.from_depth(config.depth, T, config.vocab_size)).to(device)
-        model.init_weights()
-        networks, make_objective = attach(config, model.config, device, bos=0)
-        objective = make_objective(maybe_compile(model, config.compile, device))
-        optimizers = model.setup_optimizers() + ([] if networks is None else networks.setup_optimizers())
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        ids = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
-        B_once = objective.rows_at_once(B)
-        streams = [torch.tensor([[row, 0] for row in range(B)])] if objective.keeper else []
-        products = matmul_flops(device, dtype)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
+    _, _, _, world_size, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    cuda = device.type == "cuda"
+    B, T = config.device_batch_size, config.max_seq_len
+    total = B * T if config.total_batch_size == -1 else config.total_batch_size
+    model = GPT(GPTConfig.from_depth(config.depth, T, config.vocab_size)).to(device)
+    model.init_weights()
+    networks, make_objective = attach(config, model.config, device, bos=0)
+    objective = make_objective(maybe_compile(model, config.compile, device))
+    optimizers = model.setup_optimizers() + ([] if networks is None else networks.setup_optimizers())
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    ids = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
+    B_once = objective.rows_at_once(B)
+    passes = accumulation_steps(total, B, T, world_size) * B // B_once
+    streams = [torch.tensor([[row, 0] for row in range(B)])] if objective.keeper else []
+    products = matmul_flops(device, dtype)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
 
-        passes = accumulation * B // B_once
-
-        def gradients(objective=objective, ids=ids, dtype=dtype, passes=passes, B_once=B_once, streams=streams):
-            for i in range(passes):
-                rows = slice(i * B_once % len(ids), i * B_once % len(ids) + B_once)
-                with autocast(ids.device, dtype):
-                    loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, i, *(origins[rows] for origins in streams))
-                (loss / passes).backward()
-            return loss.item()  # waits for the device
-
-        def update(optimizers=optimizers, parameters=parameters):
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            norm = clip_gradients(optimizers, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            for p in parameters:
-                p.grad = None
-            return (norm + parameters[-1].flatten()[0]).item()
-
-        start = [best(1, gradients) + best(1, update) for _ in range(3)]
-        seconds = [(best(1, gradients), best(1, update)) for _ in range(config.steps)]
-        typical = sorted(map(sum, seconds))[len(seconds) // 2]
-        flops = model.flops_per_token() * total * objective.work(0.5, T) / typical
-        peak = peak_flops(device)
-        rows.append(
-            {
-                "precision": str(dtype).removeprefix("torch."),
-                "parameters": model.num_params(),
-                "rows at once": B_once,
-                "first step s": start[0],
-                "s/step": typical,
-                "optimizer %": 100 * min(update for _, update in seconds) / typical,
-                "tokens/s": total / typical,
-                "GFLOP/s": flops / 1e9,
-                "of products": products / 1e9,
-                "ratio %": 100 * flops / products,
-                "MFU %": 100 * flops / peak if peak else "-",
-                "memory MiB": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "-",
-            }
-        )
-    mc = " --mc" if config.mc else ""
-    show(f"train{mc}: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", rows)
-    return rows
-
-
-def bench_loss(config):
-    """Ours, torch's own on all logits at once, and liger-kernel's where it is installed; forward and backward."""
-    *_, device = compute_init(config.device_type)
-    dtype = resolve_dtype("auto" if config.dtype == "both" else config.dtype, device.type)
-    c = GPTConfig.from_depth(config.depth, config.max_seq_len, config.vocab_size)
-    N, V = config.device_batch_size * config.max_seq_len, c.vocab_size
-    x = torch.randn(N, c.n_embd, device=device, dtype=dtype, requires_grad=True)
-    weight = (torch.randn(V, c.n_embd, device=device) * c.n_embd**-0.5).requires_grad_()
-    targets = torch.randint(0, V, (N,), device=device)
-    weights = torch.full((N,), 1 / N, device=device)
-
-    def ours():
-        return softcap_cross_entropy(x, weight, targets, V, LOGIT_SOFTCAP, row_weights=weights)[0]
-
-    def plain():
-        logits = LOGIT_SOFTCAP * torch.tanh((x @ weight.to(dtype).T).float() / LOGIT_SOFTCAP)
-        return torch.nn.functional.cross_entropy(logits, targets)
-
-    ways = {"ours": ours, "torch": plain}
-    if device.type == "cuda":
-        ways["torch, compiled"] = torch.compile(plain, dynamic=False)
-        if importlib.util.find_spec("liger_kernel"):
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-            liger = LigerFusedLinearCrossEntropyLoss(softcap=LOGIT_SOFTCAP)
-            ways["liger-kernel"] = lambda: liger(weight.to(dtype), x, targets)
-    rows = []
-    for name, way in ways.items():
-
-        def once(way=way):
-            x.grad = weight.grad = None
+    def gradients():
+        for i in range(passes):
+            rows = slice(i * B_once % B, i * B_once % B + B_once)
             with autocast(device, dtype):
-                loss = way()
-            loss.backward()
-            return loss.item(), weight.grad[0, 0].item()  # waits for the device
+                loss, _ = objective(ids[rows, :-1], ids[rows, 1:], 0.5, i, *(origins[rows] for origins in streams))
+            (loss / passes).backward()
+        loss.item()  # waits for the device
 
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            loss, _ = once()
-            seconds = best(config.repeat, once)
-        except torch.OutOfMemoryError:
-            loss = seconds = float("nan")
-        flops = 6 * N * V * c.n_embd / seconds
-        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else "-"
-        rows.append({"way": name, "loss": loss, "ms": 1e3 * seconds, "GFLOP/s": flops / 1e9, "memory MiB": memory})
-    show(f"loss: {N:,} rows of {c.n_embd}, vocabulary {V:,}, {dtype}, {device}", rows)
+    def update():
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = clip_gradients(optimizers, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        for p in parameters:
+            p.grad = None
+        (norm + parameters[-1].flatten()[0]).item()
+
+    warm_up = [seconds_of(gradients) + seconds_of(update) for _ in range(3)]
+    seconds = [(seconds_of(gradients), seconds_of(update)) for _ in range(config.steps)]
+    typical = median(map(sum, seconds))
+    flops = model.flops_per_token() * total * objective.work(0.5, T) / typical
+    peak = peak_flops(device)
+    row = {
+        "precision": str(dtype).removeprefix("torch."),
+        "parameters": model.num_params(),
+        "rows at once": B_once,
+        "first step s": warm_up[0],
+        "s/step": typical,
+        "optimizer %": 100 * min(update for _, update in seconds) / typical,
+        "tokens/s": total / typical,
+        "GFLOP/s": flops / 1e9,
+        "of products": products / 1e9,
+        "ratio %": 100 * flops / products,
+        "MFU %": 100 * flops / peak if peak else "-",
+        "memory MiB": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "-",
+    }
+    mc = " --mc" if config.mc else ""
+    show(f"train{mc}: depth {config.depth}, T {T}, B {B}, vocabulary {config.vocab_size:,}, {device}", [row])
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@torch.inference_mode()
+def timed(step, logits, n):
+    """Seconds of each of n steps, with sampling and the ids brought to the host, and the last logits."""
+    seconds = []
+    sampler = Sampler(logits.size(-1), logits.device, [Sampling(top_k=50, seed=row) for row in range(len(logits))])
+    for _ in range(n):
+        started = time.perf_counter()
+        ids = sampler(logits)
+        logits = step(ids)
+        ids.tolist()  # waits for the device
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds, logits
+
+
+def random_model(config: GPTConfig, device):
+    model = GPT(config).to(device).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    return model
 
 
 def bench_decode(config):
     *_, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
     prompt = torch.randint(0, config.vocab_size, (config.prompt_tokens,)).tolist()
     steps = config.new_tokens
     c = GPTConfig.from_depth(config.depth, len(prompt) + steps, config.vocab_size)
     model = random_model(c, device)
     peak = gpu_of(torch.cuda.get_device_name(device)).bandwidth if device.type == "cuda" else None
+    cached = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # numbers per token in the KV cache
+
+    def answer(B):
+        """Seconds to the first token and per later one."""
+        started = time.perf_counter()
+        session = CacheSession(Decoder(model, dtype, GRAPHS[config.compile]), B, steps + 1)
+        logits = session.prefill(prompt)
+        logits.argmax().item()  # waits for the device
+        first = time.perf_counter() - started
+        seconds, _ = timed(session.step, logits, steps + 1)
+        return first, sum(seconds[1:]) / steps  # the first step records a CUDA graph
+
     rows = []
-    for precision in ["fp32", "bf16"] if config.dtype == "both" else [config.dtype]:
-        dtype = resolve_dtype(precision, device.type)
-        cached = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # numbers per token in the KV cache
+    for B in (1, 8, 32):
+        read = model.num_params() - model.transformer.wte.weight.numel() + B * cached * (len(prompt) + steps / 2)
+        first, each = map(min, zip(*(answer(B) for _ in range(config.repeat)), strict=True))
+        bandwidth = read * dtype.itemsize / each
+        rows.append(
+            {
+                "precision": str(dtype).removeprefix("torch."),
+                "rows": B,
+                "TTFT ms": first * 1e3,
+                "ms/token": each * 1e3,
+                "tokens/s": B / each,
+                "GB/s": bandwidth / 1e9,
+                "MBU %": 100 * bandwidth / peak if peak else "-",
+            }
+        )
+    sizes = f"{len(prompt)} + {steps} tokens"
+    show(f"decode: depth {config.depth}, vocabulary {config.vocab_size:,}, {sizes}, {device}", rows)
 
-        def answer(B, dtype=dtype):
-            """Seconds to the first token and per later one."""
-            started = time.perf_counter()
-            session = CacheSession(Decoder(model, dtype, GRAPHS[config.compile]), B, steps + 1)
-            logits = session.prefill(prompt)
-            logits.argmax().item()  # waits for the device
-            first = time.perf_counter() - started
-            seconds, _ = timed(session.step, logits, steps + 1)
-            return first, sum(seconds[1:]) / steps  # the first step records a CUDA graph
 
-        for B in (1, 8, 32):
-            read = model.num_params() - model.transformer.wte.weight.numel() + B * cached * (len(prompt) + steps / 2)
-            first, each = map(min, zip(*(answer(B) for _ in range(config.repeat)), strict=True))
-            bandwidth = read * dtype.itemsize / each
-            rows.append(
-                {
-                    "precision": str(dtype).removeprefix("torch."),
-                    "rows": B,
-                    "TTFT ms": first * 1e3,
-                    "ms/token": each * 1e3,
-                    "tokens/s": B / each,
-                    "GB/s": bandwidth / 1e9,
-                    "MBU %": 100 * bandwidth / peak if peak else "-",
-                }
-            )
-    show(
-        f"decode: depth {config.depth}, vocabulary {config.vocab_size:,}, {len(prompt)} + {steps} tokens, {device}",
-        rows,
-    )
+class RestlessListener:
+    """A listener's work, and when it is armed, wishes for a few blocks at random, all that a refocus may open."""
+
+    def __init__(self, listener, wishes):
+        self.listener, self.wishes, self.armed = listener, wishes, False
+
+    def __call__(self, states, keys):
+        wanted = self.listener(states, keys).fill_(-30)
+        if self.armed:
+            wanted[torch.randint(len(keys), (self.wishes,))] = 4
+            self.armed = False
+        return wanted
+
+
+def bench_mc_infer(config):
+    """What MegaContext costs beside plain decoding with as many entries in its cache: a row per length of stream."""
+    *_, device = compute_init(config.device_type)
+    dtype = resolve_dtype(config.dtype, device.type)
+    W = config.max_seq_len
+    model = random_model(GPTConfig.from_depth(config.depth, W, config.vocab_size), device)
+    mc = config.megacontext.resolve(W)
+    networks = MCNetworks(model.config.n_embd, model.config.n_layer, mc).to(device).eval()
+    lens = RestlessListener(networks.lensnet.listener(), mc.mc_infer_allocator_max_replacements)
+    networks.lensnet.listener = lambda: lens
+    decoder = Decoder(model, dtype, GRAPHS[config.compile])
+    interval, rounds = mc.mc_infer_refocus_interval, -(-config.new_tokens // mc.mc_infer_refocus_interval)
+    rows = []
+    for N in (2 * W, config.stream_tokens):
+        prompt = torch.randint(0, config.vocab_size, (N,)).tolist()
+        session = MCSession(model, networks, mc, decoder=decoder)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            session.tree.append(torch.tensor([prompt], device=device))
+            session.tree.store.get(0, torch.zeros(1, 1, dtype=torch.long, device=device)).tolist()
+        ingestion = time.perf_counter() - started
+        session.close()
+        session = MCSession(model, networks, mc, decoder=decoder)
+        started = time.perf_counter()
+        logits = session.prefill(prompt)
+        logits.argmax().item()
+        first = time.perf_counter() - started
+
+        cache = KVCache(model.config.n_layer, W, limit=W)
+        decoder.extend(torch.tensor([prompt[:W]], device=device), cache)
+        step = decoder.stepper(cache)
+        timed(session.step, logits, interval)  # warms up, and refocuses once
+        plain, own, refocus, edits = [], [], [], session.focus.records[0].edits
+        for _ in range(rounds):  # by turns, so that both see the same machine
+            cache.keep(torch.arange(cache.pos) < session.cache.pos)
+            plain += timed(step, logits, interval)[0]
+            for i in range(interval):
+                lens.armed |= i == interval - 1
+                before = session.focus.records[0].edits
+                (seconds,), logits = timed(session.step, logits, 1)
+                (own if session.focus.records[0].edits == before else refocus).append(seconds)
+        edits = (session.focus.records[0].edits - edits) / len(refocus)
+        total = sum(own) + sum(refocus)
+        rows.append(
+            {
+                "tokens in tree": N,
+                "entries": int(session.focus_state()["entries"]),
+                "ingestion tokens/s": N / ingestion,
+                "TTFT s": first,
+                "plain ms/token": 1e3 * median(plain),
+                "MC ms/token between": 1e3 * median(own),
+                "refocus ms": 1e3 * median(refocus),
+                "edits per refocus": edits,
+                "MC ms/token": 1e3 * total / (rounds * interval),
+                "ratio": total / sum(plain),
+                "tree MiB": session.memory()["tree"] / 2**20,
+                "cache MiB": session.memory()["cache"] / 2**20,
+            }
+        )
+    precision = str(dtype).removeprefix("torch.")
+    show(f"mc-infer: depth {config.depth}, budget {W}, refocus every {interval} tokens, {precision}, {device}", rows)
 
 
 def main(config: Config):
-    benchmarks = {
-        "train": bench_train,
-        "loss": bench_loss,
-        "decode": bench_decode,
-        "mc-infer": lambda config: bench_mc_infer(config, show),
-    }
-    if config.benchmark not in benchmarks:
-        raise SystemExit(f"error: name a benchmark, one of {', '.join(benchmarks)}; got {config.benchmark!r}")
-    return benchmarks[config.benchmark](config)
+    return {"train": bench_train, "decode": bench_decode, "mc-infer": bench_mc_infer}[config.benchmark](config)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv[1] = f"--benchmark={sys.argv[1]}"
     run(main, Config)

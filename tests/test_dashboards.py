@@ -1,12 +1,9 @@
-"""Grafana's dashboards and the W&B view: in form, started by one command, and about what the program emits."""
+"""Grafana's dashboards: in form, started by one command, and about what the program emits."""
 
-import ast
 import json
 import re
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,11 +13,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from dev.telemetry.dashboards import FOLDER, TRAINING, dashboards, prometheus_name
 from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, EVENTS, METRICS
-from nanochat.common import UserError
 from tests.helpers import ROOT
-
-with warnings.catch_warnings(action="ignore"):  # W&B's package is written for an older pydantic
-    from dev.telemetry import wandb_workspace
 
 NEWER_THAN_THE_SCHEMA = {"tableType"}  # Grafana has it since 10.4, the SDK's model of Tempo's queries does not
 HISTOGRAMS = {row[0].replace(".", "_") for row in EVENT_HISTOGRAMS}
@@ -176,21 +169,3 @@ def test_provisioning_fits_together():
         assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])
     folder = compose("grafana/provider.yaml")["providers"][0]["options"]["path"]
     assert f"./grafana:{folder}:ro" in services["grafana"]["volumes"]
-
-
-def test_wandb_view_names_what_is_logged():
-    view = wandb_workspace.workspace(wandb_workspace.Config(entity="me"))
-    panels = [panel for section in view.sections for panel in section.panels]
-    assert len(panels) > 15
-    for panel in panels:
-        for metric in panel.y:
-            assert re.sub(r"/\d$", "/{lod}", getattr(metric, "name", metric)) in METRICS
-    with pytest.raises(UserError, match="--x must be step"):
-        wandb_workspace.workspace(wandb_workspace.Config(x="loss"))
-
-
-def test_wandb_options_are_read():
-    source = Path(wandb_workspace.__file__).read_text("utf-8")
-    ast.parse(source)
-    for name in wandb_workspace.Config.__dataclass_fields__:
-        assert f"config.{name}" in source

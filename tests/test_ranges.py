@@ -20,6 +20,7 @@ SCRIPTS = sorted(
     if re.search(r"^class Config\b", path.read_text("utf-8"), re.MULTILINE)
 )
 REQUIRED = {
+    "dev.bench": ["train"],
     "scripts.export_hf": ["--output=x"],
     "scripts.import_nanochat": ["--from=x"],
     "scripts.lm_eval": ["--tasks=x"],

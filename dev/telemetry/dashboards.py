@@ -1,11 +1,11 @@
 """
-What the dashboards show, defined once for Grafana and for W&B (wandb_workspace.py).
+What Grafana's dashboards show.
 
     python -m dev.telemetry.dashboards      # write Grafana's dashboards and start compose.yaml: http://localhost:3000
 
 A metric of the log has the name it has there ("mc/lod_count/{lod}"), a metric of an event the name under which it is
-exported ("mc.swap_rate"); both come from the tables in megacontext/telemetry.py. tests/test_dashboards.py checks that
-Grafana's schema accepts the dashboards and that each query names what the program emits.
+exported ("mc.swap_rate"); both come from the tables in megacontext/telemetry/events.py. tests/test_dashboards.py checks
+that Grafana's schema accepts the dashboards and that each query names what the program emits.
 """
 
 import json
