@@ -14,7 +14,7 @@ from typing import Annotated
 
 from nanochat.common import UserError, atomic_write, get_base_dir
 from nanochat.configurator import run
-from nanochat.ranges import CountOr0, Range, check
+from nanochat.ranges import CountOr0, Range
 
 # Topics: the ways to ask, the ways to answer.
 WHO = (
@@ -130,7 +130,6 @@ def generate(num: int, seed: int, name: str) -> list[list[dict]]:
 
 
 def main(config: Config):
-    check(config)
     if not config.name.strip() or "{" in config.name or "}" in config.name:
         raise UserError(f"expected --name to be a name without braces, got {config.name!r}")
     path = get_base_dir() / "identity_conversations.jsonl"

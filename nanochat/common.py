@@ -138,27 +138,17 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-def autodetect_device_type() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def compute_init(device_type: str = "", seed: int = 42):
     """
     Choose the device ("" for the best available), seed all random generators, join the process group under torchrun.
 
     Returns (is_distributed, rank, local_rank, world_size, device).
     """
-    device_type = device_type or autodetect_device_type()
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device_type):
-        have = ", ".join(name for name, there in available.items() if there)
-        raise UserError(f"device_type {device_type!r} is not available here; available: {have}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name, there in available.items() if there]
+    device_type = device_type or available[0]
+    if device_type not in available:
+        raise UserError(f"device_type {device_type!r} is not available here; available: {', '.join(available)}")
     is_dist, rank, local_rank, world_size = get_dist_info()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if is_dist and not os.environ.get(name)]
     if missing:

@@ -10,6 +10,7 @@ Shapes: B candidates of one item, T tokens, V vocabulary.
 """
 
 import random
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,7 @@ def render_prompts(item, task_type, delimiter, examples) -> list[str]:
 def common_length(rows) -> int:
     """Number of leading tokens that all rows share."""
     return next(
-        (i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1),
-        min(len(row) for row in rows),
+        (i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(len(row) for row in rows)
     )
 
 
@@ -127,18 +127,11 @@ def evaluate_core(model, tokenizer, device, max_per_task=-1, bundle_dir=None, pr
     """
     tasks = load_bundle(bundle_dir, max_per_task)
     _, rank, _, world_size = get_dist_info()
-    done, total = 0, sum(len(range(rank, len(data), world_size)) for _, data in tasks)
-    results, centered_results = {}, {}
+    total = sum(len(range(rank, len(data), world_size)) for _, data in tasks)
+    done, results, centered_results = count(1), {}, {}
     for meta, data in tasks:
-
-        def step(label=meta.label):
-            nonlocal done
-            done += 1
-            if progress:
-                progress(label, done, total)
-
-        accuracy = evaluate_task(model, tokenizer, data, device, meta, step)
-        results[meta.label] = accuracy
-        centered_results[meta.label] = centered(accuracy, meta.random_baseline)
+        step = progress and (lambda label=meta.label: progress(label, next(done), total))
+        results[meta.label] = evaluate_task(model, tokenizer, data, device, meta, step)
+        centered_results[meta.label] = centered(results[meta.label], meta.random_baseline)
     core_metric = sum(centered_results.values()) / len(centered_results)
     return {"results": results, "centered_results": centered_results, "core_metric": core_metric}

@@ -111,15 +111,7 @@ def _row_losses(x, weight, targets, vocab_size, cap):
 
 
 def softcap_cross_entropy(
-    x,
-    weight,
-    targets,
-    vocab_size,
-    cap,
-    reduction="mean",
-    row_weights=None,
-    loss_of_rows=loss_of_rows,
-    teacher=None,
+    x, weight, targets, vocab_size, cap, reduction="mean", row_weights=None, loss_of_rows=loss_of_rows, teacher=None
 ):
     """
     Cross-entropy in nats of softcap(x @ weight[:vocab_size].T, cap), cap None for none, against targets.

@@ -19,7 +19,6 @@ import torch
 
 from nanochat.common import UserError, get_dist_info
 from nanochat.dataset import list_row_groups, read_row_group
-from nanochat.tokenizer import get_tokenizer
 
 
 class TokenLoader:
@@ -130,11 +129,6 @@ class TokenLoader:
 
     def __exit__(self, *_):
         self.close()
-
-
-def tokenizing_distributed_data_loader(B, T, split, tokenizer_threads=4, tokenizer_batch_size=128, device="cuda"):
-    """A TokenLoader by its name in nanochat. tokenizer_batch_size: is not used, a row group is tokenized at once."""
-    return TokenLoader(get_tokenizer(), B, T, split, device, tokenizer_threads=tokenizer_threads)
 
 
 def _token_stream(tokenizer, threads, row_groups, world_size, position, piece):

@@ -34,7 +34,7 @@ from nanochat import recall, sources
 from nanochat.common import UserError, atomic_write, get_base_dir, locked
 from nanochat.configurator import run, short
 from nanochat.download import fetch_from_hub
-from nanochat.ranges import Count, CountOr0, Fraction, check
+from nanochat.ranges import Count, CountOr0, Fraction
 
 HUB_DATASET = "karpathy/fineweb-edu-100b-shuffle"
 VAL_SHARD = 1822  # the last of the 1823 shards of HUB_DATASET
@@ -45,9 +45,6 @@ REMAKE = "delete it and run `python -m nanochat.dataset` again as before"
 
 def shard_name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
-
-
-index_to_filename = shard_name  # its name in nanochat
 
 
 def get_data_dir() -> Path:
@@ -125,13 +122,11 @@ def _open_shard(path):
         raise UserError(f"expected a whole parquet file, cannot read {path} ({error}): {REMAKE}") from error
 
 
-def iter_documents(split: str, start=0, step=1, data_dir=None):
-    """Yield the texts of row groups start, start + step, … of a split, one list per row group; one pass."""
-    for path, group in list_row_groups(split, data_dir)[start::step]:
+def iter_documents(split: str, data_dir=None):
+    """Yield the texts of a split, one list per row group; one pass."""
+    for path, group in list_row_groups(split, data_dir):
         yield read_row_group(path, group)
 
-
-parquets_iter_batched = iter_documents  # its name in nanochat
 
 # ---------------------------------------------------------------------------------------------------------
 # What the folder holds
@@ -348,7 +343,6 @@ class Config:
 
 
 def main(config: Config):
-    check(config)
     data_dir = get_data_dir()
     if config.source == "hub":
         count = download_hub(config.num_files, config.num_workers, data_dir)

@@ -165,11 +165,7 @@ class _Program:
                 start_new_session=True,
             )
             at_failure.pop_all()
-        self.files = {
-            "stdout": self.process.stdout,
-            "stderr": self.process.stderr,
-            "status": status,
-        }
+        self.files = {"stdout": self.process.stdout, "stderr": self.process.stderr, "status": status}
         self.said = {name: bytearray() for name in self.files}
 
     def __enter__(self):

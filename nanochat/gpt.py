@@ -266,8 +266,6 @@ class GPT(nn.Module):
         matrix_params = sum(p.numel() for p in self.transformer.h.parameters()) + self.lm_head.weight.numel()
         return 6 * matrix_params + 12 * c.n_layer * c.n_head * head_dim * c.sequence_len
 
-    estimate_flops = flops_per_token  # nanochat's name for it
-
     def setup_optimizers(
         self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0
     ) -> list[torch.optim.Optimizer]:

@@ -51,25 +51,9 @@ COLUMNS = {  # of the final table: title → section with the figures
     "SFT": "chat-evaluation-sft",
     "RL": "chat-evaluation-rl",
 }
-ROWS = {  # of the final table: title → key among the figures
-    "CORE": "CORE metric",
-    "ARC-Challenge": "ARC-Challenge",
-    "ARC-Easy": "ARC-Easy",
-    "GSM8K": "GSM8K",
-    "HumanEval": "HumanEval",
-    "MMLU": "MMLU",
-    "Arithmetic": "Arithmetic",
-    "SpellingBee": "SpellingBee",
-    "Recall": "Recall",
-    "Recall without --mc": "Recall without --mc",
-    "ChatCORE": "ChatCORE",
-}
-IF_THERE = {
-    "Arithmetic",
-    "SpellingBee",
-    "Recall",
-    "Recall without --mc",
-}  # rows that are left out if no model was evaluated on them
+# Rows of the final table, and keys among the figures; those of the second line only if a model was evaluated on them
+ROWS = ["CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU"]
+IF_THERE = ["Arithmetic", "SpellingBee", "Recall", "Recall without --mc"]
 # report.md is written to two folders; each has its plots in a subfolder of this name
 PLOT_FOLDER = "report"
 
@@ -256,8 +240,8 @@ class Report:
     def _table(self):
         records = {column: (self.figures(slug) or {"data": {}})["data"] for column, slug in COLUMNS.items()}
         rows = [["Metric", *COLUMNS]]
-        for title, key in ROWS.items():
-            values = [records[column].get(key) for column in COLUMNS]
+        for title in [*ROWS, *IF_THERE, "ChatCORE"]:
+            values = [records[column].get("CORE metric" if title == "CORE" else title) for column in COLUMNS]
             if title in IF_THERE and all(value is None for value in values):
                 continue
             rows.append([title, *("-" if value is None else f"{value:.4f}" for value in values)])

@@ -27,13 +27,8 @@ WATCHING = {
     *("device_batch_size", "streams"),
 }
 WARM_UP = 10  # the first steps, which also compile, are not part of the training time
-HORIZON = {
-    "num_iterations",
-    "target_minutes",
-    "target_flops",
-    "target_param_data_ratio",
-    "num_epochs",
-}  # options for how long to train
+# Options for how long to train
+HORIZON = {"num_iterations", "target_minutes", "target_flops", "target_param_data_ratio", "num_epochs"}
 
 
 def _flat(options: dict) -> dict:

@@ -19,15 +19,7 @@ from rich.table import Table
 
 from megacontext.inference import InferenceOptions, SessionScorer, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import (
-    UserError,
-    atomic_write,
-    autocast,
-    compute_init,
-    get_base_dir,
-    print0,
-    resolve_dtype,
-)
+from nanochat.common import UserError, atomic_write, autocast, compute_init, get_base_dir, print0, resolve_dtype
 from nanochat.configurator import run
 from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
@@ -36,8 +28,6 @@ from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.pretrained import PretrainedTokenizer
 from nanochat.ranges import Count
 from nanochat.report import get_report
-
-evaluate_model = evaluate_core  # its name in nanochat
 
 
 @dataclass

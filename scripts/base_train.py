@@ -15,14 +15,7 @@ from typing import Annotated
 import torch
 
 from megacontext.attach import MCOptions, attach, generating, meta_of, observe
-from nanochat.common import (
-    UserError,
-    autocast,
-    compute_init,
-    print0,
-    resolve_dtype,
-    sum_over_ranks,
-)
+from nanochat.common import UserError, autocast, compute_init, print0, resolve_dtype, sum_over_ranks
 from nanochat.configurator import run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle, load_bundle
 from nanochat.core_eval import evaluate_core
@@ -30,12 +23,7 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import check_data
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loop import (
-    MicroBatches,
-    accumulation_steps,
-    lr_multiplier,
-    muon_momentum,
-)
+from nanochat.loop import MicroBatches, accumulation_steps, lr_multiplier, muon_momentum
 from nanochat.options import BatchOptions, OptimizerOptions, TrainingOptions
 from nanochat.ranges import Amount, Count, CountOrAll, Every, Fraction, Range
 from nanochat.samples import sample_texts

@@ -16,14 +16,7 @@ from typing import Annotated
 
 import torch
 
-from nanochat.common import (
-    UserError,
-    autocast,
-    compute_init,
-    resolve_dtype,
-    sum_dtype,
-    sum_over_ranks,
-)
+from nanochat.common import UserError, autocast, compute_init, resolve_dtype, sum_dtype, sum_over_ranks
 from nanochat.configurator import run
 from nanochat.conversations import pad_rows
 from nanochat.engine import Engine

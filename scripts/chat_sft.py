@@ -12,13 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat.common import (
-    UserError,
-    autocast,
-    compute_init,
-    resolve_dtype,
-    sum_over_ranks,
-)
+from nanochat.common import UserError, autocast, compute_init, resolve_dtype, sum_over_ranks
 from nanochat.configurator import run
 from nanochat.conversations import padded_batches
 from nanochat.loop import passes

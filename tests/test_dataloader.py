@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from nanochat import dataloader
 from nanochat.common import UserError
-from nanochat.dataloader import TokenLoader, tokenizing_distributed_data_loader
+from nanochat.dataloader import TokenLoader
 from tests.helpers import ROOT
 
 BOS = 256
@@ -208,16 +208,6 @@ def test_rank_comes_from_the_environment(data_dir, monkeypatch):
         monkeypatch.setenv(key, value)
     with TokenLoader(ByteTokenizer(), 1, 4, "train", data_dir=data_dir) as loader:
         assert take(loader, 5) == list(itertools.islice(reference(GROUPS, 1, 4, 1, 2), 5))
-
-
-def test_by_its_name_in_nanochat(data_dir, monkeypatch, tokenizer):
-    monkeypatch.setattr("nanochat.dataloader.get_tokenizer", lambda: tokenizer)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(data_dir.parent))
-    (data_dir.parent / "base_data").symlink_to(data_dir)
-    loader = tokenizing_distributed_data_loader(2, 8, split="train", device="cpu")
-    with loader, TokenLoader(tokenizer, 2, 8, "train") as same:
-        for _ in range(3):
-            assert all(map(torch.equal, next(loader), next(same)))
 
 
 def test_special_token_text_stays_text(tmp_path):
