@@ -34,6 +34,9 @@ class MCConfig:
     gistnet_deep: CountOr0 = 0
     """layers of the model, spread over it behind the first, for which gists have a vector each, at most; mc_train takes
     3"""
+    mc_gist_limit: CountOr0 = 0
+    """gists together draw no more attention than so many would, for a model that did not learn with as many as a
+    working context has; 0 for no limit; mc_train takes 32"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""

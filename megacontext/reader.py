@@ -18,6 +18,7 @@ from megacontext.focus_allocator import Focus
 from megacontext.gaussian_rope import as_positions, entry_positions
 from megacontext.networks import MCNetworks
 from megacontext.tree import Table, before, build_table, tokens_of_blocks
+from megacontext.working_context import damping
 from nanochat.common import autocast, resolve_dtype
 
 
@@ -111,7 +112,7 @@ class Reader:
     @torch.no_grad()
     def states(self, inputs, context, at):
         """The trunk's states [R, P, D] of the entries with index `at` [R, P] in a context with inputs [R, W, D]."""
-        states = self.model.states(inputs, self.positions(context))
+        states = self.model.states(inputs, self.positions(context), self.key_bias(context.entries))
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
     def asking(self, states, embeds, at):
@@ -138,6 +139,13 @@ class Reader:
         entries = as_positions(entries, mode).at(at).to(self.device)
         return entry_positions(entries.start, entries.span, self.model.frequencies, mode)
 
+    def key_bias(self, entries):
+        """What is added to the attention scores of entries as keys, [B, W], see damping; None for nothing."""
+        if not self.config.mc_gist_limit:
+            return None
+        gists = entries.valid & (entries.lod > 0)
+        return (gists * damping(gists.sum(1, keepdim=True), self.config.mc_gist_limit)).to(self.device)
+
     def read(self, inputs, context, y) -> Reading:
         """
         Put a working context through the model.
@@ -157,7 +165,12 @@ class Reader:
         counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = (counts.float().mean() / counts).expand_as(targets)  # all 1 if equal: the plain loss, exactly
         loss, nll = self.model(
-            inputs_embeds=inputs, cos_sin=positions, targets=targets, row_weights=weights, teacher=teacher
+            inputs_embeds=inputs,
+            cos_sin=positions,
+            key_bias=self.key_bias(entries),
+            targets=targets,
+            row_weights=weights,
+            teacher=teacher,
         )
         return Reading(loss / counts.sum(), nll.view_as(targets), targets, positions)
 

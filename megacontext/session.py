@@ -104,7 +104,8 @@ class MCSession:
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink, reader.deep)
         self.demand = Demand(self._listener, store, self.model.config.n_embd + reader.deep)
         self.focus = Focus(self.config, 1, self.seed)
-        self.spliced = SplicedCache(self.decoder, self.budget, self.config.mc_positional)
+        c = self.config
+        self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
         self._since = 0  # tokens since the last refocus
         self._stepper = None
@@ -322,8 +323,7 @@ class MCSession:
         if state:
             self._context = self.focus.resume(state, self._context)
             self._since = state["since"]
-        self.spliced.move(self._context)
-        self._up_to_date = False
+        self._up_to_date = self.spliced.splice(self._context)
 
     def close(self):
         """Free the memory. Any further use is an error."""

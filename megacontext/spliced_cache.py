@@ -12,15 +12,19 @@ import math
 import torch
 
 from megacontext.gaussian_rope import as_positions
-from megacontext.working_context import LEVELS
+from megacontext.working_context import LEVELS, damping
 from nanochat.kv_cache import KVCache, RowCaches
 
 
 class SplicedCache:
-    """decoder: writes and turns keys. limit: entries, at most, of a row. positional: mc_positional."""
+    """
+    decoder: writes and turns keys. limit: entries, at most, of a row. positional, gist_limit: mc_positional and
+    mc_gist_limit.
+    """
 
-    def __init__(self, decoder, limit: int, positional: str):
-        self.decoder, self.limit, self.positional = decoder, limit, positional
+    def __init__(self, decoder, limit: int, positional: str, gist_limit: int):
+        self.decoder, self.limit, self.positional, self.gist_limit = decoder, limit, positional, gist_limit
+        self._damping = [0.0]  # of the gists of each row's context
         self.cache = KVCache(decoder.config.n_layer, min(limit, 512), limit=limit)
         self._held, self._held_to = [torch.empty(0, dtype=torch.long)], 0  # see held
         self._ends, self._edited_at = [0], 0  # see newest
@@ -47,19 +51,24 @@ class SplicedCache:
         now, if there was one. fresh: drop also what was read before an edit further up.
         """
         self._note(context)
-        here, whole = context.codes, True
+        here, whole, damped = context.codes, True, self._damping
+        self._damping = [damping((codes % LEVELS > 0).sum(), self.gist_limit).item() for codes in here]
         stays = [torch.isin(held, row) for held, row in zip(self._held, here, strict=True)]
         again *= not all(kept.all() for kept in stays)
         for row, (cache, held, kept) in enumerate(zip(self.rows, self._held, stays, strict=True)):
             first = LEVELS * (context.num_tokens - again)  # not to be kept
             changed = torch.cat((held[~kept], here[row][~torch.isin(here[row], held)]))
             self._stale[row] = min([self._stale[row], *changed.tolist()])
+            if self._damping[row] != damped[row]:
+                self._stale[row] = 0
             if fresh:
                 first, self._stale[row] = min(first, self._stale[row]), math.inf
             kept = kept & (held < first)
             self._held[row] = held if kept.all() else held[cache.keep(kept)]
             whole &= len(self._held[row]) == len(here[row])
         self.move(context, before)
+        for row in range(context.num_rows):
+            self._dampen(row)
         return whole
 
     def move(self, context, before=None):
@@ -83,20 +92,32 @@ class SplicedCache:
 
     def seen(self, row, part):
         """What each entry of `part`, codes, sees of those held and of the part, as Decoder.extend_rows takes it."""
-        held = self._held[row]
-        if not len(held) or held.max() < part.min():
+        held, bias = self._held[row], None
+        if self.gist_limit:
+            bias = self._bias(row, torch.cat((held, part)))
+        elif not len(held) or held.max() < part.min():
             return None
-        return (torch.cat((held, part)) <= part[:, None]).to(self.decoder.device, non_blocking=True)
+        seen = (torch.cat((held, part)) <= part[:, None]).to(self.decoder.device, non_blocking=True)
+        return seen if bias is None else bias.expand(len(part), -1).masked_fill(~seen, -torch.inf)
 
     def took(self, row, part):
         """Note that these entries, codes, were read into a row."""
         self._held[row] = torch.cat((self._held[row], part))
+        self._dampen(row)
 
     def repeat(self, rows):
         """Become `rows` equal rows, which may then differ."""
         self._held, self._stale, self._ends = self._held * rows, self._stale * rows, self._ends * rows
+        self._damping = self._damping * rows
         cache, self.cache = self.cache, RowCaches()
         self.cache.join(cache, rows, self.limit)
+
+    def _dampen(self, row):
+        """Tell a row's cache what is added to the scores of its keys."""
+        self.rows[row].bias = self._bias(row, self._held[row]) if self.gist_limit else None
+
+    def _bias(self, row, codes):
+        return ((codes % LEVELS > 0) * self._damping[row]).to(self.decoder.device, self.decoder.dtype)
 
     def _note(self, context):
         """Add the tokens that were read since the last call to `_held`."""

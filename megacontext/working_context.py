@@ -42,6 +42,14 @@ class Entries(NamedTuple):
         return self if places is None else Entries(*(t.gather(1, places) for t in self))
 
 
+def damping(gists, limit):
+    """
+    What is added to the attention scores of each gist among so many, a tensor: together they draw no more attention
+    than `limit` of them would, whatever their number. 0 without a limit, which is 0.
+    """
+    return -(gists / limit).clamp(min=1).log() if limit else torch.zeros(gists.shape)
+
+
 class Edit(NamedTuple):
     """Give num_blocks blocks of a row, from first_block on, the level new_lod: finer expands, coarser collapses."""
 

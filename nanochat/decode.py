@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
 from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at, deepened, split_deep
-from nanochat.kv_cache import RowCaches
+from nanochat.kv_cache import RowCaches, key_bias
 
 
 def compute_dtype(model):
@@ -111,9 +111,10 @@ class Decoder:
         """
         T = inputs.size(1)
         positions = self.checked(positions, cache, T)
+        mask = None if cache.bias is None else causal(key_bias([cache], cache.pos + T), T)
 
         def attend(layer, q, k, v):
-            return attend_causally(q, *cache.insert(layer, k, v))
+            return attend_causally(q, *cache.insert(layer, k, v), mask)
 
         logits = self._run(inputs, self._rotary(positions, T), attend, last)
         cache.advance(T)
@@ -126,7 +127,8 @@ class Decoder:
 
         inputs: embeddings [N, D], those of one row after the other: counts[r] >= 1 for KVCache caches[r], N in all.
         positions: their (cos, sin) or (cos, sin, fade), each [N, 1, ...]. seen: for each row, None where each input
-        sees all that is in the cache and the inputs up to itself, else bool [counts[r], pos + counts[r]].
+        sees all that is in the cache and the inputs up to itself, else [counts[r], pos + counts[r]]: bool, or what is
+        added to the scores.
         """
 
         def attend(layer, q, k, v):
@@ -161,22 +163,25 @@ class Decoder:
         n, longest = len(ids), cache.longest + 1
         cache.reserve(longest)
         data, lengths = cache.data[:, :, :n, :, :longest], [row.pos + 1 for row in cache.rows]
-        slot = cache.pos.to(self.device)
+        slot, bias = cache.pos.to(self.device), key_bias(cache.rows[:n], longest)
         cos_sin = self._rotary(positions, 1)
         if n * longest <= 2 * sum(lengths):
-            logits = self._run(ids[:, None], cos_sin, self._attend_masked(slot, data))
+            attend = self._attend_masked(slot, data, bias)
         else:  # one is much longer than others: each is read as far as it goes
-            logits = self._run(ids[:, None], cos_sin, self._attend_one_by_one(slot, data, lengths))
+            attend = self._attend_one_by_one(slot, data, lengths, bias)
+        logits = self._run(ids[:, None], cos_sin, attend)
         cache.advance(1, rows)
         return logits
 
-    def _attend_masked(self, slot, data):
+    def _attend_masked(self, slot, data, bias=None):
         """
         One query per row, on what is in the cache's data [2, L, B, K, capacity, d] up to the slot in which its own key
-        goes; slot [1], or [B] where rows differ.
+        goes; slot [1], or [B] where rows differ. bias: see key_bias.
         """
-        hidden = (torch.arange(data.size(4), device=self.device) > slot[:, None])[:, None, None]
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        hidden = torch.arange(data.size(4), device=self.device) > slot[:, None]
+        if bias is None:
+            bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        mask = bias.masked_fill(hidden, -torch.inf)[:, None, None]
         put = self._put(slot, data)
 
         def attend(layer, q, k, v):
@@ -184,13 +189,14 @@ class Decoder:
 
         return attend
 
-    def _attend_one_by_one(self, slot, data, lengths):
+    def _attend_one_by_one(self, slot, data, lengths, bias=None):
         put = self._put(slot, data)
+        masks = [None] * len(lengths) if bias is None else [b[None, :n] for b, n in zip(bias, lengths, strict=False)]
 
         def attend(layer, q, k, v):
             keys, values = put(layer, k, v)
-            rows = zip(q.split(1), keys.split(1), values.split(1), lengths, strict=True)
-            return torch.cat([attend_to_all(q, k[:, :, :n], v[:, :, :n]) for q, k, v, n in rows])
+            rows = zip(q.split(1), keys.split(1), values.split(1), lengths, masks, strict=True)
+            return torch.cat([attend_to_all(q, k[:, :, :n], v[:, :, :n], mask) for q, k, v, n, mask in rows])
 
         return attend
 
@@ -305,11 +311,17 @@ def positioned(x, cos, sin, fade=None):
     return x if fade is None else x * fade
 
 
+def causal(bias, T):
+    """bias [1, n] of all keys for the T queries at the last positions, [T, n], −inf for keys behind them."""
+    n = bias.size(1)
+    return bias + bias.new_full((T, n), -torch.inf).triu(n - T + 1)
+
+
 def attend_causally(q, k, v, mask=None):
     """[B·T, D]. The T queries are at the last T of k's positions; each sees all up to its own, or what mask says."""
     B, H, T, d = q.shape
-    if T == 1 and mask is None:
-        return attend_to_all(q, k, v)
+    if T == 1:
+        return attend_to_all(q, k, v, mask)
     past = k.size(2) - T
     causal = mask is None and not past
     if past and mask is None:
@@ -337,6 +349,7 @@ class StaticStep:
 
     def __init__(self, decoder, cache):
         self.decoder, self.cache, self.data, self.graph = decoder, cache, None, None
+        self.biased = False  # whether the last step's keys had a bias
 
     @torch.inference_mode()
     def __call__(self, ids, positions=None, rows=None):
@@ -350,6 +363,10 @@ class StaticStep:
         self.ids[:n] = ids
         self.slot[:n] = cache.pos
         self.positions[:n] = torch.as_tensor(positions, device=ids.device)
+        bias = key_bias(cache.rows[:n] if several else [cache], self.bias.size(1))
+        if self.biased or bias is not None:
+            self.bias[:n] = 0 if bias is None else bias
+        self.biased = bias is not None
         if self.graph:
             self.graph.replay()
         else:
@@ -365,6 +382,7 @@ class StaticStep:
         B = self.data.size(2)
         self.ids, self.positions = torch.zeros(2, B, dtype=torch.long, device=device)
         self.slot = torch.zeros(B if several else 1, dtype=torch.long, device=device)
+        self.bias = torch.zeros(B if several else 1, self.data.size(4), dtype=self.decoder.dtype, device=device)
         if device.type == "cuda":
             side = torch.cuda.Stream(device)  # a first run, unrecorded: libraries set themselves up in it
             side.wait_stream(torch.cuda.current_stream(device))
@@ -377,6 +395,6 @@ class StaticStep:
 
     def _step(self):
         decoder = self.decoder
-        attend = decoder._attend_masked(self.slot, self.data)
+        attend = decoder._attend_masked(self.slot, self.data, self.bias)
         self.logits = decoder._run(self.ids[:, None], decoder._rotary(self.positions[:, None], 1), attend)
         self.states = decoder.states

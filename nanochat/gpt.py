@@ -122,17 +122,25 @@ class Looks(NamedTuple):
     states: torch.Tensor
 
 
-def attend(q, k, v, asking):
+def attend(q, k, v, asking, mask=None):
     """
     (values [B, T, H·d] that T queries q [B, H, T, d] find, what Looks holds of them or None). They see the T keys and
-    values k, v [B, H_kv, T, d] up to their own; asking: see GPT.trunk.
+    values k, v [B, H_kv, T, d] up to their own; asking: see GPT.trunk. mask: see causal_mask.
     """
     B, H, T, d = q.shape
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != H)
+    gqa = k.size(1) != H
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     y = y.transpose(1, 2).reshape(B, T, H * d)
     if asking is None:
         return y, None
     return y, (q.detach().gather(2, asking[:, None, :, None].expand(-1, H, -1, d)), k.detach())
+
+
+def causal_mask(key_bias, dtype):
+    """What is added to attention scores where keys have a bias [B, T]: [B, 1, T, T], −inf for later keys."""
+    T = key_bias.size(1)
+    later = torch.full((T, T), -torch.inf, device=key_bias.device).triu(1)
+    return (key_bias[:, None, None] + later).to(dtype)
 
 
 class Attention(nn.Module):
@@ -145,14 +153,14 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos_sin, asking=None):
+    def forward(self, x, cos_sin, asking=None, mask=None):
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = positioned(q, *cos_sin).transpose(1, 2)  # [B, H, T, d]
         k = positioned(k, *cos_sin).transpose(1, 2)  # [B, H_kv, T, d]
-        y, look = attend(q, k, v, asking)
+        y, look = attend(q, k, v, asking, mask)
         return self.c_proj(y), look
 
 
@@ -172,8 +180,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos_sin, asking=None):
-        y, look = self.attn(norm(x), cos_sin, asking)
+    def forward(self, x, cos_sin, asking=None, mask=None):
+        y, look = self.attn(norm(x), cos_sin, asking, mask)
         x = x + y
         x = x + self.mlp(norm(x))
         return x if asking is None else (x, look)
@@ -289,42 +297,43 @@ class GPT(nn.Module):
 
     loss_of_rows = staticmethod(loss_of_rows)  # in whose place a compiled one may be put
 
-    def trunk(self, x, cos_sin=None, asking=None):
+    def trunk(self, x, cos_sin=None, asking=None, key_bias=None):
         """
         (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D], or what `split_deep` takes; the
         other arguments as of forward.
 
         asking: tokens [B, P] int64 that are asked where they look, None for nobody, with no looks. See Looks.
         """
-        cos_sin, pairs, states = self._angles(x, cos_sin), [], None
+        cos_sin, mask = self._placed(x, cos_sin, key_bias)
+        pairs, states = [], None
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h):
             x = deepened(x, deep, layer)
             if asking is not None and block is self.transformer.h[-1]:
                 states = x.detach().gather(1, asking[..., None].expand(-1, -1, x.size(-1)))
-            x = block(x, cos_sin, asking)
+            x = block(x, cos_sin, asking, mask)
             if asking is not None:
                 x, pair = x
                 pairs.append(pair)
         return self.final_norm(x), None if asking is None else Looks(*zip(*pairs, strict=True), states)
 
     @torch.no_grad()
-    def states(self, x, cos_sin=None):
-        """What goes into the last layer, [B, T, D], of inputs x as of `trunk`; without a gradient."""
-        return self.states_before(self.config.n_layer - 1, x, cos_sin)
+    def states(self, x, cos_sin=None, key_bias=None):
+        """What goes into the last layer, [B, T, D], of inputs as of `trunk`; without a gradient."""
+        return self.states_before(self.config.n_layer - 1, x, cos_sin, key_bias)
 
     @torch.no_grad()
-    def states_before(self, last, x, cos_sin=None):
+    def states_before(self, last, x, cos_sin=None, key_bias=None):
         """The same of layer number `last`."""
-        cos_sin = self._angles(x, cos_sin)
+        cos_sin, mask = self._placed(x, cos_sin, key_bias)
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h[:last]):
             x = deepened(x, deep, layer)
-            x = block.forward(x, cos_sin)  # never compiled: a graph of its own would cost more than it saves
+            x = block.forward(x, cos_sin, mask=mask)  # never compiled: a graph of its own would cost more than it saves
         return deepened(x, deep, last)
 
-    def _angles(self, x, cos_sin):
-        """The rotary angles of x, in the precision of the layers; None for those of the first positions."""
+    def _placed(self, x, cos_sin, key_bias):
+        """The rotary angles of x, None for those of the first positions, and its mask; in the layers' precision."""
         if cos_sin is None:
             length = x.size(1)
             if length > self.max_seq_len:
@@ -333,7 +342,8 @@ class GPT(nn.Module):
                 )
             cos_sin = self.cos[:, :length], self.sin[:, :length]
         dtype = autocast_dtype(x.device.type, x.dtype)  # of what the layers make of x
-        return tuple(t.to(dtype) for t in cos_sin)  # once for all layers
+        mask = None if key_bias is None else causal_mask(key_bias, dtype)
+        return tuple(t.to(dtype) for t in cos_sin), mask  # once for all layers
 
     def forward(
         self,
@@ -343,6 +353,7 @@ class GPT(nn.Module):
         *,
         inputs_embeds=None,
         cos_sin=None,
+        key_bias=None,
         row_weights=None,
         teacher=None,
         asking=None,
@@ -357,12 +368,13 @@ class GPT(nn.Module):
         teacher [B, T, D], with row_weights: activations as of `trunk`, from which the loss is the divergence.
         cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions 0, 1, …; or (cos, sin, fade), the
         last [B or 1, T, 1, d], a factor of the normalized queries and keys.
+        key_bias [B, T]: what is added to the attention scores of each key.
         asking: if given, return (all this, looks): see trunk.
         """
         if (idx is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of idx and inputs_embeds, got both or neither")
         x = self.embed(idx) if inputs_embeds is None else inputs_embeds
-        x, looks = self.trunk(x, cos_sin, asking)
+        x, looks = self.trunk(x, cos_sin, asking, key_bias)
         if targets is None:
             result = softcap(self.lm_head(x)[..., : self.config.vocab_size], self.softcap)
         else:

@@ -20,6 +20,7 @@ class KVCache:
         self.n_layer, self.capacity, self.limit = n_layer, capacity, limit
         self.data = None  # made at the first insert, in the precision that the model computes in
         self.pos = 0
+        self.bias = None  # what is added to the scores of its first keys, [n]; None: of no key
         self.shared = None  # the RowCaches in which it is a row
 
     def insert(self, layer, k, v):
@@ -91,6 +92,17 @@ class KVCache:
         self.hold(self._copied(1, self.capacity))
 
 
+def key_bias(caches, length):
+    """What is added to the scores of the first `length` keys of R caches of one row, [R, length]; None for nothing."""
+    biased = [(row, cache.bias) for row, cache in enumerate(caches) if cache.bias is not None]
+    if not biased:
+        return None
+    bias = biased[0][1].new_zeros(len(caches), length)
+    for row, values in biased:
+        bias[row, : len(values)] = values
+    return bias
+
+
 ROOM = 64  # positions that a row has left when it joins others
 
 
@@ -116,7 +128,7 @@ class RowCaches:
             row = self._row(len(self.rows))
             row[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
             row[..., cache.pos :, :] = 0  # what is hidden counts 0 times: it must not be infinite or NaN
-            copy.pos = cache.pos
+            copy.pos, copy.bias = cache.pos, cache.bias
             copy.hold(row, self)
             self.rows.append(copy)
 

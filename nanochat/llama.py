@@ -49,8 +49,8 @@ class Layer(nn.Module):
         x = x + self.attn.o_proj(y)
         return x + self.mlp(self.norm_2(x))
 
-    def forward(self, x, cos_sin, asking=None):
-        y, look = attend(*self.heads(x, *cos_sin), asking)
+    def forward(self, x, cos_sin, asking=None, mask=None):
+        y, look = attend(*self.heads(x, *cos_sin), asking, mask)
         x = self.after(x, y)
         return x if asking is None else (x, look)
 

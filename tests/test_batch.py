@@ -27,6 +27,7 @@ SETTINGS = MCConfig(
     mc_infer_refocus_interval=3,
     mc_infer_allocator_iterations=2,
     mc_aux_dtype="fp32",
+    mc_gist_limit=2,
 ).resolve(64)
 
 
@@ -354,9 +355,7 @@ def test_long_rows_beside_short_ones_are_not_padded(model, tokenizer, monkeypatc
     """The same tokens whether a step reads rows one by one or all as far as the longest."""
     engine = Engine(model, tokenizer, dtype=EXACT)
     ways, real = [], Decoder._attend_one_by_one
-    monkeypatch.setattr(
-        Decoder, "_attend_one_by_one", lambda self, *args: (ways.append(args[-1]), real(self, *args))[1]
-    )
+    monkeypatch.setattr(Decoder, "_attend_one_by_one", lambda self, *args: (ways.append(args[2]), real(self, *args))[1])
     arguments = [(prompt(n, n), most, Sampling(temperature=0)) for n, most in ((120, 9), (2, 60), (3, 60), (4, 60))]
     ids, _ = run(engine.batch(), [(0, one) for one in arguments])
     assert ids == [alone(engine, *one) for one in arguments]

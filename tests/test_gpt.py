@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.common import autocast, has_fast_bf16
 from nanochat.cross_entropy import softcap, softcap_cross_entropy
 from nanochat.decode import Decoder
-from nanochat.gpt import GPT, GPTConfig, apply_rotary, norm, rotary_cos_sin
+from nanochat.gpt import GPT, GPTConfig, apply_rotary, attend, causal_mask, norm, rotary_cos_sin
 from nanochat.kv_cache import KVCache
 from tests.helpers import CLOSE, make_model
 
@@ -150,6 +150,17 @@ def test_what_stands_behind_an_embedding_is_added_further_up(n, layers):
     torch.testing.assert_close(decoder.extend(inputs[:1, 4:], cache), expected[:1, -1], **CLOSE)
     torch.testing.assert_close(decoder.states, before[-1][0, 4:], **CLOSE)
     assert torch.equal(model(inputs_embeds=F.pad(x, (0, deep.size(-1)))), model(inputs_embeds=x))
+
+
+def test_a_key_that_is_damped_weighs_as_a_part_of_one():
+    """Two equal keys of half the weight are as one; what comes later is not seen."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    plain, _ = attend(q, k, v, None)
+    twice = torch.tensor([0, 1, 1, 2, 3, 4])
+    bias = torch.tensor([[0, -1, -1, 0, 0, 0]]) * math.log(2)
+    damped, _ = attend(q[:, :, twice], k[:, :, twice], v[:, :, twice], None, causal_mask(bias, torch.float32))
+    torch.testing.assert_close(damped[:, [0, 2, 3, 4, 5]], plain)
 
 
 def test_rotation_turns_backwards():

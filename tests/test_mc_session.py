@@ -94,7 +94,8 @@ def from_scratch(model, session, row=0):
     """Logits after a session's working context: all of it put through the model, which has no cache."""
     context = session._context_now().select([row])
     table = build_table(GISTNET, model.embed(held(session, row)[None]), K)
-    return model(inputs_embeds=table.materialize(context), cos_sin=session.reader.positions(context))[0, -1]
+    cos_sin, bias = session.reader.positions(context), session.reader.key_bias(context.entries)
+    return model(inputs_embeds=table.materialize(context), cos_sin=cos_sin, key_bias=bias)[0, -1]
 
 
 def assert_fresh(model, session, logits):
@@ -190,10 +191,11 @@ def test_forced_tool_answers_equal_plain_ones(model, tokenizer, rows):
 
 
 @pytest.mark.parametrize("policy", ["greedy", "stochastic_greedy"])
-@pytest.mark.parametrize("positional", ["gaussian", "simple"])
+@pytest.mark.parametrize(("positional", "limit"), [("gaussian", 0), ("simple", 2)])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_cache_equals_reading_from_scratch(model, rows, positional, policy):
-    session = session_of(model, rows=rows, allocator=policy, mc_positional=positional, allocator_sample_top_k=3)
+def test_cache_equals_reading_from_scratch(model, rows, positional, limit, policy):
+    options = {"allocator": policy, "mc_positional": positional, "mc_gist_limit": limit, "allocator_sample_top_k": 3}
+    session = session_of(model, rows=rows, **options)
     assert_fresh(model, session, session.prefill(ids(150)))
     kept, levels = set(), set()
     for i in range(60):
@@ -380,7 +382,7 @@ def test_a_prompt_that_is_given_up_leaves_a_session_to_go_on_with(model, before)
 
 def test_a_graph_changes_nothing(model):
     for rows in (1, 3):
-        sessions = [session_of(model, rows=rows) for _ in range(2)]
+        sessions = [session_of(model, rows=rows, mc_gist_limit=2) for _ in range(2)]
         sessions[1].decoder.graph = True
         for one, two in zip(*(iter_logits(session, 100, 30) for session in sessions), strict=True):
             torch.testing.assert_close(one, two, **CLOSE)

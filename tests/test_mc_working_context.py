@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import plan
-from megacontext.working_context import Edit, WorkingContext, smallest_length
+from megacontext.working_context import Edit, WorkingContext, damping, smallest_length
 from nanochat.common import UserError
 from tests import reference_mc as reference
 
@@ -50,6 +50,13 @@ def test_entries_are_those_of_a_walk_and_tile_the_tokens(shape):
     for row in range(rows):
         covered = [token for _, start, span in row_entries(context, row) for token in range(start, start + span)]
         assert covered == list(range(N))
+
+
+@given(st.integers(0, 9999), st.integers(1, 99))
+def test_many_gists_weigh_as_much_as_the_limit(gists, limit):
+    weight = gists * damping(torch.tensor(gists), limit).exp().item()
+    assert weight == pytest.approx(min(gists, limit), rel=1e-5)
+    assert damping(torch.tensor(gists), 0).item() == 0
 
 
 @given(shapes)

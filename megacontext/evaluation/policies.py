@@ -150,11 +150,12 @@ def focus_by_length(reader, tokenizer, token_bytes, lengths, count, like, open_b
 
 
 def _answers(reader, table, context, windows):
-    cos_sin = reader.positions(context)
+    cos_sin, bias = reader.positions(context), reader.key_bias(context.entries)
     x, longest, logits = table.materialize(context), int(windows.answer.sum(1).max()), []
     for row, length in enumerate(context.lengths().tolist()):  # one at a time: a vocabulary for each token is much
         part = slice(row, row + 1), slice(length)
-        logits.append(reader.model(inputs_embeds=x[part], cos_sin=tuple(t[part] for t in cos_sin))[:, -longest:])
+        of_row = {"cos_sin": tuple(t[part] for t in cos_sin), "key_bias": None if bias is None else bias[part]}
+        logits.append(reader.model(inputs_embeds=x[part], **of_row)[:, -longest:])
     logits = torch.cat(logits)
     y, answer = windows.y[:, -longest:], windows.answer[:, -longest:]
     nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none") * answer
