@@ -51,35 +51,32 @@ die() {
 # Reads the command line. A recipe may define recipe_option NAME VALUE for options of its own: it returns 0
 # when it took the option.
 recipe_options() {
+    local name value given
     while [ $# -gt 0 ]; do
-        local name="${1%%=*}" value="" given=0
+        name="${1%%=*}" value="" given=0
         case "$1" in *=*) value="${1#*=}" given=1 ;; esac
         case "$name" in
         --help | -h) usage; exit 0 ;;
-        --dry-run | --dry_run) DRY_RUN=1; shift; continue ;;
-        --rl) RL=1; shift; continue ;;
+        --dry-run | --dry_run) DRY_RUN=1 ;;
+        --rl) RL=1 ;;
+        --) ;;
         --mc)
-            shift
             if [ $given = 0 ]; then
-                case "${1:-}" in 0 | 1 | true | false | yes | no | on | off) value="$1"; shift ;; esac
+                case "${2:-}" in 0 | 1 | true | false | yes | no | on | off) value="$2"; shift ;; esac
             fi
             case "$value" in
             "" | 1 | true | yes | on) MC=1 ;;
             0 | false | no | off) MC=0 ;;
             *) die "--mc takes 1 or 0, got '$value'" ;;
             esac
-            continue
             ;;
         --mc[_-]* | --allocator* | --gistnet[_-]* | --lensnet[_-]* | --block[_-]size)
             MC_OPTIONS+=("$1")
-            shift
-            if [ $given = 0 ] && [ $# -gt 0 ] && [[ "$1" != --* ]]; then
-                MC_OPTIONS+=("$1")
+            if [ $given = 0 ] && [ $# -gt 1 ] && [[ "$2" != --* ]]; then
+                MC_OPTIONS+=("$2")
                 shift
             fi
-            continue
             ;;
-        --) shift; continue ;;
         --wandb | --nproc | --gpu | --shards | --nnodes | --node[_-]rank | --master[_-]addr | --master[_-]port)
             if [ $given = 0 ]; then
                 [ $# -ge 2 ] || die "$name takes a value"
@@ -96,17 +93,15 @@ recipe_options() {
             --master?port) MASTER_PORT="$value" ;;
             --gpu) recipe_option "$name" "$value" || die "$0 takes no $name; see --help" ;;
             esac
-            shift
-            continue
             ;;
-        --*) EXTRA+=("$1"); shift ;;
+        --*) EXTRA+=("$1") ;;
         *)
             # The value of an option given as two words
             [ ${#EXTRA[@]} -gt 0 ] && [[ "${EXTRA[${#EXTRA[@]} - 1]}" != *=* ]] || die "unexpected argument '$1'; see --help"
             EXTRA+=("$1")
-            shift
             ;;
         esac
+        shift
     done
     if [ $MC = 1 ]; then
         MC_OPTIONS=(--mc ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"})

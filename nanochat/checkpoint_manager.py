@@ -62,6 +62,17 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _manifest(folder, step) -> dict | None:
+    """File name → its size and checksum, of a step; None for one of nanochat's."""
+    path = _file(folder, "manifest", step)
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def _write_json(path, data):
+    with atomic_write(path, "w") as file:
+        json.dump(data, file, indent=2)
+
+
 def _write_tensors(path, data):
     with atomic_write(path) as file:
         try:
@@ -136,9 +147,8 @@ def save_checkpoint(
             entries = {name: entry for part in of_all_ranks for name, entry in part.items()}
         if rank == 0:
             meta_data = {**(meta_data or {}), "world_size": world_size, "manifest": True}
-            for kind, data in (("meta", meta_data), ("manifest", entries)):
-                with atomic_write(_file(folder, kind, step), "w") as file:
-                    json.dump(data, file, indent=2)
+            _write_json(_file(folder, "meta", step), meta_data)
+            _write_json(_file(folder, "manifest", step), entries)
         if is_dist:
             dist.barrier()
     except OSError as error:
@@ -152,9 +162,7 @@ def amend_meta(folder, step, **facts):
     """Add what was found out after a step was saved to its meta data; the first rank does."""
     if get_dist_info()[1] == 0:
         path = _file(folder, "meta", step)
-        meta = json.loads(path.read_text("utf-8"))
-        with atomic_write(path, "w") as file:
-            json.dump({**meta, **facts}, file, indent=2)
+        _write_json(path, {**json.loads(path.read_text("utf-8")), **facts})
 
 
 def why_incomplete(folder, step) -> str | None:
@@ -180,10 +188,7 @@ def why_incomplete(folder, step) -> str | None:
 
 def _verify(folder, step, names):
     """Compare checksums of these files with the manifest, where the step has one."""
-    path = _file(folder, "manifest", step)
-    if not path.exists():
-        return
-    manifest = json.loads(path.read_text("utf-8"))
+    manifest = _manifest(folder, step) or {}
     for name in names:
         if name in manifest and _sha256(Path(folder) / name) != manifest[name]["sha256"]:
             raise UserError(
@@ -207,10 +212,8 @@ def has_optimizer_state(folder, step) -> bool:
 
 def weights_checksum(folder, step, kind="model") -> str:
     """SHA-256 of a step's model file, or of another kind: what its weights are known by."""
-    manifest = _file(folder, "manifest", step)
-    if manifest.exists():
-        return json.loads(manifest.read_text("utf-8"))[_file(folder, kind, step).name]["sha256"]
-    return _sha256(_file(folder, kind, step))
+    path, manifest = _file(folder, kind, step), _manifest(folder, step)
+    return _sha256(path) if manifest is None else manifest[path.name]["sha256"]
 
 
 def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
@@ -278,8 +281,8 @@ def find_last_step(folder, report=None) -> int | None:
 def prune(folder, keep: int):
     """Delete all complete steps but the newest `keep`; the manifest goes first, so that none is ever there in part."""
     folder = Path(folder)
-    for step in [step for step in complete_steps(folder) if _file(folder, "manifest", step).exists()][keep:]:
-        files = json.loads(_file(folder, "manifest", step).read_text("utf-8"))
+    ours = [(step, files) for step in complete_steps(folder) if (files := _manifest(folder, step)) is not None]
+    for step, files in ours[keep:]:
         _file(folder, "manifest", step).unlink()
         for name in [*files, _file(folder, "meta", step).name]:
             (folder / name).unlink(missing_ok=True)

@@ -46,23 +46,23 @@ def get_bundle_dir() -> Path:
     return get_base_dir() / "eval_bundle"
 
 
-def has_bundle(bundle_dir=None) -> bool:
-    return (Path(bundle_dir or get_bundle_dir()) / "core.yaml").is_file()
+def has_bundle() -> bool:
+    return (get_bundle_dir() / "core.yaml").is_file()
 
 
-def how_to_get_bundle(bundle_dir=None) -> str:
-    folder = Path(bundle_dir or get_bundle_dir())
-    return f"run `python -m scripts.prepare`, or unpack {BUNDLE_URL} so that {folder / 'core.yaml'} exists"
+def how_to_get_bundle() -> str:
+    path = get_bundle_dir() / "core.yaml"
+    return f"run `python -m scripts.prepare`, or unpack {BUNDLE_URL} so that {path} exists"
 
 
-def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
+def download_bundle(url=BUNDLE_URL) -> Path:
     """
-    Download the zip with a progress bar and unpack it to bundle_dir, completely or not at all.
+    Download the zip with a progress bar and unpack it to its folder, completely or not at all; returns the folder.
 
-    Returns bundle_dir. Raises UserError if the download fails or is not a bundle.
+    Raises UserError if the download fails or is not a bundle.
     """
-    bundle_dir = Path(bundle_dir or get_bundle_dir())
-    if has_bundle(bundle_dir):
+    bundle_dir = get_bundle_dir()
+    if has_bundle():
         return bundle_dir
     if bundle_dir.exists():
         raise UserError(f"{bundle_dir} is there but has no core.yaml: move it away, then download again")
@@ -88,15 +88,15 @@ def download_bundle(url=BUNDLE_URL, bundle_dir=None) -> Path:
     return bundle_dir
 
 
-def load_bundle(bundle_dir=None, max_per_task=-1) -> list[tuple[TaskMeta, list[dict]]]:
+def load_bundle(max_per_task=-1) -> list[tuple[TaskMeta, list[dict]]]:
     """
     The tasks of the bundle with their items, shuffled by a fixed seed, at most max_per_task of each if that is > 0.
 
     Raises UserError naming the file and line of an error in the bundle.
     """
-    bundle_dir = Path(bundle_dir or get_bundle_dir())
-    if not has_bundle(bundle_dir):
-        raise UserError(f"there is no evaluation bundle in {bundle_dir}: {how_to_get_bundle(bundle_dir)}")
+    bundle_dir = get_bundle_dir()
+    if not has_bundle():
+        raise UserError(f"there is no evaluation bundle in {bundle_dir}: {how_to_get_bundle()}")
     config_path = bundle_dir / "core.yaml"
     baselines = _read_baselines(bundle_dir / "eval_meta_data.csv")
     tasks = []

@@ -118,14 +118,14 @@ def centered(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1 - baseline)
 
 
-def evaluate_core(model, tokenizer, device, max_per_task=-1, bundle_dir=None, progress=None) -> dict:
+def evaluate_core(model, tokenizer, device, max_per_task=-1, progress=None) -> dict:
     """
     CORE of a base model: {"results": {label: accuracy}, "centered_results": {…}, "core_metric": their mean}.
 
     max_per_task > 0 limits the number of items per task. progress(label, done, total) is called after
     each of this rank's items. Raises UserError when the bundle is missing or malformed.
     """
-    tasks = load_bundle(bundle_dir, max_per_task)
+    tasks = load_bundle(max_per_task)
     _, rank, _, world_size = get_dist_info()
     total = sum(len(range(rank, len(data), world_size)) for _, data in tasks)
     done, results, centered_results = count(1), {}, {}

@@ -21,15 +21,15 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.words import NoWords
 
-# How many conversations of each kind the local mixtures have; identity is a count of passes over its file.
-LOCAL_MID = {"arithmetic": 12_000, "spelling": 8_000, "counting": 2_000, "identity": 2}
-LOCAL_SFT = {"arithmetic": 1_200, "spelling": 1_200, "counting": 300, "identity": 1}
-LOCAL_VAL = {"arithmetic": 300, "spelling": 60, "counting": 40}
+# How many conversations of each kind the generated mixtures have; identity is a count of passes over its file.
+SIZES = {
+    "mid": {"identity": 2, "sums": 12_000, "spelling": 8_000, "counting": 2_000, "memory": 2_500, "recall": 20_000},
+    "sft": {"identity": 1, "sums": 1_200, "spelling": 1_200, "counting": 300, "memory": 500, "recall": 2_000},
+    "val": {"identity": 0, "sums": 300, "spelling": 60, "counting": 40, "memory": 100, "recall": 200},
+}
 LOCAL_RL = 2_000
-RECALL = {"mid": 20_000, "sft": 2_000, "val": 200}
-MEMORY = {"mid": 2_500, "sft": 500, "val": 100}
-MEMORY_CHARS = 2000  # of its chats in training, at most
-LOCAL_TWO_STEPS = 0.1  # share of the sums in training
+MEMORY_CHARS = 2000  # of the chats of "memory", at most
+TWO_STEPS = 0.1  # share of the sums in training
 
 # Accuracy of guessing, for ChatCORE = mean of (accuracy - baseline) / (1 - baseline).
 BASELINES = {
@@ -49,14 +49,6 @@ def _check(which, known=("full", "local", "recall", "memory")):
         raise UserError(f"expected --tasks {' or '.join(known)}, got {which!r}")
 
 
-def _memory(stage, others):
-    """The local mixture and chats that ask for what was said before; those of "sft" are others than those of "mid"."""
-    if stage == "val":
-        return TaskMixture([others, Recall(MEMORY["val"], "test", chars=MEMORY_CHARS)])
-    start = MEMORY["mid"] if stage == "sft" else 0
-    return TaskMixture([others, Recall(start + MEMORY[stage], "train", chars=MEMORY_CHARS, start=start)])
-
-
 def _identity():
     return CustomJSON(get_base_dir() / "identity_conversations.jsonl")
 
@@ -73,31 +65,29 @@ def _spelling(spelling, counting, split="train", words="large", start=0):
         return []
 
 
-def _local(sizes, start=0):
-    """The local mixture; `start` numbers its procedural examples, so that two stages see different ones."""
-    sums = Arithmetic(start + sizes["arithmetic"], "train", two_steps=LOCAL_TWO_STEPS, start=start)
-    spelling = _spelling(sizes["spelling"], sizes["counting"], words="text", start=start)
-    return TaskMixture([*[_identity()] * sizes["identity"], sums, *spelling])
+def _generated(which, stage):
+    """The mixtures that need no network. Stages have different examples: those of "sft" come after those of "mid"."""
+    sizes, before = SIZES[stage], SIZES["mid"] if stage == "sft" else dict.fromkeys(SIZES["mid"], 0)
+    split = "test" if stage == "val" else "train"
 
+    def recall(kind, **chars):
+        return Recall(before[kind] + sizes[kind], split, start=before[kind], **chars)
 
-def _local_val():
-    return TaskMixture(
-        [
-            Arithmetic(LOCAL_VAL["arithmetic"], "test"),
-            *_spelling(LOCAL_VAL["spelling"], LOCAL_VAL["counting"], "test", words="text"),
-        ]
-    )
+    if which == "recall":
+        return recall("recall")
+    start = before["sums"]  # there are more of them than of the others
+    sums = Arithmetic(start + sizes["sums"], split, two_steps=0 if split == "test" else TWO_STEPS, start=start)
+    spelling = _spelling(sizes["spelling"], sizes["counting"], split, "text", start)
+    identity = [_identity()] * sizes["identity"] if sizes["identity"] else []
+    local = TaskMixture([*identity, sums, *spelling])
+    return TaskMixture([local, recall("memory", chars=MEMORY_CHARS)]) if which == "memory" else local
 
 
 def mid_mixture(which: str) -> Task:
     """Training conversations of midtraining. Raises UserError when their data cannot be had."""
     _check(which)
-    if which == "local":
-        return _local(LOCAL_MID)
-    if which == "memory":
-        return _memory("mid", _local(LOCAL_MID))
-    if which == "recall":
-        return Recall(RECALL["mid"], "train")
+    if which != "full":
+        return _generated(which, "mid")
     identity = _identity()  # first, since it is quick to find missing
     tasks = [
         SmolTalk("train"),
@@ -113,24 +103,16 @@ def mid_mixture(which: str) -> Task:
 def mid_val(which: str) -> Task:
     """Validation conversations of midtraining, in the proportions of the training mixture."""
     _check(which)
-    if which == "local":
-        return _local_val()
-    if which == "memory":
-        return _memory("val", _local_val())
-    if which == "recall":
-        return Recall(RECALL["val"], "test")
+    if which != "full":
+        return _generated(which, "val")
     return TaskMixture([SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)])
 
 
 def sft_mixture(which: str) -> Task:
     """Training conversations of supervised finetuning. Raises UserError when their data cannot be had."""
     _check(which)
-    if which == "local":
-        return _local(LOCAL_SFT, start=max(LOCAL_MID.values()))
-    if which == "memory":
-        return _memory("sft", _local(LOCAL_SFT, start=max(LOCAL_MID.values())))
-    if which == "recall":
-        return Recall(RECALL["mid"] + RECALL["sft"], "train", start=RECALL["mid"])
+    if which != "full":
+        return _generated(which, "sft")
     identity = _identity()
     tasks = [
         ARC("ARC-Easy", "train"),
@@ -160,16 +142,11 @@ def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
 def eval_tasks(which: str) -> dict:
     """Name -> constructor of the tasks that chat_eval scores; BASELINES has the accuracy of guessing."""
     _check(which)
-    recall = {"Recall": partial(Recall, 128, "test")}
-    if which == "recall":
-        return recall
-    if which in ("local", "memory"):
-        spelling = {"SpellingBee": partial(SpellingBee, 128, "test", words="text")}
-        return {
-            "Arithmetic": partial(Arithmetic, 256, "test"),
-            **(spelling if _spelling(1, 1, "test", words="text") else {}),
-            **(recall if which == "memory" else {}),
-        }
+    if which != "full":
+        tasks = {} if which == "recall" else {"Arithmetic": partial(Arithmetic, 256, "test")}
+        if tasks and _spelling(1, 1, "test", words="text"):
+            tasks["SpellingBee"] = partial(SpellingBee, 128, "test", words="text")
+        return tasks if which == "local" else {**tasks, "Recall": partial(Recall, 128, "test")}
     return {
         "ARC-Easy": partial(ARC, "ARC-Easy", "test"),
         "ARC-Challenge": partial(ARC, "ARC-Challenge", "test"),

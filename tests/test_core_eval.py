@@ -31,6 +31,14 @@ from tests.helpers import in_ranks
 V = 7  # so few tokens that a random model is right now and then
 
 
+@pytest.fixture(autouse=True)
+def bundle(tmp_path, monkeypatch):
+    """A copy of the bundle where the scripts look for it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(BUNDLE, tmp_path / "eval_bundle"))
+
+
 class WordTokenizer:
     """A word, with the space before it, is a token; so text boundaries inside a prompt do matter."""
 
@@ -124,7 +132,7 @@ def test_equals_reference(max_seq_len):
     tokenizer, answers = WordTokenizer(), []
     for seed in range(6):
         model = HashModel(seed, max_seq_len)
-        for meta, data in load_bundle(BUNDLE):
+        for meta, data in load_bundle():
             for index in range(len(data)):
                 expected = reference_is_correct(model, tokenizer, data, index, meta)
                 assert is_correct(model, tokenizer, data, index, "cpu", meta) == expected, (seed, meta, index)
@@ -134,10 +142,10 @@ def test_equals_reference(max_seq_len):
 
 def test_evaluate_core():
     model, tokenizer, seen = HashModel(3), WordTokenizer(), []
-    core = evaluate_core(model, tokenizer, "cpu", bundle_dir=BUNDLE, progress=lambda *args: seen.append(args))
+    core = evaluate_core(model, tokenizer, "cpu", progress=lambda *args: seen.append(args))
     baselines = {"tiny_facts": 0.25, "tiny_pronouns": 0.5, "tiny_sequences": 0.0}
     assert list(core["results"]) == list(baselines)
-    for meta, data in load_bundle(BUNDLE):
+    for meta, data in load_bundle():
         right = sum(reference_is_correct(model, tokenizer, data, i, meta) for i in range(12))
         assert core["results"][meta.label] == right / 12
         expected = (right / 12 - baselines[meta.label]) / (1 - baselines[meta.label])
@@ -146,7 +154,7 @@ def test_evaluate_core():
     assert seen[0] == ("tiny_facts", 1, 36)
     assert seen[-1] == ("tiny_sequences", 36, 36)
     assert len(model.calls) == 36  # one forward pass an item
-    again = evaluate_core(model, tokenizer, "cpu", bundle_dir=BUNDLE)
+    again = evaluate_core(model, tokenizer, "cpu")
     assert again == core
 
 
@@ -158,20 +166,20 @@ def test_centered():
 
 
 def test_subset_is_a_fixed_shuffle():
-    whole, part = load_bundle(BUNDLE), load_bundle(BUNDLE, max_per_task=5)
+    whole, part = load_bundle(), load_bundle(5)
     for (meta, data), (_, few) in zip(whole, part, strict=True):
         assert few == data[:5]
         lines = (BUNDLE / "eval_data" / meta.dataset_uri).read_text().splitlines()
         expected = [json.loads(line) for line in lines]
         random.Random(1337).shuffle(expected)
         assert data == expected
-    core = evaluate_core(HashModel(0), WordTokenizer(), "cpu", max_per_task=4, bundle_dir=BUNDLE)
+    core = evaluate_core(HashModel(0), WordTokenizer(), "cpu", max_per_task=4)
     assert all(accuracy * 4 == int(accuracy * 4) for accuracy in core["results"].values())
 
 
 def test_too_few_examples():
     with pytest.raises(UserError, match=r"tiny_facts: 2 examples .* only 2 items: look at more than 2 of each task"):
-        load_bundle(BUNDLE, max_per_task=2)
+        load_bundle(2)
 
 
 def test_trailing_space_stays_with_the_word():
@@ -223,13 +231,13 @@ def evaluate_a_share(folder):
     """Evaluate as one process of two."""
     dist.init_process_group("gloo")
     model = HashModel(3)
-    core = evaluate_core(model, WordTokenizer(), torch.device("cpu"), 5, bundle_dir=BUNDLE)
+    core = evaluate_core(model, WordTokenizer(), torch.device("cpu"), 5)
     (folder / os.environ["RANK"]).write_text(json.dumps([core, len(model.calls)]))
     dist.barrier()
 
 
 def test_two_processes_share_the_work(tmp_path):
-    alone = evaluate_core(HashModel(3), WordTokenizer(), "cpu", 5, bundle_dir=BUNDLE)
+    alone = evaluate_core(HashModel(3), WordTokenizer(), "cpu", 5)
     in_ranks(2, evaluate_a_share, tmp_path)
     answers = [json.loads((tmp_path / rank).read_text()) for rank in ("0", "1")]
     assert [core for core, _ in answers] == [alone, alone]
@@ -238,14 +246,6 @@ def test_two_processes_share_the_work(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------
 # Bundles that are not as they should be
-
-
-@pytest.fixture
-def bundle(tmp_path, monkeypatch):
-    """A copy of the bundle where the scripts look for it."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(BUNDLE, tmp_path / "eval_bundle"))
 
 
 def edit(path, old, new):
@@ -312,9 +312,10 @@ def test_line_separators_inside_strings(bundle):
     assert item in data
 
 
-def test_missing_bundle_says_how_to_get_it(tmp_path):
+def test_missing_bundle_says_how_to_get_it(bundle):
+    shutil.rmtree(bundle)
     with pytest.raises(UserError, match=r"scripts.prepare`.*eval_bundle\.zip"):
-        load_bundle(tmp_path / "nowhere")
+        load_bundle()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -342,45 +343,48 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("top", ["eval_bundle", "."])
-def test_download(server, tmp_path, top):
+def test_download(server, tmp_path, monkeypatch, top):
     folder, url = server
+    ours = load_bundle()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     with zipfile.ZipFile(folder / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in BUNDLE.rglob("*"):
             archive.write(path, Path(top) / path.relative_to(BUNDLE))
     target = tmp_path / "base" / "eval_bundle"
-    assert download_bundle(f"{url}/b.zip", target) == target
-    assert load_bundle(target) == load_bundle(BUNDLE)
+    assert download_bundle(f"{url}/b.zip") == target
+    assert load_bundle() == ours
     assert [path.name for path in target.parent.iterdir()] == ["eval_bundle"]  # nothing else is left over
     (folder / "b.zip").unlink()
-    download_bundle(f"{url}/b.zip", target)  # there already, so nothing is fetched
+    download_bundle(f"{url}/b.zip")  # there already, so nothing is fetched
 
 
-def test_download_faults(server, tmp_path):
+def test_download_faults(server, tmp_path, monkeypatch):
     folder, url = server
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     target = tmp_path / "base" / "eval_bundle"
     with pytest.raises(UserError, match=r"could not download .*404"):
-        download_bundle(f"{url}/b.zip", target)
+        download_bundle(f"{url}/b.zip")
 
     (folder / "b.zip").write_bytes(b"not a zip")
     with pytest.raises(UserError, match="not a valid zip"):
-        download_bundle(f"{url}/b.zip", target)
+        download_bundle(f"{url}/b.zip")
 
     with zipfile.ZipFile(folder / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(BUNDLE / FACTS, "facts.jsonl")
     with pytest.raises(UserError, match=r"no core\.yaml"):
-        download_bundle(f"{url}/b.zip", target)
+        download_bundle(f"{url}/b.zip")
 
     data = bytearray((folder / "b.zip").read_bytes())
     data[200] ^= 0xFF  # inside the compressed text
     (folder / "b.zip").write_bytes(data)
     with pytest.raises(UserError, match="not a valid zip"):
-        download_bundle(f"{url}/b.zip", target)
+        download_bundle(f"{url}/b.zip")
     assert not target.exists()
     assert list(target.parent.iterdir()) == []
 
     target.mkdir()
     with pytest.raises(UserError, match=r"has no core\.yaml: move it away"):
-        download_bundle(f"{url}/b.zip", target)
+        download_bundle(f"{url}/b.zip")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -416,8 +420,8 @@ def test_script_fetches_the_bundle(server, bundle, monkeypatch, capsys):
     test_script(bundle, monkeypatch, capsys)
 
 
-def test_script_without_bundle(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+def test_script_without_bundle(bundle, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(bundle)
     with pytest.raises(UserError, match="model_tag"):  # known before anything is downloaded
         base_eval.main(base_eval.Config(device_type="cpu", model_tag="../d4"))
     monkeypatch.setattr(base_eval, "load_model", lambda *args: (None, None, {"model_tag": "d4", "step": 1200}))

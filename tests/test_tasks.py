@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dev import gen_synthetic_data
 from nanochat.calculator import calculate
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from scripts.chat_sft import METRICS
 from tasks import hub, mixtures, words
 from tasks.arc import ARC
@@ -478,7 +479,7 @@ class TestIdentity:
     @pytest.mark.usefixtures("base_dir")
     def test_bad_options(self, options):
         with pytest.raises(UserError, match=f"(--{(name := next(iter(options)))}: expected|expected --{name})"):
-            gen_synthetic_data.main(gen_synthetic_data.Config(**options))
+            gen_synthetic_data.main(parse(gen_synthetic_data.Config, [f"--{name}={options[name]}"]))
 
 
 class TestSpelling:
@@ -673,7 +674,7 @@ class TestMixtures:
         mid, mid_val, sft, sft_val = (
             make("recall") for make in (mixtures.mid_mixture, mixtures.mid_val, mixtures.sft_mixture, mixtures.sft_val)
         )
-        assert (len(mid), len(sft)) == (mixtures.RECALL["mid"], mixtures.RECALL["sft"])
+        assert (len(mid), len(sft)) == (mixtures.SIZES["mid"]["recall"], mixtures.SIZES["sft"]["recall"])
         assert sft[0] != mid[0]
         assert mid_val[0] == sft_val[0] == mixtures.eval_tasks("recall")["Recall"]()[0]
         with pytest.raises(UserError, match="expected --tasks full or local, got 'recall'"):
@@ -685,7 +686,7 @@ class TestMixtures:
             both, local = make("memory"), {str(example) for example in make("local")}
             others = [example for example in both if str(example) not in local]
             assert len(both) == len(make("local")) + len(others)
-            assert len(others) == mixtures.MEMORY[stage]
+            assert len(others) == mixtures.SIZES[stage]["memory"]
             assert all("They " in last_text(example) for example in others)
             assert max(sum(len(m["content"]) for m in example["messages"]) for example in others) < 2400
         assert mixtures.sft_val("memory")[7] == mixtures.mid_val("memory")[7]
@@ -694,8 +695,9 @@ class TestMixtures:
     def test_local(self):
         stages = [mixtures.mid_mixture, mixtures.mid_val, mixtures.sft_mixture, mixtures.sft_val]
         mid, mid_val, sft, sft_val = [make("local") for make in stages]
-        for task, sizes in [(mid, mixtures.LOCAL_MID), (sft, mixtures.LOCAL_SFT)]:
-            assert len(task) == sum(sizes.values()) + (300 - 1) * sizes["identity"]
+        for task, sizes in [(mid, mixtures.SIZES["mid"]), (sft, mixtures.SIZES["sft"])]:
+            generated = sizes["sums"] + sizes["spelling"] + sizes["counting"]
+            assert len(task) == generated + 300 * sizes["identity"]
         for task in (mid, mid_val, sft, sft_val):
             for i in range(0, len(task), 97):
                 check_conversation(task[i])
@@ -709,8 +711,8 @@ class TestMixtures:
         for shard in (base_dir / "base_data").glob("*.parquet"):
             pq.write_table(pa.table({"text": ["12 34", "X"]}), shard)
         mid = mixtures.mid_mixture("local")
-        assert len(mid) == mixtures.LOCAL_MID["arithmetic"] + 300 * mixtures.LOCAL_MID["identity"]
-        assert len(mixtures.sft_val("local")) == mixtures.LOCAL_VAL["arithmetic"]
+        assert len(mid) == mixtures.SIZES["mid"]["sums"] + 300 * mixtures.SIZES["mid"]["identity"]
+        assert len(mixtures.sft_val("local")) == mixtures.SIZES["val"]["sums"]
         assert list(mixtures.eval_tasks("local")) == ["Arithmetic"]
         assert len(mixtures.sft_mixture("full")) == 4 * 30 + 300
         assert "spelling is left out: expected words of 3 to 12 letters" in capsys.readouterr().out
