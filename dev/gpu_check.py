@@ -94,21 +94,12 @@ def tests(config, failures):
 
 
 def throughput(config, failures):
-    for depth, batch in size(config, ((12, 32), (20, 32)), ((2, 4),)):
+    real = ("--device_batch_size=32", "--max_seq_len=2048", "--vocab_size=65536", "--steps=8")
+    tiny = ("--device_batch_size=4", "--max_seq_len=64", "--vocab_size=512", "--steps=1", "--block_size=8")
+    for depth in size(config, (12, 20), (2,)):
         for mc in (0, 1):
             with step(failures, f"train, depth {depth}, mc {mc}"):
-                benchmark(
-                    config,
-                    "train",
-                    f"--depth={depth}",
-                    f"--mc={mc}",
-                    f"--device_batch_size={batch}",
-                    *size(
-                        config,
-                        ("--max_seq_len=2048", "--vocab_size=65536", "--steps=8"),
-                        ("--max_seq_len=64", "--vocab_size=512", "--steps=1", "--block_size=8"),
-                    ),
-                )
+                benchmark(config, "train", f"--depth={depth}", f"--mc={mc}", *size(config, real, tiny))
 
 
 def decoding(config, failures):
