@@ -302,9 +302,6 @@ class Focus:
             )
         return context.apply(edits) if edits else context
 
-    def repeat(self, rows):
-        self.records = self.records[:1] * rows
-
     def snapshot(self):
         return tuple(self.records), self.generator.get_state()
 
@@ -318,7 +315,7 @@ class Focus:
         record = replace(self.records[0], scored=None, scores=None)
         return {
             "num_tokens": context.num_tokens,
-            "lod": _runs(context, 0),
+            "lod": _runs(context),
             "record": asdict(record) | {"changes": [list(change) for change in record.changes]},
             "draws": self.generator.get_state().tolist() if self.settings.allocator == "stochastic_greedy" else None,
         }
@@ -347,22 +344,22 @@ def _change(edit, block_size):
     return Change(edit.first_block, edit.num_blocks, edit.new_lod + (1 if expands else -1), edit.new_lod)
 
 
-def lod_counts(context, row=0) -> dict[int, int]:
-    """Entries of a row at each level of detail that occurs."""
-    lods, counts = context.select([row]).entries.lod.unique(return_counts=True)
+def lod_counts(context) -> dict[int, int]:
+    """Entries of a context of one row at each level of detail that occurs."""
+    lods, counts = context.entries.lod.unique(return_counts=True)
     return dict(zip(lods.tolist(), counts.tolist(), strict=True))
 
 
-def _runs(context, row):
-    """The blocks' levels in runs [level, number of blocks]."""
-    lods, tiles = context.select([row]).tiles[0].unique_consecutive(return_counts=True)
+def _runs(context):
+    """The levels of the blocks of a context of one row, in runs [level, number of blocks]."""
+    lods, tiles = context.tiles[0].unique_consecutive(return_counts=True)
     blocks = tiles * context.block_size ** (lods.long() - 1).clamp(min=0)
     return [list(run) for run in zip(lods.tolist(), blocks.tolist(), strict=True)]
 
 
-def focus_state(context, record: Record, budget, row=0) -> dict:
+def focus_state(context, record: Record, budget) -> dict:
     """
-    What a view of the focus shows of a row, small and ready for JSON, however long the stream.
+    What a view of the focus shows of a context of one row, small and ready for JSON, however long the stream.
 
     lod: the blocks' levels in runs [level, number of blocks]. scores: [block, score] wherever the score of the last
     refocus becomes another one than in the block before. expanded, collapsed: [first block, number of blocks, new
@@ -377,9 +374,9 @@ def focus_state(context, record: Record, budget, row=0) -> dict:
         "num_tokens": context.num_tokens,
         "block_size": context.block_size,
         "budget": budget,
-        "entries": int(context.lengths()[row]),
-        "lod": _runs(context, row),
-        "lod_counts": lod_counts(context, row),
+        "entries": int(context.lengths()),
+        "lod": _runs(context),
+        "lod_counts": lod_counts(context),
         "scores": scores,
         "expanded": [[c.first_block, c.num_blocks, c.new_lod] for c in record.changes if c.expands],
         "collapsed": [[c.first_block, c.num_blocks, c.new_lod] for c in record.changes if not c.expands],

@@ -79,7 +79,7 @@ def load_for_inference(source, meta, device, options: MCInference, model=None):
 
 
 def session_maker(model, networks, config, **options):
-    """A function rows -> MCSession; the weights are converted once, to the precision of the surrounding autocast."""
+    """A function () -> MCSession; the weights are converted once, to the precision of the surrounding autocast."""
     return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
 
 
@@ -120,7 +120,7 @@ class SessionScorer:
             if tokens[:start] != beginning:
                 if session:
                     session.close()
-                beginning, session = tokens[:start], self.make_session(1)
+                beginning, session = tokens[:start], self.make_session()
                 logits = session.prefill(beginning)
                 after_beginning = session.snapshot()
             session.restore(after_beginning)

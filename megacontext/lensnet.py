@@ -27,7 +27,6 @@ import torch.nn.functional as F
 
 from megacontext.gistnet import Encoder, Head, init_linear
 from megacontext.tree import RamStore
-from nanochat.decode import Matrix
 from nanochat.gpt import norm, rotary_cos_sin
 
 WIDTH = 128  # of the encoder
@@ -167,124 +166,88 @@ class LensNet(nn.Module):
         z = z + F.linear(h, self.anywhere[None].to(h.dtype)).float()
         return SHARP * (z + self.match.float() * (asked.float() @ words.float().mT))
 
-    def listener(self):
-        """What tells what tokens want, with the weights as they are now."""
-        return Listener(self)
-
-
-class Listener:
-    """
-    What tokens in a row want together of each block: the highest z of any of them, less FADE per token after it. One
-    row in a handful of operations, with weights laid out once; float32.
-    """
-
     @torch.no_grad()
-    def __init__(self, lensnet):
-        anywhere = SHARP * lensnet.anywhere[None]
-        weight = torch.cat((lensnet.query.weight * (SHARP / KEY**0.5), lensnet.weigh, anywhere))
-        self.matrix, self.bias = Matrix(weight, torch.float32), SHARP * lensnet.bias.float()
-        self.centred, self.match = lensnet._centred, SHARP * lensnet.match.float()
-
-    def __call__(self, asking, keys):
-        """What tokens, the newest last, want together of n blocks, [n], from asking [P, D + S], keys [n, C + S]."""
+    def wanted(self, asking, keys):
+        """
+        What tokens in a row, the newest last, want together of each block, [R, n], from asking [R, P, D + S] and keys
+        [R, n, C + S]: the highest z of any of them, less FADE per token after it; float32, whatever surrounds it.
+        """
         with torch.autocast(asking.device.type, enabled=False):
-            size = keys.size(1) - KEY
-            return self._wanted(asking[:, :-size].float(), asking[:, -size:].float(), keys[:, :KEY], keys[:, KEY:])
-
-    def _wanted(self, states, newest, keys, words):
-        asked, newest = self.matrix(self.centred(states)), self.match * newest
-        q, w = asked[:, : HEADS * KEY].reshape(-1, KEY), asked[:, HEADS * KEY : -1]
-        alone = asked[:, -1:] + self.bias
-        found = F.leaky_relu_(torch.mm(q, keys.T), LEAK)  # [P·H, n]; the other way round costs a CPU twice the time
-        if len(w) == 1:
-            return torch.mv(found.T, w[0]).addmv_(words, newest[0]).add_(alone[0])
-        age = torch.arange(len(w) - 1, -1, -1, device=w.device)
-        z = torch.bmm(w[:, None], found.view(*w.shape, -1))[:, 0].addmm_(newest, words.T)
-        return (z + alone - FADE * age[:, None]).amax(0)
+            z = self(asking.float(), keys.float())
+        age = torch.arange(z.size(1) - 1, -1, -1, device=z.device)
+        return (z - FADE * age[:, None]).amax(1)
 
 
 class Demand:
     """
     What the newest tokens of a session want of the blocks of its stream.
 
-    listener: LensNet's. store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. The
+    store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. The
     newest MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a bound,
     however long the stream.
 
     What was wanted fades with each token. So that fading costs nothing, values are kept as they would be at token 0.
     """
 
-    def __init__(self, listener, store, gist_size):
-        self.listener, self.store, self.gist_size = listener, store, gist_size
-        self.keys, self.first = RamStore(), 0  # keys [B, n, C] at level 0
+    def __init__(self, lensnet, store, gist_size):
+        self.lensnet, self.store, self.gist_size = lensnet, store, gist_size
+        self._keys, self.first = RamStore(), 0
         self.clear()
 
     def clear(self):
         self._values, self._end = None, 0
 
-    def wanted(self, rows):
-        """[B, n] now, of the blocks from `first` on."""
-        if self._values is None:
-            return torch.zeros(rows, 0)
-        return self._values - FADE * self._end
+    def keys(self):
+        """Of the blocks from `first` on, [n, C + S], n >= 1, those of new blocks with them."""
+        self._load()
+        return self._keys.all(0)[0]
+
+    def wanted(self):
+        """[n] now, of the blocks from `first` on."""
+        return torch.zeros(0) if self._values is None else self._values - FADE * self._end
 
     def listen(self, asking, num_tokens):
-        """Add what the newest tokens want, of which num_tokens − 1 is the last: asking [P, D + S] for each row."""
-        self.load(len(asking))
-        blocks = self.keys.count(0)
-        if blocks:
-            now = [self.listener(row, keys)[None] for row, keys in zip(asking, self.keys.all(0), strict=True)]
-            now = (now[0] if len(now) == 1 else torch.cat(now)).add_(FADE * num_tokens)
-            if self._values is None:
-                self._values = now
-            else:  # blocks that came since have not been asked for
-                before = self._values if self._values.size(1) == blocks else self._grown(blocks)
-                self._values = torch.maximum(now, before, out=now)
+        """Add what the newest tokens want, of which num_tokens − 1 is the last, from asking [P, D + S]."""
+        if self.store.count(1):
+            now = self.lensnet.wanted(asking[None], self.keys()[None])[0] + FADE * num_tokens
+            if self._values is not None:
+                new = now.new_full((len(now) - len(self._values),), -torch.inf)  # blocks that have not been asked for
+                torch.maximum(now, torch.cat((self._values, new)) if len(new) else self._values, out=now)
+            self._values = now
         self._end = num_tokens
 
-    def load(self, rows):
+    def _load(self):
         """Load the keys of new blocks. Those of the oldest are dropped by the thousand, not one by one."""
-        blocks, known = self.store.count(1), self.first + self.keys.count(0)
+        blocks, known = self.store.count(1), self.first + self._keys.count(0)
         if blocks - self.first > MOST_BLOCKS + MOST_BLOCKS // 8:
             first = blocks - MOST_BLOCKS
-            kept = self.keys.all(0)[:, first - self.first :].clone() if known > first else None
-            self._values = None if self._values is None or kept is None else self._values[:, first - self.first :]
-            self.keys, self.first, known = RamStore(), first, max(first, known)
+            kept = self._keys.all(0)[:, first - self.first :].clone() if known > first else None
+            self._values = None if self._values is None or kept is None else self._values[first - self.first :]
+            self._keys, self.first, known = RamStore(), first, max(first, known)
             if kept is not None:
-                self.keys.append(0, kept)
+                self._keys.append(0, kept)
         if blocks > known:
-            index = torch.arange(known, blocks, device=self.store.device).expand(rows, -1)
-            self.keys.append(0, self.store.get(1, index)[..., self.gist_size :].float())
-
-    def _grown(self, blocks):
-        grown = self._values.new_full((len(self._values), blocks), -torch.inf)
-        grown[:, : self._values.size(1)] = self._values
-        return grown
+            index = torch.arange(known, blocks, device=self.store.device)[None]
+            self._keys.append(0, self.store.get(1, index)[..., self.gist_size :].float())
 
     def most(self, mask):
         """
-        The highest z of each row, [B] on the device; None if nothing was asked. The mask [B, m], of blocks from `first`
-        on, is added to it.
+        The highest z, [1] on the device; None if nothing was asked. The mask [m], of blocks from `first` on, is added
+        to it.
         """
-        n = 0 if self._values is None else min(mask.size(1), self._values.size(1))
-        return (self._values[:, :n] + mask[:, :n]).amax(1) - FADE * self._end if n else None
+        n = 0 if self._values is None else min(len(mask), len(self._values))
+        return (self._values[:n] + mask[:n]).amax(0, keepdim=True) - FADE * self._end if n else None
 
     def truncate(self, blocks):
         """Forget the blocks from this number on."""
         if blocks < self.first:
-            self.keys, self.first = RamStore(), 0
+            self._keys, self.first = RamStore(), 0
             self.clear()
             return
-        kept = min(blocks - self.first, self.keys.count(0))
-        self.keys.truncate(0, kept)
+        kept = min(blocks - self.first, self._keys.count(0))
+        self._keys.truncate(0, kept)
         if self._values is not None:
-            self._values = self._values[:, :kept]
-
-    def repeat(self, rows):
-        if self.keys.count(0):
-            self.keys.repeat(rows)
-        if self._values is not None:
-            self._values = self._values.repeat(rows, 1)
+            self._values = self._values[:kept]
 
     def snapshot(self):
         return None if self._values is None else self._values.clone(), self._end, self.first

@@ -36,16 +36,16 @@ def look(session: MCSession, question: list[int], most=20) -> list[Found]:
     if session.num_tokens < session.config.block_size:
         return []
     question, reader, demand = question[-MAX_QUESTION:], session.reader, session.demand
-    context = session.context.select([0]).append(len(question))
-    x = session.tree.materialize(session.context)[:1, : int(session.context.lengths()[0])]
+    context = session.context.append(len(question))
+    x = session.tree.materialize(session.context)
     query = reader.embed(torch.tensor([question], device=session.device)).to(x.dtype)
     at = int(context.lengths()) + torch.arange(-len(question), 0)[None]
-    demand.load(session.rows)
+    keys = demand.keys()
     states = reader.states(torch.cat((x, F.pad(query, (0, reader.deep))), dim=1), context, at)
-    words = torch.cat((session.tree.newest(NEWEST)[:1], query), dim=1)
+    words = torch.cat((session.tree.newest(NEWEST), query), dim=1)
     last = words.size(1) + torch.arange(-len(question), 0, device=session.device)[None]
     (asked,) = reader.asking(states, words, last)
-    scores, blocks = score(demand.listener(asked, demand.keys.all(0)[0])).sort(descending=True, stable=True)
+    scores, blocks = score(reader.wanted(asked[None], keys[None])[0]).sort(descending=True, stable=True)
     blocks = demand.first + blocks[:most]
     lods = context.tiles[0, context.tile_of(blocks[None])[0]]
     found = zip(blocks.tolist(), lods.tolist(), scores.tolist(), strict=False)

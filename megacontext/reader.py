@@ -125,9 +125,8 @@ class Reader:
             return self.networks.lensnet(self._suited(asking), keys)
 
     def wanted(self, asking, keys):
-        """What tokens of each row that ask [R, P, D + S] want together, z [R, n], of keys [R, n, C]: see Listener."""
-        listener = self.networks.lensnet.listener()
-        return torch.stack([listener(*row) for row in zip(asking, keys.float(), strict=True)])
+        """What tokens of each row that ask [R, P, D + S] want together, z [R, n], of keys [R, n, C]."""
+        return self.networks.lensnet.wanted(asking, keys)
 
     def positions(self, context, at=None):
         """The rotary positions of a context's entries, or of those with index `at` [R, n]: see entry_positions."""

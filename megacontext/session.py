@@ -4,7 +4,7 @@ MCSession: one conversation of any length, at a fixed cost per token.
     prefill: tokens → tree → a first working context → KV cache → refocuses, by what the prompt asks → logits
     step:    token → tree, working context, cache → logits; a refocus when the token wants a block that is hidden
 
-Shapes: B rows, N tokens so far, n whole blocks, W entries, D = n_embd, V = vocab_size, K = block_size.
+Shapes: N tokens so far, n whole blocks, W entries, D = n_embd, V = vocab_size, K = block_size.
 
 The newest tokens tell LensNet what they want of the stream. A *refocus* edits the working context by that, and at
 least every mc_infer_refocus_interval tokens. It leaves room for the tokens until the next one, so that no call ends
@@ -17,22 +17,21 @@ on W.
 """
 
 import math
-import operator
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import Focus, focus_state
+from megacontext.gaussian_rope import as_positions
 from megacontext.lensnet import NEWEST, Demand
 from megacontext.reader import ASKING, Reader, score
-from megacontext.spliced_cache import SplicedCache
 from megacontext.streams import scratch_store
 from megacontext.tree import GIST_DTYPE, MegaContextTree, RamStore
-from megacontext.working_context import LEVELS, WorkingContext, smallest_length
+from megacontext.working_context import LEVELS, WorkingContext, damping, smallest_length
 from nanochat.common import Stopwatch, UserError
 from nanochat.decode import Decoder
+from nanochat.kv_cache import KVCache
 
 READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
 PER_ENTRY = 4  # tokens that GistNet takes up while the model reads one entry
@@ -44,27 +43,25 @@ MARGIN = 0.2  # z above which a token is listened to again after a refocus that 
 class Snapshot(NamedTuple):
     """A moment of one session; its size does not grow with the stream."""
 
-    session: "MCSession"
-    cuts: int
-    context: WorkingContext | None
+    context: WorkingContext
     since: int
     focus: tuple
-    heard: tuple
+    demand: tuple
+    bar: float
 
 
 class MCSession:
     """
     What the tokens of `Engine.generate(session=…)` attend to: the newest at full detail, all others as focus has it.
 
-    networks: GistNet and LensNet, in eval mode. config: resolved. rows: streams that share their prompts and have a
-    focus each. decoder: None makes one from the model's weights as they are now. seed: of stochastic_greedy.
-    on_update(session, entries_read, watch): called after each prefill and refocus; entries_read in all rows, watch: a
-    Stopwatch of what it took, with what was done between its parts.
+    networks: GistNet and LensNet, in eval mode. config: resolved. decoder: None makes one from the model's weights as
+    they are now. seed: of stochastic_greedy. on_update(session, entries_read, watch): called after each prefill and
+    refocus; watch: a Stopwatch of what it took, with what was done between its parts.
 
     A session keeps what it has read: a prompt that begins with it goes on where it was, and only what is new is read.
-    store: where its tree is kept, for one row; what is in it has been read. The first `past` tokens of it come before
-    all prompts. state: of the session that wrote it, see `state`. Without a store it has one of its own, of the kind
-    that mc_tree names.
+    store: where its tree is kept; what is in it has been read. The first `past` tokens of it come before all prompts.
+    state: of the session that wrote it, see `state`. Without a store it has one of its own, of the kind that mc_tree
+    names.
 
     Raises UserError when the budget is too small for what has to be in it.
     """
@@ -74,7 +71,6 @@ class MCSession:
         model,
         networks,
         config: MCConfig,
-        rows=1,
         decoder=None,
         seed=0,
         on_update=None,
@@ -82,7 +78,7 @@ class MCSession:
         past=0,
         state=None,
     ):
-        self.model, self.config, self.rows, self.on_update = model, config, rows, on_update
+        self.model, self.config, self.on_update = model, config, on_update
         self.reader, self.device = Reader(model, networks, config), model.get_device()
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
         self.budget = config.allocator_soft_max
@@ -91,9 +87,7 @@ class MCSession:
         config.check_session(model.config.sequence_len)
         self.decoder = decoder or Decoder(model)
         self.seed = seed
-        self._listener = networks.lensnet.listener()
-        self.closed, self.past, self._store = False, past, store
-        self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
+        self.past, self._store = past, store
         self._reset()
         if self.num_tokens:
             self._resume(state)
@@ -102,7 +96,7 @@ class MCSession:
         reader, K = self.reader, self.config.block_size
         store = self._store or (scratch_store(K) if self.config.mc_tree == "disk" else RamStore(GIST_DTYPE))
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink, reader.deep)
-        self.demand = Demand(self._listener, store, self.model.config.n_embd + reader.deep)
+        self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep)
         self.focus = Focus(self.config, 1, self.seed)
         c = self.config
         self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
@@ -110,34 +104,30 @@ class MCSession:
         self._since = 0  # tokens since the last refocus
         self._stepper = None
         self._up_to_date = True  # whether the cache holds all entries
-        self._bar = [self._least]  # z of each row above which focus moves
+        self._bar = self._least  # z above which focus moves
         self.wish = None  # see _wish, of the newest token
 
     # -----------------------------------------------------------------------------------------------------
     # What the Engine calls
 
-    @torch.inference_mode()
     def prefill(self, tokens):
         """
-        Logits [B, V] after the prompt, a list of ids, which takes the place of what the session held.
+        Logits [1, V] after the prompt, a list of ids, which takes the place of what the session held.
 
-        With one row, what both begin with stays, in focus as it is. Rows that may have gone apart begin anew.
-        Raises UserError when no working context of so many tokens is small enough; then nothing has changed.
+        What both begin with stays, in focus as it is. Raises UserError when no working context of so many tokens is
+        small enough; then nothing has changed.
         """
         *_, (_, logits) = self.reading(tokens, READ_ENTRIES)
-        if self.rows > 1:
-            self._become_many()
-        return logits.expand(self.rows, -1)
+        return logits
 
     @torch.inference_mode()
     def reading(self, tokens, part):
         """
-        The same for one row, in parts that take about as long as the model takes to read `part` entries.
+        The same in parts that take about as long as the model takes to read `part` entries.
 
         Yields (how many it could have read meanwhile, None) after each part but the last, then the same with the logits
         [1, V]. Closed before all tokens are in the tree, the session holds what the prompt shared with what it held.
         """
-        self._check_open()
         if not tokens:
             raise ValueError("expected at least one token, got none")
         watch, self.wish = Stopwatch(self.device), None
@@ -188,11 +178,9 @@ class MCSession:
 
     @torch.inference_mode()
     def step(self, ids):
-        """
-        Logits [B, V] after one more token per row, ids [B]; None if there is no room for it, and nothing has changed.
-        """
+        """Logits [1, V] after one more token, ids [1]; None if there is no room for it, and nothing has changed."""
         logits = self.read(ids)
-        better = None if self.wish is None else self.follow(self.wish.tolist())
+        better = None if self.wish is None else self.follow(self.wish.item())
         return logits if better is None else better
 
     @torch.inference_mode()
@@ -201,7 +189,9 @@ class MCSession:
         entered = self.enter(ids)
         if not isinstance(entered, int):
             return entered
-        logits = self._step(ids)
+        if self._stepper is None:
+            self._stepper = self.decoder.stepper(self.cache)
+        logits = self._stepper(ids, positions=entered)
         self.saw(self.decoder.states)
         return logits
 
@@ -229,26 +219,25 @@ class MCSession:
             self.wish = None if due else self._wish()
             return logits
         if due:
-            self._tell(self.rows, watch)
-        return self.spliced.newest(self.num_tokens)[0]
+            self._tell(1, watch)
+        return self.spliced.newest(self.num_tokens)
 
     @torch.inference_mode()
     def saw(self, states):
-        """Take up what the tokens of a step want, from their states [B, D]; called after the step."""
+        """Take up what the token of a step wants, from its state [1, D]; called after the step."""
         blocks = self.tree.store.count(1)
         if self._context.coarsest > 0 and not self._since % (1 + blocks // BLOCKS_PER_TOKEN):
-            self._listen(states.unsqueeze(1).unbind())
+            self._listen(states)
             self.wish = self._wish()
 
     def _listen(self, states):
-        """Take up what the newest tokens of each row want, from their states [P, D]."""
-        embeds = self.tree.newest(NEWEST + max(map(len, states)) - 1, len(states))
-        newest = torch.arange(embeds.size(1), device=self.device)
-        rows = zip(states, embeds, strict=True)
-        self.demand.listen([self.reader.asking(h, x, newest[len(x) - len(h) :]) for h, x in rows], self.num_tokens)
+        """Take up what the newest tokens want, from their states [P, D]."""
+        embeds = self.tree.newest(NEWEST + len(states) - 1)[0]
+        at = torch.arange(len(embeds) - len(states), len(embeds), device=self.device)
+        self.demand.listen(self.reader.asking(states, embeds, at), self.num_tokens)
 
     def _wish(self):
-        """How much each row wants the hidden block that it wants most, z [B] on the device; None if there is none."""
+        """How much the hidden block that is wanted most is wanted, z [1] on the device; None if there is none."""
         if self._context.coarsest <= 0:
             return None
         if self._closed is None or self._closed[0] != self.demand.first:
@@ -258,17 +247,17 @@ class MCSession:
     @torch.inference_mode()
     def follow(self, wish):
         """
-        Move focus if a hidden block is wanted enough, and read the newest tokens again: logits [B, V] in place of the
-        step's. Else None. wish: the values of `wish`, a list, since whoever waits for them may wait for more at once.
+        Move focus if a hidden block is wanted enough, and read the newest tokens again: logits [1, V] in place of the
+        step's. Else None. wish: the value of `wish`, a float, since whoever waits for it may wait for more at once.
         """
         self.wish = None
-        if not any(map(operator.gt, wish, self._bar)):
+        if wish <= self._bar:
             return None
         watch = Stopwatch(self.device)
         before = self._context_now()
         context = self._refocused(before)
         if context is before:
-            self._bar = [z + MARGIN for z in wish]
+            self._bar = wish + MARGIN
             self._tell(0, watch)
             return None
         self._adopt(context, READ_AGAIN)
@@ -278,31 +267,19 @@ class MCSession:
     # Back and forth
 
     def snapshot(self) -> Snapshot:
-        """This moment, to `restore` later; void once the session has forgotten tokens that it had by then."""
-        self._check_open()
-        context = self._context_now() if self.num_tokens else None
-        heard = self.demand.snapshot(), self._bar
-        return Snapshot(self, len(self._cuts), context, self._since, self.focus.snapshot(), heard)
+        """This moment, to `restore` later, as long as the session still has its tokens."""
+        return Snapshot(self._context_now(), self._since, self.focus.snapshot(), self.demand.snapshot(), self._bar)
 
     def restore(self, snapshot: Snapshot):
         """
         As if nothing had happened since the snapshot. Of the cache, what still holds is kept; the next call reads
-        the rest. Raises ValueError for another session's snapshot, or one whose tokens are no longer there.
+        the rest.
         """
-        self._check_open()
-        num_tokens = snapshot.context.num_tokens if snapshot.context else 0
-        if snapshot.session is not self:
-            raise ValueError("expected a snapshot of this session, got one of another")
-        if any(cut < num_tokens for cut in self._cuts[snapshot.cuts :]):
-            raise ValueError(f"the session has forgotten some of the {num_tokens} tokens of this snapshot")
-        self._keep(num_tokens)
-        if not num_tokens:
-            return
+        self._keep(snapshot.context.num_tokens)
         self._adopt(snapshot.context)
-        self._since = snapshot.since
+        self._since, self._bar = snapshot.since, snapshot.bar
         self.focus.restore(snapshot.focus)
-        demand, self._bar = snapshot.heard
-        self.demand.restore(demand)
+        self.demand.restore(snapshot.demand)
 
     def note(self, tokens):
         """Append the rest of `tokens`, if they begin with all that the session holds; the next call reads it."""
@@ -313,7 +290,7 @@ class MCSession:
                 self._up_to_date = False
 
     def state(self) -> dict:
-        """Where the session looks, ready for JSON: with the store, all that another needs to go on (of one row)."""
+        """Where the session looks, ready for JSON: with the store, all that another needs to go on."""
         return {"since": self._since, **self.focus.state(self._context_now())}
 
     def _resume(self, state):
@@ -327,70 +304,48 @@ class MCSession:
 
     def close(self):
         """Free the memory. Any further use is an error."""
-        if not self.closed:
+        if self.tree is not None:
             self.tree.store.close()
-        self.closed = True
-        self.tree = self.focus = self.spliced = self.decoder = self._stepper = None
-        self._context = self.demand = None
-
-    def _check_open(self):
-        if self.closed:
-            raise ValueError("this session was closed")
+        self.tree = self.focus = self.spliced = self.decoder = self._stepper = self._context = self.demand = None
 
     def _check_begun(self):
-        self._check_open()
         if self._context is None:
-            raise ValueError("expected a session that has read something: call prefill first")
+            raise ValueError("expected an open session that has read something: call prefill first")
 
     def _common_prefix(self, ids) -> int:
         """
         How many tokens of past and prompt [1, N] this session holds already; the last one of the prompt never counts.
         """
         n = min(self.num_tokens - self.past, ids.size(1) - 1)
-        if self.rows > 1 or n < 1:
+        if n < 1:
             return self.past
         held = self.tree.store.get(0, self.past + torch.arange(n, device=self.device)[None])
         differs = (held != ids[:, :n])[0].nonzero()
         return self.past + (int(differs[0]) if len(differs) else n)
 
-    def _begin_anew(self):
-        if self.num_tokens:
-            self._forget(0)
+    def _keep(self, num_tokens):
+        """Forget all tokens but the first num_tokens, and the entries of the cache that know of others."""
+        if num_tokens:
+            self._adopt(self._context_now().truncate(num_tokens))
+            self.tree.truncate(num_tokens)
+            self.demand.truncate(num_tokens // self.config.block_size)
+        elif self.num_tokens:
             self.tree.truncate(0)
             if self._store is None:
                 self.tree.store.close()
             self._reset()
-
-    def _forget(self, num_tokens):
-        if num_tokens < self.num_tokens:
-            self._cuts.append(num_tokens)
-
-    def _keep(self, num_tokens):
-        """Forget all tokens but the first num_tokens."""
-        if num_tokens:
-            self._cut(num_tokens)
-        else:
-            self._begin_anew()
-
-    def _cut(self, num_tokens):
-        """Forget all tokens but the first num_tokens >= 1, and the entries of the cache that know of others."""
-        self._forget(num_tokens)
-        before = self._context_now()
-        self._adopt(before.truncate(num_tokens))
-        self.tree.truncate(num_tokens)
-        self.demand.truncate(num_tokens // self.config.block_size)
 
     # -----------------------------------------------------------------------------------------------------
     # Tree, working context, cache
 
     @property
     def num_tokens(self) -> int:
-        """N, of each row."""
+        """N, with the past."""
         return self.tree.num_tokens
 
     @property
     def cache(self):
-        """KVCache, or RowCaches for several rows."""
+        """A KVCache of one row."""
         return self.spliced.cache
 
     def _context_now(self):
@@ -404,38 +359,23 @@ class MCSession:
         """
         before = self._context and self._context_now()
         self._context, self._closed = context, None
-        self._bar = [self._least] * context.num_rows
+        self._bar = self._least
         self._up_to_date = self.spliced.splice(context, before, again, fresh or self.config.mc_infer_exact)
 
     def _closed_blocks(self, first):
-        """0 for each block from number `first` on that is hidden in a node, −inf for others, [B, m]."""
+        """0 for each block from number `first` on that is hidden in a node, −inf for others, [m]."""
         context = self._context
         mask = torch.zeros(context.tiles.shape).masked_fill(context.tiles <= 0, -math.inf)
-        mask = mask.flatten().repeat_interleave(context.blocks_of(first, context.num_blocks).flatten())
-        return mask.view(context.num_rows, -1).to(self.device, non_blocking=True)
-
-    def _become_many(self):
-        """Become self.rows equal rows, which may then differ."""
-        self.tree.repeat(self.rows)
-        self.focus.repeat(self.rows)
-        self._context = self._context.select([0] * self.rows)
-        self._closed, self._bar, self._stepper = None, self._bar * self.rows, None
-        self.demand.repeat(self.rows)
-        self.spliced.repeat(self.rows)
+        mask = mask[0].repeat_interleave(context.blocks_of(first, context.num_blocks)[0])
+        return mask.to(self.device, non_blocking=True)
 
     def _refocused(self, context, again=False, eager=False):
         self._since = 0
-        scores = score(self.demand.wanted(context.num_rows))
+        scores = score(self.demand.wanted())[None]
         return self.focus.refocus(context, scores, self.room, again, self.demand.first, eager)
 
-    def _step(self, ids):
-        if self._stepper is None:
-            self._stepper = self.decoder.stepper(self.cache)
-        now = self.spliced.newest(self.num_tokens)
-        return self._stepper(ids, positions=now if len(now) > 1 else now[0])
-
     def _read(self, watch=None):
-        """Logits [B, V] after all entries that the cache does not hold yet have gone into it: one or more per row."""
+        """Logits [1, V] after all entries that the cache does not hold yet have gone into it: one or more."""
         parts, logits = zip(*self._read_parts(READ_ENTRIES), strict=True)
         if watch is not None:
             self._tell(sum(parts), watch)
@@ -443,28 +383,21 @@ class MCSession:
 
     def _read_parts(self, size):
         """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
-        context, caches = self._context_now(), self.spliced.rows
-        rows, unread, entries = range(context.num_rows), self.spliced.unread(context), context.codes
-        at = pad_sequence(unread, batch_first=True)
-        x, positions = self.tree.materialize(context, at), self.reader.positions(context, at)
-        done, logits, states = [0] * len(rows), [None] * len(rows), [[] for _ in rows]
-        while these := [row for row in rows if done[row] < len(unread[row])]:  # all of them at once
-            spans = [range(done[row], len(unread[row]))[: size // len(rows)] for row in these]
-            index = torch.tensor([(row, i) for row, span in zip(these, spans, strict=True) for i in span])
-            index = index.to(self.device, non_blocking=True).unbind(1)
-            parts = [entries[row][unread[row][span.start : span.stop]] for row, span in zip(these, spans, strict=True)]
-            seen = list(map(self.spliced.seen, these, parts))
-            counts, of_rows = list(map(len, parts)), [caches[row] for row in these]
-            after = self.decoder.extend_rows(x[index], of_rows, counts, [t[index] for t in positions], seen)
-            news = zip(these, spans, parts, after.split(1), self.decoder.states.split(counts), strict=True)
-            for row, span, part, logits[row], state in news:
-                done[row] = span.stop
-                self.spliced.took(row, part)
-                states[row].append(state[(part >= LEVELS * (context.num_tokens - ASKING)).to(self.device)])
-            self._up_to_date = all(done[row] == len(unread[row]) for row in rows)
+        context, states = self._context_now(), []
+        unread = self.spliced.unread(context)
+        x, positions = self.tree.materialize(context, unread[None]), self.reader.positions(context, unread[None])
+        for start in range(0, len(unread), size):
+            span = slice(start, start + size)
+            part = context.codes[unread[span]]
+            angles = tuple(t[:, span] for t in positions)
+            logits = self.decoder.extend(x[:, span], self.cache, angles, self.spliced.seen(part))
+            self.spliced.took(part)
+            asking = part >= LEVELS * (context.num_tokens - ASKING)
+            states.append(self.decoder.states[asking.to(self.device)])
+            self._up_to_date = start + size >= len(unread)
             if self._up_to_date:
-                self._listen(list(map(torch.cat, states)))
-            yield len(index[0]), torch.cat(logits) if self._up_to_date else None
+                self._listen(torch.cat(states))
+            yield len(part), logits if self._up_to_date else None
 
     # -----------------------------------------------------------------------------------------------------
     # To be looked at
@@ -475,16 +408,102 @@ class MCSession:
         self._check_begun()
         return self._context_now()
 
-    def focus_state(self, row=0) -> dict:
-        """Where a row's focus is now: see focus.focus_state."""
-        return focus_state(self.context, self.focus.records[row], self.budget, row)
+    def focus_state(self) -> dict:
+        """Where the focus is now: see focus_allocator.focus_state."""
+        return focus_state(self.context, self.focus.records[0], self.budget)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the tree and of the KV cache, with what they keep ready."""
-        self._check_open()
         return {"tree": self.tree.store.nbytes, "cache": self.cache.nbytes}
 
     def _tell(self, entries_read, watch):
         watch.stop()
         if self.on_update is not None:
             self.on_update(self, entries_read, watch)
+
+
+class SplicedCache:
+    """
+    The KV cache of a session, and which entries of its working contexts it holds.
+
+    An entry is identified by its code, see WorkingContext.codes. decoder: writes and turns keys. limit: entries, at
+    most. positional, gist_limit: mc_positional and mc_gist_limit.
+    """
+
+    def __init__(self, decoder, limit: int, positional: str, gist_limit: int):
+        self.decoder, self.positional, self.gist_limit = decoder, positional, gist_limit
+        self.cache = KVCache(decoder.config.n_layer, min(limit, 512), limit=limit)
+        self._held, self._held_to = torch.empty(0, dtype=torch.long), 0  # see _note
+        self._end, self._edited_at = 0, 0  # see newest
+        self._damping = 0.0  # of the context's gists
+        self._stale = math.inf  # what stands from this code on was read before an edit
+
+    def newest(self, num_tokens) -> int:
+        """The position of token num_tokens − 1; the tokens since the last edit follow one another."""
+        return self._end + num_tokens - self._edited_at - 1
+
+    def splice(self, context, before=None, again=0, fresh=False) -> bool:
+        """
+        Drop the entries that this context does not have; if there were any, also the newest `again` tokens, which are
+        to be read again. Returns whether the cache then holds all entries of the context. before: the context until
+        now, if there was one. fresh: drop also what was read before an edit further up.
+        """
+        self._note(context)
+        held, here, damped = self._held, context.codes, self._damping
+        self._damping = damping((here % LEVELS > 0).sum(), self.gist_limit).item()
+        kept = torch.isin(held, here)
+        first = LEVELS * (context.num_tokens - (0 if kept.all() else again))  # not to be kept
+        changed = torch.cat((held[~kept], here[~torch.isin(here, held)]))
+        self._stale = min([self._stale, *changed.tolist()]) if self._damping == damped else 0
+        if fresh:
+            first, self._stale = min(first, self._stale), math.inf
+        kept &= held < first
+        if not kept.all():
+            self._held = held[self.cache.keep(kept)]
+        self.move(context, before)
+        self._dampen()
+        return len(self._held) == len(here)
+
+    def move(self, context, before=None):
+        """Note where this context ends, and rotate the keys of entries that stood elsewhere `before`."""
+        _, start, span, _ = as_positions(context.entries, self.positional)
+        self._end, self._edited_at = int(start[0, -1] + span[0, -1]), context.num_tokens
+        if before is None or self.positional != "rank":
+            return
+        then = as_positions(before.entries, self.positional).start[0]
+        now_at, was_at = (torch.searchsorted(codes, self._held) for codes in (context.codes, before.codes))
+        by = start[0, now_at] - then[was_at]
+        moved = by.nonzero()[:, 0]
+        if len(moved):
+            self.decoder.turn(self.cache, moved, by[moved])
+
+    def unread(self, context):
+        """Indices [n] of the context's entries that are not in the cache."""
+        self._note(context)
+        return (~torch.isin(context.codes, self._held)).nonzero()[:, 0]
+
+    def seen(self, part):
+        """What each entry of `part`, codes, sees of those held and of the part, as Decoder.extend takes it."""
+        held = self._held
+        if not self.gist_limit and (not len(held) or held.max() < part.min()):
+            return None
+        codes = torch.cat((held, part))
+        seen = (codes <= part[:, None]).to(self.decoder.device, non_blocking=True)
+        return self._bias(codes).expand(len(part), -1).masked_fill(~seen, -torch.inf) if self.gist_limit else seen
+
+    def took(self, part):
+        """Note that these entries, codes, were read."""
+        self._held = torch.cat((self._held, part))
+        self._dampen()
+
+    def _dampen(self):
+        """Tell the cache what is added to the scores of its keys."""
+        self.cache.bias = self._bias(self._held) if self.gist_limit else None
+
+    def _bias(self, codes):
+        return ((codes % LEVELS > 0) * self._damping).to(self.decoder.device, self.decoder.dtype)
+
+    def _note(self, context):
+        """Let `_held` have the code of the entry at each position of the cache: the tokens since the last call, too."""
+        new = torch.arange(self.cache.pos - len(self._held))
+        self._held, self._held_to = torch.cat((self._held, LEVELS * (self._held_to + new))), context.num_tokens

@@ -53,13 +53,12 @@ class DiskStore:
     A tree.Store of one stream: committed values are in files, later ones in memory.
 
     tokens, gists: Arrays; gists may be None. Values that cannot be written, since the arrays are open for reading only,
-    stay in memory and are lost at the end. The same holds after `repeat`, where rows share what was committed before.
-    device: of the values that `get` returns.
+    stay in memory and are lost at the end. device: of the values that `get` returns.
     """
 
     def __init__(self, tokens: Arrays, gists: Arrays | None, block_size: int, device="cpu"):
         self.tokens, self.gists, self.block_size, self.device = tokens, gists, block_size, torch.device(device)
-        self._keeps, self.end = True, lambda: None  # end: called by `close`
+        self.end = lambda: None  # called by `close`
         self._new = []  # a RamStore per level, of the values after the committed ones
         num_tokens = tokens.rows("tokens")
         self._kept = [num_tokens]  # committed values per level
@@ -106,19 +105,10 @@ class DiskStore:
         new.truncate(0, max(0, count - self._kept[level])) if new.count(0) else None
         self._kept[level] = min(self._kept[level], count)
 
-    def repeat(self, rows):
-        self._keeps = False
-        for new in self._new:
-            new.repeat(rows)
-
     def settle(self):
         spans = zip(self._new[:2], (1, self.block_size), strict=False)
-        if (
-            self._keeps
-            and self.gists
-            and self.gists.write
-            and any(new.count(0) * span >= SPILL_TOKENS for new, span in spans)
-        ):
+        large = any(new.count(0) * span >= SPILL_TOKENS for new, span in spans)
+        if large and self.gists and self.gists.write:
             self.commit()
 
     def commit(self, **facts):

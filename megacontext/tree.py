@@ -100,9 +100,6 @@ class Store(Protocol):
     def truncate(self, level: int, count: int) -> None:
         """Forget all values of the level but the first `count`."""
 
-    def repeat(self, rows: int) -> None:
-        """Make each row into `rows` equal ones."""
-
     def settle(self) -> None:
         """Called after an append: the store may now move values to disk."""
 
@@ -167,10 +164,6 @@ class RamStore:
         """Bytes in use and kept ready."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
-    def repeat(self, rows):
-        with torch.inference_mode(False):
-            self._buffers = [buffer.repeat_interleave(rows, dim=0) for buffer in self._buffers]
-
 
 class MegaContextTree:
     """
@@ -221,10 +214,10 @@ class MegaContextTree:
         values = self.store.get(level, index)
         return self.embed_fn(values) if level == 0 else values
 
-    def newest(self, count, rows=1):
-        """Embeddings [B, n, D] of the newest tokens, `count` or all that there are."""
+    def newest(self, count):
+        """Embeddings [1, n, D] of the newest tokens of the first row, `count` or all that there are."""
         index = torch.arange(max(0, self.num_tokens - count), self.num_tokens, device=self.store.device)
-        return self._get(0, index.expand(rows, -1))
+        return self._get(0, index[None])
 
     @torch.no_grad()
     def materialize(self, context, at=None):
@@ -252,7 +245,3 @@ class MegaContextTree:
         while self.store.count(level):
             self.store.truncate(level, num_tokens // self.block_size**level)
             level += 1
-
-    def repeat(self, rows: int):
-        """Turn each row into `rows` equal ones, which may then go on differently."""
-        self.store.repeat(rows)

@@ -195,11 +195,10 @@ class WorkingContext:
         return Entries(lod, start, self.block_size**lod, valid)
 
     @cached_property
-    def codes(self) -> list[torch.Tensor]:
-        """Of each row, a number for each of its entries, in order: LEVELS · (first token) + level."""
+    def codes(self):
+        """Of a context of one row, a number for each entry, in order, [W]: LEVELS · (first token) + level."""
         lod, start, _, _ = self.entries
-        numbers = LEVELS * start + lod
-        return [row[:length] for row, length in zip(numbers, self.lengths().tolist(), strict=True)]
+        return (LEVELS * start + lod)[0]
 
     @property
     def lod_map(self):

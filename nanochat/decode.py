@@ -102,45 +102,25 @@ class Decoder:
         return self.cos.size(1)
 
     @torch.inference_mode()
-    def extend(self, inputs, cache, positions=None, last=(slice(None), -1)):
+    def extend(self, inputs, cache, positions=None, seen=None, last=(slice(None), -1)):
         """
         Logits [B, V] in float32 after the inputs, which go into the cache; or those after the inputs of index `last`.
 
         inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions: that of the first one, for its
-        rotary angles; None for cache.pos. Given ones may exceed the model's table; without, ValueError.
+        rotary angles, or (cos, sin) or (cos, sin, fade) of all, each [B, T, 1, ...]; None for cache.pos. Given ones may
+        exceed the model's table; without, ValueError. seen: None where each input sees all that is in the cache and the
+        inputs up to itself, else [T, pos + T]: bool, or what is added to the scores.
         """
         T = inputs.size(1)
         positions = self.checked(positions, cache, T)
-        mask = None if cache.bias is None else causal(key_bias([cache], cache.pos + T), T)
+        if seen is None and cache.bias is not None:
+            seen = causal(key_bias([cache], cache.pos + T), T)
 
         def attend(layer, q, k, v):
-            return attend_causally(q, *cache.insert(layer, k, v), mask)
+            return attend_causally(q, *cache.insert(layer, k, v), seen)
 
         logits = self._run(inputs, self._rotary(positions, T), attend, last)
         cache.advance(T)
-        return logits
-
-    @torch.inference_mode()
-    def extend_rows(self, inputs, caches, counts, positions, seen):
-        """
-        Logits [R, V] in float32 after each of R rows has read inputs of its own, in one pass.
-
-        inputs: embeddings [N, D], those of one row after the other: counts[r] >= 1 for KVCache caches[r], N in all.
-        positions: their (cos, sin) or (cos, sin, fade), each [N, 1, ...]. seen: for each row, None where each input
-        sees all that is in the cache and the inputs up to itself, else [counts[r], pos + counts[r]]: bool, or what is
-        added to the scores.
-        """
-
-        def attend(layer, q, k, v):
-            rows = zip(caches, q.split(counts, 2), k.split(counts, 2), v.split(counts, 2), seen, strict=True)
-            return torch.cat([attend_causally(q, *cache.insert(layer, k, v), mask) for cache, q, k, v, mask in rows])
-
-        last = (torch.tensor(counts).cumsum(0) - 1).to(self.device, non_blocking=True)
-        logits = self._run(
-            inputs[None], self._rotary(tuple(t[None] for t in positions), len(inputs)), attend, (0, last)
-        )
-        for cache, n in zip(caches, counts, strict=True):
-            cache.advance(n)
         return logits
 
     def step(self, ids, cache, positions=None):

@@ -7,13 +7,12 @@ rounding: it has a session, a cache, settings of sampling and a tool of its own.
 
 The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
 two methods: `prefill(tokens) -> logits [rows, V]` and `read(ids [rows]) -> logits [rows, V]`, or None when there
-is no room for more. After `read`, `wish` is None or [rows], on the device; its values, once known, are for `follow`,
-which may have better logits. CacheSession is the plain one: all tokens so far, in a KV cache.
+is no room for more. After `read`, `wish` is None or [1], on the device; its value, once known, is for `follow`,
+which may have better logits. CacheSession is the plain one: all tokens so far, in a KV cache. Others have one row.
 """
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
@@ -62,7 +61,8 @@ class Engine:
         """
         Yield (ids, mask) per step: one id per row, and 1 where it was sampled, 0 where a tool's answer forced it.
 
-        tokens: the prompt, a list of ids. session: what the tokens attend to (default: all of them, at full detail).
+        tokens: the prompt, a list of ids. session: what the tokens of one row attend to (default: all of them, at full
+        detail).
         settings: others of Sampling.
         Ends after max_tokens steps, or when every row has ended its turn (a row that is done goes on in its column, to
         be ignored), or when the session has no room for more: by default, after model.max_seq_len tokens and the one
@@ -88,7 +88,7 @@ class Engine:
         while logits is not None:
             ids = sampler(logits)
             sampled, [wish] = wait_for(ids, [session.wish])
-            if wish and (better := session.follow(wish)) is not None:
+            if wish is not None and (better := session.follow(wish)) is not None:
                 logits, ids = better, sampler(better)
                 sampled = ids.tolist()
             column, mask = map(list, zip(*(row.take(id) for row, id in zip(rows, sampled, strict=True)), strict=True))
@@ -105,17 +105,24 @@ class Engine:
         """For prompts that come one by one and share their steps."""
         return Batch(self)
 
-    def generate_batch(self, tokens, num_samples=1, keep_end=False, **kwargs):
+    def generate_batch(self, tokens, num_samples=1, keep_end=False, make_session=None, seed=42, **kwargs):
         """
         All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).
 
-        keep_end: with the token that ended a row's turn, if one did.
+        keep_end: with the token that ended a row's turn, if one did. make_session(): what each row attends to, one row
+        after the other; None for all tokens, at full detail.
         """
+        if make_session:
+            pairs = [
+                self.generate_batch(tokens, 1, keep_end, None, row_seed(seed, row), session=make_session(), **kwargs)
+                for row in range(num_samples)
+            ]
+            return [ids for (ids,), _ in pairs], [mask for _, (mask,) in pairs]
         ends = self.tokenizer.turn_ends
         results = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         done = [False] * num_samples
-        for column, mask in self.generate(tokens, num_samples, **kwargs):
+        for column, mask in self.generate(tokens, num_samples, seed=seed, **kwargs):
             for i, token in enumerate(column):
                 if done[i]:
                     continue
@@ -128,12 +135,12 @@ class Engine:
 
 def wait_for(ids, wishes):
     """
-    The values of ids [B] and of each of the wishes, a tensor or None, as lists: the one time per step that the host
-    waits for the device.
+    The values of ids [B] and of each of the wishes, a tensor [1] or None: the one time per step that the host waits for
+    the device.
     """
     values = torch.cat([ids.float(), *(wish for wish in wishes if wish is not None)]).tolist()  # ids are below 2^24
     rest = iter(values[len(ids) :])
-    return list(map(int, values[: len(ids)])), [None if w is None else list(islice(rest, len(w))) for w in wishes]
+    return list(map(int, values[: len(ids)])), [None if wish is None else next(rest) for wish in wishes]
 
 
 class Row:
@@ -336,7 +343,7 @@ class Batch:
     def _follow(self, stream, wish):
         """Better logits for a stream's next token, or None."""
         try:
-            return stream.session.follow(wish) if wish else None
+            return stream.session.follow(wish) if wish is not None else None
         except Exception as error:  # whatever it is, the others go on
             stream.ended = error
             return None

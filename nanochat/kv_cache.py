@@ -118,19 +118,14 @@ class RowCaches:
         self.rows, self.data = [], None
 
     @torch.inference_mode()
-    def join(self, cache, copies=1, capacity=0):
-        """
-        Take a KVCache of one row in as the last row: itself and, for more copies, others like it. capacity: if it is
-        known how many positions a row will need.
-        """
-        self._make_room(len(self.rows) + copies, max(self.capacity, capacity, cache.pos + ROOM), like=cache.data)
-        for copy in [cache, *(KVCache(cache.n_layer, cache.capacity, cache.limit) for _ in range(copies - 1))]:
-            row = self._row(len(self.rows))
-            row[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
-            row[..., cache.pos :, :] = 0  # what is hidden counts 0 times: it must not be infinite or NaN
-            copy.pos, copy.bias = cache.pos, cache.bias
-            copy.hold(row, self)
-            self.rows.append(copy)
+    def join(self, cache):
+        """Take a KVCache of one row in as the last row."""
+        self._make_room(len(self.rows) + 1, max(self.capacity, cache.pos + ROOM), like=cache.data)
+        row = self._row(len(self.rows))
+        row[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
+        row[..., cache.pos :, :] = 0  # what is hidden counts 0 times: it must not be infinite or NaN
+        cache.hold(row, self)
+        self.rows.append(cache)
 
     @torch.inference_mode()
     def leave(self, row, keep):

@@ -25,7 +25,7 @@ class HarnessLM(TemplateLM):
     A model and its tokenizer as one of the harness. Texts begin with <|bos|>, as in training.
 
     batch_size: rows scored at once. Contexts longer than the model was trained on lose their beginning, unless they are
-    read in sessions: `sessions` has make_session(rows) and logits_of_ends(rows), as SessionScorer in megacontext.
+    read in sessions: `sessions` has make_session() and logits_of_ends(rows), as SessionScorer in megacontext.
     Run it under autocast for a precision other than that of the weights.
     """
 
@@ -124,7 +124,7 @@ class HarnessLM(TemplateLM):
         prompt = self.tok_encode(context)[-room:]
         temperature = kwargs.get("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
         text, said = "", []
-        session = self.sessions.make_session(1) if self.sessions else None
+        session = self.sessions.make_session() if self.sessions else None
         for (token,), _ in self.engine.generate(
             prompt,
             max_tokens=kwargs["max_gen_toks"],

@@ -27,18 +27,17 @@ def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2, make_session
     """
     Continuations of the prompts at temperature 0.7, then a few texts without a prompt at temperature 1.
 
-    make_session(rows): the session for generating `rows` texts; None for the plain context.
+    make_session(): the session for generating a text; None for the plain context.
     """
-    make_session = make_session or (lambda rows: None)
     bos = tokenizer.get_bos_token_id()
     texts = []
     for prompt in prompts():
         prompt_ids = tokenizer.encode(prompt, prepend=bos)
         ids, _ = engine.generate_batch(
-            prompt_ids, max_tokens=max_tokens, temperature=0.7, top_k=50, session=make_session(1)
+            prompt_ids, make_session=make_session, max_tokens=max_tokens, temperature=0.7, top_k=50
         )
         texts.append(tokenizer.decode(ids[0][1:]))
     ids, _ = engine.generate_batch(
-        [bos], unconditioned, max_tokens=2 * max_tokens, temperature=1.0, session=make_session(unconditioned)
+        [bos], unconditioned, make_session=make_session, max_tokens=2 * max_tokens, temperature=1.0
     )
     return texts + [tokenizer.decode(row[1:]) for row in ids]

@@ -72,12 +72,11 @@ def transcript(scores, tokenizer) -> str:
 
 
 def talk(model, tokenizer, make_session=None) -> str:
-    """The model's answers to some common questions. make_session(rows): the session to generate with."""
+    """The model's answers to some common questions. make_session(): the session to generate with."""
     engine, parts = Engine(model, tokenizer), []
     for question in QUESTIONS:
         prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
-        session = make_session(1) if make_session else None
-        rows, _ = engine.generate_batch(prompt, max_tokens=64, temperature=0.0, session=session)
+        rows, _ = engine.generate_batch(prompt, max_tokens=64, temperature=0.0, make_session=make_session)
         parts.append(fenced(f"{question}\n→ {tokenizer.decode(rows[0][len(prompt) :])}"))
     return "\n\n".join(parts)
 

@@ -326,7 +326,7 @@ def ruler_readers(model, tokenizer, networks, mc) -> dict:
         make_session = session_maker(model, networks, config)
 
         def read(ids, new_tokens):
-            session = make_session(1)
+            session = make_session()
             try:
                 return answer(ids, new_tokens, session)
             finally:

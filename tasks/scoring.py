@@ -43,7 +43,7 @@ def evaluate(
     A generative problem counts as solved when one of num_samples answers is right, and not when it does not fit into
     the plain context; a categorical one when the right letter has the largest logit of all its letters. keep: numbers
     of the problems to return as samples.
-    progress(done, of) is called on every rank. make_session(rows): what generated answers attend to; None for the
+    progress(done, of) is called on every rank. make_session(): what a generated answer attends to; None for the
     plain context.
     Raises UserError for a task without problems.
     """
@@ -54,7 +54,6 @@ def evaluate(
         solved = _categorical(task, model, tokenizer, total, batch_size)
     else:
         options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-        make_session = make_session or (lambda rows: None)
         solved = _generative(task, Engine(model, tokenizer), tokenizer, total, num_samples, options, make_session)
     world_size = get_dist_info()[3]
     score = Score(0, total)
@@ -77,11 +76,10 @@ def _generative(task, engine, tokenizer, total, num_samples, options, make_sessi
     for index in _own(total):
         conversation = task[index]
         prompt = tokenizer.render_for_completion(conversation)
-        session = make_session(num_samples)
-        if session is None and len(prompt) > engine.model.max_seq_len:
+        if make_session is None and len(prompt) > engine.model.max_seq_len:
             yield conversation, f"(none: {len(prompt):,} tokens do not fit)", False
             continue
-        rows, _ = engine.generate_batch(prompt, num_samples, seed=index, session=session, **options)
+        rows, _ = engine.generate_batch(prompt, num_samples, seed=index, make_session=make_session, **options)
         answers = [tokenizer.decode(row[len(prompt) :]) for row in rows]
         rights = [bool(task.evaluate(conversation, answer)) for answer in answers]
         best = rights.index(True) if any(rights) else 0

@@ -222,7 +222,7 @@ class Wishful(CacheSession):
         self.wish = torch.tensor([self.steps / 4])
 
     def follow(self, wish):
-        assert wish == [self.steps / 4]
+        assert wish == self.steps / 4
         self.wish, self.steps = None, self.steps + 1
         if self.steps != self.at:
             return None
@@ -380,9 +380,9 @@ def truncate(cache, pos):
 
 
 @settings(max_examples=60, deadline=None)
-@given(edits=EDITS, graph=st.booleans(), copies=st.integers(1, 3))
+@given(edits=EDITS, graph=st.booleans())
 @torch.inference_mode()
-def test_rows_hold_what_they_would_alone(model, edits, graph, copies):
+def test_rows_hold_what_they_would_alone(model, edits, graph):
     """After any history, each row goes on as if it had been read from scratch; what left can be read on, too."""
     decoder, caches = Decoder(model, EXACT, graph), RowCaches()
     step, pick = decoder.stepper(caches), torch.Generator().manual_seed(0)
@@ -400,8 +400,8 @@ def test_rows_hold_what_they_would_alone(model, edits, graph, copies):
         if edit == "join" or row is None:
             cache, text = KVCache(2, 2 + n, limit=80), new(1 + n)
             read(text, cache)
-            caches.join(cache, copies)
-            texts += [list(text) for _ in range(copies)]
+            caches.join(cache)
+            texts.append(text)
         elif edit in ("leave", "keep"):
             cache, text = caches.rows[row], texts[row]
             caches.leave(row, keep=edit == "keep")

@@ -41,13 +41,10 @@ class Wanting:
     def asking(self, states, embeds, at):
         return states
 
-    def listener(self):
-        def wanted(states, keys):
-            z = torch.full((len(keys),), -1.0)
-            z[[token // K for token in self.tokens]] = 3.0
-            return z
-
-        return wanted
+    def wanted(self, asking, keys):
+        z = torch.full((1, keys.size(1)), -1.0)
+        z[0, [token // K for token in self.tokens]] = 3.0
+        return z
 
 
 class Networks:

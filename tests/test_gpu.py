@@ -128,14 +128,14 @@ def test_validation_waits_for_scores_and_its_sums():
         assert got[name] == pytest.approx(expected[name], rel=1e-4)
 
 
-def answers(model, networks, config, rows, device):
+def answers(model, networks, config, device):
     """Logits of a prompt and of each of 40 tokens after it."""
-    session = MCSession(model, networks, config, rows=rows, decoder=Decoder(model, graph=False))
+    session = MCSession(model, networks, config, decoder=Decoder(model, graph=False))
     ids = torch.randint(0, 70, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     yield session.prefill(ids)
     for i in range(40):
-        tokens = torch.full((rows,), i)
-        yield session.step(Pretended(tokens) if device == CUDA else tokens)
+        token = torch.tensor([i])
+        yield session.step(Pretended(token) if device == CUDA else token)
 
 
 @pytest.fixture
@@ -163,17 +163,16 @@ def asked(monkeypatch):
     return noted
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_session_waits_for_what_is_wanted_alone(rows, asked):
-    """Once per token, for what it wants most, and once more per refocus, for the scores, whatever the rows."""
+def test_a_session_waits_for_what_is_wanted_alone(asked):
+    """Once per token, for what it wants most, and once more per refocus, for the scores."""
     options = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 1}
     model, networks, config = objective_of(make_model().eval(), **options)
     networks.eval()
-    expected = list(answers(model, networks, config, rows, "cpu"))
+    expected = list(answers(model, networks, config, "cpu"))
     model, networks = moved(model), moved(networks)
     asked.clear()
     with pretended_gpu() as gpu, torch.inference_mode():
-        calls = answers(model, networks, config, rows, CUDA)
+        calls = answers(model, networks, config, CUDA)
         for i, (logits, values) in enumerate(zip(calls, expected, strict=True)):
             assert len(gpu.waits) == asked.count("most") + asked.count("scores"), (i, gpu.waits, asked)
             assert asked.count("most") <= 1
@@ -187,8 +186,7 @@ WAYS = [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.5, "
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("mc", [False, True])
+@pytest.mark.parametrize(("mc", "rows"), [(False, 1), (False, 3), (True, 1)])
 def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
     """Of the Engine, whatever the sampling: for the ids and what they want; with --mc, two more per refocus."""
     model = make_model(GPTConfig(T, tokenizer.get_vocab_size(), 2, 2, 2, 32)).eval()
@@ -198,7 +196,7 @@ def test_a_token_of_every_row_is_one_wait(tokenizer, mc, rows, settings, asked):
     networks.eval()
 
     def generate():
-        session = MCSession(model, networks, config, rows, Decoder(model, graph=False)) if mc else None
+        session = MCSession(model, networks, config, Decoder(model, graph=False)) if mc else None
         return Engine(model, tokenizer, graph=False).generate(prompt, session=session, **options)
 
     expected = list(generate())

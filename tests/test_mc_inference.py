@@ -71,7 +71,7 @@ def test_a_chat_beyond_the_context(trained, monkeypatch, capsys):
     assert "error" not in out
     assert f"working context of {sessions[0].budget} entries" in out
     assert out.replace("\n", " ").count("swap rate") == 13
-    assert [session.closed for session in sessions] == [True, False]
+    assert [session.tree is None for session in sessions] == [True, False]
     assert sessions[0].longest > 640
     assert sessions[1].longest < 64
 

@@ -134,18 +134,12 @@ def test_keys_equal_the_reference(options):
     assert (keys[0] - keys[1])[:KEY].abs().max() > 0.1
 
 
-def wanted(lens, asks, keys):
-    """Of all rows."""
-    listener = lens.listener()
-    return torch.stack([listener(*row) for row in zip(asks, keys.detach(), strict=True)])
-
-
 def test_z_and_what_is_wanted_equal_the_reference():
     lens, asks = make(), tokens_asking()
     with torch.no_grad():
         lens.state_mean.normal_(std=0.3)
         keys = keys_of(lens)
-        z, heard = lens(asks, keys), wanted(lens, asks, keys)
+        z, heard = lens(asks, keys), lens.wanted(asks, keys)
     assert z.dtype == torch.float32
     assert z.shape == (2, 5, 10)
     for row, n in itertools.product(range(2), range(10)):
@@ -158,7 +152,7 @@ def test_z_and_what_is_wanted_equal_the_reference():
 def test_an_untrained_lens_has_no_wishes_and_any_lens_scores_between_minus_one_and_one():
     for options in OPTIONS:
         lens = LensNet(D, **options)
-        assert not score(wanted(lens, tokens_asking(), keys_of(lens))).any()
+        assert not score(lens.wanted(tokens_asking(), keys_of(lens))).any()
         lens = make(**options)
         scores = score(lens(tokens_asking(), keys_of(lens)).detach())
         assert scores.abs().max() <= 1
@@ -208,27 +202,26 @@ def test_what_is_wanted_fades():
     lens = make()
     keys, state = keys_of(lens, rows=1), tokens_asking(rows=1, tokens=1, seed=1)
     z = lens(state, keys)[:, 0]
-    torch.testing.assert_close(wanted(lens, state.expand(-1, 6, -1), keys), z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens.wanted(state.expand(-1, 6, -1), keys), z, atol=1e-4, rtol=1e-4)
     remembered = False
     for seed in range(20):
         other = tokens_asking(rows=1, tokens=3, seed=seed)
-        later, latest = wanted(lens, torch.cat((state, other), 1), keys), wanted(lens, other, keys)
+        later, latest = lens.wanted(torch.cat((state, other), 1), keys), lens.wanted(other, keys)
         torch.testing.assert_close(later, torch.maximum(z - 3 * FADE, latest), atol=1e-4, rtol=1e-4)
         remembered |= bool((later > latest + 1e-3).any())
     assert remembered
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_a_listener_hears_what_is_wanted(tokens):
+def test_what_is_wanted_fades_with_each_token(tokens):
     """Also within autocast, and of no blocks."""
     lens = make()
     keys, asks = keys_of(lens, rows=1, n=30).detach(), tokens_asking(rows=1, tokens=tokens)
     expected = (lens(asks, keys)[0] - FADE * torch.arange(tokens - 1, -1, -1)[:, None]).amax(0).detach()
-    listener = lens.listener()
     for around in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
-            torch.testing.assert_close(listener(asks[0], keys[0]), expected, atol=1e-3, rtol=1e-4)
-    assert listener(asks[0], keys[0, :0]).shape == (0,)
+            torch.testing.assert_close(lens.wanted(asks, keys)[0], expected, atol=1e-3, rtol=1e-4)
+    assert lens.wanted(asks, keys[:, :0]).shape == (1, 0)
 
 
 def test_gradients():

@@ -389,10 +389,10 @@ def test_greedy_tokens_are_those_of_a_tree_in_memory_before_and_after_restarts(
     assert last.tree.store.tokens.rows("tokens") == last.num_tokens
 
 
-def test_several_rows_and_samples_on_a_scratch_disk(model, networks, tokenizer, base_dir):
+def test_a_session_on_a_scratch_disk(model, networks, tokenizer, base_dir):
     def run(mc_tree):
-        session = MCSession(model, networks, dataclasses.replace(SETTINGS, mc_tree=mc_tree), rows=3)
-        found = list(Engine(model, tokenizer).generate(PROMPTS[2], 3, max_tokens=40, seed=4, session=session))
+        session = MCSession(model, networks, dataclasses.replace(SETTINGS, mc_tree=mc_tree))
+        found = list(Engine(model, tokenizer).generate(PROMPTS[2], max_tokens=40, seed=4, session=session))
         return found, session
 
     found, session = run("disk")

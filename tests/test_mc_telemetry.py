@@ -32,7 +32,7 @@ from tests.helpers import ROOT, Told, free_port, until
 from tests.helpers_server import MODEL, Script
 
 TIMING = {"step": 3, "milliseconds": 40.0}
-SNAPSHOT = {"row": 0, "entries": 40, "budget": 64, "lod_count/0": 32, "lod_count/1": 8}
+SNAPSHOT = {"entries": 40, "budget": 64, "lod_count/0": 32, "lod_count/1": 8}
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_json_lines(tmp_path, opened):
     assert first | {"time": 0} == {
         **{"time": 0, "service": "base_train", "run": "d4", "device": "cpu"},
         **{"event": "working_context_snapshot", "seconds": 0.0},
-        **{"row": 0, "entries": 40, "budget": 64, "lod_count.0": 32, "lod_count.1": 8},
+        **{"entries": 40, "budget": 64, "lod_count.0": 32, "lod_count.1": 8},
     }
     assert second["seconds"] == 0.25
     assert "step" not in second

@@ -204,17 +204,6 @@ def test_going_back_and_on_differently_equals_never_having_been_there(steps, K):
         tree.truncate(ids.size(1) + 1)
 
 
-def test_repeated_rows_go_on_separately():
-    tree, fresh = new_tree(3), new_tree(3)
-    start, ends = random_ids(2, 20), random_ids(4, 15, seed=1)
-    tree.append(start)
-    tree.repeat(2)
-    tree.append(ends)
-    fresh.append(torch.cat((start.repeat_interleave(2, 0), ends), dim=1))
-    for level, other in zip(levels_of(tree, 4), levels_of(fresh, 4), strict=True):
-        torch.testing.assert_close(level, other)
-
-
 def test_store_does_not_touch_what_it_was_given_and_grows_by_doubling():
     store, given_ids = RamStore(), torch.arange(6)[None]
     store.append(0, given_ids)
@@ -260,14 +249,12 @@ def test_trees_work_across_inference_mode_and_keep_no_graph():
         tree.append(ids[:, :9])
         tree.append(ids[:, 9:10])  # now the store has room, made in inference mode
     tree.append(ids[:, 10:14])
-    with torch.inference_mode():
-        tree.repeat(2)
     for token in ids[:, 14:].split(1, dim=1):
-        tree.append(token.repeat(2, 1))
-    assert not any(level.requires_grad for level in levels_of(tree, 2))
+        tree.append(token)
+    assert not any(level.requires_grad for level in levels_of(tree, 1))
     expected = build_table(gist, embedding()(ids), 2)
-    for level, other in zip(levels_of(tree, 2)[1:], levels_of_table(expected)[1:], strict=True):
-        torch.testing.assert_close(level[1:], other)
+    for level, other in zip(levels_of(tree, 1)[1:], levels_of_table(expected)[1:], strict=True):
+        torch.testing.assert_close(level, other)
 
 
 class ListStore:

@@ -168,7 +168,7 @@ def test_eviction_loses_nothing(serve, tokenizer):
     prompt = tokenizer.render_for_completion({"messages": long.messages[:-1]})
     assert long.states[0]["num_tokens"] == len(prompt) > 4 * CONTEXT
     assert long.states[0]["entries"] <= BUDGET
-    assert sum(not session.closed for session in [held.session for held in sessions.held]) == 2
+    assert sum(session.tree is not None for session in [held.session for held in sessions.held]) == 2
 
 
 def test_two_workers(serve):
@@ -225,7 +225,7 @@ def test_a_client_that_leaves(serve):
     chat.say("Are you still there?")
     assert chat.end["done"]
     assert len(server.made) == 1
-    assert not server.made[0].closed
+    assert server.made[0].tree is not None
 
 
 BLANKS = [" " * 1_000_000 + "x", "x" + " " * 1_000_000 + "\n"]
@@ -260,7 +260,7 @@ def test_a_fault_costs_the_session_and_no_more(serve):
     server.made[0].fault = RuntimeError("out of memory")
     replies = ask(server, [*chat.messages, user("And?")], **chat.options)
     assert replies[-1] == {"error": "the model failed on this request"}
-    assert server.made[0].closed
+    assert server.made[0].tree is None
     assert server.sessions[0].held == []
     chat.say("Hello again")
     assert chat.end["done"]
@@ -276,7 +276,7 @@ def test_while_every_session_is_busy(serve):
             list(pool.map(lambda chat, turn=turn: chat.say(chat.fact(turn)), chats))
     assert all(chat.end["done"] for chat in chats)
     assert len(server.sessions[0].held) == 1
-    assert sum(not session.closed for session in server.made) == 1
+    assert sum(session.tree is not None for session in server.made) == 1
 
 
 def test_too_long_even_for_summaries(serve):
@@ -508,4 +508,4 @@ def test_twenty_at_once(serve):
             assert len(server.sessions[0].held) <= 8
     assert sizes[2] - sizes[1] < 30e6, sizes
     assert server.pool.totals["failed"] == 0
-    assert sum(not session.closed for session in server.made) <= 8
+    assert sum(session.tree is not None for session in server.made) <= 8

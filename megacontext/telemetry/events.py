@@ -18,14 +18,12 @@ EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod
     },
     "working_context_snapshot": {
         "step": "as above",
-        "row": "which of the streams that are answered together",
         "entries": "entries of the working context",
         "budget": "entries it may have",
         "lod_count/{lod}": "entries of a level",
     },
     "focus_allocator": {
         "step": "as above",
-        "row": "as above",
         "refocuses": "refocuses so far",
         "expansions": "entries that the last refocus replaced by finer ones",
         "collapses": "groups of entries that it replaced by a coarser one",
@@ -139,13 +137,11 @@ def tell_session(telemetry, session, entries_read, watch):
     """The events of one prefill or refocus of an MCSession: an `on_update` of it, with the telemetry bound."""
     context, memory = session.context, session.memory()
     telemetry.event("mc_tree_snapshot", {"num_tokens": context.num_tokens, "bytes": memory["tree"]})
-    lengths = context.lengths().tolist()
-    for row, (record, entries) in enumerate(zip(session.focus.records, lengths, strict=True)):
-        counts = {f"lod_count/{lod}": count for lod, count in lod_counts(context, row).items()}
-        size = {"row": row, "entries": entries, "budget": session.budget}
-        telemetry.event("working_context_snapshot", {**size, **counts})
-        telemetry.event("focus_allocator", {"row": row, **record.summary()})
-    read = {"entries_read": entries_read, "entries_kept": sum(lengths) - entries_read}
+    counts = {f"lod_count/{lod}": count for lod, count in lod_counts(context).items()}
+    entries = int(context.lengths())
+    telemetry.event("working_context_snapshot", {"entries": entries, "budget": session.budget, **counts})
+    telemetry.event("focus_allocator", session.focus.records[0].summary())
+    read = {"entries_read": entries_read, "entries_kept": entries - entries_read}
     update = {**read, "cache_bytes": memory["cache"], "milliseconds": float(watch)}
     telemetry.event("inference_update", update)
 
