@@ -50,58 +50,7 @@ from nanochat.ranges import Count, CountOr0, Range
 from nanochat.report import format_value, get_report
 from nanochat.tokenizer import count_token_bytes
 
-COLUMNS = {  # of the tables: key → head
-    "tokens": "tokens",
-    "first_token_s": "first token, s",
-    "next_turn_ms": "next turn, ms",
-    "token_ms": "ms per token",
-    "tree_mb": "tree, MiB",
-    "cache_mb": "cache, MiB",
-    "swap_rate": "swap rate",
-    "residency": "residency",
-    "gist": "gist",
-    "natural": "text",
-    "noise": "random tokens",
-    "task": "task",
-    "samples": "samples",
-    "past": "past",
-    "dropped": "dropped",
-    "gain": "gain",
-    "standard_error": "± standard error",
-    "told": "gain over another text's",
-    "told_standard_error": "± its standard error",
-    "ratio": "ratio",
-    "level": "LOD",
-    "nearest": "from",
-    "farthest": "to",
-    "entries": "entries",
-    "full": "full",
-    "gists": "gists",
-    "focus": "focus",
-    "mean": "means",
-    "shuffled": "shuffled",
-    "truncated": "window",
-    "sinks": "sinks + window",
-    "none": "none",
-    "random": "random",
-    "recency": "recency",
-    "bm25": "BM25",
-    "lens": "LensNet",
-    "oracle": "oracle",
-    "gap_closed": "gap closed",
-    "regret": "regret, nats",
-    "gists_recovered": "gists recover",
-    "focus_recovered": "focus recovers",
-    "mean_recovered": "means recover",
-    "shuffled_recovered": "shuffled recover",
-    "truncated_kept": "window keeps",
-    "sinks_kept": "sinks + window keep",
-    "bm25_kept": "BM25 keeps",
-    "gists_kept": "gists keep",
-    "focus_kept": "focus keeps",
-    "mean_kept": "means keep",
-    "shuffled_kept": "shuffled keep",
-}
+LEFT_OUT = {"sequences", "budget", "none_recovered", "sinks_recovered", "bm25_recovered"}  # of the tables
 WORTH_KEEPING = 0.1  # nats per token: of what is less, nothing is said
 
 
@@ -152,8 +101,14 @@ def numbers(option, text, least=2) -> list[int]:
 
 def table(title, rows) -> str:
     """Markdown; losses in nats per token, shares in percent with their standard error."""
-    keys = [key for key in COLUMNS if key in rows[0]]
-    lines = [f"### {title}\n", "| " + " | ".join(COLUMNS[key] for key in keys) + " |", "|" + " ---: |" * len(keys)]
+
+    def is_shown(key):  # errors stand beside what they are of
+        is_error = key.endswith("_error") and key.removesuffix("_error") in rows[0]
+        return key not in LEFT_OUT and not key.endswith("_nll") and not is_error
+
+    keys = [key for key in rows[0] if is_shown(key)]
+    heads = [key.replace("_", " ") for key in keys]
+    lines = [f"### {title}\n", "| " + " | ".join(heads) + " |", "|" + " ---: |" * len(keys)]
     for row in rows:
         cells = [
             f"{100 * row[key]:.1f} ± {100 * row[f'{key}_error']:.1f}%"

@@ -256,7 +256,7 @@ def test_script(mc_trained, capsys):
     assert figures["stream"][0]["tree_mb"] < figures["stream"][1]["tree_mb"]
     assert figures["stream"][0]["cache_mb"] == figures["stream"][1]["cache_mb"]
     assert all(row["first_token_s"] > 0 and row["token_ms"] > 0 for row in figures["stream"])
-    assert "gists recover" in out
+    assert "| gists recovered |" in out
     section = (mc_trained / "report" / "megacontext-evaluation-base.md").read_text()
     verdict = mc_eval.what_gists_keep(figures["by_ratio"])
     assert f"\n{verdict}\n" in section

@@ -236,10 +236,11 @@ def _figures(losses, worst, suffix="recovered") -> dict:
     """Mean losses, and for each context the share, with its error, of what full gains over `worst` that it has."""
     losses = {name: torch.cat(values).double().cpu().numpy() for name, values in losses.items()}
     figures = {"sequences": len(losses["full"]), **{name: float(values.mean()) for name, values in losses.items()}}
-    for name in losses.keys() - {"full", worst}:
-        key = f"{name}_{suffix}"
-        figures[key], figures[f"{key}_error"] = recovered(losses[name], losses["full"], losses[worst])
-    return dict(sorted(figures.items()))
+    for name in losses:
+        if name not in ("full", worst):
+            key = f"{name}_{suffix}"
+            figures[key], figures[f"{key}_error"] = recovered(losses[name], losses["full"], losses[worst])
+    return figures
 
 
 def recovered(losses, full, worst) -> tuple[float | None, float | None]:
