@@ -15,7 +15,7 @@ import torch
 from megacontext.config import MCConfig
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
-from megacontext.telemetry.endpoint import Telemetry
+from megacontext.telemetry.events import Telemetry
 from nanochat import checkpoint_manager as cm
 from nanochat.common import atomic_write
 from nanochat.configurator import parse

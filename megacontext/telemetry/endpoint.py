@@ -12,51 +12,13 @@ counts, times and names: the tables of events.py are all that is told.
 """
 
 import atexit
-import math
 import os
-import re
 import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from megacontext.telemetry.events import EVENTS, as_exported, events_of_step
+from megacontext.telemetry.events import Telemetry
 from nanochat.common import JSONLines, UserError, get_dist_info
-
-
-class Telemetry:
-    """The base class, which drops everything: what a run without an endpoint has."""
-
-    listens = False  # whether events are kept or sent, so that making them is worth the time
-
-    def event(self, name: str, attributes: dict, seconds: float | None = None):
-        """
-        Something of EVENTS that ended just now. Returns at once.
-
-        attributes: str, bool, int, float, or a list of one of these. seconds: what it took, else its "milliseconds".
-        Raises KeyError for what is not in the table: that is our mistake, and shows in any test.
-        """
-        known = EVENTS[name]
-        for key in attributes:
-            if re.sub(r"/\d+$", "/{lod}", key) not in known:
-                raise KeyError(f"{name} has no attribute {key!r}")
-        seconds = attributes.get("milliseconds", 0.0) / 1000 if seconds is None else seconds
-        self._event(name, as_exported(attributes), seconds)
-
-    def metrics(self, record: dict):
-        """A record of the log, and the events it tells of; what is no finite number is left out. Returns at once."""
-        finite = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
-        self._metrics(finite)
-        for name, attributes in events_of_step(finite).items():
-            self.event(name, attributes)
-
-    def close(self):
-        """Send what is still there, for a few seconds at most. May be called again."""
-
-    def _event(self, name, attributes, seconds):
-        pass
-
-    def _metrics(self, record):
-        pass
 
 
 class TelemetryFile(Telemetry):

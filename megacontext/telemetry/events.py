@@ -1,6 +1,6 @@
 """
-Tables of everything that is exported, spans and metrics; and the functions that turn an update of a session, or a
-record of the training log, into spans.
+Tables of everything that is exported, spans and metrics; what takes it; and the functions that turn an update of a
+session, or a record of the training log, into spans.
 
 Documentation, dashboards and tests read these tables.
 """
@@ -127,6 +127,42 @@ def as_exported(attributes: dict) -> dict:
         k: v for k, v in attributes.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))
     }
     return {name.replace("/", "."): value for name, value in kept.items()}
+
+
+class Telemetry:
+    """Where events and records of the log go. The base class drops them: what a run without an endpoint has."""
+
+    listens = False  # whether events are kept or sent, so that making them is worth the time
+
+    def event(self, name: str, attributes: dict, seconds: float | None = None):
+        """
+        Something of EVENTS that ended just now. Returns at once.
+
+        attributes: str, bool, int, float, or a list of one of these. seconds: what it took, else its "milliseconds".
+        Raises KeyError for what is not in the table: that is our mistake, and shows in any test.
+        """
+        known = EVENTS[name]
+        for key in attributes:
+            if re.sub(r"/\d+$", "/{lod}", key) not in known:
+                raise KeyError(f"{name} has no attribute {key!r}")
+        seconds = attributes.get("milliseconds", 0.0) / 1000 if seconds is None else seconds
+        self._event(name, as_exported(attributes), seconds)
+
+    def metrics(self, record: dict):
+        """A record of the log, and the events it tells of; what is no finite number is left out. Returns at once."""
+        finite = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
+        self._metrics(finite)
+        for name, attributes in events_of_step(finite).items():
+            self.event(name, attributes)
+
+    def close(self):
+        """Send what is still there, for a few seconds at most. May be called again."""
+
+    def _event(self, name, attributes, seconds):
+        pass
+
+    def _metrics(self, record):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------

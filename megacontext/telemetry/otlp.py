@@ -21,8 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Status, StatusCode
 
-from megacontext.telemetry.endpoint import Telemetry
-from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, METRICS, metric_of
+from megacontext.telemetry.events import EVENT_GAUGES, EVENT_HISTOGRAMS, METRICS, Telemetry, metric_of
 
 SEND_SECONDS = 2  # one batch, all tries together
 CLOSE_SECONDS = 2  # what is left, at the end
