@@ -87,7 +87,7 @@ def test_a_training_with_mc(validated_first):
         assert graphs() == {"gpt": 3 + validated_first, "cross_entropy": 2, "gistnet": 5 - validated_first}
         validate()
         with generating(config, SimpleNamespace(model=model, companion=networks)) as make_session:
-            session = make_session(1)  # whose shapes all differ: nothing is compiled for them
+            session = make_session()  # whose shapes all differ: nothing is compiled for them
             session.prefill(list(range(1, 60)))
             for i in range(40):
                 session.step(torch.tensor([i]))
