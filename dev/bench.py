@@ -231,16 +231,16 @@ def bench_decode(config):
     show(f"decode: depth {config.depth}, vocabulary {config.vocab_size:,}, {sizes}, {device}", rows)
 
 
-class RestlessListener:
-    """A listener's work, and when it is armed, wishes for a few blocks at random, all that a refocus may open."""
+class Restless:
+    """The work of `LensNet.wanted`, and when it is armed, wishes for a few blocks at random, all that may be opened."""
 
-    def __init__(self, listener, wishes):
-        self.listener, self.wishes, self.armed = listener, wishes, False
+    def __init__(self, wanted, wishes):
+        self.wanted, self.wishes, self.armed = wanted, wishes, False
 
-    def __call__(self, states, keys):
-        wanted = self.listener(states, keys).fill_(-30)
+    def __call__(self, asking, keys):
+        wanted = self.wanted(asking, keys).fill_(-30)
         if self.armed:
-            wanted[torch.randint(len(keys), (self.wishes,))] = 4
+            wanted[:, torch.randint(keys.size(1), (self.wishes,))] = 4
             self.armed = False
         return wanted
 
@@ -253,8 +253,8 @@ def bench_mc_infer(config):
     model = random_model(GPTConfig.from_depth(config.depth, W, config.vocab_size), device)
     mc = config.megacontext.resolve(W)
     networks = MCNetworks(model.config.n_embd, model.config.n_layer, mc).to(device).eval()
-    lens = RestlessListener(networks.lensnet.listener(), mc.mc_infer_allocator_max_replacements)
-    networks.lensnet.listener = lambda: lens
+    lens = Restless(networks.lensnet.wanted, mc.mc_infer_allocator_max_replacements)
+    networks.lensnet.wanted = lens
     decoder = Decoder(model, dtype, GRAPHS[config.compile])
     interval, rounds = mc.mc_infer_refocus_interval, -(-config.new_tokens // mc.mc_infer_refocus_interval)
     rows = []

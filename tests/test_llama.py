@@ -167,10 +167,9 @@ def test_greedy_answers_are_those_of_transformers(pair):
     assert [row[len(prompt) :] for row in rows] == [expected] * 3
     for graph in (False, True):
         reader = reader_of(ours, allocator_soft_max=200)
-        options = reader.networks, reader.config, 2, Decoder(ours, graph=graph)
-        session = MCSession(ours, *options)
-        rows, _ = engine.generate_batch(prompt, 2, max_tokens=20, temperature=0.0, session=session)
-        assert [row[len(prompt) :] for row in rows] == [expected] * 2
+        session = MCSession(ours, reader.networks, reader.config, Decoder(ours, graph=graph))
+        rows, _ = engine.generate_batch(prompt, max_tokens=20, temperature=0.0, session=session)
+        assert [row[len(prompt) :] for row in rows] == [expected]
         assert session.focus_state()["lod"] == [[0, -(-36 // K)]]
 
 

@@ -17,6 +17,7 @@ DEFAULTS = {
     "gistnet_head": "mlp",
     "gistnet_start": "mean",
     "gistnet_deep": 0,
+    "mc_gist_limit": 0,
     "lensnet_type": "transformer",
     "lensnet_layers": 2,
     "lensnet_head": "mlp",

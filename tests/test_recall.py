@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset, recall, samples
+from nanochat import dataset, ranges, recall, samples
 from nanochat.common import UserError
 from nanochat.dataset import Config, get_data_dir, iter_documents, list_row_groups, main
 from nanochat.recall import COLUMNS, FACTS, KEY_FILE, LEXICON, VERBS, Sizes, recall_document, recall_documents
@@ -224,6 +224,11 @@ def test_made_once(base_dir, capsys):
         assert (get_data_dir() / lost).read_bytes() == content
 
 
+def from_command_line(config):
+    ranges.check(config)
+    main(config)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -234,7 +239,7 @@ def test_made_once(base_dir, capsys):
 )
 def test_options_that_cannot_be(base_dir, options, message):
     with pytest.raises(UserError, match=message):
-        main(Config(source="recall", **SMALL | options))
+        from_command_line(Config(source="recall", **SMALL | options))
     assert not list(get_data_dir().glob("*.parquet"))
 
 
