@@ -46,7 +46,7 @@ class Config:
     vocab_size: Count = 8192
     """tokens"""
     repeat: Count = 3
-    """decode: repetitions, of which the fastest counts"""
+    """decode: repetitions; the time shown is that of the fastest"""
     device_batch_size: Count = 8
     """train: B"""
     max_seq_len: Count = 512

@@ -35,8 +35,8 @@ class MCConfig:
     """layers of the model, spread over it behind the first, for which gists have a vector each, at most; mc_train takes
     3"""
     mc_gist_limit: CountOr0 = 0
-    """gists together draw no more attention than so many would, for a model that did not learn with as many as a
-    working context has; 0 for no limit; mc_train takes 32"""
+    """limit of the attention that all gists of a working context draw together: that of so many gists; for models that
+    did not learn with as many as there are; 0 for no limit; mc_train takes 32"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""

@@ -40,7 +40,7 @@ class MCInference:
     mc_infer_refocus_interval: Count = -1
     """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
     mc_gist_limit: CountOr0 = -1
-    """gists together draw no more attention than so many would; 0 for no limit"""
+    """limit of the attention that all gists draw together: that of so many gists; 0 for no limit"""
     mc_tree: Literal["", "ram", "disk"] = ""
     """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
     mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""
