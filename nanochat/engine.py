@@ -12,6 +12,7 @@ which may have better logits. CacheSession is the plain one: all tokens so far, 
 """
 
 from collections import deque
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -109,15 +110,17 @@ class Engine:
         """
         All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).
 
-        keep_end: with the token that ended a row's turn, if one did. make_session(): what each row attends to, one row
-        after the other; None for all tokens, at full detail.
+        keep_end: with the token that ended a row's turn, if one did. make_session(): what each row attends to, made and
+        closed one row after the other; None for all tokens, at full detail.
         """
         if make_session:
-            pairs = [
-                self.generate_batch(tokens, 1, keep_end, None, row_seed(seed, row), session=make_session(), **kwargs)
-                for row in range(num_samples)
-            ]
-            return [ids for (ids,), _ in pairs], [mask for _, (mask,) in pairs]
+            rows = [], []
+            for row in range(num_samples):
+                with closing(make_session()) as session:
+                    one = self.generate_batch(tokens, 1, keep_end, None, row_seed(seed, row), session=session, **kwargs)
+                for all_of, of_row in zip(rows, one, strict=True):
+                    all_of.extend(of_row)
+            return rows
         ends = self.tokenizer.turn_ends
         results = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]

@@ -17,6 +17,7 @@ $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -50,6 +51,27 @@ from nanochat.ranges import Count, CountOr0, Range
 from nanochat.report import format_value, get_report
 from nanochat.tokenizer import count_token_bytes
 
+HEADS = {  # of the tables, where a figure's name does not say it
+    "first_token_s": "first token, s",
+    "next_turn_ms": "next turn, ms",
+    "token_ms": "ms per token",
+    "tree_mb": "tree, MiB",
+    "cache_mb": "cache, MiB",
+    "natural": "text",
+    "noise": "random tokens",
+    "standard_error": "± standard error",
+    "told": "gain over another text's",
+    "told_standard_error": "± its standard error",
+    "level": "LOD",
+    "nearest": "from",
+    "farthest": "to",
+    "mean": "means",
+    "truncated": "window",
+    "sinks": "sinks + window",
+    "bm25": "BM25",
+    "lens": "LensNet",
+    "regret": "regret, nats",
+}
 LEFT_OUT = {"sequences", "budget", "none_recovered", "sinks_recovered", "bm25_recovered"}  # of the tables
 WORTH_KEEPING = 0.1  # nats per token: of what is less, nothing is said
 
@@ -99,6 +121,13 @@ def numbers(option, text, least=2) -> list[int]:
     return values
 
 
+def head(key) -> str:
+    for suffix in ("recovered", "kept"):
+        if key.endswith(f"_{suffix}"):
+            return f"{head(key.removesuffix(f'_{suffix}'))} {suffix}"
+    return HEADS.get(key, key.replace("_", " "))
+
+
 def table(title, rows) -> str:
     """Markdown; losses in nats per token, shares in percent with their standard error."""
 
@@ -107,8 +136,7 @@ def table(title, rows) -> str:
         return key not in LEFT_OUT and not key.endswith("_nll") and not is_error
 
     keys = [key for key in rows[0] if is_shown(key)]
-    heads = [key.replace("_", " ") for key in keys]
-    lines = [f"### {title}\n", "| " + " | ".join(heads) + " |", "|" + " ---: |" * len(keys)]
+    lines = [f"### {title}\n", "| " + " | ".join(map(head, keys)) + " |", "|" + " ---: |" * len(keys)]
     for row in rows:
         cells = [
             f"{100 * row[key]:.1f} ± {100 * row[f'{key}_error']:.1f}%"
@@ -270,24 +298,15 @@ def ruler_readers(model, tokenizer, networks, mc) -> dict:
     """Readers of `ruler`: all tokens, while the model has positions for them; sessions without and with focus."""
     engine = Engine(model, tokenizer)
 
-    def answer(ids, new_tokens, session=None):
-        (said,), _ = engine.generate_batch(ids, max_tokens=new_tokens, temperature=0.0, session=session)
+    def answer(ids, new_tokens, make_session=None):
+        (said,), _ = engine.generate_batch(ids, max_tokens=new_tokens, temperature=0.0, make_session=make_session)
         return tokenizer.decode(said[len(ids) :])
 
     def full(ids, new_tokens):
         return answer(ids, new_tokens) if len(ids) + new_tokens <= model.max_seq_len else None
 
     def through(config):
-        make_session = session_maker(model, networks, config)
-
-        def read(ids, new_tokens):
-            session = make_session()
-            try:
-                return answer(ids, new_tokens, session)
-            finally:
-                session.close()
-
-        return read
+        return partial(answer, make_session=session_maker(model, networks, config))
 
     closed = replace(mc, allocator_expand_threshold=1.0)  # nothing is opened
     return {"full": full, "gists": through(closed), "focus": through(mc)}

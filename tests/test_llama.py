@@ -1,6 +1,7 @@
 """Models of transformers in a GPT's place: the same logits, losses and tokens, whoever reads and decodes."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -167,9 +168,13 @@ def test_greedy_answers_are_those_of_transformers(pair):
     assert [row[len(prompt) :] for row in rows] == [expected] * 3
     for graph in (False, True):
         reader = reader_of(ours, allocator_soft_max=200)
-        session = MCSession(ours, reader.networks, reader.config, Decoder(ours, graph=graph))
+        options = reader.networks, reader.config, Decoder(ours, graph=graph)
+        session = MCSession(ours, *options)
         rows, _ = engine.generate_batch(prompt, max_tokens=20, temperature=0.0, session=session)
-        assert [row[len(prompt) :] for row in rows] == [expected]
+        rows += engine.generate_batch(
+            prompt, max_tokens=20, temperature=0.0, make_session=partial(MCSession, ours, *options)
+        )[0]
+        assert [row[len(prompt) :] for row in rows] == [expected] * 2
         assert session.focus_state()["lod"] == [[0, -(-36 // K)]]
 
 
