@@ -43,7 +43,9 @@ MARGIN = 0.2  # z above which a token is listened to again after a refocus that 
 class Snapshot(NamedTuple):
     """A moment of one session; its size does not grow with the stream."""
 
-    context: WorkingContext
+    session: "MCSession"
+    cuts: int
+    context: WorkingContext | None
     since: int
     focus: tuple
     demand: tuple
@@ -88,6 +90,7 @@ class MCSession:
         self.decoder = decoder or Decoder(model)
         self.seed = seed
         self.past, self._store = past, store
+        self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
         self._reset()
         if self.num_tokens:
             self._resume(state)
@@ -128,6 +131,7 @@ class MCSession:
         Yields (how many it could have read meanwhile, None) after each part but the last, then the same with the logits
         [1, V]. Closed before all tokens are in the tree, the session holds what the prompt shared with what it held.
         """
+        self._check_open()
         if not tokens:
             raise ValueError("expected at least one token, got none")
         watch, self.wish = Stopwatch(self.device), None
@@ -267,15 +271,26 @@ class MCSession:
     # Back and forth
 
     def snapshot(self) -> Snapshot:
-        """This moment, to `restore` later, as long as the session still has its tokens."""
-        return Snapshot(self._context_now(), self._since, self.focus.snapshot(), self.demand.snapshot(), self._bar)
+        """This moment, to `restore` later; void once the session has forgotten tokens that it had by then."""
+        self._check_open()
+        context = self._context_now() if self.num_tokens else None
+        moment = self._since, self.focus.snapshot(), self.demand.snapshot(), self._bar
+        return Snapshot(self, len(self._cuts), context, *moment)
 
     def restore(self, snapshot: Snapshot):
         """
         As if nothing had happened since the snapshot. Of the cache, what still holds is kept; the next call reads
-        the rest.
+        the rest. Raises ValueError for another session's snapshot, or one whose tokens are no longer there.
         """
-        self._keep(snapshot.context.num_tokens)
+        self._check_open()
+        num_tokens = snapshot.context.num_tokens if snapshot.context else 0
+        if snapshot.session is not self:
+            raise ValueError("expected a snapshot of this session, got one of another")
+        if any(cut < num_tokens for cut in self._cuts[snapshot.cuts :]):
+            raise ValueError(f"the session has forgotten some of the {num_tokens} tokens of this snapshot")
+        self._keep(num_tokens)
+        if not num_tokens:
+            return
         self._adopt(snapshot.context)
         self._since, self._bar = snapshot.since, snapshot.bar
         self.focus.restore(snapshot.focus)
@@ -308,9 +323,14 @@ class MCSession:
             self.tree.store.close()
         self.tree = self.focus = self.spliced = self.decoder = self._stepper = self._context = self.demand = None
 
+    def _check_open(self):
+        if self.tree is None:
+            raise ValueError("this session was closed")
+
     def _check_begun(self):
+        self._check_open()
         if self._context is None:
-            raise ValueError("expected an open session that has read something: call prefill first")
+            raise ValueError("expected a session that has read something: call prefill first")
 
     def _common_prefix(self, ids) -> int:
         """
@@ -325,6 +345,8 @@ class MCSession:
 
     def _keep(self, num_tokens):
         """Forget all tokens but the first num_tokens, and the entries of the cache that know of others."""
+        if num_tokens < self.num_tokens:
+            self._cuts.append(num_tokens)
         if num_tokens:
             self._adopt(self._context_now().truncate(num_tokens))
             self.tree.truncate(num_tokens)
@@ -414,6 +436,7 @@ class MCSession:
 
     def memory(self) -> dict[str, int]:
         """Bytes of the tree and of the KV cache, with what they keep ready."""
+        self._check_open()
         return {"tree": self.tree.store.nbytes, "cache": self.cache.nbytes}
 
     def _tell(self, entries_read, watch):
@@ -484,12 +507,12 @@ class SplicedCache:
 
     def seen(self, part):
         """What each entry of `part`, codes, sees of those held and of the part, as Decoder.extend takes it."""
-        held = self._held
-        if not self.gist_limit and (not len(held) or held.max() < part.min()):
+        codes = torch.cat((self._held, part))
+        bias = self._bias(codes)
+        if bias is None and (not len(self._held) or self._held.max() < part.min()):
             return None
-        codes = torch.cat((held, part))
         seen = (codes <= part[:, None]).to(self.decoder.device, non_blocking=True)
-        return self._bias(codes).expand(len(part), -1).masked_fill(~seen, -torch.inf) if self.gist_limit else seen
+        return seen if bias is None else bias.expand(len(part), -1).masked_fill(~seen, -torch.inf)
 
     def took(self, part):
         """Note that these entries, codes, were read."""
@@ -498,9 +521,12 @@ class SplicedCache:
 
     def _dampen(self):
         """Tell the cache what is added to the scores of its keys."""
-        self.cache.bias = self._bias(self._held) if self.gist_limit else None
+        self.cache.bias = self._bias(self._held)
 
     def _bias(self, codes):
+        """What is added to the scores of entries as keys; None where that is nothing."""
+        if not self._damping:
+            return None
         return ((codes % LEVELS > 0) * self._damping).to(self.decoder.device, self.decoder.dtype)
 
     def _note(self, context):

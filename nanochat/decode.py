@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, cos_sin_at, deepened, split_deep
+from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, causal_mask, cos_sin_at, deepened, split_deep
 from nanochat.kv_cache import RowCaches, key_bias
 
 
@@ -114,7 +114,7 @@ class Decoder:
         T = inputs.size(1)
         positions = self.checked(positions, cache, T)
         if seen is None and cache.bias is not None:
-            seen = causal(key_bias([cache], cache.pos + T), T)
+            seen = causal_mask(key_bias([cache], cache.pos + T), T, self.dtype)
 
         def attend(layer, q, k, v):
             return attend_causally(q, *cache.insert(layer, k, v), seen)
@@ -289,12 +289,6 @@ def positioned(x, cos, sin, fade=None):
     """GPT's `positioned` in half as many operations, with (cos, cos) for its cos and (sin, −sin) for its sin."""
     x = norm(torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin))
     return x if fade is None else x * fade
-
-
-def causal(bias, T):
-    """bias [1, n] of all keys for the T queries at the last positions, [T, n], −inf for keys behind them."""
-    n = bias.size(1)
-    return bias + bias.new_full((T, n), -torch.inf).triu(n - T + 1)
 
 
 def attend_causally(q, k, v, mask=None):

@@ -136,10 +136,13 @@ def attend(q, k, v, asking, mask=None):
     return y, (q.detach().gather(2, asking[:, None, :, None].expand(-1, H, -1, d)), k.detach())
 
 
-def causal_mask(key_bias, dtype):
-    """What is added to attention scores where keys have a bias [B, T]: [B, 1, T, T], −inf for later keys."""
-    T = key_bias.size(1)
-    later = torch.full((T, T), -torch.inf, device=key_bias.device).triu(1)
+def causal_mask(key_bias, T, dtype):
+    """
+    What is added to the attention scores of the T queries at the last positions, where keys have a bias [B, n]:
+    [B, 1, T, n], −inf for later keys.
+    """
+    n = key_bias.size(1)
+    later = torch.full((T, n), -torch.inf, device=key_bias.device).triu(n - T + 1)
     return (key_bias[:, None, None] + later).to(dtype)
 
 
@@ -342,7 +345,7 @@ class GPT(nn.Module):
                 )
             cos_sin = self.cos[:, :length], self.sin[:, :length]
         dtype = autocast_dtype(x.device.type, x.dtype)  # of what the layers make of x
-        mask = None if key_bias is None else causal_mask(key_bias, dtype)
+        mask = None if key_bias is None else causal_mask(key_bias, x.size(1), dtype)
         return tuple(t.to(dtype) for t in cos_sin), mask  # once for all layers
 
     def forward(

@@ -159,7 +159,7 @@ def test_a_key_that_is_damped_weighs_as_a_part_of_one():
     plain, _ = attend(q, k, v, None)
     twice = torch.tensor([0, 1, 1, 2, 3, 4])
     bias = torch.tensor([[0, -1, -1, 0, 0, 0]]) * math.log(2)
-    damped, _ = attend(q[:, :, twice], k[:, :, twice], v[:, :, twice], None, causal_mask(bias, torch.float32))
+    damped, _ = attend(q[:, :, twice], k[:, :, twice], v[:, :, twice], None, causal_mask(bias, 6, torch.float32))
     torch.testing.assert_close(damped[:, [0, 2, 3, 4, 5]], plain)
 
 

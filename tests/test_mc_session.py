@@ -565,18 +565,34 @@ def test_restored_at_once_keeps_the_cache(model):
     assert session.cache.pos == 40
 
 
-def test_what_was_not_begun_or_is_closed_cannot_be_used(model):
-    session = session_of(model)
+def test_snapshots_that_are_void(model):
+    session, other = (session_of(model, CLOCK) for _ in range(2))
+    empty = session.snapshot()
+    session.prefill(ids(50))
+    snapshot = session.snapshot()
+    with pytest.raises(ValueError, match="snapshot of this session"):
+        other.restore(snapshot)
+    session.prefill(ids(50)[:30] + ids(30, seed=1))
+    with pytest.raises(ValueError, match="has forgotten some of the 50 tokens"):
+        session.restore(snapshot)
+    session.restore(empty)
+    assert session.num_tokens == 0
     for use in (session.focus_state, lambda: session.step(torch.tensor([1]))):
         with pytest.raises(ValueError, match="call prefill first"):
             use()
+    torch.testing.assert_close(session.prefill(ids(20)), other.prefill(ids(20)), **CLOSE)
+
+
+def test_closing(model):
+    session = session_of(model)
     session.prefill(ids(50))
     assert min(session.memory().values()) > 0
     session.close()
     assert session.spliced is None
     assert session.tree is None
-    with pytest.raises(ValueError, match="expected an open session"):
-        session.step(torch.tensor([1]))
+    for use in (lambda: session.prefill([1]), lambda: session.step(torch.tensor([1])), session.snapshot):
+        with pytest.raises(ValueError, match="this session was closed"):
+            use()
     session.close()
 
 
