@@ -332,15 +332,20 @@ class StaticStep:
         if not several:
             positions = self.decoder.checked(positions, cache, 1)
         cache.reserve(cache.longest + 1)
-        if self.data is not cache.data:
-            self._record(several)
+        moved = self.data is not cache.data
+        if moved:
+            self._allocate(several)
         self.ids[:n] = ids
         self.slot[:n] = cache.pos
         self.positions[:n] = torch.as_tensor(positions, device=ids.device)
         bias = key_bias(cache.rows[:n] if several else [cache], self.bias.size(1))
-        if self.biased or bias is not None:
-            self.bias[:n] = 0 if bias is None else bias
+        if self.biased:  # also what rows had that have left
+            self.bias.zero_()
+        if bias is not None:
+            self.bias[:n] = bias
         self.biased = bias is not None
+        if moved:
+            self._record()
         if self.graph:
             self.graph.replay()
         else:
@@ -349,7 +354,7 @@ class StaticStep:
         cache.advance(1, rows) if several else cache.advance(1)
         return self.logits[:n].clone()  # the next step writes over it
 
-    def _record(self, several):
+    def _allocate(self, several):
         device, self.data = self.decoder.device, self.cache.data
         if not several:  # masked values count 0 times: they must not be infinite or NaN
             self.data[..., self.cache.longest :, :] = 0
@@ -357,6 +362,10 @@ class StaticStep:
         self.ids, self.positions = torch.zeros(2, B, dtype=torch.long, device=device)
         self.slot = torch.zeros(B if several else 1, dtype=torch.long, device=device)
         self.bias = torch.zeros(B if several else 1, self.data.size(4), dtype=self.decoder.dtype, device=device)
+
+    def _record(self):
+        """The inputs are in their places: the first run is a step like others, and writes where the next one does."""
+        device = self.decoder.device
         if device.type == "cuda":
             side = torch.cuda.Stream(device)  # a first run, unrecorded: libraries set themselves up in it
             side.wait_stream(torch.cuda.current_stream(device))

@@ -149,7 +149,7 @@ def test_steps_are_recorded_once(mc, monkeypatch):
     """What a GPU would record as a graph, for all steps of an answer; with --mc, refocuses included."""
     recorded = []
     record = StaticStep._record
-    monkeypatch.setattr(StaticStep, "_record", lambda self, several: (recorded.append(1), record(self, several)))
+    monkeypatch.setattr(StaticStep, "_record", lambda self: (recorded.append(1), record(self)))
     model = make_model().eval()
     if mc:
         networks, objective, _ = objective_of(model, "off", allocator_soft_max=48, mc_infer_refocus_interval=6)

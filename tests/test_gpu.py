@@ -1,6 +1,7 @@
 """Training, validation and generation on a pretended GPU: no mix of devices, the CPU's values, the host's waits."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nanochat.common import autocast
 from nanochat.decode import Decoder
 from nanochat.engine import Engine
 from nanochat.gpt import Block, GPTConfig
+from nanochat.kv_cache import KVCache, RowCaches
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.sampling import Sampling
 from nanochat.training import PlainObjective, Training
@@ -238,3 +240,30 @@ def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc, asked):
             assert len(gpu.waits) == 1 + asked.count("scores") + min(1, asked.count("again")), (i, gpu.waits, asked)
             assert bool(asked) == mc
             gpu.waits.clear()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_recording_a_graph_leaves_the_cache_as_it_is(several, monkeypatch):
+    """Its first run is for real: it must not write where another token's key is."""
+    model, prompt = make_model().eval(), tokens(B=1)[0][:, :9]
+
+    def steps(model, graph):
+        decoder, rows = Decoder(model, graph=graph), RowCaches()
+        cache = KVCache(model.config.n_layer, 10)
+        decoder.extend(prompt if model.get_device().type == "cpu" else Pretended(prompt), cache)
+        if several:
+            rows.join(cache)
+        step = decoder.stepper(rows if several else cache)
+        replay = SimpleNamespace(replay=lambda: step._step())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
+        for i in range(3):
+            ids, at = torch.tensor([i]), [9 + i] if several else 9 + i
+            yield step(ids if model.get_device().type == "cpu" else Pretended(ids), positions=at)
+
+    expected = list(steps(model, False))
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    model = moved(model)
+    with pretended_gpu(), torch.inference_mode():
+        for logits, values in zip(steps(model, True), expected, strict=True):
+            torch.testing.assert_close(logits.value, values, atol=1e-4, rtol=1e-4)
