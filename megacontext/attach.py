@@ -69,7 +69,7 @@ def generating(config, training):
     """
     Put a model under training, and its networks, into eval mode for as long as something is generated from them.
 
-    Gives make_session() -> MCSession of the networks as they are now; None with the flag off.
+    Gives make_session(seed=…) -> MCSession of the networks as they are now; None with the flag off.
     """
     model, networks = training.model, training.companion
     trained = [model] if networks is None else [model, networks]

@@ -15,7 +15,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -55,7 +55,7 @@ class ChatSessions:
     """
     The sessions of one worker of a WorkerPool.
 
-    make_session(on_update=…) -> MCSession of one row; config: resolved, the same. on_update(session, entries_read,
+    make_session(seed=…, on_update=…) -> MCSession; config: resolved, the same. on_update(session, entries_read,
     watch): told of each session's updates, see MCSession. kept: where sessions with a name are found again after a
     restart, or None. past: Arrays of the tokens that are before all conversations.
     """
@@ -93,6 +93,7 @@ class ChatSessions:
         prompt = array("i", job.prompt)
         with self.lock:
             held = self._find(prompt, job.conversation, idle=True)
+            new = held is None
             if held:
                 self.held.remove(held)
             else:
@@ -102,17 +103,28 @@ class ChatSessions:
                     unused.session.close()
                     self.evicted += 1
                 held = Held(conversation=job.conversation)
-                self._make_session(held)
             held.job, held.prompt, held.answer, held.used = job, prompt, job.ids, time.monotonic()
             self.held.append(held)
+        if new:  # without the lock: of a long conversation gists may be missing
+            try:
+                self._make_session(held)
+            except BaseException:
+                with self.lock:
+                    self.held.remove(held)
+                raise
         return held
 
     def _make_session(self, held):
+        options = {"seed": held.job.sampling.seed, "on_update": partial(self._on_update, held)}
         store = self.kept.open(held.conversation) if self.kept and held.conversation else None
-        record, held.is_kept = self._record(held.conversation) if store else {}, bool(store)
-        options = {"store": store, "state": record.get("session")} if store else {}
-        held.edits.extend(record.get("edits", ()))
-        held.session = self.make_session(on_update=partial(self._on_update, held), **options)
+        with ExitStack() as stack:  # if no session comes of it, others can have the store
+            if store:
+                stack.callback(store.close)
+                record, held.is_kept = self._record(held.conversation), True
+                options |= {"store": store, "state": record.get("session")}
+                held.edits.extend(record.get("edits", ()))
+            held.session = self.make_session(**options)
+            stack.pop_all()
 
     def _find(self, prompt, conversation, idle=False):
         """What is held of a conversation, or of what this prompt goes on with; idle: if it is not answering."""

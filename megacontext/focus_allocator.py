@@ -315,16 +315,23 @@ class Focus:
         record = replace(self.records[0], scored=None, scores=None)
         return {
             "num_tokens": context.num_tokens,
+            "block_size": context.block_size,
             "lod": _runs(context),
             "record": asdict(record) | {"changes": [list(change) for change in record.changes]},
             "draws": self.generator.get_state().tolist() if self.settings.allocator == "stochastic_greedy" else None,
         }
 
     def resume(self, state, context):
-        """Take over a `state`. Returns its context, cut or extended to the given one's length. Raises ValueError."""
+        """
+        Take over a `state`. Returns its context, cut or extended to the given one's length; the given one for a state
+        of blocks of another size, which says nothing of these. Raises ValueError.
+        """
+        K = context.block_size
+        if state.get("block_size", K) != K:
+            return context
         try:
             lods, blocks = torch.tensor(state["lod"]).T
-            N, K = state["num_tokens"], context.block_size
+            N = state["num_tokens"]
             tiles = blocks // K ** (lods - 1).clamp(min=0)
             found = WorkingContext(lods.to(torch.int8).repeat_interleave(tiles)[None], N, K)
             found.check()

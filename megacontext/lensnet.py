@@ -186,7 +186,7 @@ class Demand:
     newest MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a bound,
     however long the stream.
 
-    What was wanted fades with each token. So that fading costs nothing, values are kept as they would be at token 0.
+    What was wanted fades with each token.
     """
 
     def __init__(self, lensnet, store, gist_size):
@@ -195,7 +195,7 @@ class Demand:
         self.clear()
 
     def clear(self):
-        self._values, self._end = None, 0
+        self._values, self._end = None, 0  # as they were when so many tokens were there
 
     def keys(self):
         """Of the blocks from `first` on, [n, C + S], n >= 1, those of new blocks with them."""
@@ -204,15 +204,15 @@ class Demand:
 
     def wanted(self):
         """[n] now, of the blocks from `first` on."""
-        return torch.zeros(0) if self._values is None else self._values - FADE * self._end
+        return torch.zeros(0) if self._values is None else self._values
 
     def listen(self, asking, num_tokens):
         """Add what the newest tokens want, of which num_tokens − 1 is the last, from asking [P, D + S]."""
         if self.store.count(1):
-            now = self.lensnet.wanted(asking[None], self.keys()[None])[0] + FADE * num_tokens
-            if self._values is not None:
-                new = now.new_full((len(now) - len(self._values),), -torch.inf)  # blocks that have not been asked for
-                torch.maximum(now, torch.cat((self._values, new)) if len(new) else self._values, out=now)
+            now = self.lensnet.wanted(asking[None], self.keys()[None])[0]
+            if self._values is not None:  # of all blocks but those that are new
+                known = now[: len(self._values)]
+                torch.maximum(known, self._values - FADE * (num_tokens - self._end), out=known)
             self._values = now
         self._end = num_tokens
 
@@ -236,7 +236,7 @@ class Demand:
         to it.
         """
         n = 0 if self._values is None else min(len(mask), len(self._values))
-        return (self._values[:n] + mask[:n]).amax(0, keepdim=True) - FADE * self._end if n else None
+        return (self._values[:n] + mask[:n]).amax(0, keepdim=True) if n else None
 
     def truncate(self, blocks):
         """Forget the blocks from this number on."""
@@ -250,7 +250,7 @@ class Demand:
             self._values = self._values[:kept]
 
     def snapshot(self):
-        return None if self._values is None else self._values.clone(), self._end, self.first
+        return self._values, self._end, self.first  # which are never written to
 
     def restore(self, snapshot):
         values, self._end, first = snapshot

@@ -104,6 +104,7 @@ class MCSession:
         c = self.config
         self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
+        self._closed = None  # (first block, mask), see _closed_blocks; None until it is asked for
         self._since = 0  # tokens since the last refocus
         self._stepper = None
         self._up_to_date = True  # whether the cache holds all entries
@@ -414,8 +415,8 @@ class MCSession:
             angles = tuple(t[:, span] for t in positions)
             logits = self.decoder.extend(x[:, span], self.cache, angles, self.spliced.seen(part))
             self.spliced.took(part)
-            asking = part >= LEVELS * (context.num_tokens - ASKING)
-            states.append(self.decoder.states[asking.to(self.device)])
+            asking = int((part >= LEVELS * (context.num_tokens - ASKING)).sum())  # at the end of the part
+            states.append(self.decoder.states[len(part) - asking :].clone())
             self._up_to_date = start + size >= len(unread)
             if self._up_to_date:
                 self._listen(torch.cat(states))

@@ -110,14 +110,15 @@ class Engine:
         """
         All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).
 
-        keep_end: with the token that ended a row's turn, if one did. make_session(): what each row attends to, made and
-        closed one row after the other; None for all tokens, at full detail.
+        keep_end: with the token that ended a row's turn, if one did. make_session(seed=…): what each row attends to,
+        made and closed one row after the other; None for all tokens, at full detail.
         """
         if make_session:
             rows = [], []
             for row in range(num_samples):
-                with closing(make_session()) as session:
-                    one = self.generate_batch(tokens, 1, keep_end, None, row_seed(seed, row), session=session, **kwargs)
+                of_its_own = row_seed(seed, row)
+                with closing(make_session(seed=of_its_own)) as session:
+                    one = self.generate_batch(tokens, 1, keep_end, None, of_its_own, session=session, **kwargs)
                 for all_of, of_row in zip(rows, one, strict=True):
                     all_of.extend(of_row)
             return rows
@@ -315,7 +316,10 @@ class Batch:
                 rows = []
         states = self.decoder.states
         for row in rows:
-            self.streams[row].session.saw(states[row : row + 1])
+            try:
+                self.streams[row].session.saw(states[row : row + 1])
+            except Exception as error:  # whatever it is, the others go on
+                self.streams[row].ended = error
         if rows and all(stream.logits is None for stream in self.streams):
             return logits
         parts = [logits[i : i + 1] if stream.logits is None else stream.logits for i, stream in enumerate(self.streams)]

@@ -27,7 +27,7 @@ def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2, make_session
     """
     Continuations of the prompts at temperature 0.7, then a few texts without a prompt at temperature 1.
 
-    make_session(): the session for generating a text; None for the plain context.
+    make_session(seed=…): the session for generating a text; None for the plain context.
     """
     bos = tokenizer.get_bos_token_id()
     texts = []

@@ -135,8 +135,12 @@ def main(config: Config):
             make_session = about_stream(make_session, config.stream, gist_key, device)
     elif config.stream:
         raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
-    session = make_session() if make_session else None  # one per conversation
     messages, answers = [], 0
+
+    def seed():
+        return config.seed + answers if config.seed >= 0 else secrets.randbits(63)
+
+    session = make_session(seed=seed()) if make_session else None  # one per conversation
 
     def answer(text):
         """Add the user's text and the model's answer to the conversation."""
@@ -155,7 +159,7 @@ def main(config: Config):
             max_tokens=min(config.max_tokens, room),
             temperature=config.temperature,
             top_k=config.top_k,
-            seed=config.seed + answers if config.seed >= 0 else secrets.randbits(63),
+            seed=seed(),
             session=session,
         )
         try:
@@ -186,7 +190,7 @@ def main(config: Config):
             messages.clear()
             if session:
                 session.close()
-                session = make_session()
+                session = make_session(seed=seed())
             console.print("A new conversation.", style="dim")
         elif line:
             console.print("\nAssistant: ", end="", style="bold")

@@ -72,7 +72,7 @@ def transcript(scores, tokenizer) -> str:
 
 
 def talk(model, tokenizer, make_session=None) -> str:
-    """The model's answers to some common questions. make_session(): the session to generate with."""
+    """The model's answers to some common questions. make_session(seed=…): the session to generate with."""
     engine, parts = Engine(model, tokenizer), []
     for question in QUESTIONS:
         prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})

@@ -43,8 +43,8 @@ def evaluate(
     A generative problem counts as solved when one of num_samples answers is right, and not when it does not fit into
     the plain context; a categorical one when the right letter has the largest logit of all its letters. keep: numbers
     of the problems to return as samples.
-    progress(done, of) is called on every rank. make_session(): what a generated answer attends to; None for the
-    plain context.
+    progress(done, of) is called on every rank. make_session(seed=…): what a generated answer attends to; None for
+    the plain context.
     Raises UserError for a task without problems.
     """
     total = len(task) if max_problems is None else min(len(task), max_problems)

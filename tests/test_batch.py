@@ -246,6 +246,23 @@ def test_what_a_stream_looks_at_again_is_its_own(engine):
         assert ended is fault if id is fault else ended in ("length", "stop")
 
 
+def test_a_session_that_cannot_take_up_a_step_ends_alone(engine):
+    """As one on a disk that fails: what it looked up comes after the step that it shared."""
+    fault = OSError("on purpose")
+
+    class Deaf(CacheSession):
+        def saw(self, states):
+            if self.cache.pos == 7:
+                raise fault
+
+    deaf, others = Deaf(engine.decoder), [(prompt(6, seed), 15, Sampling(seed=seed)) for seed in (1, 2)]
+    one = prompt(4), 9, Sampling(temperature=0)
+    ids, streams = run(engine.batch(), [(0, others[0]), (0, (*one, deaf)), (1, others[1])])
+    assert ids.pop(1) == alone(engine, *one)[:3]
+    assert ids == [alone(engine, *arguments) for arguments in others]
+    assert [stream.ended for stream in streams if stream.session is deaf] == [fault]
+
+
 def test_a_step_that_fails_ends_those_that_shared_it(engine):
     batch, fault = engine.batch(), MemoryError("on purpose")
     shared = [batch.add(prompt(3, seed), 20, Sampling()) for seed in (1, 2)]
@@ -472,3 +489,26 @@ def test_a_row_leaves_nothing_behind(model):
         decoder.graph = graph
         truncate(second, 2)
         torch.testing.assert_close(decoder.stepper(caches)(torch.tensor([3]), [2]), expected)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@torch.inference_mode()
+def test_a_row_leaves_no_bias_behind(model, graph):
+    """That of a row's keys goes with it, also if the next step has none and the row after that is another's."""
+    decoder, caches = Decoder(model, EXACT, graph), RowCaches()
+    step = decoder.stepper(caches)
+
+    def join(text):
+        cache = KVCache(2, 9)
+        decoder.extend(torch.tensor([text]), cache)
+        caches.join(cache)
+        return cache
+
+    join([1, 2, 3])
+    join([4, 5, 6]).bias = torch.full((3,), -2.0, dtype=EXACT)
+    step(torch.tensor([7, 8]), [3, 3])
+    caches.leave(1, keep=False)
+    step(torch.tensor([9]), [4])
+    join([4, 5, 6])
+    logits = step(torch.tensor([10, 8]), [5, 3])
+    torch.testing.assert_close(logits[1], decoder.extend(torch.tensor([[4, 5, 6, 8]]), KVCache(2, 9))[0])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import threading
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from megacontext.chat_sessions import ChatSessions
 from megacontext.kept_chats import Bounds, KeptChats
 from megacontext.session import MCSession
 from nanochat.common import UserError
+from nanochat.sampling import Sampling
 from tests.helpers_server import CONTEXT, ask, gist_key, said, serving_mc, tiny
 
 
@@ -70,6 +72,36 @@ def test_chats_go_on_after_restarts_as_if_there_had_been_none(serve, tokenizer):
     assert [chat.answers for chat in chats] == [chat.answers for chat in others]
 
 
+def job(prompt, ids=(), seed=0):
+    more = {"sampling": Sampling(seed=seed), "focus": False, "compacted": False}
+    return SimpleNamespace(prompt=prompt, ids=list(ids), conversation=name(1), **more)
+
+
+def test_others_need_not_wait_until_a_session_is_made(tokenizer, tmp_path):
+    """Of a long conversation gists may have to be made first. What fails leaves nothing behind, on the disk neither."""
+    engine, networks, config = tiny(tokenizer)
+    told = []
+
+    def make_session(**options):
+        telling = threading.Thread(target=lambda: told.append(chats.stats()["held"]), daemon=True)
+        telling.start()
+        telling.join(10)
+        if len(told) == 1:
+            raise MemoryError("on purpose")
+        return MCSession(engine.model, networks, config, **options)
+
+    chats = ChatSessions(make_session, config, 8, kept=kept(tmp_path, tokenizer))
+    with pytest.raises(MemoryError), chats.serve(job([65] * 9)):
+        pass
+    assert chats.held == []
+    with chats.serve(job([65] * 9, seed=7)) as session:
+        assert session.seed == 7
+        session.prefill([65] * 9)
+    assert told == [1, 1]
+    assert chats.held[0].is_kept
+    session.close()
+
+
 @pytest.mark.parametrize("known", [0, 300])
 def test_a_message_that_is_given_up_is_not_kept_in_part(tokenizer, tmp_path, known):
     """Neither in memory nor on disk, although a long one has been committed by then; a new conversation is deleted."""
@@ -77,9 +109,6 @@ def test_a_message_that_is_given_up_is_not_kept_in_part(tokenizer, tmp_path, kno
     disk = kept(tmp_path, tokenizer)
     chats = ChatSessions(partial(MCSession, engine.model, networks, config), config, 8, kept=disk)
     text = list(range(65, 97)) * 2000
-
-    def job(prompt, ids=()):
-        return SimpleNamespace(prompt=prompt, ids=list(ids), conversation=name(1), focus=False, compacted=False)
 
     if known:
         with chats.serve(job(text[:known], [7])) as session:

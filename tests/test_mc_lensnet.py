@@ -18,10 +18,12 @@ from megacontext.lensnet import (
     NEWEST_FADE,
     SHARP,
     WIDTH,
+    Demand,
     LensNet,
     word_size,
 )
 from megacontext.reader import score
+from megacontext.tree import RamStore
 from nanochat.muon import Muon
 from tests.helpers import root_mean_square
 
@@ -222,6 +224,27 @@ def test_what_is_wanted_fades_with_each_token(tokens):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
             torch.testing.assert_close(lens.wanted(asks, keys)[0], expected, atol=1e-3, rtol=1e-4)
     assert lens.wanted(asks, keys[:, :0]).shape == (1, 0)
+
+
+def test_what_is_wanted_is_as_exact_far_into_a_stream():
+    """At numbers of tokens beside which z counts little in float32."""
+    lens, store = make(), RamStore()
+    keys = keys_of(lens, rows=1, n=30).detach()
+    store.append(0, torch.zeros(1, 1))
+    store.append(1, keys[:, :20])
+
+    def demand(start):
+        demand, values = Demand(lens, store, gist_size=0), []
+        for i in range(8):
+            demand.listen(tokens_asking(rows=1, tokens=2, seed=i)[0], start + 3 * i)
+            values.append(demand.wanted())
+        return torch.stack(values)
+
+    near, far = demand(100), demand(50_000_000)
+    assert torch.equal(near, far)
+    latest = lens.wanted(tokens_asking(rows=1, tokens=2, seed=7), keys[:, :20])[0]
+    torch.testing.assert_close(near[-1], torch.maximum(near[-2] - 3 * FADE, latest))
+    assert (near[-1] > latest).any()
 
 
 def test_gradients():

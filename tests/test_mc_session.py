@@ -15,8 +15,8 @@ from megacontext.lensnet import KEY
 from megacontext.networks import MCNetworks
 from megacontext.session import READ_AGAIN, MCSession
 from megacontext.telemetry.events import tell_session
-from megacontext.tree import build_table
-from megacontext.working_context import smallest_length
+from megacontext.tree import RamStore, build_table
+from megacontext.working_context import WorkingContext, smallest_length
 from nanochat.common import UserError
 from nanochat.decode import Decoder
 from nanochat.engine import Engine
@@ -93,7 +93,8 @@ def held(session):
 def from_scratch(model, session):
     """Logits after a session's working context: all of it put through the model, which has no cache."""
     context = session._context_now()
-    table = build_table(GISTNET, model.embed(held(session)[None]), K)
+    gistnet = session.reader.networks.gistnet
+    table = build_table(gistnet, model.embed(held(session)[None]), gistnet.block_size)
     cos_sin, bias = session.reader.positions(context), session.reader.key_bias(context.entries)
     return model(inputs_embeds=table.materialize(context), cos_sin=cos_sin, key_bias=bias)[0, -1]
 
@@ -148,13 +149,13 @@ def test_tokens_equal_plain_ones_with_tools(model, tokenizer, temperature):
 def test_several_samples_have_a_session_each_and_equal_plain_ones(model, tokenizer):
     engine, sessions = Engine(model, tokenizer), []
 
-    def make_session():
-        sessions.append(session_of(model, NO_WISHES, allocator_soft_max=200))
+    def make_session(seed):
+        sessions.append(session_of(model, NO_WISHES, seed, allocator_soft_max=200))
         return sessions[-1]
 
     expected = engine.generate_batch(ids(9), 4, max_tokens=90, seed=5)
     assert engine.generate_batch(ids(9), 4, make_session=make_session, max_tokens=90, seed=5) == expected
-    assert len(sessions) == 4
+    assert len(sessions) == len({session.seed for session in sessions}) == 4
 
 
 class Forcing:
@@ -563,6 +564,30 @@ def test_restored_at_once_keeps_the_cache(model):
         session.step(torch.tensor([i]))
     session.restore(snapshot)
     assert session.cache.pos == 40
+
+
+def test_a_session_goes_on_from_a_store_and_a_state(model):
+    """Also without a prompt before the next token, whose wishes are those of a prompt's last."""
+    store, networks = RamStore(torch.float32), StandIns(GISTNET, CLOCK)
+    session = MCSession(model, networks, SETTINGS, store=store)
+    session.prefill(ids(200))
+    resumed = MCSession(model, networks, SETTINGS, store=store, state=session.state())
+    assert torch.equal(resumed.context.tiles, session.context.tiles)
+    assert resumed.step(torch.tensor([5])).isfinite().all()
+    assert_in_budget(resumed)
+
+
+def test_a_state_of_blocks_of_another_size_says_nothing(model):
+    """As of a conversation that was kept before the model was trained anew."""
+    session = session_of(model)
+    session.prefill(ids(200))
+    state, store = session.state(), RamStore(torch.float32)
+    store.append(0, session.tree.store.get(0, torch.arange(200)[None]))
+    settings = dataclasses.replace(SETTINGS, block_size=2 * K)
+    networks = StandIns(disturbed_networks(settings).gistnet, CLOCK)
+    resumed = MCSession(model, networks, settings, store=store, state=state)
+    assert torch.equal(resumed.context.tiles, WorkingContext.initial(200, 2 * K, resumed.room, resumed.recent).tiles)
+    assert_fresh(model, resumed, resumed.prefill([*ids(200), 3]))
 
 
 def test_snapshots_that_are_void(model):
