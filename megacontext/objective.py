@@ -19,12 +19,13 @@ from megacontext.config import MCConfig
 from megacontext.evaluation.validation import validate
 from megacontext.losses import ASKED, asked_tokens, lens_loss, looks_for_content, old_blocks_of
 from megacontext.networks import MCNetworks
-from megacontext.past import Pasts, put_before
 from megacontext.reader import Reader
 from megacontext.variants import (
+    Pasts,
     auto_batch_size,
     dense_share,
     past_entries,
+    put_before,
     random_variants,
     step_work,
     variant_length,

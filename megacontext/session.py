@@ -23,9 +23,8 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import Focus, focus_state
-from megacontext.gaussian_rope import as_positions
 from megacontext.lensnet import NEWEST, Demand
-from megacontext.reader import ASKING, Reader, score
+from megacontext.reader import ASKING, Reader, as_positions, score
 from megacontext.streams import scratch_store
 from megacontext.tree import GIST_DTYPE, MegaContextTree, RamStore
 from megacontext.working_context import LEVELS, WorkingContext, damping, smallest_length

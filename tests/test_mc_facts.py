@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.gaussian_rope import entry_positions
+from megacontext.reader import entry_positions
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import rotary_frequencies
 from tests import reference_mc as reference

@@ -6,7 +6,7 @@ import mpmath
 import pytest
 import torch
 
-from megacontext.gaussian_rope import entry_positions
+from megacontext.reader import entry_positions
 from nanochat.gpt import apply_rotary, positioned, rotary_cos_sin, rotary_frequencies
 
 HEAD_DIM = 64
@@ -96,8 +96,3 @@ def test_the_fade_reaches_the_keys(span):
     unit = x / x.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(key.double(), apply_rotary(unit.double(), cos, sin), atol=2e-6, rtol=0)
     assert (key.norm(dim=-1) <= (1 + 1e-6) * unit.norm(dim=-1)).all()
-
-
-def test_unknown_modes_are_refused():
-    with pytest.raises(ValueError, match="expected one of rank, gaussian, simple, got 'alibi'"):
-        one(0, 1, mode="alibi")

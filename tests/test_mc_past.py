@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext.config import MCConfig
-from megacontext.past import Pasts, put_before
-from megacontext.variants import past_entries, random_past, random_variants, target_length
+from megacontext.variants import Pasts, past_entries, put_before, random_past, random_variants, target_length
 from megacontext.working_context import smallest_length
 from nanochat.common import UserError
 from tests import reference_mc as reference

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megacontext.tree
-from megacontext.gaussian_rope import entry_positions
+from megacontext.reader import entry_positions
 from megacontext.tree import MegaContextTree, RamStore, build_table
 from megacontext.working_context import WorkingContext
 from nanochat.gpt import GPT, GPTConfig
