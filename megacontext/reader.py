@@ -38,11 +38,12 @@ class Reading(NamedTuple):
 
 
 ASKING = 16  # newest tokens that focus listens to
+MOST = 1 - 2**-24  # the score below 1: a threshold of 1 opens nothing
 
 
 def score(wanted):
-    """LensNet's score in (−1, 1) of what is wanted, z [..., n], on the CPU."""
-    return torch.tanh(wanted.float() / 2).cpu()
+    """LensNet's score in (−1, 1) of what is wanted, z [..., n], on the CPU; also where float32 rounds to ±1."""
+    return torch.tanh(wanted.float() / 2).clamp(-MOST, MOST).cpu()
 
 
 def newest(values, context, tail):

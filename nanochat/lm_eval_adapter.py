@@ -5,6 +5,7 @@ Needs the package lm-eval (`uv sync --extra lm-eval`); only scripts.lm_eval impo
 """
 
 import sys
+from contextlib import closing, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -124,21 +125,14 @@ class HarnessLM(TemplateLM):
         prompt = self.tok_encode(context)[-room:]
         temperature = kwargs.get("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
         text, said = "", []
-        session = self.sessions.make_session() if self.sessions else None
-        for (token,), _ in self.engine.generate(
-            prompt,
-            max_tokens=kwargs["max_gen_toks"],
-            temperature=temperature,
-            top_k=kwargs.get("top_k"),
-            session=session,
-        ):
-            said += [token] if token not in self.special_ids else []
-            text = self.bpe.decode(said)
-            ends = [text.find(stop) for stop in kwargs["until"] if stop and stop in text]
-            if ends:
-                text = text[: min(ends)]
-                break
-        if session:
-            session.close()
+        options = {"max_tokens": kwargs["max_gen_toks"], "temperature": temperature, "top_k": kwargs.get("top_k")}
+        with closing(self.sessions.make_session()) if self.sessions else nullcontext() as session:
+            for (token,), _ in self.engine.generate(prompt, session=session, **options):
+                said += [token] if token not in self.special_ids else []
+                text = self.bpe.decode(said)
+                ends = [text.find(stop) for stop in kwargs["until"] if stop and stop in text]
+                if ends:
+                    text = text[: min(ends)]
+                    break
         self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
         return text

@@ -162,6 +162,12 @@ def test_an_untrained_lens_has_no_wishes_and_any_lens_scores_between_minus_one_a
         assert scores.max() > 0.1
 
 
+def test_nothing_scores_1():
+    """Which a threshold of 1 relies on, however sure a lens is: in float32 tanh(9.1) is 1."""
+    assert score(torch.tensor([-99.0, 99.0])).abs().max() < 1
+    assert score(torch.tensor([-99.0, 99.0])).prod() < -0.999999
+
+
 def test_every_option_changes_parameters_and_keys():
     lenses = [make(**options) for options in OPTIONS]
     for a, b in itertools.combinations(lenses, 2):
