@@ -323,11 +323,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def states(self, x, cos_sin=None, key_bias=None):
         """What goes into the last layer, [B, T, D], of inputs as of `trunk`; without a gradient."""
-        return self.states_before(self.config.n_layer - 1, x, cos_sin, key_bias)
-
-    @torch.no_grad()
-    def states_before(self, last, x, cos_sin=None, key_bias=None):
-        """The same of layer number `last`."""
+        last = self.config.n_layer - 1
         cos_sin, mask = self._placed(x, cos_sin, key_bias)
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
         for layer, block in enumerate(self.transformer.h[:last]):

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from nanochat import checkpoint_manager, training
 from nanochat.common import UserError, print0, resolve_dtype
 from nanochat.options import ModelOptions
-from nanochat.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer, byte_letters
+from nanochat.tokenizer import SPECIAL_TOKENS, ChatTokenizer, byte_letters
 
 SOURCE = "hf"  # in place of a stage
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -112,7 +113,7 @@ def load_pretrained(path, device, dtype="auto"):
     return Llama(model.to(device)), PretrainedTokenizer(tokenizer, ends), digest.hexdigest()
 
 
-class PretrainedTokenizer(HuggingFaceTokenizer):
+class PretrainedTokenizer(ChatTokenizer):
     """
     A fast tokenizer of transformers, with its chat template, in place of ours. ends: ids that end an answer.
 
@@ -122,7 +123,8 @@ class PretrainedTokenizer(HuggingFaceTokenizer):
 
     def __init__(self, tokenizer, ends=()):
         self.hf, self.with_special = tokenizer, tokenizer.backend_tokenizer
-        super().__init__(Tokenizer.from_str(self.with_special.to_str()))  # one in which their names are text
+        self.tokenizer = Tokenizer.from_str(self.with_special.to_str())
+        self.tokenizer.encode_special_tokens = True  # their names in a text are text
         self.ends = [end for end in (tokenizer.eos_token_id, *ends) if end is not None]
         if not self.ends:
             raise UserError("expected a tokenizer with an eos token, got one without")
@@ -135,7 +137,25 @@ class PretrainedTokenizer(HuggingFaceTokenizer):
         ours = {"<|bos|>": self.get_bos_token_id, "<|assistant_end|>": lambda: self.ends[0]}
         if token in ours:
             return ours[token]()
-        return -1 if token in SPECIAL_TOKENS else super().encode_special(token)
+        id = -1 if token in SPECIAL_TOKENS else self.tokenizer.token_to_id(token)
+        if id is None:
+            raise KeyError(token)
+        return id
+
+    def get_vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def _encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_batch(self, texts, num_threads):
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in self._encode_batch(texts, num_threads)]
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def get_special_tokens(self) -> list[str]:
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]

@@ -1,8 +1,8 @@
 """
 The tokenizer: byte-pair encoding in the style of GPT-4, with special tokens for chats and tool calls.
 
-Two wrappers with the same methods: RustBPETokenizer (trained by our `rustbpe`, run by tiktoken) and its twin
-HuggingFaceTokenizer (`tokenizers` for both). The chat format is defined here only.
+Trained by our `rustbpe`, run by tiktoken. The chat format is defined here only; models of transformers have others, see
+pretrained.py.
 """
 
 import base64
@@ -18,10 +18,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from tokenizers import Regex, decoders, pre_tokenizers
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 
 import rustbpe
 from nanochat.common import UserError, atomic_write, get_base_dir
@@ -56,7 +52,7 @@ BYTES_FILE = "token_bytes.pt"
 
 
 class ChatTokenizer:
-    """Common part of both wrappers: encoding of batches, and the chat format."""
+    """What all tokenizers have: encoding of batches, and the chat format."""
 
     def get_bos_token_id(self) -> int:
         return self.encode_special("<|bos|>")
@@ -251,9 +247,6 @@ class RustBPETokenizer(ChatTokenizer):
     def get_special_tokens(self) -> set[str]:
         return self.enc.special_tokens_set
 
-    def id_to_token(self, token_id) -> str:
-        return self.enc.decode([token_id])
-
     def id_to_bytes(self, token_id) -> bytes:
         """The raw bytes of one token, which can be a part of a character."""
         return self.enc.decode_single_token_bytes(token_id)
@@ -366,78 +359,6 @@ def _read_encoding_pickle(path):
             "get the right file, or train a tokenizer with python -m scripts.tok_train"
         ) from error
     return name, pattern, ranks, specials
-
-
-class HuggingFaceTokenizer(ChatTokenizer):
-    """The same tokenizer, trained and run by Hugging Face's `tokenizers` (slower), saved as tokenizer.json."""
-
-    def __init__(self, tokenizer: HFTokenizer):
-        self.tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # the names of special tokens in a text are text
-
-    @classmethod
-    def from_pretrained(cls, name):
-        return cls(HFTokenizer.from_pretrained(name))
-
-    @classmethod
-    def from_directory(cls, folder):
-        path = Path(folder) / "tokenizer.json"
-        if not path.exists():
-            raise UserError(f"no tokenizer in {folder} (expected tokenizer.json)")
-        return cls(HFTokenizer.from_file(str(path)))
-
-    @classmethod
-    def train_from_iterator(cls, text_iterator, vocab_size):
-        tokenizer = HFTokenizer(BPE(byte_fallback=True, unk_token=None, fuse_unk=False))
-        tokenizer.normalizer = None
-        split = pre_tokenizers.Split(pattern=Regex(SPLIT_PATTERN), behavior="isolated", invert=False)
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = BpeTrainer(
-            vocab_size=vocab_size,
-            show_progress=False,
-            min_frequency=0,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=SPECIAL_TOKENS,
-        )
-        tokenizer.train_from_iterator(text_iterator, trainer)
-        return cls(tokenizer)
-
-    def save(self, folder):
-        with atomic_write(Path(folder) / "tokenizer.json", "w") as file:
-            file.write(self.tokenizer.to_str(pretty=True))
-
-    def get_vocab_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
-
-    def get_special_tokens(self) -> list[str]:
-        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
-
-    def id_to_token(self, token_id) -> str:
-        return self.tokenizer.id_to_token(token_id)
-
-    def encode_special(self, token) -> int:
-        token_id = self.tokenizer.token_to_id(token)
-        if token_id is None:
-            raise KeyError(token)
-        return token_id
-
-    def get_bos_token_id(self) -> int:
-        bos = self.tokenizer.token_to_id("<|bos|>")
-        return self.encode_special("<|endoftext|>") if bos is None else bos
-
-    def _encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _encode_batch(self, texts, num_threads):
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.uint32) for ids in self._encode_batch(texts, num_threads)]
-
-    def decode(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def byte_letters() -> dict[int, str]:

@@ -12,16 +12,10 @@ from nanochat.common import UserError
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
-    HuggingFaceTokenizer,
     RustBPETokenizer,
     count_token_bytes,
 )
 from tests.helpers import TEXT
-
-
-@pytest.fixture(scope="module")
-def twin():
-    return HuggingFaceTokenizer.train_from_iterator(TEXT * 3, 300)
 
 
 @settings(max_examples=200, deadline=None)
@@ -34,27 +28,20 @@ def test_round_trip(tokenizer, text):
     assert b"".join(tokenizer.id_to_bytes(i) for i in ids) == text.encode()
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.text())
-def test_round_trip_of_the_twin(twin, text):
-    assert twin.decode(twin.encode(text)) == text
-
-
-def test_sizes_and_special_tokens(tokenizer, twin):
+def test_sizes_and_special_tokens(tokenizer):
     assert tokenizer.get_vocab_size() == 300
     assert [tokenizer.encode_special(t) for t in SPECIAL_TOKENS] == list(range(291, 300))
-    assert tokenizer.get_special_tokens() == set(SPECIAL_TOKENS) == set(twin.get_special_tokens())
+    assert tokenizer.get_special_tokens() == set(SPECIAL_TOKENS)
     assert tokenizer.get_bos_token_id() == 291
-    assert tokenizer.id_to_token(291) == "<|bos|>" == twin.id_to_token(twin.get_bos_token_id())
+    assert tokenizer.decode([291]) == "<|bos|>"
 
 
-def test_special_tokens_in_text_stay_text(tokenizer, twin):
-    for each in (tokenizer, twin):
-        special = {each.encode_special(t) for t in SPECIAL_TOKENS}
-        text = "a <|assistant_start|> b <|bos|>"
-        for ids in (each.encode(text), each.encode([text])[0], each.encode_to_numpy([text])[0].tolist()):
-            assert not special & set(ids)
-            assert each.decode(ids) == text
+def test_special_tokens_in_text_stay_text(tokenizer):
+    special = {tokenizer.encode_special(t) for t in SPECIAL_TOKENS}
+    text = "a <|assistant_start|> b <|bos|>"
+    for ids in (tokenizer.encode(text), tokenizer.encode([text])[0], tokenizer.encode_to_numpy([text])[0].tolist()):
+        assert not special & set(ids)
+        assert tokenizer.decode(ids) == text
 
 
 def test_prepend_and_append(tokenizer):
@@ -127,13 +114,6 @@ def test_save_and_load(tokenizer, tmp_path):
         loaded = RustBPETokenizer.from_directory(tmp_path)
         assert loaded.encode(text) == tokenizer.encode(text) == by_nanochat.encode_ordinary(text)
         assert loaded.get_special_tokens() == tokenizer.get_special_tokens()
-
-
-def test_twin_save_and_load(twin, tmp_path):
-    twin.save(tmp_path)
-    assert HuggingFaceTokenizer.from_directory(tmp_path).encode(TEXT[0]) == twin.encode(TEXT[0])
-    with pytest.raises(UserError, match="expected tokenizer.json"):
-        HuggingFaceTokenizer.from_directory(tmp_path / "nowhere")
 
 
 class Evil:
@@ -213,9 +193,7 @@ CHAT = {
 }
 
 
-@pytest.mark.parametrize("kind", ["ours", "twin"])
-def test_render_conversation(kind, tokenizer, twin):
-    each = tokenizer if kind == "ours" else twin
+def test_render_conversation(tokenizer):
     expected = []  # (text or special token, mask)
     expected += [
         ("<|bos|>", 0),
@@ -231,15 +209,15 @@ def test_render_conversation(kind, tokenizer, twin):
     expected += [("<|assistant_start|>", 0), ("Bye", 1), ("<|assistant_end|>", 1)]
     ids, mask = [], []
     for text, trained in expected:
-        part = [each.encode_special(text)] if text in SPECIAL_TOKENS else each.encode(text)
+        part = [tokenizer.encode_special(text)] if text in SPECIAL_TOKENS else tokenizer.encode(text)
         ids += part
         mask += [trained] * len(part)
-    assert each.render_conversation(CHAT) == (ids, mask)
-    assert each.render_conversation(CHAT, max_tokens=10) == (ids[:10], mask[:10])
-    cut = len(each.encode("Bye")) + 1
-    assert each.render_for_completion(CHAT) == ids[:-cut]
+    assert tokenizer.render_conversation(CHAT) == (ids, mask)
+    assert tokenizer.render_conversation(CHAT, max_tokens=10) == (ids[:10], mask[:10])
+    cut = len(tokenizer.encode("Bye")) + 1
+    assert tokenizer.render_for_completion(CHAT) == ids[:-cut]
     asked = {"messages": CHAT["messages"][:-1]}
-    assert each.render_for_completion(asked) == ids[:-cut]
+    assert tokenizer.render_for_completion(asked) == ids[:-cut]
     assert len(CHAT["messages"]) == 5  # left as it was
 
 
