@@ -8,7 +8,8 @@ looked stays, so that an answer without a name may depend a little on what other
 least recently used one makes room for a new one; its conversation is read again at its next turn, nothing is lost; or
 it goes on from the disk, where conversations with a name are kept if there is a KeptChats.
 
-A worker has one thread, and a session answers one job at a time: another one of its conversation waits.
+A worker has one thread, and a session answers one job at a time: another one of its conversation waits, whichever
+worker would be free.
 """
 
 import threading
@@ -166,13 +167,9 @@ class ChatSessions:
             held = self._find(array("i", prompt), conversation)
             return held.used if held else 0.0
 
-    def free(self, job) -> bool:
-        """Whether there is a session for this job now: not if its own is answering, or all are."""
+    def free(self) -> bool:
+        """Whether there is a session for one more job now: not if all are answering."""
         with self.lock:
-            if job.conversation:
-                held = self._find((), job.conversation)
-                if held:
-                    return held.job is None
             return len(self.held) < self.limit or any(held.job is None for held in self.held)
 
     def fits(self, num_tokens) -> bool:

@@ -194,6 +194,18 @@ def test_another_name_gives_nothing_and_deleting_deletes(serve, tmp_path):
         assert not server.sessions[0].held
 
 
+def test_deleting_finds_the_worker(serve, tmp_path):
+    """Whichever of two has the conversation, and with it the files."""
+    with serve(workers=2) as server:
+        for i in range(4):
+            Chat(i).say(server, 0)
+        assert all(sessions.held for sessions in server.sessions)
+        for i in range(4):
+            assert server.client.post("/forget", json={"conversation": name(i)}).status_code == 200
+        assert not list((tmp_path / "kept").iterdir())
+        assert not any(sessions.held for sessions in server.sessions)
+
+
 def test_openai_clients_name_a_conversation_and_send_only_what_is_new(serve):
     def turn_of(server, i, turn):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)

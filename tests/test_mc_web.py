@@ -172,37 +172,26 @@ def test_eviction_loses_nothing(serve, tokenizer):
 
 
 def test_two_workers(serve):
-    """A turn goes to the worker that has the conversation, if it is idle; if not, to another that reads it anew."""
+    """A turn goes to the worker that has the conversation, and waits for it if need be."""
     server = serve(workers=2)
     chats = [Chat(server, i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for turn in range(3):
             list(pool.map(lambda chat, turn=turn: chat.say(chat.fact(turn)), chats))
-    before = len(server.made)
-    for turn in range(3, 6):
-        for chat in chats:
-            chat.say(chat.fact(turn))
-    assert len(server.made) == before, "one at a time, each finds its worker"
+        list(pool.map(lambda turn: Chat(server, 0).say(chats[0].fact(turn)), range(4)))
+    assert all(sessions.held for sessions in server.sessions)
+    assert len(server.made) == 4, "none is read by two"
 
 
-def test_the_worker_that_answered_last_is_asked(serve):
-    """While its worker is busy a conversation is taken by the other one; the first then holds an older state of it."""
-    server = serve(workers=2)
-    chat = Chat(server)
-    chat.say(chat.fact(0))
-    home = next(sessions for sessions in server.sessions if sessions.held)
-    home.last_used, last_used = lambda *_: 0.0, home.last_used  # nobody knows that it is there, as if it were busy
-    for turn in range(1, 50):
-        chat.say(chat.fact(turn))
-        if all(sessions.held for sessions in server.sessions):
-            break
-    home.last_used = last_used
-    (other,) = (sessions for sessions in server.sessions if sessions is not home)
-    newest = max(server.sessions, key=lambda sessions: sessions.held[0].num_tokens)
-    assert newest is other
-    focus = server.client.post("/focus", json={"conversation": name(0)}).json()["focus"]
-    assert focus == chat.states[-1]
-    assert focus["num_tokens"] == other.held[0].num_tokens
+def test_a_worker_that_answers_in_a_conversation_keeps_it(serve, tmp_path):
+    """A message that comes meanwhile waits for it, although another worker is free: it would not have the files."""
+    server = serve(workers=2, keep_in=tmp_path / "kept")
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(Chat(server, max_tokens=400).say, "Hello")
+        until(lambda: any(sessions.held for sessions in server.sessions))
+        Chat(server).say("Hello again")
+    assert len(server.made) == 1
+    assert [held.is_kept for sessions in server.sessions for held in sessions.held] == [True]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -236,8 +236,8 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
 
     @app.post("/forget")
     async def forget(conversation: explore.Name):
-        for sessions in pool.sessions:
-            await asyncio.to_thread(sessions.forget, conversation)
+        if pool.sessions:
+            await asyncio.to_thread(service.sessions_of(conversation).forget, conversation)
         return {}
 
     rendering = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too

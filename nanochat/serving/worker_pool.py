@@ -67,8 +67,12 @@ class Worker:
         """The worker with the smallest load takes a job that any could take."""
         return len(self.jobs), self.served + self.failed
 
-    def can_take(self, job) -> bool:
-        return len(self.jobs) < self.size and (self.sessions is None or self.sessions.free(job))
+    def can_take(self) -> bool:
+        return len(self.jobs) < self.size and (self.sessions is None or self.sessions.free())
+
+    def holds(self, job) -> bool:
+        """Whether it has the conversation of this name: no other worker may have it then."""
+        return bool(job.conversation and self.sessions and self.sessions.last_used(job.conversation))
 
     def begin(self, job):
         """Start on an answer; nothing is computed yet. Whatever goes wrong with it costs this job, never the worker."""
@@ -340,9 +344,16 @@ class WorkerPool:
             }
 
     def _next(self, worker):
-        """The first waiting job that is this worker's: it has the conversation at hand, or else the least to do."""
+        """
+        The first waiting job that is this worker's: it has the conversation at hand, or else the least to do. One of a
+        conversation in which an answer is being made waits for its end.
+        """
+        answering = {job.conversation for job in self._running()} if self.sessions else ()
         for job in self.waiting:
-            able = [other for other in self.workers if other.can_take(job)]
+            if job.conversation and job.conversation in answering:
+                continue
+            homes = [other for other in self.workers if other.holds(job)] or self.workers
+            able = [other for other in homes if other.can_take()]
             home = job.home if job.home in able else min(able, key=Worker.load, default=None)
             if worker is home:
                 return job
