@@ -144,7 +144,8 @@ class Reader:
         if not self.config.mc_gist_limit:
             return None
         gists = entries.valid & (entries.lod > 0)
-        return (gists * damping(gists.sum(1, keepdim=True), self.config.mc_gist_limit)).to(self.device)
+        bias = gists * damping(gists.sum(1, keepdim=True), self.config.mc_gist_limit)
+        return bias.to(self.device, non_blocking=True)
 
     def read(self, inputs, context, y) -> Reading:
         """

@@ -527,7 +527,8 @@ class SplicedCache:
         """What is added to the scores of entries as keys; None where that is nothing."""
         if not self._damping:
             return None
-        return ((codes % LEVELS > 0) * self._damping).to(self.decoder.device, self.decoder.dtype)
+        bias = (codes % LEVELS > 0) * self._damping
+        return bias.to(self.decoder.device, self.decoder.dtype, non_blocking=True)
 
     def _note(self, context):
         """Let `_held` have the code of the entry at each position of the cache: the tokens since the last call, too."""

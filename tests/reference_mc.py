@@ -1,5 +1,15 @@
 """The working context and the tree the slow, obvious way: Python lists, one entry and one node at a time."""
 
+import math
+
+import torch
+
+
+def bias_of(lods, limit):
+    """What is added to the scores of entries of these levels, as keys: [1, W]."""
+    gists = sum(lod > 0 for lod in lods)
+    return torch.tensor([[-math.log(gists / limit) if limit and lod and gists > limit else 0.0 for lod in lods]])
+
 
 def num_blocks(N, K):
     return -(-N // K)

@@ -20,6 +20,7 @@ from megacontext.working_context import Edit, WorkingContext
 from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.loss_eval import evaluate_bpb
 from tests.helpers import BOS, RECENT, K, T, make_model, make_objective, root_mean_square, tokens
+from tests.reference_mc import bias_of
 
 
 def process(objective, x, y, progress=1.0, seed=0):
@@ -118,10 +119,11 @@ def test_without_old_blocks_there_is_no_lens_loss():
     assert result.loss.isfinite()
 
 
-def test_variant_loss_against_one_row_at_a_time():
+@pytest.mark.parametrize("limit", [0, 2])
+def test_variant_loss_against_one_row_at_a_time(limit):
     """Batched over samples, variants and entries: the same as each working context read by itself."""
     model, (x, y) = make_model(), tokens(B=4)
-    objective = make_objective(model, mc_positional="gaussian")
+    objective = make_objective(model, mc_positional="gaussian", mc_gist_limit=limit)
     V, generator = objective.config.mc_num_random_variants, torch.Generator().manual_seed(5)
     result = process(objective, x, y, seed=5)
     length = target_length(1.0, T, K, objective.config.mc_train_wc_length)
@@ -131,17 +133,19 @@ def test_variant_loss_against_one_row_at_a_time():
     table = objective.reader.tree(model.embed(x[2:]))
     losses = []
     for row in range(2 * V):
-        pieces, target = [], []
+        pieces, target, lods = [], [], []
         t = 0
         while t < T:  # entry by entry
             lod = int(context.lod_map[row, t // K])
             pieces.append(table.values[row // V, table.offsets[lod] + t // K**lod])
+            lods.append(lod)
             end = t + K**lod
             next_is_token = end == T or int(context.lod_map[row, end // K]) == 0
             target.append(int(y[2 + row // V, end - 1]) if next_is_token else -1)
             t = end
         cos_sin = objective.reader.positions(context.select([row]))
-        loss = model(inputs_embeds=torch.stack(pieces)[None], cos_sin=cos_sin, targets=torch.tensor([target]))
+        inputs, bias = torch.stack(pieces)[None], bias_of(lods, limit)
+        loss = model(inputs_embeds=inputs, cos_sin=cos_sin, key_bias=bias, targets=torch.tensor([target]))
         losses.append(loss.item())
     assert result.stats["mc/token_loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert set(result.positional_caches) == {0, 1, 2, 3}
@@ -241,10 +245,11 @@ def test_what_a_model_sinks_into_is_no_content(monkeypatch):
     assert torch.equal(others[:, 1:], bos[:, 1:])
 
 
-def test_lens_loss_against_one_sequence_at_a_time():
+@pytest.mark.parametrize("limit", [0, 2])
+def test_lens_loss_against_one_sequence_at_a_time(limit):
     """Tokens of dense sequences ask as they are there, and as they are in working contexts of these."""
     model, (x, y) = make_model(), tokens(B=4)
-    objective = wishful(make_objective(model, mc_max_counterfactuals=2, mc_aux_dtype="fp32"))
+    objective = wishful(make_objective(model, mc_max_counterfactuals=2, mc_aux_dtype="fp32", mc_gist_limit=limit))
     reader, config = objective.reader, objective.config
     for p in reader.networks.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
@@ -277,7 +282,8 @@ def test_lens_loss_against_one_sequence_at_a_time():
                         for lod, start in zip(*(t[0].tolist() for t in context.entries[:2]), strict=True)
                     ]
                 )
-                compressed = model.states(inputs[None], reader.positions(context))
+                bias = bias_of(context.entries.lod[0].tolist(), limit)
+                compressed = model.states(inputs[None], reader.positions(context), bias)
                 place = {int(start): i for i, start in enumerate(context.entries.start[0])}
                 lod_of = dict(zip(*(t[0].tolist() for t in context.entries[1::-1]), strict=True))
                 for p in range(asked.size(1)):

@@ -101,9 +101,10 @@ def test_pasts_against_the_whole_stream(length):
     assert max(map(max, lengths.values())) <= 14 * length
 
 
-def test_the_loss_against_one_row_at_a_time():
+@pytest.mark.parametrize("limit", [0, 2])
+def test_the_loss_against_one_row_at_a_time(limit):
     """A batch with pasts of different lengths, among them none: as the model reads each row by itself."""
-    objective = learned()
+    objective = learned(mc_gist_limit=limit)
     model, reader, V = objective.model, objective.reader, objective.config.mc_num_random_variants
     for step in range(3):
         objective.process_batch(*tokens(B=3, seed=step), 1.0, None, origins=origins([0, 0, 1]))
@@ -131,7 +132,11 @@ def test_the_loss_against_one_row_at_a_time():
                 [before[i]], K, past_entries(objective.config, T), table.materialize(one), one.entries,
                 one.targets(y[i : i + 1]), generator,
             )  # fmt: skip
-            losses.append(model(inputs_embeds=inputs, cos_sin=reader.positions_of(entries), targets=targets).item())
+            read = {
+                "cos_sin": reader.positions_of(entries),
+                "key_bias": reference.bias_of(entries.lod[0].tolist(), limit),
+            }
+            losses.append(model(inputs_embeds=inputs, **read, targets=targets).item())
             totals.append(inputs.size(1))
     assert len(set(totals)) > 1
     assert result.stats["mc/token_loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
