@@ -32,7 +32,7 @@ from nanochat.options import DeviceOptions
 from nanochat.pretrained import PretrainedOptions
 from nanochat.ranges import Count, CountOr0, Range
 from nanochat.sources import decode_text
-from nanochat.streaming import join_parts, stream_parts
+from nanochat.tokenizer import join_parts, stream_parts
 
 STYLES = {"text": "", "python": "cyan", "python_output": "green"}
 MARKS = {"python": ("[", ""), "python_output": (" = ", "] ")}  # a tool call is shown as [17 + 25 = 42]

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.conversations import PackedConversations, pad_rows, padded_batches
-from nanochat.streaming import join_parts, stream_parts
+from nanochat.tokenizer import join_parts, stream_parts
 from tasks.common import Task
 from tasks.scoring import chat_core, evaluate, pass_at_k
 

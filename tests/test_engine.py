@@ -16,7 +16,7 @@ from nanochat.decode import Decoder, Matrix, StaticStep, compute_dtype
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, rotary_cos_sin
 from nanochat.kv_cache import CacheSession, KVCache
-from nanochat.streaming import stream_parts
+from nanochat.tokenizer import stream_parts
 from tests.helpers import CLOSE, likeliest, make_model
 
 V = 300  # of the tokenizer; the models' matrices have 320 rows

@@ -16,7 +16,7 @@ from megacontext.session import MCSession
 from megacontext.streams import create_stream, open_store
 from megacontext.tree import MegaContextTree
 from nanochat.find import find_text
-from nanochat.streaming import readable
+from nanochat.tokenizer import readable
 from tests.helpers import SESSION_GPT, K, disturbed_networks, make_model, session_settings
 from tests.helpers_browser import ask as ask_page
 from tests.helpers_browser import finished

@@ -24,7 +24,7 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.serving.schema import Limits
 from nanochat.serving.worker_pool import ServedModel, WorkerPool
-from nanochat.streaming import readable, stream_parts
+from nanochat.tokenizer import readable, stream_parts
 from scripts import chat_web
 from tests.helpers import Told, until, write_tokenizer
 from tests.helpers_server import BUDGET, CONTEXT, MODEL, K, Script, ask, events, said, serving, serving_mc, tiny

@@ -20,8 +20,7 @@ from nanochat.find import find_text
 from nanochat.pretrained import PretrainedTokenizer
 from nanochat.serving.app import Service
 from nanochat.serving.schema import Limits, Message
-from nanochat.streaming import readable, stream_parts
-from nanochat.tokenizer import count_token_bytes
+from nanochat.tokenizer import count_token_bytes, readable, stream_parts
 from scripts import chat_web
 from tests.helpers import QUICK, TEXT, call_script
 from tests.helpers_hf import FAMILIES, of_transformers

@@ -27,7 +27,7 @@ from nanochat.sampling import Sampling
 from nanochat.serving.page import page_files
 from nanochat.serving.schema import Limits
 from nanochat.serving.transport import Gate, PatientProtocol, open_socket
-from nanochat.streaming import stream_parts
+from nanochat.tokenizer import stream_parts
 from scripts import chat_web
 from tests.helpers import ROOT, until, write_tokenizer
 from tests.helpers_server import (

@@ -14,7 +14,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import Sampling
 from nanochat.serving import job as jobs
 from nanochat.serving.job import Answer, Done, Job, Outbox, Piece
-from nanochat.streaming import stream_parts
+from nanochat.tokenizer import stream_parts
 from tests.helpers import until
 from tests.helpers_server import MODEL, Script, ask, said, send_raw
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from nanochat.find import find_text
 from nanochat.serving.schema import ApiError, ConversationId
-from nanochat.streaming import readable
+from nanochat.tokenizer import readable
 
 SHOWN_TOKENS = 256  # of each span, in an answer to /focus/text
 FOUND_PLACES = 20  # in one answer to /focus/find

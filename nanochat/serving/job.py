@@ -11,7 +11,7 @@ import torch
 
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling, logprobs
-from nanochat.streaming import Parts
+from nanochat.tokenizer import Parts
 
 
 @dataclass(frozen=True)
