@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nanochat.common import autocast_dtype
-from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, causal_mask, cos_sin_at, deepened, split_deep
+from nanochat.gpt import LOGIT_SOFTCAP, apply_rotary, attention, causal_mask, cos_sin_at, deepened, split_deep
 from nanochat.kv_cache import RowCaches, key_bias
 
 
@@ -300,8 +300,7 @@ def attend_causally(q, k, v, mask=None):
     causal = mask is None and not past
     if past and mask is None:
         mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) != H)
-    return y.transpose(1, 2).reshape(B * T, H * d)
+    return attention(q, k, v, mask, causal).transpose(1, 2).reshape(B * T, H * d)
 
 
 def attend_to_all(q, k, v, mask=None):

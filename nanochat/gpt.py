@@ -128,12 +128,18 @@ def attend(q, k, v, asking, mask=None):
     values k, v [B, H_kv, T, d] up to their own; asking: see GPT.trunk. mask: see causal_mask.
     """
     B, H, T, d = q.shape
-    gqa = k.size(1) != H
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-    y = y.transpose(1, 2).reshape(B, T, H * d)
+    y = attention(q, k, v, mask, causal=mask is None).transpose(1, 2).reshape(B, T, H * d)
     if asking is None:
         return y, None
     return y, (q.detach().gather(2, asking[:, None, :, None].expand(-1, H, -1, d)), k.detach())
+
+
+def attention(q, k, v, mask=None, causal=False):
+    """Values [B, H, T, d] for queries q [B, H, T, d], of k, v [B, H_kv, n, d], in memory that is linear in T."""
+    H = q.size(1)
+    if mask is not None and k.size(1) != H:  # with a mask no fused kernel of CUDA takes fewer heads of keys
+        k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) != H)
 
 
 def causal_mask(key_bias, T, dtype):

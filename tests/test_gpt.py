@@ -161,6 +161,29 @@ def test_a_key_that_is_damped_weighs_as_a_part_of_one():
     torch.testing.assert_close(damped[:, [0, 2, 3, 4, 5]], plain)
 
 
+@torch.no_grad()
+def test_where_there_is_a_mask_each_head_has_its_keys(monkeypatch):
+    """Else CUDA has only the kernel that needs memory for T² scores of each head."""
+    model = make_model(dataclasses.replace(CONFIG, n_head=4, n_kv_head=2)).eval()
+    inputs, real, heads = model.embed(torch.randint(0, 70, (1, 9))), F.scaled_dot_product_attention, []
+
+    def noting(q, k, v, attn_mask=None, **more):
+        heads.append((attn_mask is not None, q.size(1) == k.size(1)))
+        return real(q, k, v, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    model(inputs_embeds=inputs)
+    assert set(heads) == {(False, False)}
+    heads.clear()
+    bias = torch.zeros(1, 9)
+    expected = model(inputs_embeds=inputs, key_bias=bias)[:, -1]
+    decoder, cache = Decoder(model), KVCache(CONFIG.n_layer, 9)
+    decoder.extend(inputs[:, :4], cache)
+    cache.bias = bias[0, :4]
+    torch.testing.assert_close(decoder.extend(inputs[:, 4:], cache), expected, **CLOSE)
+    assert set(heads) == {(True, True), (False, False)}
+
+
 def test_rotation_turns_backwards():
     cos, sin = rotary_cos_sin(torch.tensor([1]), 2)
     turned = apply_rotary(torch.tensor([[[[1.0, 0.0]]]]), cos[None, :, None], sin[None, :, None])
