@@ -69,6 +69,8 @@ def resume_step(folder, config, settings: dict, total=None, schedule=None) -> in
     meta = checkpoint_manager.load_meta(folder, step)
     then = _flat(meta.get("decisive", meta.get("user_config", {})))
     usual = type(config)()
+    if hasattr(usual, "megacontext"):  # what a script takes for an option of it may be newer than the checkpoint
+        usual.megacontext = type(usual.megacontext)()
     usual = _flat(asdict(usual) | {"mc": True}) | {"mc": getattr(usual, "mc", True)}
     then = {key: then.get(key, usual.get(key, value)) for key, value in settings.items()}
     differ = [key for key, value in settings.items() if then[key] != value]

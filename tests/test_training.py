@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from nanochat import checkpoint_manager as cm
 from nanochat import training
 from nanochat.common import UserError
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.training import WATCHING
-from scripts import base_train, chat_sft
+from nanochat.training import WATCHING, decisive, resume_step
+from scripts import base_train, chat_sft, mc_train
 from tests.helpers import CORE_BUNDLE, QUICK_BASE, assert_equal, call_script, log_of, write_tokenizer
 
 BASE = [*QUICK_BASE, "--num_iterations=6", "--eval_every=-1", "--sample_every=-1"]
@@ -215,6 +216,18 @@ def test_an_option_that_did_not_exist_had_its_default(stopped, half):
         train(stopped, "--grad_clip=0.5")
     train(stopped)
     assert meta_of(half, stopped)["finished"]
+
+
+def test_an_option_that_a_script_sets_was_not_set_before_it_existed(tmp_path):
+    """mc_train has a limit of gists, which is none by default: a checkpoint that knows of no limit was made without."""
+    config = mc_train.Config()
+    settings = decisive(config)
+    then = {name: value for name, value in settings.items() if name != "mc_gist_limit"}
+    cm.save_checkpoint(tmp_path, 3, {}, [], {"decisive": then})
+    with pytest.raises(UserError, match=r"made with mc_gist_limit=0 \(now 32\)"):
+        resume_step(tmp_path, config, settings)
+    config.megacontext = replace(config.megacontext, mc_gist_limit=0)
+    assert resume_step(tmp_path, config, decisive(config)) == 3
 
 
 def test_settings_as_they_were_kept_before(stopped, half):
