@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from nanochat.gpus import gpu_of
 
+SEED = 42  # of a process, before a script draws anything
+
 
 class UserError(ValueError):
     """An error that the user can fix. The message says what was expected, what was found, and what to do."""
@@ -138,7 +140,7 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-def compute_init(device_type: str = "", seed: int = 42):
+def compute_init(device_type: str = ""):
     """
     Choose the device ("" for the best available), seed all random generators, join the process group under torchrun.
 
@@ -159,9 +161,9 @@ def compute_init(device_type: str = "", seed: int = 42):
             f"{torch.cuda.device_count()}: lower --nproc_per_node"
         )
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # tf32 for the products that autocast leaves in float32

@@ -96,12 +96,12 @@ def read_checkpoint(found: Found, vocab_size) -> tuple[dict, dict]:
     return {key: tensor.to(dtypes[key]) for key, tensor in state.items()}, meta
 
 
-def import_cache(source_dir, base_dir, report=print):
+def import_cache(source_dir, base_dir):
     """
     Copy tokenizer and checkpoints of the nanochat folder `source_dir` into `base_dir`, with our manifests.
 
     Everything is checked before anything is written, and nothing is overwritten: an existing tokenizer must be equal,
-    a model's folder must not exist. report(line) receives the progress. Raises UserError if the import is impossible.
+    a model's folder must not exist. Prints the progress. Raises UserError if the import is impossible.
     """
     source_dir, base_dir = Path(source_dir).expanduser(), Path(base_dir)
     if not source_dir.is_dir():
@@ -111,9 +111,7 @@ def import_cache(source_dir, base_dir, report=print):
             f"{base_dir} is already the base folder: its files can be used as they are, there is nothing to import"
         )
     tokenizer, wrong = read_tokenizer(source_dir / "tokenizer")
-    report(
-        f"tokenizer: {tokenizer.get_vocab_size():,} tokens" + (f", {wrong:,} byte counts corrected" if wrong else "")
-    )
+    print(f"tokenizer: {tokenizer.get_vocab_size():,} tokens" + (f", {wrong:,} byte counts corrected" if wrong else ""))
     found = find_checkpoints(source_dir)
     if not found:
         raise UserError(f"there is no complete checkpoint in {source_dir}: expected {', '.join(cm.SOURCES.values())}")
@@ -128,7 +126,7 @@ def import_cache(source_dir, base_dir, report=print):
             raise UserError(f"{folder} exists: move it away, or choose another NANOCHAT_BASE_DIR")
     for item in found:
         read_checkpoint(item, tokenizer.get_vocab_size())
-        report(f"checked {item}")
+        print(f"checked {item}")
     size = sum((item.folder / f"model_{item.step:06d}.pt").stat().st_size for item in found)
     base_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(base_dir).free
@@ -144,4 +142,4 @@ def import_cache(source_dir, base_dir, report=print):
         folder = base_dir / cm.SOURCES[item.source] / item.tag
         meta = {**meta, "imported_from": "nanochat", "tokenizer": tokenizer.checksum()}
         cm.save_checkpoint(folder, item.step, state, None, meta)
-        report(f"written {item} to {folder}")
+        print(f"written {item} to {folder}")

@@ -105,10 +105,10 @@ def _json_default(value):
 
 
 class Report:
-    """The sections of one run, stored as files in a folder."""
+    """The sections of the current run, stored as files in the base folder."""
 
-    def __init__(self, folder=None):
-        self.folder = Path(folder or get_base_dir() / "report")
+    def __init__(self):
+        self.folder = get_base_dir() / "report"
 
     def log(self, section: str, data: list, plots: dict | None = None) -> Path | None:
         """

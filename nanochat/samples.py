@@ -23,7 +23,7 @@ def prompts() -> list[str]:
     return [document[:40] for document in itertools.islice(documents, len(PROMPTS))]
 
 
-def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2, make_session=None) -> list[str]:
+def sample_texts(engine, tokenizer, make_session=None) -> list[str]:
     """
     Continuations of the prompts at temperature 0.7, then a few texts without a prompt at temperature 1.
 
@@ -33,11 +33,7 @@ def sample_texts(engine, tokenizer, max_tokens=48, unconditioned=2, make_session
     texts = []
     for prompt in prompts():
         prompt_ids = tokenizer.encode(prompt, prepend=bos)
-        ids, _ = engine.generate_batch(
-            prompt_ids, make_session=make_session, max_tokens=max_tokens, temperature=0.7, top_k=50
-        )
+        ids, _ = engine.generate_batch(prompt_ids, make_session=make_session, max_tokens=48, temperature=0.7, top_k=50)
         texts.append(tokenizer.decode(ids[0][1:]))
-    ids, _ = engine.generate_batch(
-        [bos], unconditioned, make_session=make_session, max_tokens=2 * max_tokens, temperature=1.0
-    )
+    ids, _ = engine.generate_batch([bos], 2, make_session=make_session, max_tokens=96, temperature=1.0)
     return texts + [tokenizer.decode(row[1:]) for row in ids]

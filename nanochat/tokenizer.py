@@ -126,15 +126,6 @@ class ChatTokenizer:
         ids, _ = self.render_conversation(conversation, max_tokens=None)
         return [*ids, self.encode_special("<|assistant_start|>")]
 
-    def visualize_tokenization(self, ids, mask, with_token_id=False) -> str:
-        """The tokens separated by bars, green where the mask is 1 and red where it is 0."""
-        words = []
-        for token_id, trained in zip(ids, mask, strict=True):
-            color = "\033[92m" if trained else "\033[91m"
-            number = f"\033[90m({token_id})" if with_token_id else ""
-            words.append(f"{color}{self.decode([token_id])}{number}\033[0m")
-        return "|".join(words)
-
 
 # part type → (token before, token after, mask). The assistant does not produce the tool's output.
 PART_TOKENS = {
@@ -258,9 +249,9 @@ class RustBPETokenizer(ChatTokenizer):
         self.bos_token = bos_token
 
     @classmethod
-    def from_ranks(cls, pattern, mergeable_ranks, special_tokens=SPECIAL_TOKENS):
+    def from_ranks(cls, pattern, mergeable_ranks):
         """mergeable_ranks: {bytes: rank}. The special tokens get the ids after the last merge, in order."""
-        specials = {token: len(mergeable_ranks) + i for i, token in enumerate(special_tokens)}
+        specials = {token: len(mergeable_ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         return cls(
             tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens=specials)
         )

@@ -9,13 +9,15 @@ import torch
 
 from megacontext.config import MCConfig
 from megacontext.evaluation.figures import plot_focus
-from megacontext.evaluation.policies import POLICIES, bm25, focus_by_length, holds, recall_scores, recall_windows
+from megacontext.evaluation.policies import bm25, focus_by_length, holds, recall_scores, recall_windows
 from megacontext.networks import MCNetworks
 from megacontext.reader import Reader
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recall import Sizes, recall_documents
 from nanochat.tokenizer import RustBPETokenizer, count_token_bytes
+
+POLICIES = ("recency", "random", "bm25", "lens", "oracle")
 
 K, RECENT = 8, 16
 LIKE = asdict(Sizes(chars=1200, questions=8, tables=1, distractors=2, words=6))

@@ -246,9 +246,3 @@ def test_bad_conversations(messages, error, tokenizer):
 def test_nothing_to_complete(tokenizer):
     with pytest.raises(ValueError, match="a user message for the assistant to answer"):
         tokenizer.render_for_completion({"messages": [{"role": "assistant", "content": "x"}]})
-
-
-def test_visualize(tokenizer):
-    shown = tokenizer.visualize_tokenization([104, 105], [0, 1])
-    assert shown == f"\033[91m{tokenizer.decode([104])}\033[0m|\033[92m{tokenizer.decode([105])}\033[0m"
-    assert "(104)" in tokenizer.visualize_tokenization([104], [0], with_token_id=True)

@@ -26,7 +26,6 @@ from nanochat.recall import recall_documents, token_spans
 
 MAX_DOCUMENTS_PER_WINDOW = 20
 DEPTHS = 5  # bins of the heatmap
-POLICIES = ("recency", "random", "bm25", "lens", "oracle")
 
 
 class Windows(NamedTuple):
@@ -39,20 +38,20 @@ class Windows(NamedTuple):
         return Windows(*(t.to(device) for t in self))
 
 
-def recall_windows(tokenizer, token_bytes, N, recent, count, like, seed=0) -> Windows:
+def recall_windows(tokenizer, token_bytes, N, recent, count, like) -> Windows:
     """
     `count` windows of N tokens, each from a document of its own, whose fact ends before the last `recent` tokens.
 
     like: sizes of the documents that the model was trained on, as source.json has them; of longer documents they are
     the same a character. Raises UserError when the documents have too few questions that reach so far.
     """
-    bos, pick, found = tokenizer.get_bos_token_id(), random.Random(f"windows {seed}"), []
+    bos, pick, found = tokenizer.get_bos_token_id(), random.Random("windows 0"), []
     token_bytes = token_bytes.cpu()
-    (text, _), *_ = recall_documents(seed, 1, **like)
+    (text, _), *_ = recall_documents(0, 1, **like)
     chars = round(1.6 * N * len(text) / len(tokenizer.encode(text)))
     scaled = {name: like[name] * chars // like["chars"] for name in ("questions", "tables", "distractors")}
     sizes = {**like, **scaled, "chars": chars, "max_distance": -1, "times": 1}
-    for text, questions in recall_documents(seed, MAX_DOCUMENTS_PER_WINDOW * count, **sizes):
+    for text, questions in recall_documents(0, MAX_DOCUMENTS_PER_WINDOW * count, **sizes):
         ids = tokenizer.encode(text, prepend=bos)
         fits = []
         for question in questions:
@@ -82,7 +81,7 @@ def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) ->
     """
     name → (right [R] bool: every token of the answer would be the model's first choice; nll [R], of the answer).
 
-    Names: POLICIES, "full" and "gists". The documents' windows are read together: pass as many as memory allows.
+    Names: the policies, "full" and "gists". The documents' windows are read together: pass as many as memory allows.
     """
     c, device = reader.config, windows.x.device
     K, (R, N) = c.block_size, windows.x.shape
@@ -169,12 +168,12 @@ def holds(fact, K, old):
     return (block >= fact[:, :1] // K) & (block <= fact[:, 1:] // K)
 
 
-def bm25(x, K, old, recent, k1=1.2):
-    """Okapi BM25 [R, old]: each block is a document, all of one length; the newest `recent` tokens are the query."""
+def bm25(x, K, old, recent):
+    """Okapi BM25 [R, old], k1 = 1.2: blocks are documents of one length, the newest `recent` tokens are the query."""
     blocks = x[:, : old * K].unflatten(1, (old, K))
     query = x[:, -recent:]
     found = (blocks[:, :, :, None] == query[:, None, None, :]).sum(2)  # [R, old, recent] times a token stands there
     containing = (found > 0).sum(1, keepdim=True)
     idf = torch.log(1 + (old - containing + 0.5) / (containing + 0.5))
     first = (query[:, :, None] == query[:, None, :]).int().argmax(2) == torch.arange(recent, device=x.device)
-    return (idf * found * (k1 + 1) / (found + k1) * first[:, None]).sum(2)  # each token of the query counts once
+    return (idf * found * 2.2 / (found + 1.2) * first[:, None]).sum(2)  # each token of the query counts once

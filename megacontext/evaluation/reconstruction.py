@@ -14,25 +14,26 @@ from nanochat.gpt import LOGIT_SOFTCAP, norm
 from nanochat.muon import Muon
 
 HEAD_DIM = 64
-BLOCKS = 64  # a step of training
+BLOCKS, TEST_BLOCKS = 64, 512  # per step of training, and of the test
+LAYERS = 2
 MATRIX_LR, OTHER_LR = 0.02, 0.003
 
 
 class BlockDecoder(nn.Module):
     """Gists [M, D] → [M, K, D]: all places at once, so that no token is guessed from the one before it."""
 
-    def __init__(self, n_embd: int, block_size: int, layers=2):
+    def __init__(self, n_embd: int, block_size: int):
         super().__init__()
         self.place = nn.Parameter(torch.randn(block_size, n_embd))
         self.scale = nn.Parameter(torch.zeros(block_size, n_embd))
-        self.encoder = Encoder(layers, n_embd, HEAD_DIM)
+        self.encoder = Encoder(LAYERS, n_embd, HEAD_DIM)
         init_linear(self)
 
     def forward(self, gists):
         return self.encoder(norm(gists[:, None] * (1 + self.scale) + self.place))
 
 
-def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps, test_blocks=512) -> dict:
+def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps) -> dict:
     """
     Share of tokens read right out of gists of level 1, by a decoder that is trained for it on frozen gists.
 
@@ -69,7 +70,7 @@ def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps, t
     accuracies = {}
     with torch.no_grad():
         for name, (_, sample) in samples.items():
-            ids = sample(test_blocks)
+            ids = sample(TEST_BLOCKS)
             best = (read(ids) @ words.T)[..., : model.config.vocab_size].argmax(-1)
             accuracies[name] = (best == ids).float().mean().item()
     return accuracies
