@@ -179,7 +179,8 @@ class Reader:
         """The context after the refocus of a prompt, as at inference, within the budget."""
         focus, embeds = Focus(self.config, context.num_rows), table.level(0)[..., : self.model.config.n_embd]
         embeds = embeds.repeat_interleave(context.num_rows // len(embeds), 0)
-        keys, newest = self.keys(embeds), torch.arange(-min(ASKING, context.num_tokens), 0)
+        asking = min(ASKING, context.num_tokens, max(1, self.config.allocator_recent_tokens))  # which stay tokens
+        keys, newest = self.keys(embeds), torch.arange(-asking, 0)
         at = (context.num_tokens + newest).to(self.device).expand(context.num_rows, -1)
         for i in range(self.config.mc_infer_allocator_iterations):
             entries = context.lengths()[:, None] + newest

@@ -235,7 +235,9 @@ class MCSession:
             self.wish = self._wish()
 
     def _listen(self, states):
-        """Take up what the newest tokens want, from their states [P, D]."""
+        """Take up what the newest tokens want, from their states [P, D]; nothing where a gist stands for them."""
+        if not len(states):
+            return
         embeds = self.tree.newest(NEWEST + len(states) - 1)[0]
         at = torch.arange(len(embeds) - len(states), len(embeds), device=self.device)
         self.demand.listen(self.reader.asking(states, embeds, at), self.num_tokens)
@@ -406,15 +408,18 @@ class MCSession:
     def _read_parts(self, size):
         """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
         context, states = self._context_now(), []
+        codes = context.codes
+        asks = (codes % LEVELS == 0) & (codes >= LEVELS * (context.num_tokens - ASKING))
+        silent = codes[~asks][-1:]  # the last that does not ask: those behind it do
         unread = self.spliced.unread(context)
         x, positions = self.tree.materialize(context, unread[None]), self.reader.positions(context, unread[None])
         for start in range(0, len(unread), size):
             span = slice(start, start + size)
-            part = context.codes[unread[span]]
+            part = codes[unread[span]]
             angles = tuple(t[:, span] for t in positions)
             logits = self.decoder.extend(x[:, span], self.cache, angles, self.spliced.seen(part))
             self.spliced.took(part)
-            asking = int((part >= LEVELS * (context.num_tokens - ASKING)).sum())  # at the end of the part
+            asking = int((part > silent).sum()) if len(silent) else len(part)
             states.append(self.decoder.states[len(part) - asking :].clone())
             self._up_to_date = start + size >= len(unread)
             if self._up_to_date:

@@ -452,6 +452,32 @@ def test_a_stream_that_outgrows_the_smallest_context_ends(model):
     assert session.num_tokens == n  # as it was
 
 
+@pytest.mark.parametrize("block_size", [4, 32])
+def test_the_newest_tokens_may_be_a_gist(model, block_size):
+    """With no recent tokens: then nobody asks, until the next token."""
+    asked = []
+
+    class Asked(Lens):
+        def asking(self, states, embeds, at):
+            asked.append(len(states))
+            return states
+
+    def oldest(n):
+        assert asked[-1] > 0
+        return torch.where(torch.arange(n) < 2, 4.0, -4.0)
+
+    options = {"allocator_expand_threshold": 0.0, "allocator_collapse_threshold": 0.0, "mc_infer_refocus_interval": 8}
+    options |= {"block_size": block_size, "allocator_recent_tokens": 0, "allocator_soft_max": 42 + 2 * block_size}
+    settings = dataclasses.replace(SETTINGS, mc_infer_allocator_iterations=8, **options)
+    networks = StandIns(disturbed_networks(settings).gistnet, Asked(oldest))
+    session = MCSession(model, networks, settings)
+    session.prefill(ids(640))
+    assert session.context.tiles[0, -1] > 0
+    for i in range(20):
+        assert session.step(torch.tensor([i])).isfinite().all()
+    assert int(session.context.lengths()) <= session.budget
+
+
 def test_a_budget_that_is_too_small_is_refused(model):
     with pytest.raises(UserError, match="--allocator_soft_max: expected at least 26 .* got 25"):
         session_of(model, allocator_soft_max=25)
