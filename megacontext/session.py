@@ -304,6 +304,7 @@ class MCSession:
             rest = tokens[self.num_tokens - self.past :]
             if rest:
                 self.tree.append(torch.tensor([rest], device=self.device))
+                self._since += len(rest)
                 self._up_to_date = False
 
     def state(self) -> dict:

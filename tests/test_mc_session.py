@@ -452,6 +452,19 @@ def test_a_stream_that_outgrows_the_smallest_context_ends(model):
     assert session.num_tokens == n  # as it was
 
 
+@pytest.mark.parametrize("steps", range(6))
+def test_tokens_that_are_noted_count(model, steps):
+    """Whenever they come between two refocuses: the next one is so much earlier."""
+    session, prompt = session_of(model, NO_WISHES), ids(200)
+    session.prefill(prompt)
+    for i in range(steps):
+        session.step(torch.tensor([i]))
+    session.note([*prompt, *range(steps), 7, 8, 9])
+    for i in range(9):
+        session.step(torch.tensor([i]))
+        assert_in_budget(session)
+
+
 @pytest.mark.parametrize("block_size", [4, 32])
 def test_the_newest_tokens_may_be_a_gist(model, block_size):
     """With no recent tokens: then nobody asks, until the next token."""
