@@ -167,30 +167,34 @@ class LensNet(nn.Module):
         return SHARP * (z + self.match.float() * (asked.float() @ words.float().mT))
 
     @torch.no_grad()
-    def wanted(self, asking, keys):
+    def wanted(self, asking, keys, beside=0.0):
         """
         What tokens in a row, the newest last, want together of each block, [R, n], from asking [R, P, D + S] and keys
         [R, n, C + S]: the highest z of any of them, less FADE per token after it; float32, whatever surrounds it.
+        beside: the blocks before and after one that is wanted are wanted this share as much.
         """
         with torch.autocast(asking.device.type, enabled=False):
             z = self(asking.float(), keys.float())
         age = torch.arange(z.size(1) - 1, -1, -1, device=z.device)
-        return (z - FADE * age[:, None]).amax(1)
+        z = (z - FADE * age[:, None]).amax(1)
+        around = F.pad(beside * z.clamp(min=0), (1, 1))
+        around = torch.maximum(around[:, :-2], around[:, 2:])
+        return torch.where(around > 0, torch.maximum(z, around), z)
 
 
 class Demand:
     """
     What the newest tokens of a session want of the blocks of its stream.
 
-    store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. The
-    newest MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a bound,
-    however long the stream.
+    store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. beside: see LensNet.wanted.
+    The newest MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a
+    bound, however long the stream.
 
     What was wanted fades with each token.
     """
 
-    def __init__(self, lensnet, store, gist_size):
-        self.lensnet, self.store, self.gist_size = lensnet, store, gist_size
+    def __init__(self, lensnet, store, gist_size, beside=0.0):
+        self.lensnet, self.store, self.gist_size, self.beside = lensnet, store, gist_size, beside
         self._keys, self.first = RamStore(), 0
         self.clear()
 
@@ -209,7 +213,7 @@ class Demand:
     def listen(self, asking, num_tokens):
         """Add what the newest tokens want, of which num_tokens − 1 is the last, from asking [P, D + S]."""
         if self.store.count(1):
-            now = self.lensnet.wanted(asking[None], self.keys()[None])[0]
+            now = self.lensnet.wanted(asking[None], self.keys()[None], self.beside)[0]
             if self._values is not None:  # of all blocks but those that are new
                 known = now[: len(self._values)]
                 torch.maximum(known, self._values - FADE * (num_tokens - self._end), out=known)

@@ -127,7 +127,7 @@ class Reader:
 
     def wanted(self, asking, keys):
         """What tokens of each row that ask [R, P, D + S] want together, z [R, n], of keys [R, n, C]."""
-        return self.networks.lensnet.wanted(asking, keys)
+        return self.networks.lensnet.wanted(asking, keys, self.config.mc_beside)
 
     def positions(self, context, at=None):
         """The rotary positions of a context's entries, or of those with index `at` [R, n]: see entry_positions."""
@@ -136,7 +136,7 @@ class Reader:
     def positions_of(self, entries, at=None):
         """The rotary positions of entries, or of those with index `at` among them."""
         mode = self.config.mc_positional
-        entries = as_positions(entries, mode).at(at).to(self.device)
+        entries = as_positions(entries, mode, self.config.mc_gist_limit).at(at).to(self.device)
         return entry_positions(entries.start, entries.span, self.model.frequencies, mode)
 
     def key_bias(self, entries):
@@ -200,14 +200,22 @@ class Reader:
 # Where entries are: rotary positions, and Gaussian RoPE
 
 
-def as_positions(entries, mode):
+def as_positions(entries, mode, gist_limit=0):
     """
     The entries with the first position of each for `start`, and for `span` how many positions it takes. "rank": one
     after another, one each, so that no distance exceeds the working context; other modes: where they are in the stream.
+
+    gist_limit: positions that all gists of a row take together in the mode "rank", at most: of more gists, several in
+    turn share one. 0 for no limit.
     """
     if mode != "rank":
         return entries
     ranks = torch.arange(entries.start.size(1)).expand_as(entries.start)
+    if gist_limit:
+        gists = (entries.lod > 0).long()
+        earlier = gists.cumsum(1) - gists
+        sharing = (-(-gists.sum(1, keepdim=True) // gist_limit)).clamp(min=1)
+        ranks = ranks - earlier + -(-earlier // sharing)
     return entries._replace(start=ranks, span=torch.ones_like(entries.span))
 
 

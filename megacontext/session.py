@@ -98,7 +98,7 @@ class MCSession:
         reader, K = self.reader, self.config.block_size
         store = self._store or (scratch_store(K) if self.config.mc_tree == "disk" else RamStore(GIST_DTYPE))
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink, reader.deep)
-        self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep)
+        self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep, self.config.mc_beside)
         self.focus = Focus(self.config, 1, self.seed)
         c = self.config
         self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
@@ -495,11 +495,11 @@ class SplicedCache:
 
     def move(self, context, before=None):
         """Note where this context ends, and rotate the keys of entries that stood elsewhere `before`."""
-        _, start, span, _ = as_positions(context.entries, self.positional)
+        _, start, span, _ = as_positions(context.entries, self.positional, self.gist_limit)
         self._end, self._edited_at = int(start[0, -1] + span[0, -1]), context.num_tokens
         if before is None or self.positional != "rank":
             return
-        then = as_positions(before.entries, self.positional).start[0]
+        then = as_positions(before.entries, self.positional, self.gist_limit).start[0]
         now_at, was_at = (torch.searchsorted(codes, self._held) for codes in (context.codes, before.codes))
         by = start[0, now_at] - then[was_at]
         moved = by.nonzero()[:, 0]

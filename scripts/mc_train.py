@@ -55,7 +55,9 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     """steps between validations; -1 for never"""
     # MegaContext
     megacontext: Annotated[MCConfig, group] = field(
-        default_factory=lambda: MCConfig(gistnet_type="copied", gistnet_start="last", gistnet_deep=3, mc_gist_limit=32)
+        default_factory=lambda: MCConfig(
+            gistnet_type="copied", gistnet_start="last", gistnet_deep=3, mc_gist_limit=8, mc_beside=0.75
+        )
     )
     """settings of MegaContext"""
 

@@ -41,7 +41,7 @@ class Wanting:
     def asking(self, states, embeds, at):
         return states
 
-    def wanted(self, asking, keys):
+    def wanted(self, asking, keys, beside=0.0):
         z = torch.full((1, keys.size(1)), -1.0)
         z[0, [token // K for token in self.tokens]] = 3.0
         return z

@@ -18,6 +18,7 @@ DEFAULTS = {
     "gistnet_start": "mean",
     "gistnet_deep": 0,
     "mc_gist_limit": 0,
+    "mc_beside": 0.0,
     "lensnet_type": "transformer",
     "lensnet_layers": 2,
     "lensnet_head": "mlp",

@@ -175,6 +175,7 @@ def test_options_take_the_place_of_the_checkpoints(trained):
         "mc_infer_allocator_iterations": 3,
         "mc_infer_refocus_interval": 5,
         "mc_gist_limit": 7,
+        "mc_beside": 0.25,
         "mc_tree": "disk",
         "mc_aux_dtype": "bf16",
     }

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megacontext.gistnet import split_parameters
 from megacontext.lensnet import (
@@ -230,6 +232,17 @@ def test_what_is_wanted_fades_with_each_token(tokens):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
             torch.testing.assert_close(lens.wanted(asks, keys)[0], expected, atol=1e-3, rtol=1e-4)
     assert lens.wanted(asks, keys[:, :0]).shape == (1, 0)
+
+
+@given(st.lists(st.floats(-9, 9, width=32), max_size=9), st.sampled_from([0.0, 0.5, 1.0]))
+def test_blocks_beside_a_wanted_one_are_wanted_in_part(z, beside):
+    lens = make()
+    lens.forward = lambda asking, keys: torch.tensor(z).expand(1, 1, -1)
+    expected = []
+    for i, own in enumerate(z):
+        neighbours = [beside * z[j] for j in (i - 1, i + 1) if 0 <= j < len(z) and beside * z[j] > 0]
+        expected.append(max([own, *neighbours]))
+    assert lens.wanted(torch.zeros(1, 1, 8), torch.zeros(1, len(z), 8), beside).tolist() == [expected]
 
 
 def test_what_is_wanted_is_as_exact_far_into_a_stream():

@@ -53,7 +53,7 @@ class Lens:
     def asking(self, states, embeds, at):
         return states
 
-    def wanted(self, asking, keys):
+    def wanted(self, asking, keys, beside=0.0):
         return self.want(keys.size(1))[None]
 
 
@@ -197,7 +197,7 @@ def test_forced_tool_answers_equal_plain_ones(model, tokenizer):
 
 
 @pytest.mark.parametrize("policy", ["greedy", "stochastic_greedy"])
-@pytest.mark.parametrize(("positional", "limit"), [("gaussian", 0), ("simple", 2)])
+@pytest.mark.parametrize(("positional", "limit"), [("gaussian", 0), ("simple", 2), ("rank", 2)])
 def test_cache_equals_reading_from_scratch(model, positional, limit, policy):
     options = {"allocator": policy, "mc_positional": positional, "mc_gist_limit": limit, "allocator_sample_top_k": 3}
     session = session_of(model, **options)

@@ -1,5 +1,6 @@
 """The working context against walks over Python lists, for any number of tokens, block size and mixture of levels."""
 
+import math
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import plan
+from megacontext.reader import as_positions
 from megacontext.working_context import Edit, WorkingContext, damping, smallest_length
 from nanochat.common import UserError
 from tests import reference_mc as reference
@@ -32,6 +34,24 @@ def row_entries(context, row):
 def padded(rows, value):
     longest = max(map(len, rows))
     return [row + [value] * (longest - len(row)) for row in rows]
+
+
+@given(shapes, st.integers(0, 9))
+def test_gists_take_as_many_positions_as_the_limit(shape, limit):
+    """Entries stand one after another; of the gists of a row, as many in turn share one as the limit asks for."""
+    context = random_context(*shape)
+    start, span = as_positions(context.entries, "rank", limit)[1:3]
+    assert (span == 1).all()
+    for row in range(context.num_rows):
+        lods = [lod for lod, *_ in row_entries(context, row)]
+        gists = sum(lod > 0 for lod in lods)
+        sharing = max(1, math.ceil(gists / limit)) if limit else 1
+        expected, tokens, before = [], 0, 0
+        for lod in lods:
+            expected.append(tokens + math.ceil(before / sharing))
+            tokens, before = tokens + (lod == 0), before + (lod > 0)
+        assert start[row, : len(lods)].tolist() == expected
+        assert expected[-1] < tokens + (limit or gists) + 1
 
 
 @given(shapes)
