@@ -35,8 +35,8 @@ class MCConfig:
     """layers of the model, spread over it behind the first, for which gists have a vector each, at most; mc_train takes
     3"""
     mc_gist_limit: CountOr0 = 0
-    """limit of the attention that all gists of a working context draw together and of the positions they take: those of
-    so many gists; for models that did not learn with as many as there are; 0 for no limit; mc_train takes 8"""
+    """gists of a working context beyond which each draws less attention and several share a position; for models that
+    did not learn with as many as there are; 0 for no limit; mc_train takes 32"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that makes the key of a block"""
@@ -46,7 +46,7 @@ class MCConfig:
     """last layer of LensNet's key network"""
     mc_beside: Fraction = 0.0
     """how much the blocks beside a wanted one are wanted, as a part of what it is, so that sentences are opened whole;
-    mc_train takes 0.75"""
+    mc_train takes 0.9"""
     # Focus allocator
     allocator: Literal["greedy", "stochastic_greedy"] = "greedy"
     """take the best edits, or draw at random among the best"""

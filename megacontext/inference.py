@@ -40,7 +40,7 @@ class MCInference:
     mc_infer_refocus_interval: Count = -1
     """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
     mc_gist_limit: CountOr0 = -1
-    """limit of the attention that all gists draw together and of the positions they take; 0 for no limit"""
+    """gists beyond which each draws less attention and several share a position; 0 for no limit"""
     mc_beside: Fraction = -1.0
     """how much the blocks beside a wanted one are wanted, as a part of what it is"""
     mc_tree: Literal["", "ram", "disk"] = ""
