@@ -98,9 +98,9 @@ class MCSession:
         reader, K = self.reader, self.config.block_size
         store = self._store or (scratch_store(K) if self.config.mc_tree == "disk" else RamStore(GIST_DTYPE))
         self.tree = MegaContextTree(reader.node, K, store, reader.embed_for_decoding, self.model.sink, reader.deep)
-        self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep, self.config.mc_beside)
-        self.focus = Focus(self.config, 1, self.seed)
         c = self.config
+        self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep, c.mc_beside)
+        self.focus = Focus(c, 1, self.seed)
         self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
         self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
         self._closed = None  # (first block, mask), see _closed_blocks; None until it is asked for
