@@ -153,8 +153,8 @@ class MCSession:
             self._keep(kept)
             raise
         self.demand.clear()
-        read = 0
-        self._adopt(self._collapsed(kept), fresh=True)
+        read, first = 0, self._collapsed(kept)
+        self._adopt(first, fresh=True)
         for again in range(self.config.mc_infer_allocator_iterations + 1):
             if again:
                 context = self._refocused(self._context, again > 1, eager=True)
@@ -167,6 +167,13 @@ class MCSession:
                 yield n, None
             if self._context.coarsest == 0:
                 break
+        if self.config.mc_gist_limit and self._context is not first:
+            # A model that did not learn with gists answers worse with what was read before the right blocks were open
+            self._adopt(self._context, fresh=True)
+            for n, after in () if self._up_to_date else self._read_parts(part):
+                logits = after
+                read += n
+                yield n, None
         self._tell(read, watch)
         yield 0, logits
 

@@ -45,8 +45,8 @@ class Entries(NamedTuple):
 def damping(gists, limit):
     """
     What is added to the attention scores of each gist among so many, a tensor: nothing up to `limit` of them, beyond it
-    −2·ln(gists / limit). So n times as many draw together an n-th of the attention: each of them says less of what is
-    asked, since what does is open. 0 without a limit, which is 0.
+    −2·ln(gists / limit), so that n times as many draw together an n-th of the attention: with so many, what is asked
+    for is open, and the others distract. limit: 0 for none.
     """
     return -2 * (gists / limit).clamp(min=1).log() if limit else torch.zeros(gists.shape)
 

@@ -294,6 +294,18 @@ def test_a_refocus_is_spliced_into_the_cache(model, positional):
     assert_fresh(model, session, session.prefill(held(session).tolist() + ids(5)))
 
 
+def test_a_prompt_is_read_anew_by_a_model_that_did_not_learn_with_gists(model):
+    """Once focus has found what it asks for; else what stands between is read before that."""
+    session, other = (session_of(model, mc_infer_exact=False, mc_gist_limit=limit) for limit in (2, 0))
+    for prompt in (ids(150), ids(150) + ids(90, seed=1)):
+        before = session.focus.records[0].edits
+        assert_fresh(model, session, session.prefill(prompt))
+        assert session.focus.records[0].edits > before
+    logits = other.prefill(ids(150))
+    with pytest.raises(AssertionError):
+        assert_fresh(model, other, logits)
+
+
 def test_what_a_refocus_brings_in_is_read_in_pieces(model, monkeypatch):
     session = session_of(model)
     session.prefill(ids(150))
