@@ -237,8 +237,8 @@ class Restless:
     def __init__(self, wanted, wishes):
         self.wanted, self.wishes, self.armed = wanted, wishes, False
 
-    def __call__(self, asking, keys):
-        wanted = self.wanted(asking, keys).fill_(-30)
+    def __call__(self, asking, keys, beside):
+        wanted = self.wanted(asking, keys, beside).fill_(-30)
         if self.armed:
             wanted[:, torch.randint(keys.size(1), (self.wishes,))] = 4
             self.armed = False

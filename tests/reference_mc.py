@@ -8,7 +8,7 @@ import torch
 def bias_of(lods, limit):
     """What is added to the scores of entries of these levels, as keys: [1, W]."""
     gists = sum(lod > 0 for lod in lods)
-    return torch.tensor([[-math.log(gists / limit) if limit and lod and gists > limit else 0.0 for lod in lods]])
+    return torch.tensor([[-2 * math.log(gists / limit) if limit and lod and gists > limit else 0.0 for lod in lods]])
 
 
 def num_blocks(N, K):
