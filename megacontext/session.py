@@ -153,29 +153,32 @@ class MCSession:
             self._keep(kept)
             raise
         self.demand.clear()
-        read, first = 0, self._collapsed(kept)
-        self._adopt(first, fresh=True)
-        for again in range(self.config.mc_infer_allocator_iterations + 1):
-            if again:
-                context = self._refocused(self._context, again > 1, eager=True)
-                if context is self._context:
-                    break
-                self._adopt(context, NEWEST)  # all whose words asked see what was found
+        read = 0
+        for _ in self._focused(self._collapsed(kept)):
             for n, after in self._read_parts(part):
-                logits = after
-                read += n
-                yield n, None
-            if self._context.coarsest == 0:
-                break
-        if self.config.mc_gist_limit and self._context is not first:
-            # A model that did not learn with gists answers worse with what was read before the right blocks were open
-            self._adopt(self._context, fresh=True)
-            for n, after in () if self._up_to_date else self._read_parts(part):
                 logits = after
                 read += n
                 yield n, None
         self._tell(read, watch)
         yield 0, logits
+
+    def _focused(self, first):
+        """Adopt this context of a prompt, then what its tokens want; yields each time that entries are to be read."""
+        self._adopt(first, fresh=True)
+        yield
+        for again in range(self.config.mc_infer_allocator_iterations):
+            if self._context.coarsest == 0:
+                break
+            context = self._refocused(self._context, again > 0, eager=True)
+            if context is self._context:
+                break
+            self._adopt(context, NEWEST)  # all whose words asked see what was found
+            yield
+        if self.config.mc_gist_limit and self._context is not first:
+            # A model that did not learn with gists answers worse with what was read before the right blocks were open
+            self._adopt(self._context, fresh=True)
+            if not self._up_to_date:
+                yield
 
     def _collapsed(self, kept):
         """All in the budget: the first `kept` in focus as they were if possible, the rest as fine as can be."""
