@@ -199,7 +199,7 @@ class Demand:
         self.clear()
 
     def clear(self):
-        self._values, self._end = None, 0  # as they were when so many tokens were there
+        self._values, self._end = None, 0  # what was wanted, after how many tokens
 
     def keys(self):
         """Of the blocks from `first` on, [n, C + S], n >= 1, those of new blocks with them."""

@@ -172,7 +172,7 @@ class Pasts:
             level += 1
 
     def save(self, stream):
-        """The levels of a stream's tree, tensors; none if there is none."""
+        """The levels of a stream's tree, a list of tensors; empty for a stream without one."""
         tree, levels = self.trees.get(stream), []
         while tree and tree.store.count(len(levels)):
             levels.append(tree.store.all(len(levels)).clone())
