@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -354,18 +355,22 @@ while True: time.sleep(1)
         code = f"import os, sys; os.execv(sys.executable, [sys.executable, '-c', {sleep!r}])"
         child = f"""
 from nanochat.execution import execute_code
-execute_code({code!r}, timeout=300)
+print(execute_code({code!r}, timeout=300))
 """
-        process = subprocess.Popen([sys.executable, "-c", child], cwd=ROOT)
-        try:
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline and not _processes_with(marker, but=process.pid):
-                time.sleep(0.05)
-            assert _processes_with(marker, but=process.pid)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        deadline = time.monotonic() + 10
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen([sys.executable, "-c", child], cwd=ROOT, stdout=said, stderr=said)
+            try:
+                deadline = time.monotonic() + 120  # a loaded machine was seen to need more than 30 s
+                while not (started := bool(_processes_with(marker, but=process.pid))):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
+                said.seek(0)
+                assert started, f"exit code {process.poll()}: {said.read()}"
+            finally:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline and _processes_with(marker):
             time.sleep(0.05)
         assert not _processes_with(marker)
