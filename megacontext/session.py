@@ -164,7 +164,8 @@ class MCSession:
 
     def _focused(self, first):
         """Adopt this context of a prompt, then what its tokens want; yields each time that entries are to be read."""
-        self._adopt(first, fresh=True)
+        anew = self.config.mc_gist_limit > 0
+        self._adopt(first, fresh=not anew)
         yield
         for again in range(self.config.mc_infer_allocator_iterations):
             if self._context.coarsest == 0:
@@ -174,7 +175,7 @@ class MCSession:
                 break
             self._adopt(context, NEWEST)  # all whose words asked see what was found
             yield
-        if self.config.mc_gist_limit and self._context is not first:
+        if anew:
             # A model that did not learn with gists answers worse with what was read before the right blocks were open
             self._adopt(self._context, fresh=True)
             if not self._up_to_date:
@@ -492,8 +493,13 @@ class SplicedCache:
         self._damping = damping((here % LEVELS > 0).sum(), self.gist_limit).item()
         kept = torch.isin(held, here)
         first = LEVELS * (context.num_tokens - (0 if kept.all() else again))  # not to be kept
-        changed = torch.cat((held[~kept], here[~torch.isin(here, held)]))
-        self._stale = min([self._stale, *changed.tolist()]) if self._damping == damped else 0
+        if not kept.any():
+            self._stale = math.inf
+        elif self._damping != damped:
+            self._stale = 0
+        else:
+            changed = torch.cat((held[~kept], here[~torch.isin(here, held)]))
+            self._stale = min([self._stale, *changed[changed < held[kept].max()].tolist()])
         if fresh:
             first, self._stale = min(first, self._stale), math.inf
         kept &= held < first

@@ -306,6 +306,21 @@ def test_a_prompt_is_read_anew_by_a_model_that_did_not_learn_with_gists(model):
         assert_fresh(model, other, logits)
 
 
+def test_what_is_read_anew_is_read_once(model):
+    """By a first prompt in which focus finds nothing to do, and by a next one even if it does."""
+    session = session_of(model, NO_WISHES, mc_infer_exact=False, mc_gist_limit=2)
+    other = session_of(model, mc_infer_exact=False, mc_gist_limit=2, mc_infer_allocator_iterations=1)
+    read = []
+    session.on_update = other.on_update = lambda session, entries_read, watch: read.append(entries_read)
+    session.prefill(ids(150))
+    assert read == [session.cache.pos]
+    other.prefill(ids(150))
+    before = other.focus.records[0].edits
+    assert_fresh(model, other, other.prefill(ids(150) + ids(5, seed=1)))
+    assert other.focus.records[0].edits > before
+    assert read[2] < 2 * other.cache.pos + 5  # all, the new ones, and what a refocus reads
+
+
 def test_what_a_refocus_brings_in_is_read_in_pieces(model, monkeypatch):
     session = session_of(model)
     session.prefill(ids(150))
