@@ -1,12 +1,11 @@
 """
 Export a checkpoint to Hugging Face's `transformers` (NanoChatForCausalLM, version 5 and newer): weights under that
-class's names, configuration, tokenizer with our chat format as a template, model card.
+class's names, configuration, tokenizer with our chat format as a template.
 """
 
-import contextlib
 import json
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -172,96 +171,33 @@ def hf_tokenizer_config(tokenizer, sequence_len) -> dict:
     }
 
 
-def model_card(model, source, meta, dtype, companion: bool) -> str:
-    """README.md of the export."""
-    c = model.config
-    kind = "a base model: it continues text" if source == "base" else "a chat model"
-    bpb = meta.get("val_bpb")
-    facts = [
-        f"- {model.num_params():,} parameters: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads "
-        f"({c.n_kv_head} for keys and values), vocabulary {c.vocab_size:,}",
-        f"- trained on contexts of {c.sequence_len:,} tokens",
-        f"- weights in {str(dtype).removeprefix('torch.')}",
-        *([f"- validation loss: {bpb:.4f} bits per byte"] if isinstance(bpb, float) else []),
-    ]
-    ask = (
-        'ids = tokenizer("The capital of France is", return_tensors="pt")'
-        if source == "base"
-        else 'chat = [{"role": "user", "content": "What is 17 + 25?"}]\n'
-        'ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")'
-    )
-    trunk = (
-        "\nThe checkpoint has MegaContext's networks beside it. They are not in this export, which is the language "
-        "model alone, with an ordinary context.\n"
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanochat, megacontext]
----
-
-# {meta["model_tag"]}, {source}
-
-Stage `{source}`, step {meta["step"]:,}, of a model trained with MegaContext's base stack; {kind}.
-The architecture is `NanoChatForCausalLM` of transformers 5 and newer.
-
-{chr(10).join(facts)}
-{trunk if companion else ""}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-{ask}
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
-```
-
-Each text begins with `<|bos|>`, which the tokenizer adds. The names of special tokens in a message are read as these
-tokens: remove them from untrusted text. The calculator is not part of the model: when the model writes an expression
-between `<|python_start|>` and `<|python_end|>`, stop and insert the result between `<|output_start|>` and
-`<|output_end|>`.
-"""
-
-
-@contextlib.contextmanager
-def new_folder(path):
+def export_hf(path, model, tokenizer, dtype=torch.float32):
     """
-    A temporary folder that is flushed to disk and renamed to `path` if the block ends without an exception.
+    Write a GPT and its tokenizer to the folder `path`: to a temporary one, which is flushed and then takes its name.
 
-    Raises UserError if there is something at `path` already.
+    Raises UserError if there is something at `path` already, or the disk refuses.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists: choose another --output, or move it away")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    parts = {
+        "config.json": hf_config(model.config, tokenizer, dtype),
+        "generation_config.json": hf_generation_config(tokenizer),
+        "tokenizer_config.json": hf_tokenizer_config(tokenizer, model.config.sequence_len),
+    }
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in [*temporary.iterdir(), temporary]:
-            sync(file)
-        temporary.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+            folder = Path(temporary, "model")
+            folder.mkdir()
+            save_torch_state_dict(to_hf_state(model, dtype), folder, max_shard_size="5GB")
+            for name, data in parts.items():
+                (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (folder / "tokenizer.json").write_text(to_hf_tokenizer(tokenizer).to_str(pretty=True), "utf-8")
+            for file in folder.iterdir():
+                shutil.copymode(folder / "config.json", file)  # safetensors' are readable for the owner only
+                sync(file)
+            sync(folder)
+            folder.rename(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path} ({error}): free some space, or choose another --output") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def export_hf(path, model, tokenizer, source, meta, dtype=torch.float32, companion=False):
-    """
-    Write a GPT and its tokenizer to the folder `path`. meta: meta data of its checkpoint, from load_model.
-
-    companion: whether the checkpoint has MegaContext's networks, which the model card then mentions.
-    """
-    with new_folder(path) as folder:
-        save_torch_state_dict(to_hf_state(model, dtype), folder, max_shard_size="5GB")
-        parts = {
-            "config.json": hf_config(model.config, tokenizer, dtype),
-            "generation_config.json": hf_generation_config(tokenizer),
-            "tokenizer_config.json": hf_tokenizer_config(tokenizer, model.config.sequence_len),
-        }
-        for name, data in parts.items():
-            (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (folder / "tokenizer.json").write_text(to_hf_tokenizer(tokenizer).to_str(pretty=True), "utf-8")
-        (folder / "README.md").write_text(model_card(model, source, meta, dtype, companion), "utf-8")
-        for file in folder.glob("*.safetensors"):  # safetensors makes them readable for the owner only
-            shutil.copymode(folder / "README.md", file)

@@ -1,5 +1,5 @@
 """
-Write a model for Hugging Face's transformers: safetensors, configuration, tokenizer with chat template, model card.
+Write a model for Hugging Face's transformers: safetensors, configuration, tokenizer with chat template.
 
     python -m scripts.export_hf -i sft --output my_model
     python -m scripts.export_hf -i base -g d20 -s 21400 --output d20-base --dtype=bf16
@@ -30,11 +30,9 @@ class Config(ModelOptions):
 
 def main(config: Config):
     model, tokenizer, meta = load_model(config.source, "cpu", "eval", config.model_tag, config.step)
-    companion = "megacontext" in meta
-    dtype = resolve_dtype(config.dtype, "cpu")
-    export_hf(config.output, model, tokenizer, config.source, meta, dtype, companion)
+    export_hf(config.output, model, tokenizer, resolve_dtype(config.dtype, "cpu"))
     print(f"{config.source} {meta['model_tag']}, step {meta['step']}, written to {config.output}")
-    if companion:
+    if "megacontext" in meta:
         print("it is the language model alone: MegaContext's networks beside the checkpoint are not exported")
 
 

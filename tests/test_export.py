@@ -22,9 +22,8 @@ from nanochat.gpt import GPTConfig
 from nanochat.hf_export import export_hf, to_hf_tokenizer
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from scripts import export_hf as script
-from tests.helpers import TEXT, make_model, write_tokenizer
+from tests.helpers import ROOT, TEXT, make_model, write_tokenizer
 
-META = {"model_tag": "d2", "step": 7, "val_bpb": 1.25}
 CHAT = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is 17 + 25?\nThink “twice”."},
@@ -53,7 +52,7 @@ def large(n_kv_head=2):
 def exported(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "model"
     model = large()
-    export_hf(folder, model, tokenizer, "sft", META)
+    export_hf(folder, model, tokenizer)
     return folder, model
 
 
@@ -69,7 +68,7 @@ def test_equal_logits(exported, theirs, tmp_path, tokenizer):
     for n_kv_head in (1, 2, 4):
         model, hf = (exported[1], theirs[0]) if n_kv_head == 2 else (large(n_kv_head), None)
         if hf is None:
-            export_hf(tmp_path / str(n_kv_head), model, tokenizer, "base", META)
+            export_hf(tmp_path / str(n_kv_head), model, tokenizer)
             hf = AutoModelForCausalLM.from_pretrained(tmp_path / str(n_kv_head)).eval()
         ids = torch.randint(0, 300, (3, 64), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -198,34 +197,30 @@ def test_chat_template_refuses_what_we_refuse(theirs, tokenizer, messages):
 # The folder
 
 
-def test_files_precision_and_card(exported, tokenizer, tmp_path):
+def test_files_and_precision(exported, tokenizer, tmp_path):
     folder, model = exported
     names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"README.md"}
+    assert {path.name for path in folder.iterdir()} == names
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
-    card = (folder / "README.md").read_text()
-    assert "Stage `sft`, step 7" in card
-    assert "1.2500 bits per byte" in card
-    assert "MegaContext's networks" not in card
-    export_hf(tmp_path / "half", model, tokenizer, "base", META, torch.bfloat16, companion=True)
+    export_hf(tmp_path / "half", model, tokenizer, torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
-    assert "They are not in this export" in (tmp_path / "half" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("source", ["base", "sft"])
-def test_the_program_on_the_card_runs(source, tmp_path, tokenizer, capsys):
-    export_hf(tmp_path / "model", large(), tokenizer, source, META)
-    program = re.search(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)[1]
-    exec(program, {"folder": str(tmp_path / "model")})
-    assert capsys.readouterr().out.startswith("<|bos|>The capital" if source == "base" else "<|bos|><|user_start|>What")
+def test_the_documented_program_runs(tmp_path, tokenizer, monkeypatch, capsys):
+    export_hf(tmp_path / "my_model", large(), tokenizer)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "obsidian/ops/Base Runtime.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n(from transformers.*?)```", page, re.DOTALL)
+    exec(program, {})
+    assert capsys.readouterr().out.startswith("<|bos|><|user_start|>What")
 
 
 def test_large_weights_come_in_shards(tmp_path, tokenizer, monkeypatch):
     save = hf_export.save_torch_state_dict
     monkeypatch.setattr(hf_export, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": 50_000}))
     model = large()
-    export_hf(tmp_path / "model", model, tokenizer, "base", META)
+    export_hf(tmp_path / "model", model, tokenizer)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.tensor([[1, 2, 3]])
@@ -237,7 +232,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, tokenizer, mo
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="model exists: choose another --output"):
-        export_hf(target, model, tokenizer, "base", META)
+        export_hf(target, model, tokenizer)
     assert (target / "thesis.txt").read_text() == "mine"
     (target / "thesis.txt").unlink()
     with monkeypatch.context() as patch:
@@ -245,11 +240,11 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, tokenizer, mo
         def full(*_args, **_kwargs):
             raise OSError(28, "No space left on device")
 
-        patch.setattr(hf_export, "hf_config", full)  # the weights are written by then
+        patch.setattr(hf_export, "to_hf_tokenizer", full)  # the weights are written by then
         with pytest.raises(UserError, match="No space left"):
-            export_hf(target, model, tokenizer, "base", META)
+            export_hf(target, model, tokenizer)
     assert list(target.iterdir()) == []
-    export_hf(target, model, tokenizer, "base", META)  # an empty folder may be filled
+    export_hf(target, model, tokenizer)  # an empty folder may be filled
     assert (target / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -215,8 +215,7 @@ def test_over_http(adapter, tokenizer, tmp_path, batch_size):
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     lm = adapter()
-    meta = {"model_tag": "d2", "step": 5, "model_config": asdict(lm.model.config)}
-    export_hf(tmp_path / "exported", lm.model, tokenizer, "base", meta)
+    export_hf(tmp_path / "exported", lm.model, tokenizer)
     with serving(Engine(lm.model, tokenizer)) as server:
         options = {
             "model": MODEL.id,
