@@ -31,6 +31,7 @@ SOURCES = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
+MAX_SIZE = 2**20  # of what a model is described by, such as its vocabulary and its context
 FOLDERS = SOURCES | {"hf": "hf_networks"}  # and of networks for models of transformers, whose weights lie elsewhere
 
 
@@ -352,10 +353,16 @@ def refuse_newer(model_config: dict):
 
 def build_model(model_data, model_config: dict, device) -> GPT:
     """A GPT on `device` holding the weights of a state dict, also of one saved by nanochat."""
-    refuse_newer(model_config)
+    if not isinstance(model_data, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in model_data.values()):
+        raise UserError("the checkpoint's model is not a state dict of tensors")
+    refuse_newer(model_config or {})
     try:
+        if not all(type(n) is int and 0 < n <= MAX_SIZE for n in model_config.values()):
+            raise ValueError(f"expected whole numbers from 1 to {MAX_SIZE:,}, got {model_config}")
         config = GPTConfig(**model_config)
-    except (TypeError, ValueError) as error:
+        if config.n_layer > len(model_data):
+            raise ValueError(f"expected weights of {config.n_layer:,} layers, got {len(model_data)} tensors")
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's model_config makes no model: {error}") from error
     model_data = {key.removeprefix("_orig_mod."): tensor for key, tensor in model_data.items()}
     if torch.device(device).type != "cuda":  # bf16 embeddings are for GPUs
@@ -400,7 +407,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, companio
     model_data, _, meta_data, _ = load_checkpoint(folder, step, device)
     if model_data is None:
         raise UserError(f"{folder} has networks for a model of transformers: name that model with --hf-path")
-    model = build_model(model_data, meta_data.get("model_config", {}), device)
+    model = build_model(model_data, meta_data.get("model_config"), device)
     tokenizer = get_tokenizer()
     if tokenizer.get_vocab_size() != model.config.vocab_size:
         raise UserError(

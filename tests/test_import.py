@@ -257,21 +257,30 @@ def test_encodings_that_are_none(changes, message, cache, base_dir, tokenizer, m
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"vocab_size": 301}, "was trained with 301 tokens, the tokenizer has 300"),
+        ({"vocab_size": 301}, "weights do not fit"),
         ({"n_layer": 3}, "weights do not fit"),
         ({"n_embd": 64}, "weights do not fit"),
         ({"n_kv_head": 2}, "weights do not fit"),
         ({"n_head": 3}, "model_config makes no model"),
-        ({"n_layer": 10**9}, "impossibly large"),
-        ({"sequence_len": 10**12}, "impossibly large"),
-        ({"n_embd": "32"}, "positive numbers"),
-        ({"n_embd": 0}, "positive numbers"),
+        ({"n_layer": 10**9}, "whole numbers from 1 to 1,048,576"),
+        ({"n_layer": 10**6}, "weights of 1,000,000 layers"),
+        ({"sequence_len": 10**12}, "whole numbers from 1 to 1,048,576"),
+        ({"n_embd": "32"}, "whole numbers from 1 to 1,048,576"),
+        ({"n_embd": 0}, "whole numbers from 1 to 1,048,576"),
         ({"window_pattern": "SSSL"}, "a newer nanochat wrote it"),
     ],
 )
 def test_wrong_shapes_and_vocabularies(config, message, cache, base_dir):
     write_step(cache / "mid_checkpoints" / "d2", 5, in_half(), model_config={**asdict(CONFIG), **config})
     with pytest.raises(UserError, match=message):
+        run(cache)
+    assert not base_dir.exists() or not files(base_dir)
+
+
+def test_checkpoints_of_another_tokenizer(cache, base_dir):
+    other = RustBPETokenizer.train_from_iterator(["other words " * 20], 270)
+    write_tokenizer(other, cache)
+    with pytest.raises(UserError, match="was trained with 300 tokens, the tokenizer has"):
         run(cache)
     assert not base_dir.exists() or not files(base_dir)
 
