@@ -22,6 +22,11 @@ class UserError(ValueError):
     """An error that the user can fix. The message says what was expected, what was found, and what to do."""
 
 
+def encodable(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def get_base_dir() -> Path:
     """$NANOCHAT_BASE_DIR (default ~/.cache/nanochat): the folder of all data, checkpoints and reports."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")

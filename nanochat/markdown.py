@@ -14,6 +14,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
+from nanochat.common import encodable
+
 # A text with more of these is shown as plain text: the parser's time grows with the square of their number.
 MAX_CHARS = 40_000
 MAX_BRACKETS = 3000
@@ -85,7 +87,7 @@ def _only_our_classes(tag, attribute, value):
 
 def render_markdown(text: str) -> str:
     """Sanitized HTML of a Markdown text, in time bounded by the length of the text."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can contain lone surrogates
+    text = encodable(text)
     plain = f"<pre>{escapeHtml(text)}</pre>\n"
     if len(text) > MAX_CHARS or text.count("[") > MAX_BRACKETS or text.count("\n") > MAX_LINES:
         return plain

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from nanochat import checkpoint_manager, training
-from nanochat.common import UserError, print0, resolve_dtype
+from nanochat.common import UserError, encodable, print0, resolve_dtype
 from nanochat.options import ModelOptions
 from nanochat.tokenizer import SPECIAL_TOKENS, ChatTokenizer, byte_letters
 
@@ -146,9 +146,10 @@ class PretrainedTokenizer(ChatTokenizer):
         return self.tokenizer.get_vocab_size()
 
     def _encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(encodable(text), add_special_tokens=False).ids
 
     def _encode_batch(self, texts, num_threads):
+        texts = list(map(encodable, texts))
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode_to_numpy(self, texts, num_threads=8) -> list[np.ndarray]:
@@ -189,7 +190,7 @@ class PretrainedTokenizer(ChatTokenizer):
         return self._bytes[token_id] if token_id < len(self._bytes) else b""  # the head may have more rows
 
     def encode_rendered(self, text) -> list[int]:
-        return self.with_special.encode(text, add_special_tokens=False).ids
+        return self.with_special.encode(encodable(text), add_special_tokens=False).ids
 
     # -----------------------------------------------------------------------------------------------------
     # Chats

@@ -22,7 +22,7 @@ import tiktoken
 import torch
 
 import rustbpe
-from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.common import UserError, atomic_write, encodable, get_base_dir
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # at the beginning of each document
@@ -345,8 +345,8 @@ class RustBPETokenizer(ChatTokenizer):
     def _ids(self, text):
         try:
             return self.enc.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate
-            return self._ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except UnicodeEncodeError:
+            return self._ids(encodable(text))
         except ValueError:  # a run of blanks too long for tiktoken's regular expressions
             return self._ids_around_runs(text)
 

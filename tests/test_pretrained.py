@@ -101,6 +101,11 @@ def test_names_of_special_tokens_are_text(any_tokenizer):
     assert any_tokenizer.encode_special(name) in any_tokenizer.encode_rendered(f"a{name}b")
 
 
+def test_half_a_surrogate_pair_is_encoded(any_tokenizer):
+    assert any_tokenizer.encode("a\ud800b") == any_tokenizer.encode(["a\ud800b"])[0] == any_tokenizer.encode("a\ufffdb")
+    assert any_tokenizer.encode_rendered("a\ud800b") == any_tokenizer.encode_rendered("a\ufffdb")
+
+
 def test_what_our_code_asks_of_a_tokenizer(any_tokenizer):
     specials = {any_tokenizer.encode_special(token) for token in any_tokenizer.get_special_tokens()}
     bos, end = any_tokenizer.encode_special("<|bos|>"), any_tokenizer.encode_special("<|assistant_end|>")
