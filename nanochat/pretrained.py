@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from nanochat import checkpoint_manager, training
 from nanochat.common import UserError, encodable, print0, resolve_dtype
+from nanochat.llama import Llama
 from nanochat.options import ModelOptions
 from nanochat.tokenizer import SPECIAL_TOKENS, ChatTokenizer, byte_letters
 
@@ -71,17 +72,16 @@ def name_of(path) -> str:
     return re.sub(r"[^\w.+=@-]+", "-", Path(path).expanduser().name.removesuffix(".gguf")).strip("-.") or "model"
 
 
-def load_pretrained(path, device, dtype="auto"):
+def from_transformers(path, dtype):
     """
-    (model, tokenizer, SHA-256 of the weights) of a folder, a hub name or a .gguf file. dtype: see resolve_dtype.
+    (a …ForCausalLM in eval mode, its tokenizer, SHA-256 of the weights), in the precision dtype, of a folder, a hub
+    name or a .gguf file.
 
-    Raises UserError if it is not there, or no model that Llama can be.
+    Raises UserError if it is not there, or nothing that transformers knows.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as of_transformers
-
-        from nanochat.llama import Llama
     except ImportError as error:
         raise UserError(f"--hf-path needs more packages ({error}): run `uv sync --extra frozen`") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -103,14 +103,23 @@ def load_pretrained(path, device, dtype="auto"):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         tokenizer = AutoTokenizer.from_pretrained(place, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=resolve_dtype(dtype, device.type), **gguf)
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **gguf), tokenizer, digest.hexdigest()
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:  # not found, not reachable, unknown, or gguf is not installed
         raise UserError(f"--hf-path: cannot load {path!r}: {error}") from error
+
+
+def load_pretrained(path, device, dtype="auto"):
+    """
+    (model, tokenizer, SHA-256 of the weights) of what `from_transformers` loads. dtype: see resolve_dtype.
+
+    Raises UserError, as it does, and for a model that Llama cannot be.
+    """
+    model, tokenizer, weights = from_transformers(path, resolve_dtype(dtype, device.type))
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    return Llama(model.to(device)), PretrainedTokenizer(tokenizer, ends), digest.hexdigest()
+    return Llama(model.to(device)), PretrainedTokenizer(tokenizer, ends), weights
 
 
 class PretrainedTokenizer(ChatTokenizer):

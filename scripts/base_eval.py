@@ -10,7 +10,6 @@ The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle, whi
 """
 
 import csv
-import re
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from nanochat.core_bundle import download_bundle, has_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.loop import ProgressLine
 from nanochat.options import DeviceOptions, ModelOptions
-from nanochat.pretrained import PretrainedTokenizer
+from nanochat.pretrained import PretrainedTokenizer, from_transformers, name_of
 from nanochat.ranges import Count
 from nanochat.report import get_report
 
@@ -33,7 +32,7 @@ from nanochat.report import get_report
 @dataclass
 class Config(ModelOptions, DeviceOptions, InferenceOptions):
     hf_path: str | None = None
-    """score this Hugging Face model (a name on the hub or a folder) instead of our own"""
+    """score this Hugging Face model (a name on the hub, a folder or a .gguf file) instead of our own"""
     max_per_task: Count = -1
     """examples per task, at most; -1 for all"""
 
@@ -47,20 +46,6 @@ class HFModel:
 
     def __call__(self, ids):
         return self.model(input_ids=ids).logits
-
-
-def load_hf_model(path, device, dtype):
-    """(model, tokenizer) of a Hugging Face model, wrapped for evaluation."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise UserError("--hf-path needs the package transformers: run `uv sync --extra hf`") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:  # model not found, hub not reachable, or unknown architecture
-        raise UserError(f"cannot load the Hugging Face model {path!r}: {error}") from error
-    return HFModel(model), PretrainedTokenizer(tokenizer)
 
 
 def write_csv(path, core):
@@ -96,8 +81,9 @@ def main(config):
         section += " with MegaContext"
 
     if config.hf_path:
-        model, tokenizer = load_hf_model(config.hf_path, device, dtype)
-        name, file_name = config.hf_path, re.sub(r"[^\w.]+", "-", config.hf_path).strip("-")
+        model, tokenizer, _ = from_transformers(config.hf_path, dtype)
+        model, tokenizer = HFModel(model.to(device)), PretrainedTokenizer(tokenizer)
+        name, file_name = config.hf_path, name_of(config.hf_path)
     else:
         model, tokenizer, meta = load_model("base", device, "eval", config.model_tag, config.step, config.mc)
         name = f"{meta['model_tag']} (step {meta['step']:,})"

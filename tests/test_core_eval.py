@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import core_bundle
+from nanochat import core_bundle, pretrained
 from nanochat.common import UserError
 from nanochat.core_bundle import TaskMeta, download_bundle, load_bundle
 from nanochat.core_eval import centered, evaluate_core, evaluate_task, is_correct, render_prompts, scored_rows
@@ -434,7 +434,7 @@ def test_script_without_bundle(bundle, tmp_path, monkeypatch, capsys):
 
 def test_script_without_transformers(bundle, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match="uv sync --extra hf"):
+    with pytest.raises(UserError, match="uv sync --extra frozen"):
         base_eval.main(base_eval.Config(hf_path="some/model", device_type="cpu"))
 
 
@@ -454,7 +454,8 @@ def test_hugging_face_model(bundle, tmp_path, capsys):
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
-    model, tokenizer = base_eval.load_hf_model(str(folder), torch.device("cpu"), torch.float32)
+    model, tokenizer, _ = pretrained.from_transformers(str(folder), torch.float32)
+    model, tokenizer = base_eval.HFModel(model), pretrained.PretrainedTokenizer(tokenizer)
     assert model.max_seq_len == 64
     assert tokenizer.get_bos_token_id() == 0
     assert tokenizer.encode(["legs"], prepend=0)[0][1:] == fast("legs")["input_ids"]
@@ -466,8 +467,8 @@ def test_hugging_face_model(bundle, tmp_path, capsys):
     # A comparison must not take the place of the base model's own figure
     assert not (bundle.parent / "report" / "base-model-evaluation.md").exists()
 
-    with pytest.raises(UserError, match="cannot load the Hugging Face model"):
-        base_eval.load_hf_model(str(tmp_path / "no such model"), torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match="cannot load"):
+        base_eval.main(base_eval.Config(hf_path=str(tmp_path / "no such model"), device_type="cpu"))
 
 
 def test_evaluate_task_counts_what_it_does():
