@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from megacontext import streams
@@ -21,21 +20,16 @@ from nanochat.common import UserError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of what is kept; beyond them the least recently used conversations are deleted."""
-
-    count: int = 1000
-    gigabytes: float = 10.0
-    days: float = 30.0
-
-
 class KeptChats:
-    """gist_key: see streams.gist_key_of. bounds: enforced when a conversation is created."""
+    """
+    gist_key: see streams.gist_key_of. count, gigabytes, days: limits of what is kept; beyond them the least recently
+    used conversations are deleted when one is created.
+    """
 
-    def __init__(self, root, gist_key, device="cpu", bounds: Bounds = Bounds()):
+    def __init__(self, root, gist_key, device="cpu", count=1000, gigabytes=10.0, days=30.0):
         self.root = streams.private_folder(Path(root))
-        self.gist_key, self.device, self.bounds = gist_key, device, bounds
+        self.gist_key, self.device = gist_key, device
+        self.count, self.bytes, self.seconds = count, 1e9 * gigabytes, 86400 * days
         self.lock = threading.Lock()  # guards the making and the deleting of folders
         self.refused = 0  # answers that the disk did not take
 
@@ -120,7 +114,7 @@ class KeptChats:
         count, size = len(folders) + 1, sum(sizes)
         for folder, its in zip(folders, sizes, strict=True):
             age = time.time() - _last_used(folder)
-            if count <= self.bounds.count and size <= 1e9 * self.bounds.gigabytes and age <= 86400 * self.bounds.days:
+            if count <= self.count and size <= self.bytes and age <= self.seconds:
                 break
             try:
                 streams.delete_stream(folder)

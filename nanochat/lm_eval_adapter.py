@@ -36,8 +36,6 @@ class HarnessLM(TemplateLM):
         self.name = name
         self.max_length = sys.maxsize if sessions else model.config.sequence_len
         self.engine = Engine(model, tokenizer)
-        self.special = tuple(tokenizer.get_special_tokens())
-        self.special_ids = set(map(tokenizer.encode_special, self.special))
 
     @property
     def tokenizer_name(self) -> str:
@@ -50,7 +48,7 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string, add_special_tokens=None, **_kwargs) -> list[int]:
         """Ids with <|bos|> before them, unless add_special_tokens is False; special tokens only in a rendered chat."""
-        if string.startswith(self.special):  # by apply_chat_template
+        if string.startswith(tuple(self.bpe.get_special_tokens())):  # by apply_chat_template
             return self.bpe.encode_rendered(string)
         return self.bpe.encode(string, prepend=None if add_special_tokens is False else BOS)
 
@@ -128,7 +126,7 @@ class HarnessLM(TemplateLM):
         options = {"max_tokens": kwargs["max_gen_toks"], "temperature": temperature, "top_k": kwargs.get("top_k")}
         with closing(self.sessions.make_session()) if self.sessions else nullcontext() as session:
             for (token,), _ in self.engine.generate(prompt, session=session, **options):
-                said += [token] if token not in self.special_ids else []
+                said += [token] if token not in self.bpe.special_ids else []
                 text = self.bpe.decode(said)
                 ends = [text.find(stop) for stop in kwargs["until"] if stop and stop in text]
                 if ends:

@@ -13,7 +13,7 @@ import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -63,6 +63,11 @@ class ChatTokenizer:
     def turn_ends(self) -> frozenset[int]:
         """Ids that end the assistant's turn: <|assistant_end|>, and <|bos|>, with which another document begins."""
         return frozenset((self.encode_special("<|assistant_end|>"), self.get_bos_token_id()))
+
+    @cached_property
+    def special_ids(self) -> dict[int, str]:
+        """The ids of the special tokens, with their names."""
+        return {self.encode_special(token): token for token in self.get_special_tokens()}
 
     def _as_id(self, token) -> int:
         return token if isinstance(token, int) else self.encode_special(token)
@@ -177,13 +182,12 @@ class Parts:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ends = tokenizer, tokenizer.turn_ends
-        self.special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.kind, self.closing, self.ended = "text", None, False
 
     def push(self, id) -> list[tuple[str, str]]:
         """The pieces that this id completes."""
-        token, self.ended = self.special.get(id), id in self.ends
+        token, self.ended = self.tokenizer.special_ids.get(id), id in self.ends
         if token is None and not self.ended:
             text = self.decoder.decode(self.tokenizer.id_to_bytes(id))
             return [(self.kind, text)] if text else []
@@ -215,8 +219,7 @@ SPEAKERS = {"<|user_start|>": "You: ", "<|assistant_start|>": "Answer: ", "<|out
 
 def readable(tokenizer, ids):
     """Part of a conversation as text: speakers are named in words, other special tokens become spaces."""
-    special = {tokenizer.encode_special(token): token for token in tokenizer.get_special_tokens()}
-    pieces = []
+    special, pieces = tokenizer.special_ids, []
     for is_special, group in groupby(ids, special.__contains__):
         if is_special:
             pieces += [SPEAKERS.get(special[id], " ") for id in group]
@@ -451,10 +454,8 @@ def get_tokenizer() -> RustBPETokenizer:
 
 def count_token_bytes(tokenizer: RustBPETokenizer) -> torch.Tensor:
     """Bytes of each token, int32 [vocab], counted from its raw bytes; 0 for special tokens."""
-    specials = tokenizer.get_special_tokens()
-    special_ids = {tokenizer.encode_special(token) for token in specials}
-    counts = [0 if i in special_ids else len(tokenizer.id_to_bytes(i)) for i in range(tokenizer.get_vocab_size())]
-    return torch.tensor(counts, dtype=torch.int32)
+    special, V = tokenizer.special_ids, tokenizer.get_vocab_size()
+    return torch.tensor([0 if i in special else len(tokenizer.id_to_bytes(i)) for i in range(V)], dtype=torch.int32)
 
 
 def get_token_bytes(device="cpu") -> torch.Tensor:

@@ -44,7 +44,7 @@ import torch
 from megacontext.arrays import Arrays
 from megacontext.chat_sessions import ChatSessions
 from megacontext.inference import InferenceOptions, about_stream, load_for_inference
-from megacontext.kept_chats import Bounds, KeptChats
+from megacontext.kept_chats import KeptChats
 from megacontext.reader import Reader
 from megacontext.session import MCSession
 from megacontext.streams import gist_key_of, make_gists, missing_gists, stream_folder
@@ -173,8 +173,8 @@ def load(config, device, on_update=None):
             make_session().close()  # complains now of gists that are missing
             past = Arrays(stream_folder(config.stream))
         elif settings.mc_tree == "disk":
-            bounds = Bounds(config.mc_keep_chats, config.mc_keep_gigabytes, config.mc_keep_days)
-            kept = KeptChats(get_base_dir() / "kept_chats", gist_key, device, bounds)
+            bounds = config.mc_keep_chats, config.mc_keep_gigabytes, config.mc_keep_days
+            kept = KeptChats(get_base_dir() / "kept_chats", gist_key, device, *bounds)
         sessions = ChatSessions(make_session, settings, config.mc_sessions, on_update, kept, past)
         folders = kept.folders() if kept else [stream_folder(config.stream)] if config.stream else []
         renew_gists(folders, gist_key, Reader(model, networks, settings))

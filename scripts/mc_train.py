@@ -80,7 +80,7 @@ def start_of_lensnet(model, tokenizer, loader):
         dist.all_reduce(counts)
         dist.broadcast(states, 0)
     empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    around = [tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]
+    around = list(tokenizer.special_ids)
     around = torch.tensor(around + tokenizer.render_for_completion({"messages": empty}), device=loader.device)
     return model.embed(ids[None])[0].float(), counts, states, around
 

@@ -15,7 +15,7 @@ import torch
 from megacontext.arrays import Arrays
 from megacontext.chat_sessions import ChatSessions
 from megacontext.config import MCConfig
-from megacontext.kept_chats import Bounds, KeptChats
+from megacontext.kept_chats import KeptChats
 from megacontext.networks import MCNetworks
 from megacontext.session import MCSession
 from megacontext.streams import open_store
@@ -285,7 +285,7 @@ def serving_mc(
         if about:
             make = partial(_about, make, about, gist_key(tokenizer))
         engines.append(engine)
-        on_disk = KeptChats(keep_in, gist_key(tokenizer), bounds=bounds or Bounds()) if keep_in else None
+        on_disk = KeptChats(keep_in, gist_key(tokenizer), **(bounds or {})) if keep_in else None
         past = Arrays(about) if about else None
         kept.append(ChatSessions(make, config, limit, on_update, on_disk, past))
     pool.start(engines, model, kept)

@@ -134,7 +134,7 @@ def test_in_sessions_nothing_is_cut(adapter, tokenizer):
     assert rolled == pytest.approx(reference(model, ids, len(ids) - 1)[0], abs=NATS)
     greedy = {"max_gen_toks": 8, "do_sample": False, "until": []}
     [text] = lm.generate_until([Request(LONG, greedy)], disable_tqdm=True)
-    assert text == tokenizer.decode([id for id in likeliest(model, ids, 8) if id not in lm.special_ids])
+    assert text == tokenizer.decode([id for id in likeliest(model, ids, 8) if id not in lm.bpe.special_ids])
 
     prefills = []
     make = session_maker(model, networks, config.resolve(T))
@@ -175,7 +175,7 @@ def test_generate_until(adapter, tokenizer):
             if token in ends:
                 break
             said.append(token)
-        assert text == tokenizer.decode([token for token in said if token not in lm.special_ids])
+        assert text == tokenizer.decode([token for token in said if token not in lm.bpe.special_ids])
         assert text
     whole = lm.generate_until([Request("def double", greedy)], disable_tqdm=True)[0]
     for stop in (whole[3], whole[2:5], whole[-1]):

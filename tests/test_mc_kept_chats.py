@@ -14,7 +14,7 @@ import pytest
 from megacontext import streams
 from megacontext.arrays import FILE, Arrays
 from megacontext.chat_sessions import ChatSessions
-from megacontext.kept_chats import Bounds, KeptChats
+from megacontext.kept_chats import KeptChats
 from megacontext.session import MCSession
 from nanochat.common import UserError
 from nanochat.sampling import Sampling
@@ -54,7 +54,7 @@ def serve(tokenizer, tmp_path):
 
 
 def kept(tmp_path, tokenizer, **bounds):
-    return KeptChats(tmp_path / "kept", gist_key(tokenizer), bounds=Bounds(**bounds))
+    return KeptChats(tmp_path / "kept", gist_key(tokenizer), **bounds)
 
 
 def test_chats_go_on_after_restarts_as_if_there_had_been_none(serve, tokenizer):
@@ -245,17 +245,17 @@ def test_bounds_of_count_size_and_age(serve, tmp_path, tokenizer):
     def left():
         return {i for i in range(20) if kept(tmp_path, tokenizer).record(name(i))}
 
-    with serve(bounds=Bounds(count=3), limit=1) as server:
+    with serve(bounds={"count": 3}, limit=1) as server:
         for i in range(5):
             Chat(i).say(server, 0)
         assert left() == {2, 3, 4}
     size = kept(tmp_path, tokenizer).stats()["bytes"]
-    with serve(bounds=Bounds(gigabytes=0.7 * size / 1e9), limit=1) as server:
+    with serve(bounds={"gigabytes": 0.7 * size / 1e9}, limit=1) as server:
         Chat(5).say(server, 0)
         assert left() == {3, 4, 5}
     for folder in (tmp_path / "kept").iterdir():
         os.utime(folder, (time.time() - 7200, time.time() - 7200))
-    with serve(bounds=Bounds(days=1 / 24)) as server:
+    with serve(bounds={"days": 1 / 24}) as server:
         Chat(6).say(server, 0)
         assert left() == {6}
 

@@ -31,13 +31,11 @@ class ChatShape:
         return {"delta": {"content": text} if text else {}}
 
     def logprobs(self, tokenizer, tokens):
-        special = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
-
         def entry(id, logprob):
             raw = tokenizer.id_to_bytes(id)
             return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
-        said = [token for token in tokens if token.id not in special]
+        said = [token for token in tokens if token.id not in tokenizer.special_ids]
         content = [
             entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]} for token in said
         ]
