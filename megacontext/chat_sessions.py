@@ -167,6 +167,12 @@ class ChatSessions:
             held = self._find(array("i", prompt), conversation)
             return held.used if held else 0.0
 
+    def answering(self, conversation) -> bool:
+        """Whether an answer is being made in this conversation."""
+        with self.lock:
+            held = self._find(array("i"), conversation)
+            return held is not None and held.job is not None
+
     def free(self) -> bool:
         """Whether there is a session for one more job now: not if all are answering."""
         with self.lock:

@@ -231,6 +231,11 @@ def test_openai_clients_name_a_conversation_and_send_only_what_is_new(serve):
         assert "goes on with one answer" in refused.json()["error"]["message"]
         refused = server.client.post("/v1/chat/completions", json=body | {"conversation": "guessable"})
         assert refused.status_code == 400
+        [held] = server.sessions[0].held
+        held.job = SimpleNamespace(focus=False)  # of which a part would be taken for its answer
+        refused = server.client.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (409, "conversation")
+        held.job = None
 
 
 def test_a_server_that_keeps_nothing_says_so(tokenizer):

@@ -98,7 +98,7 @@ class Service:
     def go_on(self, conversation, messages) -> list[int]:
         """
         Token ids of a conversation that the server keeps, with these messages after what it has; a name that it does
-        not know begins a new one. Raises ApiError (400) where none are kept.
+        not know begins a new one. Raises ApiError: 400 where none are kept, 409 until its last answer has ended.
         """
         sessions = self.sessions_of(conversation) if self.pool.sessions else None
         if sessions is None or not sessions.describe().get("kept"):
@@ -108,6 +108,8 @@ class Service:
                 "unsupported_value",
                 "conversation",
             )
+        if sessions.answering(conversation):
+            raise ApiError(409, "conversation: its last answer is still being made: wait for it", None, "conversation")
         said, turns = sessions.tokens(conversation, 0, 2**62), schema.turns(messages, self.limits)
         if not said:
             return self.render(turns)
