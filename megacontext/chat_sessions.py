@@ -197,6 +197,7 @@ class ChatSessions:
 
     def stats(self) -> dict:
         """What GET /stats tells of them."""
+        kept = {"kept": self.kept.stats()} if self.kept else {}
         with self.lock:
             return {
                 "held": len(self.held),
@@ -204,7 +205,7 @@ class ChatSessions:
                 "evicted": self.evicted,
                 "tokens": sum(held.num_tokens for held in self.held),
                 "bytes": sum(held.num_bytes for held in self.held),
-                **({"kept": self.kept.stats()} if self.kept else {}),
+                **kept,
             }
 
     def _record(self, conversation):

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 from megacontext import streams
@@ -30,7 +30,8 @@ class KeptChats:
         self.root = streams.private_folder(Path(root))
         self.gist_key, self.device = gist_key, device
         self.count, self.bytes, self.seconds = count, 1e9 * gigabytes, 86400 * days
-        self.lock = threading.Lock()  # guards the making and the deleting of folders
+        self.lock = threading.Lock()  # guards the making, measuring and deleting of folders
+        self._measured = {}  # folder → when it was used then, and its bytes
         self.refused = 0  # answers that the disk did not take
 
     def _folder(self, name) -> Path:
@@ -66,7 +67,7 @@ class KeptChats:
         """Keep what the session holds, and its state, view and edits for `record`."""
         try:
             session.tree.store.commit(focus={"session": session.state(), "view": view, "edits": edits})
-            os.utime(self._folder(name))  # see _last_used
+            os.utime(self._folder(name))  # see _sizes
         except (UserError, OSError) as error:  # the answer has been given; the next one may find room
             self.refused += 1
             logger.error("an answer is not kept: %s", error)
@@ -102,27 +103,32 @@ class KeptChats:
 
     def folders(self) -> list[Path]:
         """Of all conversations, the least recently used first."""
-        return sorted((path for path in self.root.iterdir() if path.name[0] != "."), key=_last_used)
+        return list(self._sizes())
 
     def stats(self):
-        folders = self.folders()
-        return {"kept": len(folders), "bytes": sum(map(streams.size_of, folders)), "refused": self.refused}
+        with self.lock:
+            sizes = self._sizes()
+        return {"kept": len(sizes), "bytes": sum(size for _, size in sizes.values()), "refused": self.refused}
+
+    def _sizes(self) -> dict[Path, tuple[float, int]]:
+        """Of each conversation the time of its last use, the oldest first, and its bytes; measured if used since."""
+        found = {}
+        for folder in (path for path in self.root.iterdir() if path.name[0] != "."):
+            with suppress(FileNotFoundError):  # another server has just deleted it
+                used = folder.stat().st_mtime  # `save` notes it, and whoever opens it makes files in it
+                measured, size = self._measured.get(folder, (None, 0))
+                found[folder] = used, size if used == measured else streams.size_of(folder)
+        self._measured = dict(sorted(found.items(), key=lambda item: item[1]))
+        return self._measured
 
     def _make_room(self):
-        folders = self.folders()
-        sizes = list(map(streams.size_of, folders))
-        count, size = len(folders) + 1, sum(sizes)
-        for folder, its in zip(folders, sizes, strict=True):
-            age = time.time() - _last_used(folder)
-            if count <= self.count and size <= self.bytes and age <= self.seconds:
+        sizes = self._sizes()
+        count, size = len(sizes) + 1, sum(size for _, size in sizes.values())
+        for folder, (used, its) in sizes.items():
+            if count <= self.count and size <= self.bytes and time.time() - used <= self.seconds:
                 break
             try:
                 streams.delete_stream(folder)
                 count, size = count - 1, size - its
-            except UserError:  # in use
+            except (UserError, FileNotFoundError):  # in use; another server was faster
                 continue
-
-
-def _last_used(folder):
-    """Time of the last use, in seconds since 1970: `save` notes it, and whoever opens it makes files in it."""
-    return folder.stat().st_mtime

@@ -265,6 +265,22 @@ def test_bounds_of_count_size_and_age(serve, tmp_path, tokenizer):
         assert left() == {6}
 
 
+def test_what_is_kept_is_measured_once(serve, monkeypatch):
+    """A thousand conversations take 0.13 s to measure: not at each new one, nor whenever somebody asks for /health."""
+    measured, size_of = [], streams.size_of
+    monkeypatch.setattr(streams, "size_of", lambda folder: measured.append(folder) or size_of(folder))
+    with serve() as server:
+        for i in range(6):
+            Chat(i).say(server, 0)
+        assert len(measured) <= 2 * 6  # not 0 + 1 + … + 5
+        asked = server.client.get("/stats").json()["workers"][0]["sessions"]["kept"]
+        assert asked["bytes"] == sum(map(size_of, server.sessions[0].kept.folders()))
+        measured.clear()
+        assert server.client.get("/health").status_code == 200
+        assert server.client.get("/stats").json()["workers"][0]["sessions"]["kept"] == asked
+        assert not measured
+
+
 def test_damage_costs_the_memory_and_not_the_chat(serve, tmp_path, caplog):
     chat = Chat(1)
     with serve() as server:

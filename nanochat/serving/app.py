@@ -190,19 +190,18 @@ def create_app(pool, limits=None, defaults=None, api_key="", origins=(), ping_se
 
     @app.get("/health")
     async def health():
-        stats = pool.stats()
-        ready = stats["state"] == "ready"
+        ready = pool.state == "ready"
         status = {
-            "status": "ok" if ready else stats["state"],
+            "status": "ok" if ready else pool.state,
             "ready": ready,
-            "num_gpus": len(stats["workers"]),
-            "available_workers": stats["available_workers"],
+            "num_gpus": len(pool.workers),
+            "available_workers": pool.available,
         }
         return AsciiJSON(status, 200 if ready else 503)
 
     @app.get("/stats")
     async def get_stats():
-        return {**pool.stats(), "ignored_parameters": dict(service.ignored)}
+        return {**await asyncio.to_thread(pool.stats), "ignored_parameters": dict(service.ignored)}
 
     @app.get("/config")
     async def config():

@@ -231,7 +231,9 @@ class WorkerPool:
         """Jobs that may be waiting or running."""
         return self.queue_size + self.batch_size * len(self.workers)
 
-    def _idle(self):
+    @property
+    def available(self) -> int:
+        """Workers that have nothing to do."""
         return sum(not worker.jobs for worker in self.workers)
 
     def _running(self):
@@ -319,6 +321,7 @@ class WorkerPool:
 
     def stats(self) -> dict:
         """What GET /stats answers."""
+        told = [(worker, worker.sessions.stats() if worker.sessions else None) for worker in self.workers]
         with self.changed:
             workers = [
                 {
@@ -328,16 +331,16 @@ class WorkerPool:
                     "answers": len(worker.jobs),
                     "served": worker.served,
                     "failed": worker.failed,
-                    **({"sessions": worker.sessions.stats()} if worker.sessions else {}),
+                    **({"sessions": sessions} if sessions else {}),
                 }
-                for worker in self.workers
+                for worker, sessions in told
             ]
             return {
                 "state": self.state,
                 "workers": workers,
                 "total_workers": len(workers),
-                "available_workers": self._idle(),
-                "busy_workers": len(workers) - self._idle(),
+                "available_workers": self.available,
+                "busy_workers": len(workers) - self.available,
                 "queue": {"length": len(self.waiting), "limit": self.queue_size},
                 "totals": dict(self.totals),
                 "uptime_seconds": round(time.monotonic() - self.started, 3),
