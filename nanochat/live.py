@@ -1,24 +1,21 @@
 """
 A web page with the curves of all training logs, without W&B or Grafana:
 
-    python -m nanochat.report live                       # then open the address that it prints; Ctrl-C ends it
-    python -m nanochat.report live --output=runs.html    # write the page with its data to a file
+    python -m nanochat.report live      # then open the address that it prints; Ctrl-C ends it
 
 It draws every number in $NANOCHAT_BASE_DIR/logs/*.jsonl and updates itself every few seconds.
 """
 
 import json
 import math
-import re
 import signal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.common import UserError, get_base_dir
 from nanochat.plots import STAGE_TITLES, read_log
 
 PAGE = Path(__file__).with_name("live.html")
-PLACE = '<script type="application/json" id="data"></script>'
 POINTS = 500  # per curve, as many as a screen can show
 
 
@@ -70,14 +67,6 @@ class Logs:
             return {**run, "error": str(error)}
 
 
-def static_page(logs: Logs) -> str:
-    """The page with its data inside, as one self-contained file."""
-    data = re.sub("<", r"\\u003c", json.dumps(logs.runs()))  # otherwise the name of a run could end the element
-    page = PAGE.read_text("utf-8")
-    assert page.count(PLACE) == 1
-    return page.replace(PLACE, PLACE.replace("></", f">{data}</"))
-
-
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/":
@@ -111,14 +100,9 @@ class LiveServer(ThreadingHTTPServer):
             ) from error
 
 
-def show(host, port, output):
-    """Run `python -m nanochat.report live`: serve until interrupted, or write a file and return."""
+def show(host, port):
+    """Run `python -m nanochat.report live`: serve until interrupted."""
     logs = Logs(get_base_dir() / "logs")
-    if output:
-        with atomic_write(output, "w") as file:
-            file.write(static_page(logs))
-        print(f"{len(logs.runs())} runs written to {output}")
-        return
     with LiveServer(host, port, logs) as server:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it otherwise
         print(f"{logs.folder} is shown at http://{host}:{server.server_port}/ (Ctrl-C ends)", flush=True)

@@ -273,8 +273,6 @@ class Config:
     """live: port to listen on; 0 for any free one"""
     host: str = "127.0.0.1"
     """live: address to listen on; 0.0.0.0 accepts connections from other machines"""
-    output: str = ""
-    """live: write the page to this file instead"""
 
 
 def main(config):
@@ -284,7 +282,7 @@ def main(config):
     if config.command == "reset":
         print(f"started a new report: {report.reset()}")
     elif config.command == "live":
-        live.show(config.host, config.port, config.output)
+        live.show(config.host, config.port)
     else:
         path = report.generate()
         print(f"report written to {path} and, with its plots, to {Path.cwd() / 'report.md'}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import expect
 
 from nanochat.common import UserError
-from nanochat.live import PAGE, LiveServer, Logs, static_page, thinned
+from nanochat.live import PAGE, LiveServer, Logs, thinned
 
 
 def record(step, **others):
@@ -102,12 +103,8 @@ def test_a_port_that_is_taken(tmp_path):
 
 def test_the_command(base_dir):
     write(base_dir / "logs", "base_d4", [mc_record(s) for s in range(5)])
-    output = base_dir / "page.html"
-    command = [sys.executable, "-m", "nanochat.report", "live"]
-    result = subprocess.run([*command, f"--output={output}"], capture_output=True, text=True, timeout=60)
-    assert result.stdout == f"1 runs written to {output}\n", result.stderr
-    assert "mc/lod_count/1" in output.read_text()
-    with subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "nanochat.report", "live", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split(" at ")[1].split(" ")[0]
         with urllib.request.urlopen(f"{url}data.json", timeout=30) as response:
             assert json.load(response)[0]["name"] == "base_d4"
@@ -133,69 +130,74 @@ def page(browser):
     page.close()
 
 
+@contextmanager
+def served(logs):
+    """The address of the page."""
+    with LiveServer("127.0.0.1", 0, logs) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def titles(page):
     return page.locator("article h3").all_inner_texts()
 
 
-def test_a_static_page_stands_alone(page, tmp_path, monkeypatch):
-    """Everything that was logged is drawn; nothing is fetched; names are text, whatever is in them."""
+def test_all_is_drawn(page, tmp_path, monkeypatch):
+    """Everything that was logged is drawn; names are text, whatever is in them."""
     evil = "base_</script><img src=x onerror=alert(1)>"
     write(tmp_path, "base_d4", [record(s, **{"train/mfu": 0.3, "val/bpb": 2.0, "own": s}) for s in range(1, 900)])
     write(tmp_path, "base_mc", [mc_record(s) for s in range(1, 30)])
     logs = Logs(tmp_path)
     runs = logs.runs()
     monkeypatch.setattr(logs, "runs", lambda: [{**runs[0], "name": evil}, *runs[1:]])
-    path = tmp_path / "page.html"
-    path.write_text(static_page(logs))
-    page.goto(path.as_uri())
-    expect(page.locator(".chip")).to_have_count(2)
-    assert evil in page.locator(".chip").all_inner_texts()
-    assert {"Training loss", "Validation", "LOD mix", "Loss by LOD", "LensNet", "Context gain", "MFU", "own"} <= set(
-        titles(page)
-    )
-    assert page.asked == [path.as_uri()]
-    assert page.faults == []
-    mix = page.locator("article", has=page.get_by_role("heading", name="LOD mix"))
-    expect(mix.locator(".area")).to_have_count(2)
-    expect(mix.locator(".legend")).to_contain_text(f"LOD 0 {100 * 30 / 69:.1f}%")
-    assert "NaN" not in page.locator("#charts").inner_html()
+    with served(logs) as url:
+        page.goto(url)
+        expect(page.locator(".chip")).to_have_count(2)
+        assert evil in page.locator(".chip").all_inner_texts()
+        names = {"Training loss", "Validation", "LOD mix", "Loss by LOD", "LensNet", "Context gain", "MFU", "own"}
+        assert names <= set(titles(page))
+        assert set(page.asked) == {url, f"{url}data.json"}
+        assert page.faults == []
+        mix = page.locator("article", has=page.get_by_role("heading", name="LOD mix"))
+        expect(mix.locator(".area")).to_have_count(2)
+        expect(mix.locator(".legend")).to_contain_text(f"LOD 0 {100 * 30 / 69:.1f}%")
+        assert "NaN" not in page.locator("#charts").inner_html()
 
 
 def test_runs_are_switched_and_compared_by_tokens(page, tmp_path):
     write(tmp_path, "base_a", [record(s) for s in range(1, 50)])
     write(tmp_path, "base_b", [record(s) for s in range(1, 50)])
-    path = tmp_path / "page.html"
-    path.write_text(static_page(Logs(tmp_path)))
-    page.goto(path.as_uri())
-    loss = page.locator("article", has=page.get_by_role("heading", name="Training loss"))
-    expect(loss.locator(".curve")).to_have_count(2)
-    page.get_by_role("button", name="base_b").click()
-    expect(loss.locator(".curve")).to_have_count(1)
-    expect(loss.locator(".legend")).to_contain_text("base_a 4.51")
-    expect(loss.locator("svg")).not_to_contain_text("4000")
-    page.get_by_label("compare by").select_option("tokens")
-    expect(loss.locator("svg")).to_contain_text("4000")
-    loss.locator("svg").hover()
-    expect(loss.locator(".legend")).to_contain_text("at ")
-    assert page.faults == []
+    with served(Logs(tmp_path)) as url:
+        page.goto(url)
+        expect(page.locator(".chip")).to_have_count(2)
+        loss = page.locator("article", has=page.get_by_role("heading", name="Training loss"))
+        expect(loss.locator(".curve")).to_have_count(2)
+        page.get_by_role("button", name="base_b").click()
+        expect(loss.locator(".curve")).to_have_count(1)
+        expect(loss.locator(".legend")).to_contain_text("base_a 4.51")
+        expect(loss.locator("svg")).not_to_contain_text("4000")
+        page.get_by_label("compare by").select_option("tokens")
+        expect(loss.locator("svg")).to_contain_text("4000")
+        loss.locator("svg").hover()
+        expect(loss.locator(".legend")).to_contain_text("at ")
+        assert page.faults == []
 
 
 def test_the_page_follows_a_run(page, tmp_path):
     """From no log at all, over a half-written line, to a new value, without a reload."""
-    with LiveServer("127.0.0.1", 0, Logs(tmp_path)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            page.goto(f"http://127.0.0.1:{server.server_port}/")
-            expect(page.locator("#empty")).to_be_visible()
-            path = write(tmp_path, "base_d4", [record(1), record(2)], tail='{"step": 3')
-            expect(page.locator(".tile", has_text="step").locator("b")).to_have_text("2", timeout=10_000)
-            expect(page.locator("#state")).to_have_text("live, base_d4")
-            write(tmp_path, path.stem, [record(1), record(2), record(3)])
-            expect(page.locator(".tile", has_text="step").locator("b")).to_have_text("3", timeout=10_000)
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Logs(tmp_path)) as url:
+        page.goto(url)
+        expect(page.locator("#empty")).to_be_visible()
+        path = write(tmp_path, "base_d4", [record(1), record(2)], tail='{"step": 3')
+        expect(page.locator(".tile", has_text="step").locator("b")).to_have_text("2", timeout=10_000)
+        expect(page.locator("#state")).to_have_text("live, base_d4")
+        write(tmp_path, path.stem, [record(1), record(2), record(3)])
+        expect(page.locator(".tile", has_text="step").locator("b")).to_have_text("3", timeout=10_000)
         assert page.faults == []
 
 
@@ -203,11 +205,11 @@ def test_the_page_follows_a_run(page, tmp_path):
 def test_text_can_be_read(page, tmp_path, scheme):
     """Contrast of at least 4.5 to 1 (WCAG AA) wherever there is text, and nothing wider than a telephone."""
     write(tmp_path, "base_mc", [mc_record(s) for s in range(1, 30)])
-    path = tmp_path / "page.html"
-    path.write_text(static_page(Logs(tmp_path)))
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 390, "height": 800})
-    page.goto(path.as_uri())
+    with served(Logs(tmp_path)) as url:
+        page.goto(url)
+        expect(page.locator(".chip")).to_have_count(1)
     colours = page.evaluate(
         """() => [...document.querySelectorAll("h1, h2, h3, article p, span, .tile b, svg text, .chip")]
         .filter(node => node.textContent.trim()).map(node => {
