@@ -14,14 +14,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat import checkpoint_manager as cm
-from nanochat import hf_export
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
-from nanochat.hf_export import export_hf, to_hf_tokenizer
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from scripts import export_hf as script
+from scripts.export_hf import export_hf, to_hf_tokenizer
 from tests.helpers import ROOT, TEXT, make_model, write_tokenizer
 
 CHAT = [
@@ -217,8 +216,8 @@ def test_the_documented_program_runs(tmp_path, tokenizer, monkeypatch, capsys):
 
 
 def test_large_weights_come_in_shards(tmp_path, tokenizer, monkeypatch):
-    save = hf_export.save_torch_state_dict
-    monkeypatch.setattr(hf_export, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": 50_000}))
+    save = script.save_torch_state_dict
+    monkeypatch.setattr(script, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": 50_000}))
     model = large()
     export_hf(tmp_path / "model", model, tokenizer)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
@@ -240,7 +239,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, tokenizer, mo
         def full(*_args, **_kwargs):
             raise OSError(28, "No space left on device")
 
-        patch.setattr(hf_export, "to_hf_tokenizer", full)  # the weights are written by then
+        patch.setattr(script, "to_hf_tokenizer", full)  # the weights are written by then
         with pytest.raises(UserError, match="No space left"):
             export_hf(target, model, tokenizer)
     assert list(target.iterdir()) == []

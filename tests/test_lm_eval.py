@@ -17,9 +17,9 @@ from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
-from nanochat.hf_export import export_hf
 from nanochat.lm_eval_adapter import HarnessLM
 from scripts import lm_eval as script
+from scripts.export_hf import export_hf
 from tests.helpers import likeliest, make_model, write_tokenizer
 from tests.helpers_server import MODEL, serving
 
