@@ -206,9 +206,8 @@ def make_local(source, num_files, data_dir, recall_part=0.0, primer=0, seed=0, s
     Make shards from the standard library or a folder, with at most num_files (-1: all) for training.
 
     recall_part: of the characters, from 0 to below 1, are of recall documents with this seed and these sizes, which
-    stand between the others; before all of them come `primer` characters of recall.PRIMER. Returns (the record written
-    to source.json, whether it was there already and nothing had to be done). Raises UserError if the folder holds
-    shards that were made otherwise.
+    stand between the others; before all of them come `primer` characters of recall.PRIMER. Returns and raises what
+    `_make` does.
     """
     folder = None if source == "stdlib" else Path(source).expanduser().resolve()
     if folder and not folder.is_dir():
@@ -236,25 +235,12 @@ def make_local(source, num_files, data_dir, recall_part=0.0, primer=0, seed=0, s
 
     record = {"source": str(folder or source), "recall_part": recall_part, "primer": primer}
     record |= {"seed": seed, "sizes": asdict(sizes)} if recall_part or primer else {}
-    with locked(data_dir):
-        have = check_source(data_dir, record["source"])
-        _check_alike({"recall_part": 0.0, "primer": 0, **have} if have else {}, record, data_dir)
-        if _has_enough(have, num_files, data_dir):
-            return have, True
-        return _build(record | {"python": platform.python_version()}, make_shards, num_files, data_dir), False
+    return _make(record, make_shards, num_files, data_dir)
 
 
 def _generated(seed, split, sizes):
     """Recall documents without end."""
     return (text for text, _ in recall.recall_documents(seed, sys.maxsize, split, **asdict(sizes)))
-
-
-def _check_alike(have, record, data_dir):
-    if have and not record.items() <= have.items():
-        raise UserError(
-            f"{data_dir} holds documents made with other options already ({data_dir / 'source.json'}): "
-            f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
-        )
 
 
 def _left_out(skipped: dict) -> str:
@@ -263,23 +249,36 @@ def _left_out(skipped: dict) -> str:
 
 def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, data_dir: Path) -> tuple[dict, bool]:
     """
-    Generate shards of recall documents and their answer key, with at most num_files (-1: all) for training.
-
-    Returns what `make_local` does. Raises UserError if the folder holds documents that were made otherwise.
+    Generate shards of recall documents and their answer key, with at most num_files (-1: all) for training. Returns and
+    raises what `_make` does.
     """
     record = {"source": "recall", "seed": seed, "documents": documents, "sizes": asdict(sizes)}
+    make_shards = partial(recall.make_shards, seed, documents, sizes, progress.track)
+    return _make(record, make_shards, num_files, data_dir)
+
+
+def _make(record, make_shards, num_files, data_dir) -> tuple[dict, bool]:
+    """
+    Put what make_shards(train_paths, val_path) writes in the place of what is there, unless that has been done.
+
+    Returns (the record in source.json: this one and what was made, whether nothing had to be done). Raises UserError if
+    the folder holds shards that were made otherwise.
+    """
     with locked(data_dir):
-        have = check_source(data_dir, "recall")
-        _check_alike(have, record, data_dir)
-        if _has_enough(have, num_files, data_dir) and (data_dir / recall.KEY_FILE).exists():
+        have = check_source(data_dir, record["source"])
+        if have and not record.items() <= ({"recall_part": 0.0, "primer": 0} | have).items():
+            raise UserError(
+                f"{data_dir} holds documents made with other options already ({data_dir / 'source.json'}): "
+                f"set NANOCHAT_BASE_DIR to another folder, or remove {data_dir}"
+            )
+        if _has_enough(have, num_files, data_dir):
             return have, True
-        make_shards = partial(recall.make_shards, seed, documents, sizes, progress.track)
-        return _build(record, make_shards, num_files, data_dir), False
+        return _build(record | {"python": platform.python_version()}, make_shards, num_files, data_dir), False
 
 
 def _has_enough(record, num_files, data_dir):
     """Whether the shards that `record` tells of are all there, and as many as are wanted."""
-    if "train" not in record:
+    if "train" not in record or (record["source"] == "recall" and not (data_dir / recall.KEY_FILE).exists()):
         return False
     train, count = record["train"], len(list_shards(data_dir)) - 1
     # Fewer than recorded: a shard was deleted, or the process was killed while moving them.
@@ -287,8 +286,7 @@ def _has_enough(record, num_files, data_dir):
 
 
 def _build(record, make_shards, num_files, data_dir):
-    """Put what make_shards(train_paths, val_path) writes in the place of what is there; returns the whole record."""
-    # Made aside and moved when all is there, so that nobody reads half a dataset.
+    """Make shards aside and move them when all are there, so that nobody reads half a dataset; the whole record."""
     building = data_dir / ".building"
     shutil.rmtree(building, ignore_errors=True)
     indices = range(VAL_SHARD)[: num_files if num_files != -1 else None]

@@ -64,41 +64,15 @@ class FocusState:
     state: dict
 
 
-GATHER = 0.01  # seconds for which pieces of text may be kept back, to go out as one
-
-
-class Outbox:
-    """
-    Events that a thread hands over together, at the end of a step.
-
-    To wake the event loop and to write an event to a socket takes longer than to make a token, and holds the
-    interpreter's lock: so pieces of text that come fast are put together.
-    """
-
-    def __init__(self):
-        self.kept = {}  # job → its events
-        self.urgent = False
-        self.sent = 0.0  # time.monotonic()
-
-    def put(self, job, event):
-        """A job's next event. Only pieces of an answer that has begun may wait."""
-        events = self.kept.setdefault(job, [])
-        last = events[-1] if events else None
-        if isinstance(last, Piece) and isinstance(event, Piece) and last.kind == event.kind:
-            events[-1] = replace(last, text=last.text + event.text, tokens=[*last.tokens, *event.tokens])
-        else:
-            events.append(event)
-        self.urgent |= job.first is None or not isinstance(event, Piece)
+class Outbox(list):
+    """(job, event) pairs that a thread hands over together, at the end of a step: waking a loop takes time."""
 
     def send(self):
-        """Hand over what is kept, each event to its job's loop, unless it may wait a little."""
-        now = time.monotonic()
-        if not self.kept or not (self.urgent or now - self.sent >= GATHER):
-            return
-        kept, self.kept, self.urgent, self.sent = self.kept, {}, False, now
-        for loop in {job.loop for job in kept}:
-            pairs = [(job, event) for job, events in kept.items() if job.loop is loop for event in events]
-            loop.call_soon_threadsafe(_deliver, pairs)
+        """Hand over what is there, each event to its job's loop."""
+        pairs = self[:]
+        self.clear()
+        for loop in {job.loop for job, _ in pairs}:
+            loop.call_soon_threadsafe(_deliver, [pair for pair in pairs if pair[0].loop is loop])
 
 
 def _deliver(pairs):
@@ -146,9 +120,9 @@ class Job:
         """Pass an event to the event loop, through the outbox if there is one. Thread-safe."""
         outbox = self.outbox  # another thread may take it away
         if outbox is None:
-            self.loop.call_soon_threadsafe(_deliver, [(self, event)])
+            Outbox([(self, event)]).send()
         else:
-            outbox.put(self, event)
+            outbox.append((self, event))
         if self.first is None and isinstance(event, Piece):
             self.first = time.monotonic()
 
