@@ -96,10 +96,10 @@ def read_tensors(path, device):
 
 def rng_state():
     """The state of every random generator of this process, in types that torch.load admits."""
-    numpy_state = np.random.get_state(legacy=False)
+    _, key, pos, *_ = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"]),
+        "numpy": (key.tolist(), pos),
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process's device
     }
@@ -109,9 +109,7 @@ def set_rng_state(state):
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     key, pos = state["numpy"]
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"] = {"key": np.array(key, dtype=np.uint32), "pos": pos}
-    np.random.set_state(numpy_state)
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), pos))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0].cpu())

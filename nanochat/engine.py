@@ -13,13 +13,14 @@ which may have better logits. CacheSession is the plain one: all tokens so far, 
 
 from collections import deque
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanochat.calculator import calculate
 from nanochat.decode import Decoder, compute_dtype, weights_version
 from nanochat.kv_cache import CacheSession, RowCaches
+from nanochat.ranges import check
 from nanochat.sampling import Sampler, Sampling, row_seed
 
 PART = 256  # tokens of prompts that are read at once, where others wait for their next token
@@ -79,8 +80,10 @@ class Engine:
             return
         session = session or CacheSession(self.decoder, num_samples, max_tokens)
         sampler = Sampler(self.model.config.vocab_size, self.model.get_device())
+        sampling = Sampling(temperature, top_k, **settings)
+        check(sampling)
         for row in range(num_samples):
-            sampler.add(Sampling(temperature, top_k, seed=row_seed(seed, row), **settings), tokens)
+            sampler.add(replace(sampling, seed=row_seed(seed, row)), tokens)
         rows = [Row(self.tokenizer) for _ in range(num_samples)]
         logits = session.prefill(tokens)
         if len(logits) != num_samples:
@@ -101,10 +104,6 @@ class Engine:
                 return
             sampler.observe(ids)
             logits = session.read(ids)
-
-    def batch(self) -> "Batch":
-        """For prompts that come one by one and share their steps."""
-        return Batch(self)
 
     def generate_batch(self, tokens, num_samples=1, keep_end=False, make_session=None, seed=42, **kwargs):
         """

@@ -10,8 +10,11 @@ Shapes: B rows, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+
+from nanochat.ranges import BOUNDLESS, Amount, Fraction, Range
 
 GREEDY = 1e-5  # temperatures below this are greedy, as in vLLM: dividing by them would overflow
 NARROW = 256  # up to this top_k, the candidates are found without sorting all V logits
@@ -22,7 +25,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive integers
 @dataclass(frozen=True)
 class Sampling:
     """
-    The sampling settings of one row. Raises ValueError for values out of range.
+    The sampling settings of one row; `ranges.check` says whether they can be.
 
     temperature: 0 is greedy. top_k: only the k likeliest tokens; 0 or None for all. top_p: only the smallest set of
     likeliest tokens with this total probability. min_p: only tokens with at least this fraction of the best token's
@@ -31,30 +34,15 @@ class Sampling:
     count. logit_bias: token id → number added to its logit. seed: any integer.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: Amount = 1.0
+    top_k: Annotated[int | None, Range(0)] = 0
+    top_p: Annotated[float, Range(1e-9, 1)] = 1.0
+    min_p: Fraction = 0.0
+    repetition_penalty: Annotated[float, Range(1e-9)] = 1.0
+    presence_penalty: Annotated[float, Range(-BOUNDLESS)] = 0.0
+    frequency_penalty: Annotated[float, Range(-BOUNDLESS)] = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int = 42
-
-    def __post_init__(self):
-        finite = "a finite number", lambda value: abs(value) < float("inf")
-        rules = {
-            "temperature": ("0 or more", lambda value: 0 <= value < float("inf")),
-            "top_k": ("0 (off) or more", lambda value: value is None or value >= 0),
-            "top_p": ("more than 0 and at most 1", lambda value: 0 < value <= 1),
-            "min_p": ("0 to 1", lambda value: 0 <= value <= 1),
-            "repetition_penalty": ("more than 0", lambda value: 0 < value < float("inf")),
-            "presence_penalty": finite,
-            "frequency_penalty": finite,
-        }
-        for name, (rule, holds) in rules.items():
-            if not holds(getattr(self, name)):
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
     @property
     def penalizes(self) -> bool:

@@ -362,9 +362,9 @@ def test_all_settings_of_sampling_count(engine):
         ({"tokens": []}, "at least one token"),
         ({"num_samples": 0}, "num_samples must be 1 or more, got 0"),
         ({"max_tokens": -1}, "max_tokens must be 0 or more, or None for no limit, got -1"),
-        ({"temperature": -0.5}, "temperature must be 0 or more"),
-        ({"temperature": math.nan}, "temperature must be 0 or more"),
-        ({"top_k": -1}, "top_k must be 0"),
+        ({"temperature": -0.5}, "temperature: expected 0 or more"),
+        ({"temperature": math.nan}, "temperature: expected 0 or more"),
+        ({"top_k": -1}, "top_k: expected 0 or more"),
     ],
 )
 def test_arguments_that_make_no_sense(engine, arguments, message):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import sampling
+from nanochat.ranges import check
 from nanochat.sampling import Sampler, Sampling, logprobs, row_seed
 
 V = 24
@@ -246,19 +247,19 @@ def test_seeds():
 @pytest.mark.parametrize(
     ("setting", "rule"),
     [
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
-        ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
-        ({"top_k": -1}, r"top_k must be 0 \(off\) or more, got -1"),
-        ({"top_p": 0.0}, "top_p must be more than 0 and at most 1, got 0.0"),
-        ({"min_p": 1.5}, "min_p must be 0 to 1, got 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be more than 0"),
-        ({"presence_penalty": math.inf}, "presence_penalty must be a finite number"),
-        ({"frequency_penalty": math.nan}, "frequency_penalty must be a finite number"),
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"temperature": math.nan}, "temperature: expected 0 or more, got nan"),
+        ({"top_k": -1}, "top_k: expected 0 or more, got -1"),
+        ({"top_p": 0.0}, "top_p: expected from 1e-09 to 1, got 0.0"),
+        ({"min_p": 1.5}, "min_p: expected from 0 to 1, got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected 1e-09 or more"),
+        ({"presence_penalty": math.inf}, "presence_penalty: expected"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty: expected"),
     ],
 )
 def test_settings_without_meaning(setting, rule):
     with pytest.raises(ValueError, match=rule):
-        Sampling(**setting)
+        check(Sampling(**setting))
 
 
 def test_as_many_logits_as_rows():
