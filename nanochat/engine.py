@@ -105,6 +105,10 @@ class Engine:
             sampler.observe(ids)
             logits = session.read(ids)
 
+    def batch(self) -> "Batch":
+        """For prompts that come one by one and share their steps."""
+        return Batch(self)
+
     def generate_batch(self, tokens, num_samples=1, keep_end=False, make_session=None, seed=42, **kwargs):
         """
         All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).

@@ -11,7 +11,7 @@ from megacontext.session import MCSession
 from nanochat import engine as batching
 from nanochat.common import UserError
 from nanochat.decode import Decoder
-from nanochat.engine import Batch, Engine
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.kv_cache import CacheSession, KVCache, RowCaches
 from nanochat.sampling import Sampling
@@ -127,7 +127,7 @@ def test_each_stream_gets_what_it_gets_alone(model, tokenizer, arrivals, leaving
     """Its own tokens in its own order, at whatever step others come and go; of one that left, those up to then."""
     engine = Engine(model, tokenizer, dtype=EXACT, graph=graph)
     arguments = [(prompt(n, seed), max_tokens, sampling) for _, n, seed, max_tokens, sampling in arrivals]
-    ids, streams = run(Batch(engine), [(a[0], b) for a, b in zip(arrivals, arguments, strict=True)], leaving)
+    ids, streams = run(engine.batch(), [(a[0], b) for a, b in zip(arrivals, arguments, strict=True)], leaving)
     for number, (got, one) in enumerate(zip(ids, arguments, strict=True)):
         expected = alone(engine, *one)
         assert got == (expected[: len(got)] if number in leaving else expected)
@@ -146,7 +146,7 @@ def test_sessions_of_megacontext_share_steps(model, tokenizer, networks, arrival
     arguments, kept = [], [session(number) for number in range(len(arrivals))]
     for number, (_, n, seed, max_tokens, sampling) in enumerate(arrivals):
         arguments.append((prompt(3 * n if number % 3 else n, seed), max_tokens, sampling, kept[number]))
-    ids, _ = run(Batch(engine), [(a[0], b) for a, b in zip(arrivals, arguments, strict=True)], leaving)
+    ids, _ = run(engine.batch(), [(a[0], b) for a, b in zip(arrivals, arguments, strict=True)], leaving)
     for number, (got, (tokens, max_tokens, sampling, kept_one)) in enumerate(zip(ids, arguments, strict=True)):
         reference = session(number)
         expected = alone(engine, tokens, max_tokens, sampling, reference)
@@ -195,7 +195,7 @@ def test_tools_and_ends_of_each_row(engine, tokenizer):
         arrivals.append((2 * number, (prompt(3 + 4 * number), 99, Sampling(), Scripted(engine.decoder, says))))
         expected.append([x] * number + call(question) + forced + [special("<|assistant_end|>")])
     plain = prompt(9, seed=7), 12, Sampling(temperature=0)
-    ids, streams = run(Batch(engine), [*arrivals, (1, plain)])
+    ids, streams = run(engine.batch(), [*arrivals, (1, plain)])
     assert ids == [*expected, alone(engine, *plain)]
     assert [stream.ended for stream in streams if isinstance(stream.session, Scripted)] == ["stop"] * 3
 
@@ -205,7 +205,7 @@ def test_a_stream_that_fails_ends_alone(engine, at):
     fault = RuntimeError("on purpose")
     failing = Scripted(engine.decoder, prompt(9), fault, at)
     others = [(prompt(6, seed), 15, Sampling(seed=seed)) for seed in (1, 2)]
-    ids, streams = run(Batch(engine), [(0, others[0]), (1, (prompt(4), 99, Sampling(), failing)), (2, others[1])])
+    ids, streams = run(engine.batch(), [(0, others[0]), (1, (prompt(4), 99, Sampling(), failing)), (2, others[1])])
     assert ids == [alone(engine, *others[0]), prompt(9)[:at], alone(engine, *others[1])]
     assert [stream.ended for stream in streams if stream.session is failing] == [fault]
 
@@ -239,7 +239,7 @@ def test_what_a_stream_looks_at_again_is_its_own(engine):
     other = (usual[3] + 1) % V
     for id, expected in ((other, [*usual[:3], other]), (fault, usual[:3])):
         wishful = Wishful(engine.decoder, 3, id)
-        ids, streams = run(Batch(engine), [(0, others[0]), (1, (*one, wishful)), (2, others[1])])
+        ids, streams = run(engine.batch(), [(0, others[0]), (1, (*one, wishful)), (2, others[1])])
         assert ids.pop(1)[:4] == expected
         assert ids == [alone(engine, *arguments) for arguments in others]
         [ended] = [stream.ended for stream in streams if stream.session is wishful]
@@ -257,14 +257,14 @@ def test_a_session_that_cannot_take_up_a_step_ends_alone(engine):
 
     deaf, others = Deaf(engine.decoder), [(prompt(6, seed), 15, Sampling(seed=seed)) for seed in (1, 2)]
     one = prompt(4), 9, Sampling(temperature=0)
-    ids, streams = run(Batch(engine), [(0, others[0]), (0, (*one, deaf)), (1, others[1])])
+    ids, streams = run(engine.batch(), [(0, others[0]), (0, (*one, deaf)), (1, others[1])])
     assert ids.pop(1) == alone(engine, *one)[:3]
     assert ids == [alone(engine, *arguments) for arguments in others]
     assert [stream.ended for stream in streams if stream.session is deaf] == [fault]
 
 
 def test_a_step_that_fails_ends_those_that_shared_it(engine):
-    batch, fault = Batch(engine), MemoryError("on purpose")
+    batch, fault = engine.batch(), MemoryError("on purpose")
     shared = [batch.add(prompt(3, seed), 20, Sampling()) for seed in (1, 2)]
     lone = batch.add(prompt(4), 6, Sampling(), Scripted(engine.decoder, prompt(9)))
     for _ in range(4):
@@ -288,19 +288,19 @@ def test_what_does_not_fit_ends_alone(engine):
     """A prompt beyond the positions of the model, and one that reaches their end."""
     limit = engine.model.max_seq_len
     arguments = [(prompt(n), 9, Sampling(temperature=0)) for n in (limit + 1, limit - 2, 3)]
-    ids, streams = run(Batch(engine), [(0, one) for one in arguments])
+    ids, streams = run(engine.batch(), [(0, one) for one in arguments])
     assert isinstance(streams[0].ended, UserError)
     assert ids == [[], alone(engine, *arguments[1]), alone(engine, *arguments[2])]
     assert len(ids[1]) == 3
     assert streams[1].ended == "length"
     for tokens, max_tokens in (([], 1), ([1], 0)):
         with pytest.raises(ValueError, match="expected at least one token"):
-            Batch(engine).add(tokens, max_tokens, Sampling())
+            engine.batch().add(tokens, max_tokens, Sampling())
 
 
 def test_nobody_waits_for_a_long_prompt(engine):
     """Each step reads a part of one prompt, in turn, and every stream that has read its own gets a token in each."""
-    batch = Batch(engine)
+    batch = engine.batch()
     running = batch.add(prompt(5), 99, Sampling(temperature=0, logit_bias={65: 1000.0}))
     long, short = batch.add(prompt(100), 9, Sampling()), batch.add(prompt(7), 9, Sampling())
     first = {}
@@ -317,7 +317,7 @@ def test_nobody_waits_for_a_prompt_of_100_000_tokens(model, tokenizer, networks,
     """Beside a session that takes it up, a stream gets a token at each step; both networks do a part's work at most."""
     monkeypatch.setattr(batching, "PART", 256)
     engine = Engine(model, tokenizer)
-    batch, settings = Batch(engine), SETTINGS.resolve(64)
+    batch, settings = engine.batch(), SETTINGS.resolve(64)
     session = MCSession(model, networks, settings, decoder=engine.decoder)
     taken, append = [], session.tree.append
     monkeypatch.setattr(session.tree, "append", lambda tokens: (taken.append(tokens.size(1)), append(tokens))[1])
@@ -335,7 +335,7 @@ def test_nobody_waits_for_a_prompt_of_100_000_tokens(model, tokenizer, networks,
 
 def test_a_prompt_that_is_given_up_is_closed_at_once(engine, model, networks):
     """Its session holds what it held, and the others' tokens are as if it had not been there."""
-    batch, session = Batch(engine), MCSession(model, networks, SETTINGS, decoder=engine.decoder)
+    batch, session = engine.batch(), MCSession(model, networks, SETTINGS, decoder=engine.decoder)
     session.prefill(prompt(200)[:30])
     stays = prompt(6), 20, Sampling(temperature=0)
     stream = batch.add(*stays)
@@ -350,7 +350,7 @@ def test_a_prompt_that_is_given_up_is_closed_at_once(engine, model, networks):
 
 
 def test_logits_are_told_where_they_are_asked_for(engine):
-    batch, got = Batch(engine), []
+    batch, got = engine.batch(), []
     batch.add(prompt(4, 1), 5, Sampling())
     asking = batch.add(prompt(6, 2), 5, Sampling(temperature=0), None, True)
     while len(batch):
@@ -374,7 +374,7 @@ def test_long_rows_beside_short_ones_are_not_padded(model, tokenizer, monkeypatc
     ways, real = [], Decoder._attend_one_by_one
     monkeypatch.setattr(Decoder, "_attend_one_by_one", lambda self, *args: (ways.append(args[2]), real(self, *args))[1])
     arguments = [(prompt(n, n), most, Sampling(temperature=0)) for n, most in ((120, 9), (2, 60), (3, 60), (4, 60))]
-    ids, _ = run(Batch(engine), [(0, one) for one in arguments])
+    ids, _ = run(engine.batch(), [(0, one) for one in arguments])
     assert ids == [alone(engine, *one) for one in arguments]
     assert ways
     assert all(4 * max(lengths) > 2 * sum(lengths) for lengths in ways if len(lengths) == 4)

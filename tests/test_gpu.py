@@ -15,7 +15,7 @@ from megacontext.objective import MCObjective
 from megacontext.session import MCSession
 from nanochat.common import autocast
 from nanochat.decode import Decoder
-from nanochat.engine import Batch, Engine
+from nanochat.engine import Engine
 from nanochat.gpt import Block, GPTConfig
 from nanochat.kv_cache import KVCache, RowCaches
 from nanochat.loss_eval import evaluate_bpb
@@ -222,7 +222,7 @@ def test_a_step_of_the_servers_streams_is_one_wait(tokenizer, mc, asked):
     networks.eval()
 
     def steps():
-        batch = Batch(Engine(model, tokenizer, graph=False))
+        batch = Engine(model, tokenizer, graph=False).batch()
         for i in range(12):
             if i < 3:
                 session = None

@@ -14,7 +14,7 @@ from megacontext.session import MCSession
 from megacontext.working_context import WorkingContext
 from nanochat.common import UserError
 from nanochat.decode import Decoder, compute_dtype
-from nanochat.engine import Batch, Engine
+from nanochat.engine import Engine
 from nanochat.kv_cache import CacheSession, KVCache
 from nanochat.llama import Llama
 from nanochat.sampling import Sampling
@@ -181,7 +181,7 @@ def test_greedy_answers_are_those_of_transformers(pair):
 def test_answers_to_several_prompts_at_once(pair):
     theirs, ours = pair
     prompts = [ids(n, seed=n, rows=1)[0].tolist() for n in (3, 30, 11)]
-    batch = Batch(Engine(ours, NoChats()))
+    batch = Engine(ours, NoChats()).batch()
     streams = [batch.add(prompt, 12, Sampling(temperature=0.0)) for prompt in prompts]
     answers = {id(stream): [] for stream in streams}
     while len(batch):

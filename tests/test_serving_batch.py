@@ -156,7 +156,7 @@ def test_scoring_a_prompt_holds_up_nobody(serve, engine, monkeypatch):
 
 def test_many_short_prompts_are_read_in_one_step(engine):
     """As many as are no more than a part of a long one, so that the last of them does not wait for as many steps."""
-    batch = Batch(engine)
+    batch = engine.batch()
     streams = [batch.add([1] * 50, 9, Sampling()) for _ in range(8)]
     long = batch.add([2] * 200, 9, Sampling())
     assert [stream for stream, *_ in batch.step()] == streams[:6]  # 50 tokens each, of at most 256

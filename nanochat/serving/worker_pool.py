@@ -16,7 +16,6 @@ from itertools import zip_longest
 
 import torch
 
-from nanochat.engine import Batch
 from nanochat.serving.job import Answer, Done, Failed, Outbox, ranked, score_prompt
 
 logger = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class Worker:
                 return
             session = answer.context.enter_context(self.sessions.serve(job)) if self.sessions else None
             if self.batch is None:
-                self.batch = Batch(self.engine)
+                self.batch = self.engine.batch()
             with_logits = job.logprobs is not None
             stream = self.batch.add(job.prompt, job.max_tokens, job.sampling, session, with_logits)
             self.making[stream] = answer
