@@ -14,6 +14,7 @@ from nanochat.common import JSONLines, UserError, get_base_dir, get_dist_info, p
 from nanochat.cross_entropy import loss_of_rows
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import list_row_groups
+from nanochat.report import format_duration
 
 
 def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_size) -> int:
@@ -247,11 +248,6 @@ class RunLog:
                 print0(f"W&B: {error}")
 
 
-def clock(seconds) -> str:
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
 class ProgressLine:
     """
     A progress bar with figures and the time left; without a terminal, a plain line every `every` seconds. unit: of what
@@ -278,7 +274,11 @@ class ProgressLine:
             done = step / self.total if self.total else 0.0
         if self.began is None:  # the clock starts after the first step, which also compiles and warms up
             self.began, self.start = time.time(), done
-        left = "?" if done <= self.start else clock((time.time() - self.began) / (done - self.start) * (1 - done))
+        left = (
+            "?"
+            if done <= self.start
+            else format_duration((time.time() - self.began) / (done - self.start) * (1 - done))
+        )
         count = f"{self.unit} {step:,}" + (f"/{self.total:,}" if self.total else f" ({100 * done:.0f}%)")
         text = f"{count} | {figures} | {left} left"
         if self.bar:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError, autocast, get_dist_info, peak_flops, print0, sum_over_ranks
-from nanochat.loop import ProgressLine, RunLog, clock, maybe_compile
+from nanochat.loop import ProgressLine, RunLog, maybe_compile
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.report import get_report
+from nanochat.report import format_duration, get_report
 from nanochat.sharding import clip_gradients
 
 # Options that do not influence the result, up to rounding: how to watch a run, where and in what portions to
@@ -396,7 +396,7 @@ class Training:
     def close(self, section, results: dict):
         """End log and progress line, and write the section of the report: what was measured, then the settings."""
         self.stop_watching()
-        print0(f"trained {self.step:,} steps in {clock(self.total_time)}; checkpoint in {self.folder}")
+        print0(f"trained {self.step:,} steps in {format_duration(self.total_time)}; checkpoint in {self.folder}")
         cuda = self.device.type == "cuda"
         if "val_bpb" in self.notes:
             bpb = {"Validation bpb": self.notes["val_bpb"], "Minimum validation bpb": self.notes["min_val_bpb"]}
@@ -407,7 +407,7 @@ class Training:
             "Training tokens": self.total_tokens,
             "MFU %": None if self.mfu is None else 100 * self.mfu,
             "Total training FLOPs": f"{self.total_flops:.3e}",
-            "Total training time": clock(self.total_time),
+            "Total training time": format_duration(self.total_time),
             "Peak memory (MiB)": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None,
         }
         get_report().log(section, [results, self.facts, "### Settings", _flat(asdict(self.config))])

@@ -9,12 +9,9 @@ Score a base model on the CORE metric (22 in-context-learning tasks of DCLM).
 The tasks come from the evaluation bundle in $NANOCHAT_BASE_DIR/eval_bundle, which is fetched if it is not there.
 """
 
-import csv
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from megacontext.inference import InferenceOptions, SessionScorer, load_for_inference, session_maker
 from nanochat.checkpoint_manager import load_model
@@ -48,24 +45,11 @@ class HFModel:
         return self.model(input_ids=ids).logits
 
 
-def write_csv(path, core):
-    with atomic_write(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["Task", "Accuracy", "Centered"])
-        for label, accuracy in core["results"].items():
-            writer.writerow([label, f"{accuracy:.6f}", f"{core['centered_results'][label]:.6f}"])
-        writer.writerow(["CORE", "", f"{core['core_metric']:.6f}"])
-
-
-def print_table(name, core):
-    table = Table("Task", title=f"CORE of {name}")
-    table.add_column("Accuracy", justify="right")
-    table.add_column("Centered", justify="right")
-    for label, accuracy in core["results"].items():
-        table.add_row(label, f"{accuracy:.4f}", f"{core['centered_results'][label]:.4f}")
-    table.add_section()
-    table.add_row("CORE", "", f"{core['core_metric']:.4f}")
-    Console().print(table)
+def as_csv(core) -> str:
+    """The accuracies of the tasks, and last the metric."""
+    centered = core["centered_results"]
+    rows = [f"{label},{accuracy:.6f},{centered[label]:.6f}\n" for label, accuracy in core["results"].items()]
+    return f"Task,Accuracy,Centered\n{''.join(rows)}CORE,,{core['core_metric']:.6f}\n"
 
 
 def main(config):
@@ -116,9 +100,9 @@ def main(config):
 
     if rank == 0:
         path = get_base_dir() / "base_eval" / f"{file_name}.csv"
-        write_csv(path, core)
-        print_table(name, core)
-        print(f"written to {path}")
+        with atomic_write(path, "w") as file:
+            file.write(as_csv(core))
+        print(f"CORE of {name}\n{as_csv(core)}written to {path}")
     summary = {"Model": name, "CORE metric": core["core_metric"]}
     if config.max_per_task > 0:
         summary["Examples per task (at most)"] = config.max_per_task
