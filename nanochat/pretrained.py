@@ -227,9 +227,5 @@ class PretrainedTokenizer(ChatTokenizer):
         ids = self._render(conversation["messages"], continue_final_message=True)
         return [*ids, self.ends[0]][:max_tokens], None
 
-    def render_for_completion(self, conversation):
-        messages = conversation["messages"]
-        messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-        if not messages or messages[-1]["role"] != "user":
-            raise ValueError("expected a user message for the assistant to answer, got none")
+    def _with_turn_begun(self, messages):
         return self._render(messages, add_generation_prompt=True)

@@ -7,7 +7,6 @@ to text; models of transformers have others, see pretrained.py.
 
 import base64
 import codecs
-import copy
 import hashlib
 import json
 import pickle
@@ -122,13 +121,15 @@ class ChatTokenizer:
 
     def render_for_completion(self, conversation):
         """Ids of a chat up to the assistant's next message; a final message by the assistant is left out."""
-        conversation = copy.deepcopy(conversation)
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
+            messages = messages[:-1]
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("expected a user message for the assistant to answer, got none")
-        ids, _ = self.render_conversation(conversation, max_tokens=None)
+        return self._with_turn_begun(messages)
+
+    def _with_turn_begun(self, messages):
+        ids, _ = self.render_conversation({"messages": messages}, max_tokens=None)
         return [*ids, self.encode_special("<|assistant_start|>")]
 
 

@@ -171,7 +171,8 @@ def test_chats_that_cannot_be_rendered_are_user_errors():
 def test_a_kept_conversation_goes_on_with_the_new_messages_alone(ours, tokenizer, chatting):
     used = tokenizer if ours else chatting
     said = used.render_for_completion({"messages": CHAT[1:2]}) + used.encode("7")
-    sessions = SimpleNamespace(describe=lambda: {"kept": 1}, tokens=lambda *_: said, last_used=lambda _: 0)
+    told = {"describe": lambda: {"kept": 1}, "answering": lambda _: False, "last_used": lambda _: 0}
+    sessions = SimpleNamespace(tokens=lambda *_: said, **told)
     service = Service(SimpleNamespace(tokenizer=used, sessions=[sessions]), Limits(), None)
     ids = service.go_on("name", [Message(role="user", content=CHAT[3]["content"])])
     assert ids == used.render_for_completion({"messages": CHAT[1:]})
