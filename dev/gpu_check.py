@@ -4,10 +4,10 @@ What a GPU must show: started by dev/gpu_check.sh.
 Stages run one after the other, each in a process of its own with a time limit; one that fails or is too slow does not
 stop the next. After each, $OUT (default dev/gpu) has gpu_check.json with all figures until then, and the stage's log.
 
-1. tests        equal losses and gradients on CPU and GPU, compiled and eager; equal tokens of graphs; an exact resume
+1. tests        equal losses and gradients on CPU and GPU, compiled and eager; equal tokens of graphs
 2. throughput   training at depth 12 and 20 with and without --mc
 3. decoding     share of the memory bandwidth; --mc beside plain decoding at equal W, with 1M tokens in its tree
-4. learning     three minutes of pretraining with --mc on the Python sources of this machine, then mc_eval
+4. learning     three minutes of pretraining with --mc on the Python sources of this machine, a resume, then mc_eval
 5. server       32 streams at once from that model
 """
 

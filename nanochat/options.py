@@ -1,7 +1,7 @@
 """Options that scripts share: a script's Config is a dataclass that inherits those it has, and adds its own."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from nanochat.configurator import OptionalInt, short
 from nanochat.ranges import Amount, Count, Every, Range
@@ -33,7 +33,7 @@ class TrainingOptions(DeviceOptions):
 
     run: str = "dummy"
     """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
-    compile: str = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     """auto (on for CUDA), on or off: torch.compile"""
     save_every: Every = -1
     """steps between checkpoints; -1 for one at the end only"""
@@ -73,7 +73,7 @@ class OptimizerOptions:
 class FinetuningOptions(TrainingOptions, OptimizerOptions, ModelOptions):
     """Options of the stages that go on from a chat model, whose rows differ in length."""
 
-    compile: str = "off"
+    compile: Literal["auto", "on", "off"] = "off"
     """off, or on: torch.compile (rows differ in length, so it compiles often)"""
     num_epochs: Count = 1
     """passes over the conversations or problems"""

@@ -25,7 +25,7 @@ from nanochat.loop import ProgressLine
 from nanochat.options import DeviceOptions, ModelOptions
 from nanochat.ranges import Amount, Count, CountOr0, Range
 from nanochat.report import fenced, get_report
-from tasks.mixtures import eval_tasks
+from tasks.mixtures import Tasks, eval_tasks
 from tasks.scoring import chat_core, evaluate
 
 QUESTIONS = ["Who are you?", "What can you do?", "What is 17 + 25?", "Spell the word: window"]
@@ -37,7 +37,7 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     """stage of the model: mid, sft, rl or base"""
     task_name: Annotated[str, short("-a")] = ""
     """tasks, separated by |; empty for all"""
-    tasks: str = "full"
+    tasks: Tasks = "full"
     """full (datasets of the hub), local, recall or memory (both)"""
     temperature: Annotated[Amount, short("-t")] = 0.0
     """sampling temperature of generated answers"""

@@ -12,7 +12,7 @@ model that generated it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ from tasks.scoring import pass_at_k
 @dataclass
 class Config(FinetuningOptions):
     # What to train
-    tasks: str = "full"
+    tasks: Literal["full", "local"] = "full"
     """full (GSM8K) or local (sums)"""
     source: str = "sft"
     """stage of the checkpoint to start from: base, mid, sft or rl"""

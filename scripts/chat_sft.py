@@ -19,7 +19,7 @@ from nanochat.loop import passes
 from nanochat.options import FinetuningOptions
 from nanochat.ranges import Count, Every, Fraction
 from nanochat.training import Training, parent_model
-from tasks.mixtures import eval_tasks, sft_mixture, sft_val
+from tasks.mixtures import Tasks, eval_tasks, sft_mixture, sft_val
 from tasks.scoring import evaluate
 
 METRICS = {
@@ -33,7 +33,7 @@ METRICS = {
 @dataclass
 class Config(FinetuningOptions):
     # What to train
-    tasks: str = "full"
+    tasks: Tasks = "full"
     """full (datasets of the hub), local (generated, for a CPU), recall (generated, up to 6,000 characters) or memory
     (local, and recall in up to 2,000 characters)"""
     source: str = "mid"

@@ -23,13 +23,13 @@ from nanochat.options import BatchOptions, ModelOptions, OptimizerOptions, Train
 from nanochat.ranges import Count, Every, Fraction
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import Training, parent_model, set_length
-from tasks.mixtures import mid_mixture, mid_val
+from tasks.mixtures import Tasks, mid_mixture, mid_val
 
 
 @dataclass
 class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions, ModelOptions):
     # What to train
-    tasks: str = "full"
+    tasks: Tasks = "full"
     """full (datasets of the hub), local (generated, for a CPU), recall (generated, up to 6,000 characters) or memory
     (local, and recall in up to 2,000 characters)"""
     source: str = "base"

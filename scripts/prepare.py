@@ -9,6 +9,7 @@ Prints the number of conversations of each stage. Existing data is not downloade
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nanochat.common import print0
 from nanochat.configurator import run
@@ -20,7 +21,7 @@ from tasks.mixtures import eval_tasks, mid_mixture, mid_val, rl_tasks, sft_mixtu
 
 @dataclass
 class Config:
-    tasks: str = "full"
+    tasks: Literal["full", "local", "none"] = "full"
     """full (datasets of the hub), local, or none"""
     run: str = "dummy"
     """name of the W&B run to come; other than "dummy": check that W&B can be reached"""

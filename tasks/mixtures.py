@@ -7,8 +7,9 @@ before, for which MegaContext is; "memory" is both, with shorter chats.
 """
 
 from functools import partial
+from typing import Literal
 
-from nanochat.common import UserError, get_base_dir, print0
+from nanochat.common import get_base_dir, print0
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.common import NumberTask, Task, TaskMixture
@@ -21,6 +22,7 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.words import NoWords
 
+Tasks = Literal["full", "local", "recall", "memory"]
 # How many conversations of each kind the generated mixtures have; identity is a count of passes over its file.
 SIZES = {
     "mid": {"identity": 2, "sums": 12_000, "spelling": 8_000, "counting": 2_000, "memory": 2_500, "recall": 20_000},
@@ -42,11 +44,6 @@ BASELINES = {
     "Arithmetic": 0.0,
     "Recall": 0.155,  # the value of any of the names told
 }
-
-
-def _check(which, known=("full", "local", "recall", "memory")):
-    if which not in known:
-        raise UserError(f"expected --tasks {' or '.join(known)}, got {which!r}")
 
 
 def _identity():
@@ -85,7 +82,6 @@ def _generated(which, stage):
 
 def mid_mixture(which: str) -> Task:
     """Training conversations of midtraining. Raises UserError when their data cannot be had."""
-    _check(which)
     if which != "full":
         return _generated(which, "mid")
     identity = _identity()  # first, since it is quick to find missing
@@ -102,7 +98,6 @@ def mid_mixture(which: str) -> Task:
 
 def mid_val(which: str) -> Task:
     """Validation conversations of midtraining, in the proportions of the training mixture."""
-    _check(which)
     if which != "full":
         return _generated(which, "val")
     return TaskMixture([SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)])
@@ -110,7 +105,6 @@ def mid_val(which: str) -> Task:
 
 def sft_mixture(which: str) -> Task:
     """Training conversations of supervised finetuning. Raises UserError when their data cannot be had."""
-    _check(which)
     if which != "full":
         return _generated(which, "sft")
     identity = _identity()
@@ -132,7 +126,6 @@ def sft_val(which: str) -> Task:
 
 def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
     """(problems to train on, problems to evaluate on) of reinforcement learning."""
-    _check(which, ("full", "local"))
     if which == "local":
         sums = {"two_steps": 0.2, "max_operand": 999}  # harder than those before: there must be something to gain
         return Arithmetic(LOCAL_RL, "train", **sums), Arithmetic(LOCAL_RL, "test", **sums)
@@ -141,7 +134,6 @@ def rl_tasks(which: str) -> tuple[NumberTask, NumberTask]:
 
 def eval_tasks(which: str) -> dict:
     """Name -> constructor of the tasks that chat_eval scores; BASELINES has the accuracy of guessing."""
-    _check(which)
     if which != "full":
         tasks = {} if which == "recall" else {"Arithmetic": partial(Arithmetic, 256, "test")}
         if tasks and _spelling(1, 1, "test", words="text"):

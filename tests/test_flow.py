@@ -172,7 +172,6 @@ def test_two_processes_equal_one(trained):
         (["--num_iterations=-1", "--target_param_data_ratio=-1"], "no horizon"),
         (["--num_iterations=-1", "--target_flops=1"], "less than one step"),
         (["--device_type=tpu"], "device_type 'tpu' is not available here"),
-        (["--compile=maybe"], "--compile must be auto, on or off"),
     ],
 )
 def test_wrong_options_are_one_message(options, message, trained, monkeypatch, capsys):

@@ -150,7 +150,6 @@ def test_evaluation_and_its_report(trained, capsys):
     ("stage", "options", "message"),
     [
         ("mid", ["--total_batch_size=100"], "total_batch_size must be a multiple"),
-        ("mid", ["--tasks=some"], "expected --tasks full or local or recall"),
         ("mid", ["--max_seq_len=100000"], "max_seq_len must be at most"),
         ("mid", ["--model_tag=absent"], "no complete checkpoint"),
         ("sft", ["--source=nowhere"], "source must be one of"),
