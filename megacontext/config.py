@@ -16,13 +16,13 @@ class MCConfig:
     block_size: Annotated[int, Range(2)] = 32
     """K: number of tokens, or of gists of the level below, that one gist stands for"""
     mc_tree: Literal["ram", "disk"] = "ram"
-    """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
+    """where sessions keep their trees: in memory, or on disk, from which chat_web resumes chats after a restart"""
     mc_positional: Literal["rank", "gaussian", "simple"] = "rank"
     """rotary positions: entries one after another, or where their spans are, gists faded or at the centre"""
     # GistNet
     gistnet_type: Literal["transformer", "mean", "copied"] = "transformer"
-    """how gists are made: by a network, as the mean, or by a network that starts from the lowest layers of a finished
-    model, which mc_train takes"""
+    """how gists are made: by a new network, as the mean of the block, or by a network initialized with the lowest
+    layers of a trained model (mc_train's default)"""
     gistnet_layers: Literal[2, 4, 6] = 2
     """layers of GistNet"""
     gistnet_pooling: Literal["mean", "query", "cls"] = "mean"
@@ -30,56 +30,58 @@ class MCConfig:
     gistnet_head: Literal["linear", "mlp"] = "mlp"
     """last layer of GistNet"""
     gistnet_start: Literal["mean", "last"] = "mean"
-    """what GistNet starts from: the mean of a block, or its last token, which mc_train takes for frozen models"""
+    """what GistNet's correction is added to: the mean of a block, or its last element (mc_train's default)"""
     gistnet_deep: CountOr0 = 0
-    """layers of the model, spread over it behind the first, for which gists have a vector each, at most; mc_train takes
-    3"""
+    """number of later layers of the model, evenly spaced, before which a gist adds one more vector to the residual
+    stream; mc_train's default is 3"""
     mc_gist_limit: CountOr0 = 0
-    """gists of a working context beyond which each draws less attention and several share a position; for models that
-    did not learn with as many as there are; 0 for no limit; mc_train takes 32"""
+    """number of gists in a working context above which each gets less attention and several share a position, for
+    models not trained with that many; 0 for no limit; mc_train's default is 32"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
-    """network that makes the key of a block"""
+    """network that computes the key of a block"""
     lensnet_layers: Literal[2, 4, 8] = 2
     """layers of LensNet's key network"""
     lensnet_head: Literal["linear", "mlp"] = "mlp"
     """last layer of LensNet's key network"""
     mc_beside: Fraction = 0.0
-    """how much the blocks beside a wanted one are wanted, as a part of what it is, so that sentences are opened whole;
-    mc_train takes 0.9"""
+    """fraction of a wanted block's logit that its two neighbours get at least, so that sentences are opened whole;
+    mc_train's default is 0.9"""
     # Focus allocator
     allocator: Literal["greedy", "stochastic_greedy"] = "greedy"
-    """take the best edits, or draw at random among the best"""
+    """open the best blocks, or draw them at random from the best"""
     allocator_sample_top_k: Count = 4
-    """stochastic_greedy: number of candidates from which an edit is drawn"""
+    """stochastic_greedy: number of best blocks from which one is drawn"""
     allocator_sample_temperature: Annotated[float, Range(1e-6, 1e30)] = 1.0
     """stochastic_greedy: temperature of the draw"""
     allocator_soft_max: Count = -1
-    """budget: most entries of a working context; -1 for 3/4 of max_seq_len, which the model reads better than more of
-    mixed detail, or for the least that a session needs"""
+    """budget: maximum number of entries in a working context; -1 for 3/4 of max_seq_len, or the minimum that a session
+    needs if that is more"""
     allocator_recent_tokens: CountOr0 = -1
-    """newest tokens that are never compressed; -1 for 1/16 of max_seq_len in whole blocks"""
+    """number of newest tokens that are never compressed; -1 for 1/16 of max_seq_len, rounded up to whole blocks"""
     allocator_expand_threshold: Fraction = 0.1
     """minimum score for opening a block, 0 to 1"""
     allocator_collapse_threshold: Fraction = 0.1
-    """siblings collapse to make room if a score is higher than theirs by this and the other threshold, 0 to 1"""
+    """while generating, siblings collapse to make room for a block only if its score exceeds theirs by at least
+    allocator_expand_threshold plus this, 0 to 1; after a prompt, any higher score suffices"""
     allocator_max_replacements: Count = 4
-    """blocks that are opened per round, at most"""
+    """maximum number of blocks opened per round"""
     allocator_iterations: Count = 4
-    """rounds of scoring and editing per refocus, as long as they change anything, at most"""
+    """maximum rounds of scoring and editing after a prompt; a round without edits is the last"""
     # Training
     mc_num_random_variants: Count = 2
-    """random variants that the model reads of each compressed sequence; half of the sequences are read in full"""
+    """number of random variants of each compressed sequence that are read; half of the sequences are read in full"""
     mc_start: Annotated[float, Range(0, 0.99)] = 0.0
-    """part of the training before which the model reads all sequences in full: a small one may have to learn to look
-    things up before gists can be of use"""
+    """fraction of the training, at its start, in which all sequences are read in full: a small model may have to learn
+    to look things up before gists are of use"""
     mc_past: CountOr0 = -1
-    """most tokens of a stream of pretraining text before a compressed sequence that are read with it, most of them as
-    gists; 0 for none, as in mid_train; -1 for 16 × max_seq_len, or 0 if that is not a multiple of block_size"""
+    """maximum number of preceding tokens that a compressed sequence of pretraining text is read with, mostly as gists;
+    0 for none, as always in mid_train; -1 for 16 × max_seq_len, or 0 if block_size does not divide max_seq_len"""
     mc_train_wc_length: Count = -1
-    """entries per variant at the end of training; -1 for 20% of max_seq_len, or for two open blocks"""
+    """entries per variant at the end of training; -1 for 20% of max_seq_len, but no fewer than two open blocks need"""
     mc_max_counterfactuals: Count = 1
-    """random working contexts, per sequence that is read in full, from which LensNet learns to ask for the rest"""
+    """number of random compressed versions of each sequence read in full, in which LensNet learns to find what is
+    hidden"""
     mc_lens_loss_weight: Amount = 1.0
     """weight of LensNet's loss in the sum; it also multiplies LensNet's learning rates. 0: LensNet is not trained"""
     mc_auto_batch: bool = True
@@ -90,15 +92,16 @@ class MCConfig:
     """train GistNet and LensNet only, and leave the model unchanged"""
     # Evaluation and inference
     mc_eval_soft_max_length: Count = -1
-    """budget of working contexts in validation; -1 for what a refocus of a session may leave"""
+    """budget of working contexts in validation; -1 for that of a session right after a refocus"""
     mc_infer_allocator_max_replacements: Count = -1
-    """blocks that are opened per round in inference, at most; -1 for allocator_max_replacements"""
+    """maximum number of blocks opened per round in inference; -1 for allocator_max_replacements"""
     mc_infer_allocator_iterations: Count = -1
-    """rounds of refocusing when a prompt was read, at most; -1 for allocator_iterations"""
+    """maximum rounds of scoring and editing after a prompt in inference; -1 for allocator_iterations"""
     mc_infer_refocus_interval: Count = 32
-    """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
+    """maximum number of generated tokens between refocuses; a token that wants a hidden block causes one at once"""
     mc_infer_exact: bool = False
-    """at a refocus read all again that follows an edit, as a reference; else what comes in and the newest tokens"""
+    """after a refocus, read everything behind the first edit again (a slow reference), not only the new entries and
+    the newest tokens"""
 
     def __post_init__(self):
         check(self)
@@ -106,20 +109,20 @@ class MCConfig:
         _expect("mc_start", self.mc_start, not (self.mc_freeze_base and self.mc_start), alone)
 
     def begun(self, progress) -> float:
-        """Of the training with gists, which mc_start leaves, the part that is done; below 0 before it."""
+        """Completed fraction of the training with gists, which begins at mc_start; negative before that."""
         return (progress - self.mc_start) / (1 - self.mc_start)
 
     def resolve(self, max_seq_len: int) -> "MCConfig":
         """
         These settings for a model of context length max_seq_len, with each -1 replaced by a value.
 
-        Raises UserError if max_seq_len tokens do not fit into a working context of the given length.
+        Raises UserError for settings that contradict max_seq_len or each other, such as a budget that is too small.
         """
         K = self.block_size
         _expect("block_size", K, max_seq_len >= K, f"at most max_seq_len, {max_seq_len}")
         config = self._derive(allocator_recent_tokens=-(-max_seq_len // (16 * K)) * K)
         long = min(max_seq_len, config._least(max_seq_len**2))  # small blocks and budgets: room for long streams, too
-        config = config._derive(
+        config = config._derive(  # 3/4: of full working contexts, models read less of what is open (dev/LOG.md)
             allocator_soft_max=max(3 * max_seq_len // 4, config._least(max_seq_len), long),
             mc_infer_allocator_max_replacements=self.allocator_max_replacements,
             mc_infer_allocator_iterations=self.allocator_iterations,
@@ -151,7 +154,7 @@ class MCConfig:
         return self.allocator_soft_max - self.mc_infer_refocus_interval
 
     def deep_layers(self, n_layer: int) -> int:
-        """The layers of a model of n_layer that gists are added to; none but the first where there is no GistNet."""
+        """Number of layers behind the first, in a model of n_layer, before which gists add a vector; 0 for means."""
         return 0 if self.gistnet_type == "mean" else min(self.gistnet_deep, n_layer - 1)
 
     def check_session(self, max_seq_len: int):
@@ -167,7 +170,7 @@ class MCConfig:
             )
 
     def _least(self, max_seq_len):
-        """Entries that a session needs: recent tokens, a block and siblings of each level, tokens until a refocus."""
+        """Entries that a session needs at least; check_session's message lists them."""
         K, levels, blocks = self.block_size, 0, max_seq_len // self.block_size
         while blocks:
             levels, blocks = levels + 1, blocks // K

@@ -17,34 +17,35 @@ from nanochat.ranges import Count, CountOr0, Fraction, Range
 
 @dataclass
 class MCInference:
-    """The options of MCConfig that answering heeds. -1 or empty: the value that the checkpoint was trained with."""
+    """The options of MCConfig that matter in inference. -1 or empty: the value in the checkpoint."""
 
     allocator: Literal["", "greedy", "stochastic_greedy"] = ""
-    """take the best edits, or draw at random among the best"""
+    """open the best blocks, or draw them at random from the best"""
     allocator_sample_top_k: Count = -1
-    """stochastic_greedy: number of candidates from which an edit is drawn"""
+    """stochastic_greedy: number of best blocks from which one is drawn"""
     allocator_sample_temperature: Annotated[float, Range(1e-6, 1e30)] = -1.0
     """stochastic_greedy: temperature of the draw"""
     allocator_soft_max: Count = -1
-    """budget: most entries of the working context"""
+    """budget: maximum number of entries in the working context"""
     allocator_recent_tokens: CountOr0 = -1
-    """newest tokens that are never compressed"""
+    """number of newest tokens that are never compressed"""
     allocator_expand_threshold: Fraction = -1.0
     """minimum score for opening a block, 0 to 1"""
     allocator_collapse_threshold: Fraction = -1.0
-    """siblings collapse to make room if a score is higher than theirs by this and the other threshold, 0 to 1"""
+    """while generating, siblings collapse to make room for a block only if its score exceeds theirs by at least
+    allocator_expand_threshold plus this, 0 to 1; after a prompt, any higher score suffices"""
     mc_infer_allocator_max_replacements: Count = -1
-    """blocks that are opened per round, at most"""
+    """maximum number of blocks opened per round"""
     mc_infer_allocator_iterations: Count = -1
-    """rounds of scoring and editing when a prompt was read, at most"""
+    """maximum rounds of scoring and editing after a prompt"""
     mc_infer_refocus_interval: Count = -1
-    """generated tokens between two refocuses, at most: one comes at once when a token wants a hidden block"""
+    """maximum number of generated tokens between refocuses; a token that wants a hidden block causes one at once"""
     mc_gist_limit: CountOr0 = -1
-    """gists beyond which each draws less attention and several share a position; 0 for no limit"""
+    """number of gists above which each gets less attention and several share a position; 0 for no limit"""
     mc_beside: Fraction = -1.0
-    """how much the blocks beside a wanted one are wanted, as a part of what it is"""
+    """fraction of a wanted block's logit that its two neighbours get at least"""
     mc_tree: Literal["", "ram", "disk"] = ""
-    """where a session's tree is kept: in memory, or in a folder, which chat_web keeps for each conversation"""
+    """where sessions keep their trees: in memory, or on disk, from which chat_web resumes chats after a restart"""
     mc_aux_dtype: Literal["", "auto", "fp32", "bf16"] = ""
     """precision of GistNet and LensNet"""
 
@@ -81,13 +82,14 @@ def load_for_inference(source, meta, device, options: MCInference, model=None):
 
 
 def session_maker(model, networks, config, **options):
-    """A function () -> MCSession; the weights are converted once, to the precision of the surrounding autocast."""
+    """A function () -> MCSession. The sessions share weights that are converted to autocast's precision here, once."""
     return partial(MCSession, model, networks, config, decoder=Decoder(model), **options)
 
 
 def about_stream(make_session, name, gist_key, device):
     """
-    A function () -> MCSession whose past is the stream of this name, as it is then; it does not change the stream.
+    A function () -> MCSession that begins behind the named stream, as stored at the time of the call. It never writes
+    to the stream.
 
     gist_key: see streams.gist_key_of. Raises UserError if there is no such stream, or gists are missing.
     """
@@ -107,7 +109,7 @@ def about_stream(make_session, name, gist_key, device):
 
 
 class SessionScorer:
-    """Scores rows for evaluate_core in a session: their common beginning as a prompt, their ends token by token."""
+    """Scores rows for evaluate_core in a session: the shared beginning is a prompt, each end is fed token by token."""
 
     def __init__(self, make_session):
         self.make_session = make_session

@@ -1,14 +1,15 @@
 """
-The recipe by which a GPT learns to read gists, GistNet to make them and LensNet to find what they stand for.
+The training objective: the GPT learns to read gists, GistNet to make them, LensNet to find the blocks they hide.
 
     embed → dense sequences:      next-token loss; where the model looks → LensNet's loss
           → compressed sequences: tree → variants → read → next-token loss
 
-A model that is frozen need not learn the text but can teach it: there the loss of compressed sequences is the
-divergence from what the model itself predicts after all tokens, the nats that compression costs.
+A frozen model does not learn but teaches: there the loss of compressed sequences is the Kullback-Leibler divergence
+from the model's own predictions on the full text, the nats that compression costs.
 
-Shapes: B sequences of T tokens, by chance dense or compressed; V variants of each compressed one and C counterfactuals
-of each dense one, in which P tokens ask LensNet, as they do in the dense one; W entries, n old blocks, D = n_embd.
+Shapes: B sequences of T tokens, each dense or compressed at random; V variants of each compressed sequence; C
+counterfactuals (compressed versions) of each dense sequence; P tokens that query LensNet, in the dense sequence and in
+its counterfactuals; W entries, n old blocks, D = n_embd.
 """
 
 from dataclasses import dataclass
@@ -37,10 +38,10 @@ from nanochat.common import Stopwatch
 @dataclass
 class MCBatchResult:
     """
-    loss: what to minimize. stats: figures for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
-    working contexts of one's own. positional_caches: {session id: (cos, sin, fade)}, what each sequence was read at:
-    the entries' positions in its V variants where it was compressed (see entry_positions), else those of its T tokens.
-    The fade is None for tokens, and for gists unless mc_positional is "gaussian".
+    loss: to be minimized. stats: metrics for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
+    experiments with other working contexts. positional_caches: {session id: (cos, sin, fade)}, the positions at which
+    each sequence was read: those of the entries of its V variants if it was compressed (see entry_positions), else of
+    its T tokens. fade is None for dense sequences, and for all unless mc_positional is "gaussian".
     """
 
     loss: torch.Tensor
@@ -51,9 +52,9 @@ class MCBatchResult:
 
 class MCObjective:
     """
-    Called as `objective(x, y, progress, seed)` by the training loops; gives (loss, figures for the log).
+    Called by the training loops as `objective(x, y, progress, seed)`; returns (loss, metrics for the log).
 
-    model: the GPT, compiled or not. config: resolved for its context length. bos: the token that attention sinks into.
+    model: the GPT, compiled or not. config: resolved for its context length. bos: id of BOS, an attention sink.
     keeper: the pasts of the streams, for MicroBatches; None with mc_past 0.
     """
 
@@ -72,16 +73,16 @@ class MCObjective:
         """
         Losses of one micro-batch, x and y [B, T] as the loader gives them.
 
-        progress: part of the training that is done, which the length of the variants follows. generator: of chance, on
-        the CPU. session_ids: a name for each sequence, default 0 … B − 1. origins [B, 2]: see MicroBatches; without
-        them or with mc_past 0, sequences have no past.
+        progress: completed fraction of the training, which determines the variants' length. generator: of random
+        numbers, on the CPU. session_ids: a name for each sequence, default 0 … B − 1. origins [B, 2]: see MicroBatches;
+        without them or with mc_past 0, sequences have no past.
         """
         c, reader, (B, T) = self.config, self.reader, x.shape
         V, C, K, recent = c.mc_num_random_variants, c.mc_max_counterfactuals, c.block_size, c.allocator_recent_tokens
         length = variant_length(c, progress, T)
         share, begun = dense_share(c, progress), c.begun(progress) >= 0
-        dense = int(B * share + torch.rand((), generator=generator).item())  # sequences; rounded by chance
-        order = torch.randperm(B, generator=generator)  # the dense ones first; each stream of text gets both roles
+        dense = int(B * share + torch.rand((), generator=generator).item())  # number of sequences, rounded at random
+        order = torch.randperm(B, generator=generator)  # the dense ones first; every stream gets both roles over time
         names = [i if session_ids is None else session_ids[i] for i in order.tolist()]
         order = order.to(x.device, non_blocking=True)
         ids, x, y = x, x[order], y[order]
@@ -96,7 +97,7 @@ class MCObjective:
         if dense and (judged or far):
             with torch.no_grad():
                 tables.insert(0, reader.tree(embeds[:dense]))
-        if dense < B:  # drawn first, so that they are the same whether LensNet learns or not
+        if dense < B:  # drawn first, so that the variants do not depend on whether LensNet learns
             variants = random_variants(V * (B - dense), T, K, length, recent, generator)
             inputs, entries = tables[-1].materialize(variants), variants.entries
             targets = variants.targets(y[dense:].repeat_interleave(V, 0))
@@ -150,14 +151,14 @@ class MCObjective:
 
     @torch.no_grad()
     def taught(self, embeds, entries):
-        """What the frozen model makes of the last token of each entry [R, W] after all of those in embeds [B, T, D]."""
+        """The frozen model's states [R, W, D] at each entry's last token, from the full text, embeds [B, T, D]."""
         states, _ = self.model.trunk(embeds)
         last = (entries.start + entries.span - 1).clamp(min=0).to(states.device, non_blocking=True)
         row = torch.arange(len(last), device=states.device) // (len(last) // len(embeds))
         return states[row[:, None], last]
 
     def rows_at_once(self, B) -> int:
-        """Rows of a micro-batch of B that are put through the model together: see auto_batch_size."""
+        """How many of a micro-batch's B rows go through the model at once: see auto_batch_size."""
         return auto_batch_size(B, self.config, self.model.config)
 
     def work(self, progress, T) -> float:
@@ -165,12 +166,12 @@ class MCObjective:
         return step_work(self.model, self.reader.networks, self.config, progress, T)
 
     def validate(self, batches, steps, token_bytes) -> dict:
-        """Bits per byte, plain and of working contexts: see megacontext.evaluation.validation."""
+        """Bits per byte with all tokens and with working contexts: see megacontext.evaluation.validation."""
         return validate(self.reader, batches, steps, token_bytes)
 
 
 def by_level(entries, reading) -> dict:
-    """Entries per row of each level, and the loss of what follows a token (LOD 0) or a gist of it, past left out."""
+    """Entries per row of each level, and the mean loss of the targets of entries of that level, without the past."""
     stats, (lod, start, _, valid) = {}, entries
     for level in range(int(lod.max()) + 1):
         here = (lod == level) & valid

@@ -1,5 +1,5 @@
 """
-The reader: a GPT and its MegaContext networks, and everything that is asked of the two together.
+The reader: a GPT together with GistNet and LensNet, and every computation that needs them.
 
     tokens → embed → tree → working context → read, score, focus
 
@@ -24,11 +24,11 @@ from nanochat.gpt import cos_sin_at
 
 class Reading(NamedTuple):
     """
-    What the model made of R working contexts. Only `loss` has a gradient.
+    The model's result for R working contexts. Only `loss` has a gradient.
 
-    loss: to be minimized: the mean of nll over the targets of a row, over the rows. nll [R, W], in nats: the loss of
-    each entry's target, 0 where it has none. targets [R, W]: the tokens to be predicted, −1 for none. positions: the
-    entries' (cos, sin, fade) or (cos, sin), see entry_positions.
+    loss: to be minimized, the mean over rows of each row's mean nll. nll [R, W]: the loss of each entry's target in
+    nats, 0 without a target. targets [R, W]: the token to predict, −1 for none. positions: the entries'
+    (cos, sin, fade) or (cos, sin), see entry_positions.
     """
 
     loss: torch.Tensor
@@ -37,17 +37,17 @@ class Reading(NamedTuple):
     positions: tuple[torch.Tensor, ...]
 
 
-ASKING = 16  # newest tokens that focus listens to
-MOST = 1 - 2**-24  # the score below 1: a threshold of 1 opens nothing
+ASKING = 16  # newest tokens of a prompt that query LensNet
+MOST = 1 - 2**-24  # largest score, below 1, so that a threshold of 1 opens nothing
 
 
 def score(wanted):
-    """LensNet's score in (−1, 1) of what is wanted, z [..., n], on the CPU; also where float32 rounds to ±1."""
+    """LensNet's scores tanh(z / 2) of logits z [..., n], on the CPU, clamped to (−1, 1): float32 would round to ±1."""
     return torch.tanh(wanted.float() / 2).clamp(-MOST, MOST).cpu()
 
 
 def newest(values, context, tail):
-    """The values [R, tail] of each row's last `tail` entries, of values [R, W]; rows differ in length."""
+    """From values [R, W], those of each row's last `tail` entries, [R, tail]; rows differ in length."""
     index = context.lengths()[:, None] - tail + torch.arange(tail)
     return values.gather(1, index.to(values.device, non_blocking=True))
 
@@ -65,7 +65,7 @@ class Reader:
 
     @property
     def deep(self) -> int:
-        """Channels that stand behind a gist, for further up the model."""
+        """Channels that each gist has beyond its D, for later layers: see DeepGists."""
         deep = self.networks.gistnet.deep
         return 0 if deep is None else deep.width
 
@@ -74,20 +74,20 @@ class Reader:
         return self.model.embed(ids)
 
     def embed_for_decoding(self, ids):
-        """The same without a surrounding autocast, since the decoder rounds: level 0 of a session's tree."""
+        """The same in float32 despite a surrounding autocast, for the Decoder, which rounds: a session's level 0."""
         with autocast(self.device, torch.float32):
             return self.embed(ids)
 
     def gist(self, children, level):
-        """Gists [M, D + deep] of a level from their children [M, K, D], or wider."""
+        """Gists [M, D + deep] of a level from their children [M, K, ≥ D], of which the first D channels count."""
         children = children[..., : self.model.config.n_embd]
         with autocast(self.device, self.dtype):
             return self.networks.gistnet(self._suited(children), level)
 
     def node(self, children, level):
         """
-        `gist`; at level 1, where children come with the tokens before them, LensNet's key of the block stands behind
-        all else: [M, D + deep + C]. What sessions keep.
+        What sessions store: `gist`, and at level 1, where children come behind the tokens before them, the block's
+        LensNet key after it: [M, D + deep + C].
         """
         children = children[..., : self.model.config.n_embd]
         gists = self.gist(children[:, -self.config.block_size :], level)
@@ -98,13 +98,13 @@ class Reader:
         return build_table(self.gist, embeds, self.config.block_size, self.model.sink)
 
     def keys(self, embeds):
-        """LensNet's keys [B, n, C] of the whole blocks of tokens with embeddings [B, N, D]."""
+        """LensNet's keys [B, n, C] of the n complete blocks in embeddings [B, N, D]."""
         index = tokens_of_blocks(0, embeds.size(1) // self.config.block_size, self.config.block_size)
         blocks = embeds[:, index.to(embeds.device, non_blocking=True)]
         return self.block_keys(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2])
 
     def block_keys(self, children):
-        """LensNet's keys [M, C] of blocks, from embeddings [M, before + K, D] of their tokens behind those before."""
+        """LensNet's keys [M, C] of blocks; children [M, before + K, D]: embeddings, the preceding tokens first."""
         K = self.config.block_size
         earlier, children = self._suited(children).split((before(K), K), dim=1)
         with autocast(self.device, self.dtype):
@@ -112,21 +112,21 @@ class Reader:
 
     @torch.no_grad()
     def states(self, inputs, context, at):
-        """The trunk's states [R, P, D] of the entries with index `at` [R, P] in a context with inputs [R, W, D]."""
+        """States [R, P, D] before the last layer at entries `at` [R, P] of a context with inputs [R, W, D]."""
         states = self.model.states(inputs, self.positions(context), self.key_bias(context.entries))
         return states.gather(1, at.to(self.device, non_blocking=True)[..., None].expand(-1, -1, states.size(-1)))
 
     def asking(self, states, embeds, at):
-        """What tokens ask LensNet with: see LensNet.asking."""
+        """The inputs of LensNet's query network, [..., P, D + S], for P tokens: see LensNet.asking."""
         return self.networks.lensnet.asking(states, embeds, at)
 
     def wants(self, asking, keys):
-        """LensNet's z [R, P, n] of blocks with keys [R, n, C], for each of the tokens that ask [R, P, D + S]."""
+        """LensNet's logits z [R, P, n] for query inputs [R, P, D + S] and block keys [R, n, C]."""
         with autocast(self.device, self.dtype):
             return self.networks.lensnet(self._suited(asking), keys)
 
     def wanted(self, asking, keys):
-        """What tokens of each row that ask [R, P, D + S] want together, z [R, n], of keys [R, n, C]."""
+        """One logit z per block, [R, n], for all query inputs [R, P, D + S] of a row: see LensNet.wanted."""
         return self.networks.lensnet.wanted(asking, keys, self.config.mc_beside)
 
     def positions(self, context, at=None):
@@ -140,7 +140,7 @@ class Reader:
         return entry_positions(entries.start, entries.span, self.model.frequencies, mode)
 
     def key_bias(self, entries):
-        """What is added to the attention scores of entries as keys, [B, W], see damping; None for nothing."""
+        """The bias [B, W] on the attention scores of entries as keys, see damping; None without mc_gist_limit."""
         if not self.config.mc_gist_limit:
             return None
         gists = entries.valid & (entries.lod > 0)
@@ -151,16 +151,16 @@ class Reader:
         """
         Put a working context through the model.
 
-        inputs [R, W, D]: `Table.materialize(context)`, or what stands in its place. y [B, N]: the token that follows
-        each position (−1 for none); row r of the context belongs to stream r // (R / B).
+        inputs [R, W, D]: `Table.materialize(context)` or a replacement. y [B, N]: the token that follows each position
+        (−1 for none); row r of the context belongs to stream r // (R / B).
         """
         targets = context.targets(y.repeat_interleave(context.num_rows // len(y), 0))
         return self.read_entries(inputs, context.entries, targets)
 
     def read_entries(self, inputs, entries, targets, teacher=None) -> Reading:
         """
-        `read` of entries [R, W] with inputs [R, W, D] and targets [R, W], which may come from several trees. teacher
-        [R, W, D]: see `GPT.forward`; nll and loss are divergences from it, where there is a gradient.
+        `read` for entries [R, W], inputs [R, W, D] and targets [R, W], which may come from several trees. teacher
+        [R, W, D]: see `GPT.forward`; with it and a gradient, nll and loss are divergences from the teacher.
         """
         positions = self.positions_of(entries)
         counts = (targets >= 0).sum(1, keepdim=True).clamp(min=1)
@@ -176,7 +176,7 @@ class Reader:
         return Reading(loss / counts.sum(), nll.view_as(targets), targets, positions)
 
     def focus(self, table, context, budget):
-        """The context after the refocus of a prompt, as at inference, within the budget."""
+        """The context after refocusing as a session does after a prompt, within the budget."""
         focus, embeds = Focus(self.config, context.num_rows), table.level(0)[..., : self.model.config.n_embd]
         embeds = embeds.repeat_interleave(context.num_rows // len(embeds), 0)
         asking = min(ASKING, context.num_tokens, max(1, self.config.allocator_recent_tokens))  # which stay tokens
@@ -238,8 +238,7 @@ def entry_positions(start, span, frequencies, mode="gaussian"):
     [B, W, 1, d] is 1 there. Other modes give (cos, sin): the centre of the span, without a fade. Both are what
     `GPT.forward(cos_sin=…)` takes.
 
-    A span is taken to be no vaguer than the slowest frequency can tell, σ ≤ 1/ω, so that of every key something is
-    left. Exact up to positions of 2^52.
+    σ is limited to 1/ω of the slowest frequency, so that no key fades completely. Exact up to positions of 2^52.
     """
     device = start.device
     if device.type == "mps":  # which has no float64

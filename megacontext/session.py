@@ -1,19 +1,19 @@
 """
 MCSession: one conversation of any length, at a fixed cost per token.
 
-    prefill: tokens → tree → a first working context → KV cache → refocuses, by what the prompt asks → logits
-    step:    token → tree, working context, cache → logits; a refocus when the token wants a block that is hidden
+    prefill: tokens → tree → first working context → KV cache → refocuses, guided by the prompt's end → logits
+    step:    token → tree, working context, cache → logits; a refocus if the token wants a hidden block
 
 Shapes: N tokens so far, n whole blocks, W entries, D = n_embd, V = vocab_size, K = block_size.
 
-The newest tokens tell LensNet what they want of the stream. A *refocus* edits the working context by that, and at
-least every mc_infer_refocus_interval tokens. It leaves room for the tokens until the next one, so that no call ends
-with more entries than the budget, allocator_soft_max.
+LensNet scores the blocks of the stream by the newest tokens. A *refocus* edits the working context accordingly, at
+least every mc_infer_refocus_interval tokens. It leaves room for the tokens until the next refocus, so that no call
+ends with more entries than the budget, allocator_soft_max.
 
-A refocus is *spliced* into the cache: what is gone leaves it, what comes in is read and sees what stands before it, by
-position, and the newest tokens are read again to see it. All others stay as they were read, until the next prompt.
-Measured, that is as good as reading all again that follows an edit (mc_infer_exact), at a cost that does not depend
-on W.
+A refocus is *spliced* into the cache: removed entries are dropped, new ones are read and attend to the entries before
+them in the stream, and the newest tokens are read again so that they attend to the new ones. All others keep their
+keys and values until the next prompt. By measurement this is as good as reading everything behind an edit again
+(mc_infer_exact), at a cost that does not depend on W.
 """
 
 import math
@@ -32,15 +32,15 @@ from nanochat.common import Stopwatch, UserError
 from nanochat.decode import Decoder
 from nanochat.kv_cache import KVCache
 
-READ_ENTRIES = 4096  # that the model reads at once, to bound the memory it needs
-PER_ENTRY = 4  # tokens that GistNet takes up while the model reads one entry
-READ_AGAIN = 1  # newest tokens that see at once what a refocus brought in, while an answer is made; 8 find no more
-BLOCKS_PER_TOKEN = 4096  # that LensNet looks through, on average: in longer streams not every token is listened to
-MARGIN = 0.2  # z above which a token is listened to again after a refocus that found nothing to do
+READ_ENTRIES = 4096  # entries per forward pass, to bound its memory
+PER_ENTRY = 4  # tokens that GistNet processes in the time in which the model reads one entry
+READ_AGAIN = 1  # newest tokens that are read again after a refocus while generating; 8 find no more
+BLOCKS_PER_TOKEN = 4096  # blocks that LensNet scores per token on average: in longer streams it skips tokens
+MARGIN = 0.2  # after a refocus without edits, z must exceed the value that caused it by this to cause another
 
 
 class Snapshot(NamedTuple):
-    """A moment of one session; its size does not grow with the stream."""
+    """A session's state at one time, for `restore`; its size has a bound, however long the stream."""
 
     session: "MCSession"
     cuts: int
@@ -53,18 +53,17 @@ class Snapshot(NamedTuple):
 
 class MCSession:
     """
-    What the tokens of `Engine.generate(session=…)` attend to: the newest at full detail, all others as focus has it.
+    The session that `Engine.generate(session=…)` takes: its tokens attend to a working context of this stream.
 
-    networks: GistNet and LensNet, in eval mode. config: resolved. decoder: None makes one from the model's weights as
-    they are now. seed: of stochastic_greedy. on_update(session, entries_read, watch): called after each prefill and
-    refocus; watch: a Stopwatch of what it took, with what was done between its parts.
+    networks: GistNet and LensNet, in eval mode. config: resolved. decoder: None makes one from the model's current
+    weights. seed: of stochastic_greedy. on_update(session, entries_read, watch): called after each prefill and
+    refocus; watch: a Stopwatch of its duration, including pauses between parts.
 
-    A session keeps what it has read: a prompt that begins with it goes on where it was, and only what is new is read.
-    store: where its tree is kept; what is in it has been read. The first `past` tokens of it come before all prompts.
-    state: of the session that wrote it, see `state`. Without a store it has one of its own, of the kind that mc_tree
-    names.
+    A session keeps the tokens that it has read: if a prompt begins with them, only the rest is read.
+    store: where the tree is kept; tokens in it count as read. Its first `past` tokens precede every prompt. state: that
+    of the session that wrote the store, see `state`. Without a store the session creates one, as mc_tree says.
 
-    Raises UserError when the budget is too small for what has to be in it.
+    Raises UserError if the budget is too small for the entries that a session needs.
     """
 
     def __init__(
@@ -83,13 +82,13 @@ class MCSession:
         self.reader, self.device = Reader(model, networks, config), model.get_device()
         self.recent, self.interval = config.allocator_recent_tokens, config.mc_infer_refocus_interval
         self.budget = config.allocator_soft_max
-        self._least = 2 * math.atanh(min(config.allocator_expand_threshold, 1 - 1e-6))  # z that is worth a refocus
+        self._least = 2 * math.atanh(min(config.allocator_expand_threshold, 1 - 1e-6))  # z of a score at the threshold
         self.room = config.budget_of_a_refocus
         config.check_session(model.config.sequence_len)
         self.decoder = decoder or Decoder(model)
         self.seed = seed
         self.past, self._store = past, store
-        self._cuts = []  # num_tokens of each time that some were forgotten; snapshots of more tokens are void
+        self._cuts = []  # num_tokens after each truncation: it invalidates earlier snapshots of more tokens
         self._reset()
         if self.num_tokens:
             self._resume(state)
@@ -107,18 +106,18 @@ class MCSession:
         self._since = 0  # tokens since the last refocus
         self._stepper = None
         self._up_to_date = True  # whether the cache holds all entries
-        self._bar = self._least  # z above which focus moves
-        self.wish = None  # see _wish, of the newest token
+        self._bar = self._least  # z above which a wish causes a refocus
+        self.wish = None  # of the newest token, see _wish
 
     # -----------------------------------------------------------------------------------------------------
     # What the Engine calls
 
     def prefill(self, tokens):
         """
-        Logits [1, V] after the prompt, a list of ids, which takes the place of what the session held.
+        Logits [1, V] after the prompt, a list of ids, which replaces the tokens of the session.
 
-        What both begin with stays, in focus as it is. Raises UserError when no working context of so many tokens is
-        small enough; then nothing has changed.
+        Their common beginning is kept with its levels of detail. Raises UserError, without a change, if no working
+        context of that many tokens fits into the budget.
         """
         *_, (_, logits) = self.reading(tokens, READ_ENTRIES)
         return logits
@@ -126,10 +125,10 @@ class MCSession:
     @torch.inference_mode()
     def reading(self, tokens, part):
         """
-        The same in parts that take about as long as the model takes to read `part` entries.
+        The same as a generator, in parts that each take about as long as reading `part` entries.
 
-        Yields (how many it could have read meanwhile, None) after each part but the last, then the same with the logits
-        [1, V]. Closed before all tokens are in the tree, the session holds what the prompt shared with what it held.
+        Yields (number of entries that take as long, None) after each part, and at the end (0, logits [1, V]). If the
+        generator is closed before all tokens are in the tree, the session keeps only the common beginning.
         """
         self._check_open()
         if not tokens:
@@ -163,7 +162,7 @@ class MCSession:
         yield 0, logits
 
     def _focused(self, first):
-        """Adopt this context of a prompt, then what its tokens want; yields each time that entries are to be read."""
+        """Adopt this first context of a prompt, then refocus; yields whenever there are entries to read."""
         anew = self.config.mc_gist_limit > 0
         self._adopt(first, fresh=not anew)
         yield
@@ -173,16 +172,16 @@ class MCSession:
             context = self._refocused(self._context, again > 0, eager=True)
             if context is self._context:
                 break
-            self._adopt(context, NEWEST)  # all whose words asked see what was found
+            self._adopt(context, NEWEST)  # the tokens whose words are in the query attend to what was opened
             yield
         if anew:
-            # A model that did not learn with gists answers worse with what was read before the right blocks were open
+            # A model not trained with gists answers worse from keys that were computed before the right blocks opened
             self._adopt(self._context, fresh=True)
             if not self._up_to_date:
                 yield
 
     def _collapsed(self, kept):
-        """All in the budget: the first `kept` in focus as they were if possible, the rest as fine as can be."""
+        """A context within the budget: the first `kept` tokens as they were if possible, the rest as fine as fits."""
         N, K = self.num_tokens, self.config.block_size
         first_new = min(kept, max(0, N - self.recent)) // K  # first block that is new or recent
         if not first_new:
@@ -193,14 +192,14 @@ class MCSession:
 
     @torch.inference_mode()
     def step(self, ids):
-        """Logits [1, V] after one more token, ids [1]; None if there is no room for it, and nothing has changed."""
+        """Logits [1, V] after one more token, ids [1]; None, without a change, if there is no room for it."""
         logits = self.read(ids)
         better = None if self.wish is None else self.follow(self.wish.item())
         return logits if better is None else better
 
     @torch.inference_mode()
     def read(self, ids):
-        """The same, before focus moves by what the token wants: that is `wish`, to `follow` once it is known."""
+        """The same without the refocus that the token may want: pass the value of `wish` to `follow` for that."""
         entered = self.enter(ids)
         if not isinstance(entered, int):
             return entered
@@ -213,8 +212,9 @@ class MCSession:
     @torch.inference_mode()
     def enter(self, ids):
         """
-        What a step does before the model reads the token, which it may then read together with others' tokens: the
-        position; or logits, if a refocus had to be read, this token with it; or None, as `step`.
+        The part of a step before the model reads the token, so that several sessions' tokens can be read in one batch.
+        Returns the token's position; or logits, if a refocus was due and the token has been read with it; or None, as
+        `step`.
         """
         self._check_begun()
         self.wish = None
@@ -239,14 +239,14 @@ class MCSession:
 
     @torch.inference_mode()
     def saw(self, states):
-        """Take up what the token of a step wants, from its state [1, D]; called after the step."""
+        """Query LensNet with a step's token, from its state [1, D]; called after the step."""
         blocks = self.tree.store.count(1)
         if self._context.coarsest > 0 and not self._since % (1 + blocks // BLOCKS_PER_TOKEN):
             self._listen(states)
             self.wish = self._wish()
 
     def _listen(self, states):
-        """Take up what the newest tokens want, from their states [P, D]; nothing where a gist stands for them."""
+        """Query LensNet with the newest tokens, from their states [P, D]; P is 0 if gists stand for them."""
         if not len(states):
             return
         embeds = self.tree.newest(NEWEST + len(states) - 1)[0]
@@ -254,7 +254,7 @@ class MCSession:
         self.demand.listen(self.reader.asking(states, embeds, at), self.num_tokens)
 
     def _wish(self):
-        """How much the hidden block that is wanted most is wanted, z [1] on the device; None if there is none."""
+        """The highest z of any hidden block, [1] on the device; None if none is hidden."""
         if self._context.coarsest <= 0:
             return None
         if self._closed is None or self._closed[0] != self.demand.first:
@@ -264,8 +264,8 @@ class MCSession:
     @torch.inference_mode()
     def follow(self, wish):
         """
-        Move focus if a hidden block is wanted enough, and read the newest tokens again: logits [1, V] in place of the
-        step's. Else None. wish: the value of `wish`, a float, since whoever waits for it may wait for more at once.
+        Refocus if a hidden block is wanted enough, and read the newest token again: logits [1, V] in place of the
+        step's; else None. wish: the value of `wish`, as a float: the caller may fetch several from the device at once.
         """
         self.wish = None
         if wish <= self._bar:
@@ -284,7 +284,7 @@ class MCSession:
     # Back and forth
 
     def snapshot(self) -> Snapshot:
-        """This moment, to `restore` later; void once the session has forgotten tokens that it had by then."""
+        """The current state, for `restore`; invalid once the session has dropped any of its current tokens."""
         self._check_open()
         context = self._context_now() if self.num_tokens else None
         moment = self._since, self.focus.snapshot(), self.demand.snapshot(), self._bar
@@ -292,8 +292,8 @@ class MCSession:
 
     def restore(self, snapshot: Snapshot):
         """
-        As if nothing had happened since the snapshot. Of the cache, what still holds is kept; the next call reads
-        the rest. Raises ValueError for another session's snapshot, or one whose tokens are no longer there.
+        Return to the snapshot. Cache entries that are still valid are kept; the next call reads the others. Raises
+        ValueError for another session's snapshot, or one whose tokens are no longer there.
         """
         self._check_open()
         num_tokens = snapshot.context.num_tokens if snapshot.context else 0
@@ -319,7 +319,7 @@ class MCSession:
                 self._up_to_date = False
 
     def state(self) -> dict:
-        """Where the session looks, ready for JSON: with the store, all that another needs to go on."""
+        """The focus as JSON values: with the store, all that another session needs to continue."""
         return {"since": self._since, **self.focus.state(self._context_now())}
 
     def _resume(self, state):
@@ -348,7 +348,7 @@ class MCSession:
 
     def _common_prefix(self, ids) -> int:
         """
-        How many tokens of past and prompt [1, N] this session holds already; the last one of the prompt never counts.
+        Length of the beginning that past and prompt [1, N] share with the session, without the prompt's last token.
         """
         n = min(self.num_tokens - self.past, ids.size(1) - 1)
         if n < 1:
@@ -358,7 +358,7 @@ class MCSession:
         return self.past + (int(differs[0]) if len(differs) else n)
 
     def _keep(self, num_tokens):
-        """Forget all tokens but the first num_tokens, and the entries of the cache that know of others."""
+        """Drop all tokens but the first num_tokens, and the cache entries that depend on others."""
         if num_tokens < self.num_tokens:
             self._cuts.append(num_tokens)
         if num_tokens:
@@ -385,13 +385,13 @@ class MCSession:
         return self.spliced.cache
 
     def _context_now(self):
-        """The working context with the tokens since it was last edited."""
+        """The working context, with the tokens appended since its last edit."""
         new = self.num_tokens - self._context.num_tokens
         return self._context.append(new) if new else self._context
 
     def _adopt(self, context, again=0, fresh=False):
         """
-        Go on with this context and splice it into the cache, see SplicedCache.splice; `again` and `fresh` are its.
+        Make this the working context and splice it into the cache; again, fresh: see SplicedCache.splice.
         """
         before = self._context and self._context_now()
         self._context, self._closed = context, None
@@ -411,18 +411,18 @@ class MCSession:
         return self.focus.refocus(context, scores, self.room, again, self.demand.first, eager)
 
     def _read(self, watch=None):
-        """Logits [1, V] after all entries that the cache does not hold yet have gone into it: one or more."""
+        """Read the entries that are missing in the cache, at least one; logits [1, V] after the last."""
         parts, logits = zip(*self._read_parts(READ_ENTRIES), strict=True)
         if watch is not None:
             self._tell(sum(parts), watch)
         return logits[-1]
 
     def _read_parts(self, size):
-        """The same, `size` entries at a time: yields (how many, None) after each part, the last one with the logits."""
+        """The same, `size` entries at a time: yields (entries read, None), and after the last part (…, logits)."""
         context, states = self._context_now(), []
         codes = context.codes
         asks = (codes % LEVELS == 0) & (codes >= LEVELS * (context.num_tokens - ASKING))
-        silent = codes[~asks][-1:]  # the last that does not ask: those behind it do
+        silent = codes[~asks][-1:]  # the last entry that does not query LensNet; all behind it do
         unread = self.spliced.unread(context)
         x, positions = self.tree.materialize(context, unread[None]), self.reader.positions(context, unread[None])
         for start in range(0, len(unread), size):
@@ -452,7 +452,7 @@ class MCSession:
         return focus_state(self.context, self.focus.records[0], self.budget)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the tree and of the KV cache, with what they keep ready."""
+        """Bytes of the tree and of the KV cache, including allocated but unused memory."""
         self._check_open()
         return {"tree": self.tree.store.nbytes, "cache": self.cache.nbytes}
 
@@ -466,8 +466,8 @@ class SplicedCache:
     """
     The KV cache of a session, and which entries of its working contexts it holds.
 
-    An entry is identified by its code, see WorkingContext.codes. decoder: writes and turns keys. limit: entries, at
-    most. positional, gist_limit: mc_positional and mc_gist_limit.
+    An entry is identified by its code, see WorkingContext.codes. decoder: writes and rotates keys. limit: maximum
+    number of entries. positional, gist_limit: mc_positional and mc_gist_limit.
     """
 
     def __init__(self, decoder, limit: int, positional: str, gist_limit: int):
@@ -476,7 +476,7 @@ class SplicedCache:
         self._held, self._held_to = torch.empty(0, dtype=torch.long), 0  # see _note
         self._end, self._edited_at = 0, 0  # see newest
         self._damping = 0.0  # of the context's gists
-        self._stale = math.inf  # what stands from this code on was read before an edit
+        self._stale = math.inf  # entries with this code or a higher one were read before an earlier entry was edited
 
     def newest(self, num_tokens) -> int:
         """The position of token num_tokens − 1; the tokens since the last edit follow one another."""
@@ -484,9 +484,9 @@ class SplicedCache:
 
     def splice(self, context, before=None, again=0, fresh=False) -> bool:
         """
-        Drop the entries that this context does not have; if there were any, also the newest `again` tokens, which are
-        to be read again. Returns whether the cache then holds all entries of the context. before: the context until
-        now, if there was one. fresh: drop also what was read before an edit further up.
+        Drop cache entries that are not in this context; if there were any, also the newest `again` tokens, to be read
+        again. Returns whether the cache then holds the whole context. before: the previous context, if any. fresh: also
+        drop entries that were read before an earlier entry was edited.
         """
         self._note(context)
         held, here, damped = self._held, context.codes, self._damping
@@ -510,7 +510,7 @@ class SplicedCache:
         return len(self._held) == len(here)
 
     def move(self, context, before=None):
-        """Note where this context ends, and rotate the keys of entries that stood elsewhere `before`."""
+        """Note the last position of this context, and rotate keys whose position differs from that in `before`."""
         _, start, span, _ = as_positions(context.entries, self.positional, self.gist_limit)
         self._end, self._edited_at = int(start[0, -1] + span[0, -1]), context.num_tokens
         if before is None or self.positional != "rank":
@@ -528,7 +528,8 @@ class SplicedCache:
         return (~torch.isin(context.codes, self._held)).nonzero()[:, 0]
 
     def seen(self, part):
-        """What each entry of `part`, codes, sees of those held and of the part, as Decoder.extend takes it."""
+        """Attention mask or bias of the entries `part`, given as codes, over those held and the part: Decoder.extend's
+        `seen`."""
         codes = torch.cat((self._held, part))
         bias = self._bias(codes)
         if bias is None and (not len(self._held) or self._held.max() < part.min()):
@@ -537,22 +538,22 @@ class SplicedCache:
         return seen if bias is None else bias.expand(len(part), -1).masked_fill(~seen, -torch.inf)
 
     def took(self, part):
-        """Note that these entries, codes, were read."""
+        """Note that the entries with these codes were read."""
         self._held = torch.cat((self._held, part))
         self._dampen()
 
     def _dampen(self):
-        """Tell the cache what is added to the scores of its keys."""
+        """Set the cache's bias on attention scores."""
         self.cache.bias = self._bias(self._held)
 
     def _bias(self, codes):
-        """What is added to the scores of entries as keys; None where that is nothing."""
+        """The bias on the attention scores of entries as keys; None for no bias."""
         if not self._damping:
             return None
         bias = (codes % LEVELS > 0) * self._damping
         return bias.to(self.decoder.device, self.decoder.dtype, non_blocking=True)
 
     def _note(self, context):
-        """Let `_held` have the code of the entry at each position of the cache: the tokens since the last call, too."""
+        """Extend `_held`, the code of the entry in each slot of the cache, by the tokens since the last call."""
         new = torch.arange(self.cache.pos - len(self._held))
         self._held, self._held_to = torch.cat((self._held, LEVELS * (self._held_to + new))), context.num_tokens

@@ -1,18 +1,18 @@
 """
-What compressed sequences are read as in training: random working contexts, behind gists of the text before them.
+How compressed sequences are read in training: as random working contexts, behind gists of the preceding text.
 
-*Variants*: aligned spans are collapsed at random, the newest tokens left as they are.
+*Variants*: random aligned spans are collapsed; the newest tokens stay tokens.
 
-*Pasts*. A stream is longer at inference than any sequence of a training: most of it stands far away, at high levels.
-So a compressed sequence is read behind a past of up to many times its T tokens. It costs no more for being long: each
-gist is made once, in the step that reads its tokens, and kept as it then was, without a gradient; a variant reads a few
-of them. They are older than the weights by at most as many steps as a past has sequences.
+*Pasts*. At inference a stream is longer than any training sequence, and most of it is far away, at high levels. So a
+compressed sequence is read behind a past of up to many times its T tokens. The cost does not grow with its length: each
+gist is computed once, in the step that reads its tokens, and stored without a gradient; a variant reads a few of them.
+Gists are older than the weights by at most as many steps as a past has sequences.
 
-A stream's past begins anew where another document begins, or the loader says that other text does: behind gists of
-other documents a model learns to look at none, and then does not read what is open beside them either. It does so by
-chance once in most + T tokens, too, so that all lengths occur at any time, and at the latest when it would have more
-than `most` tokens. Until then it keeps its beginning, so that its nodes stand where a session's would. Memory per
-stream: most + T token ids, and a vector of D for each K − 1 of them, K = block_size.
+A stream's past is discarded where another document or shuffled piece begins: behind gists of other documents a model
+learns to ignore all gists, and then also ignores open blocks among them. It is also discarded at random, once in
+most + T tokens on average, so that all lengths occur at any time, and before a sequence if it has more than `most`
+tokens. Until then it keeps its beginning, so that its nodes are aligned as in a session. Memory per stream: at most
+most + T token ids, and a vector of D per K − 1 of them, K = block_size.
 
 Shapes: R rows of variants, of B sequences of N or T tokens (the context length), a multiple of K = block_size; W
 entries, P of a past; D = n_embd.
@@ -28,18 +28,18 @@ from megacontext.lensnet import WIDTH
 from megacontext.tree import MegaContextTree, RamStore
 from megacontext.working_context import Entries, WorkingContext, old_blocks, smallest_length
 
-START_SHARE = 0.8  # of the tokens, the entries of the first variants
+START_SHARE = 0.8  # entries of the first variants, as a fraction of the tokens
 STAGES = 8
-DENSE_SHARE = 0.5  # of the sequences of a batch are read in full, the others as variants
-COARSE_SHARE = 0.25  # of what has to be saved is saved by nodes above LOD 1, at most
+DENSE_SHARE = 0.5  # fraction of a batch's sequences that are read in full; the others are read as variants
+COARSE_SHARE = 0.25  # largest fraction of the savings that nodes above LOD 1 make
 
 
 def target_length(progress, num_tokens, block_size, final_length) -> int:
     """
-    Entries that variants shrink to: from START_SHARE of the tokens down to final_length, or just below it.
+    Entries per variant at this progress: from START_SHARE of the tokens down to final_length, or just below it.
 
-    Always num_tokens less a multiple of K − 1, which is what every collapse saves, so that all variants have exactly
-    this length. The way down has STAGES steps, so that few shapes occur.
+    Always num_tokens minus a multiple of K − 1, the saving of one collapse, so that all variants have exactly this
+    length. It falls in STAGES steps, so that few shapes occur.
     """
     saved = block_size - 1
     last = -(-(num_tokens - final_length) // saved)
@@ -50,8 +50,7 @@ def target_length(progress, num_tokens, block_size, final_length) -> int:
 
 def variant_length(config: MCConfig, progress, T) -> int:
     """
-    Entries per variant at this part of a training, T before variants are read; those for a frozen model, which learns
-    nothing, never change.
+    Entries per variant at this progress; T as long as there are no variants. Constant for a frozen model.
     """
     progress = 1.0 if config.mc_freeze_base else config.begun(progress)
     return T if progress < 0 else target_length(progress, T, config.block_size, config.mc_train_wc_length)
@@ -62,9 +61,8 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
     A WorkingContext of `rows` rows, each of `length` entries (see target_length), or of the fewest that collapsing
     blocks can reach; the last recent_tokens tokens stay LOD 0. generator: a CPU generator.
 
-    First nodes of the coarse levels collapse, highest level first, in a random order, as long as they save at most
-    COARSE_SHARE of what has to be saved; if a single node saves more than that, it collapses with probability
-    COARSE_SHARE. Blocks of tokens save the rest.
+    Coarse nodes collapse first, highest level first, in random order, until they make COARSE_SHARE of the savings; if
+    a single node saves more than that, one collapses with probability COARSE_SHARE. Blocks of tokens save the rest.
     """
     K = block_size
     blocks = old_blocks(num_tokens, K, recent_tokens)
@@ -85,7 +83,7 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
             one = torch.rand(rows, generator=generator) < COARSE_SHARE
             wanted = torch.maximum((COARSE_SHARE * excess).long() // saved, (one & (excess >= saved)).long())
         count = torch.minimum(wanted, free.sum(1))
-        rank = order.argsort(1)  # of each node in the random order; the taken ones come last
+        rank = order.argsort(1)  # of each node in the random order; those inside coarser nodes come last
         chosen = rank < count[:, None]
         lod_map[:, : nodes * size] += lod * chosen.repeat_interleave(size, 1).to(torch.int8)
         excess = excess - count * saved
@@ -98,8 +96,8 @@ def random_variants(rows, num_tokens, block_size, length, recent_tokens, generat
 
 def random_past(num_tokens, block_size, most, generator=None) -> WorkingContext:
     """
-    A row of num_tokens tokens, whole blocks, as coarse as can be but for random nodes that were opened, into K children
-    or tokens, as long as there are no more than `most` entries. generator: a CPU generator.
+    A row of num_tokens tokens, whole blocks: the coarsest context, in which random nodes are then expanded one after
+    another as long as there are at most `most` entries. generator: a CPU generator.
     """
     K, smallest = block_size, smallest_length(num_tokens, block_size, 0)
     tiles = WorkingContext.initial(num_tokens, K, smallest, 0).tiles[0].tolist()
@@ -112,7 +110,7 @@ def random_past(num_tokens, block_size, most, generator=None) -> WorkingContext:
 
 
 class Before(NamedTuple):
-    """The first num_tokens tokens of a stream's tree: what came before a sequence."""
+    """The past of a sequence: the first num_tokens tokens of its stream's tree."""
 
     tree: MegaContextTree
     num_tokens: int
@@ -120,9 +118,9 @@ class Before(NamedTuple):
 
 class Pasts:
     """
-    The trees of the streams, by their numbers. reader: makes gists; most: tokens of a past, at most.
+    The streams' trees by stream number. reader: makes gists; most: see the head of this file.
 
-    A keeper for MicroBatches: `save` and `load` let a resumed training go on with the same gists, bit for bit.
+    A keeper for MicroBatches: with `save` and `load` a resumed training continues with the same gists, bit for bit.
     """
 
     def __init__(self, reader, most: int):
@@ -138,10 +136,10 @@ class Pasts:
     @torch.no_grad()
     def extend(self, origins, ids, gists, generator=None) -> list[Before]:
         """
-        Add sequences to their streams; returns what came before each.
+        Add sequences to their streams; returns the past of each.
 
-        origins [B, 2]: see MicroBatches; those of a stream in their order. ids [B, T]: the tokens. gists [B, T / K, D]
-        of level 1. generator: of chance, on the CPU.
+        origins [B, 2]: see MicroBatches; sequences of one stream in order. ids [B, T]: the tokens. gists [B, T / K, D]:
+        of level 1. generator: of random numbers, on the CPU.
         """
         T = ids.size(1)
         anew = torch.rand(len(ids), generator=generator) < T / (self.most + T)
@@ -186,10 +184,10 @@ class Pasts:
 
 def put_before(before: list[Before], block_size, most, inputs, entries, targets, generator=None):
     """
-    Entries of random pasts (see random_past), `most` each, and behind them those of the variants of B sequences.
+    Put a random past (see random_past) of at most `most` entries before each variant of B sequences.
 
-    inputs [R, W, D], entries and targets [R, W]: of R / B variants per sequence, of equal length. Returns the same of
-    both: the past starts at negative tokens and has no targets; shorter rows are padded at their end.
+    inputs [R, W, D], entries and targets [R, W]: of R / B variants per sequence, of equal length. Returns the three
+    with the pasts, whose tokens have negative numbers and no targets; shorter rows are padded at their end.
     """
     variants, rows = len(inputs) // len(before), []
     for row in range(len(inputs)):
@@ -211,12 +209,12 @@ def put_before(before: list[Before], block_size, most, inputs, entries, targets,
 
 
 def past_entries(config: MCConfig, T) -> int:
-    """Entries, at most, that a variant has for the past of its sequence: see Pasts."""
+    """Maximum number of entries for the past in a variant: see Pasts."""
     return max(2 * config.block_size, T // 8) if config.mc_past > 0 else 0
 
 
 def dense_share(config: MCConfig, progress) -> float:
-    """The part of the sequences that are read in full; all or none where only one of the networks learns."""
+    """The fraction of sequences that are read in full; all or none if only one of the networks learns."""
     if config.begun(progress) < 0:
         return 1.0  # only the model learns
     if config.mc_freeze_base and config.gistnet_type == "mean":
@@ -244,27 +242,27 @@ def inputs_per_sequence(config: MCConfig, progress, T) -> tuple[float, float, fl
 
 def step_work(model, networks, config: MCConfig, progress, T) -> float:
     """
-    FLOPs of a step as a multiple of what the model alone needs for the same tokens: what the three networks are
-    trained on, 6 FLOPs per parameter and input of the small ones. A frozen model's look at the dense sequences is a
-    third of a training pass; else it is part of that.
+    FLOPs of a step as a multiple of what the model alone needs for the same tokens. GistNet and LensNet are counted
+    with 6 FLOPs per parameter and input, a forward pass of the model without gradients as a third of a training pass.
     """
     trunk, gists, tokens = inputs_per_sequence(config, progress, T)
     small = {networks.gistnet: gists, networks.lensnet: tokens}
     flops = sum(6 * inputs * sum(p.numel() for p in net.parameters()) for net, inputs in small.items())
     length = variant_length(config, progress, T)
-    looks = config.mc_freeze_base + config.mc_max_counterfactuals * length / T  # without a gradient: a third of a pass
+    looks = config.mc_freeze_base + config.mc_max_counterfactuals * length / T  # forward passes for LensNet's targets
     dense = dense_share(config, progress)
     looks *= dense / 3 if tokens else 0
-    looks += config.mc_freeze_base * (1 - dense) / 3  # what it teaches
+    looks += config.mc_freeze_base * (1 - dense) / 3  # the teacher's forward pass
     return trunk / T + looks + flops / (T * model.flops_per_token())
 
 
 def auto_batch_size(device_batch_size: int, config: MCConfig, model_config) -> int:
     """
-    Sequences per forward pass that need no more memory than device_batch_size of them without MegaContext: a divisor of
-    device_batch_size, and even if that is, for as many dense as compressed ones. With mc_auto_batch off: all of them.
+    The most sequences per forward pass that need no more memory than device_batch_size of them without MegaContext: a
+    divisor of device_batch_size, even if that is even, so that half of them can be dense. At least 1 or 2, whatever
+    they need; with mc_auto_batch off: device_batch_size.
 
-    Memory is that of activations: inputs × layers × width of each network (see tests/test_mc_variants.py).
+    The memory of activations is estimated as inputs × layers × width of each network (see tests/test_mc_variants.py).
     """
     if not config.mc_auto_batch:
         return device_batch_size

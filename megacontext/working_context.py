@@ -4,12 +4,12 @@ The working context: the tokens so far, tiled in order by nodes of the tree at m
 Shapes: B rows, N tokens so far, K = block_size, n_blocks = ceil(N / K), W entries and P tiles (of the longest row).
 
 Node i of LOD l covers the tokens [i·K^l, (i+1)·K^l); LOD 0 is the tokens themselves. A row is held as the levels of its
-*tiles*, from the oldest to the newest: a tile of LOD l >= 1 is one node, a tile of LOD 0 is a block of K tokens, the
-last of which may be unfinished. Where a tile begins follows from those before it, so gaps and overlaps cannot be
-written down. P <= W, and everything costs O(W) however long the stream is, except `lod_map`.
+*tiles*, from the oldest to the newest: a tile of LOD l >= 1 is one node, a tile of LOD 0 is a block of K tokens; the
+last block may be incomplete. The start of a tile follows from the tiles before it, so gaps and overlaps cannot be
+represented. P <= W, and everything costs O(W) for any length of stream, except `lod_map`.
 
-All of it stays on the CPU, where edits are planned, so that no plan waits for a GPU. Methods that take a tensor work on
-its device.
+Its tensors stay on the CPU, where edits are planned, so that planning never waits for a GPU. Methods that take a tensor
+return one on its device.
 """
 
 from bisect import bisect_left
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import UserError
 
-LEVELS = 64  # more than there are levels of detail
+LEVELS = 64  # exceeds any level of detail
 
 
 class Entries(NamedTuple):
@@ -44,9 +44,9 @@ class Entries(NamedTuple):
 
 def damping(gists, limit):
     """
-    What is added to the attention scores of each gist among so many, a tensor: nothing up to `limit` of them, beyond it
-    −2·ln(gists / limit), so that n times as many draw together an n-th of the attention: with so many, what is asked
-    for is open, and the others distract. limit: 0 for none.
+    The bias on the attention scores of each gist, given the number of gists, a tensor: 0 up to `limit` gists, above it
+    −2·ln(gists / limit), so that n times as many gists together get 1/n of the attention: in so long a context the
+    wanted blocks are open, and the gists distract. limit: 0 for no bias.
     """
     return -2 * (gists / limit).clamp(min=1).log() if limit else torch.zeros(gists.shape)
 
@@ -63,10 +63,10 @@ class Edit(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class WorkingContext:
     """
-    An immutable value: changes give a new one, and tiles [B, P] int8, on the CPU, must not be written to.
+    An immutable value: changes return a new one.
 
-    tiles: the level of each tile, −1 for the padding at the end of shorter rows. Raises ValueError for tiles of the
-    wrong shape or type; `check` looks at what is in them too.
+    tiles [B, P] int8, on the CPU, not to be written to: the level of each tile, −1 for the padding at the end of
+    shorter rows. Raises ValueError for tiles of the wrong shape or type; `check` also validates their values.
     """
 
     tiles: torch.Tensor
@@ -92,10 +92,10 @@ class WorkingContext:
     @classmethod
     def initial(cls, num_tokens, block_size, budget, recent_tokens, rows=1):
         """
-        The start of a session, at most `budget` entries per row: as fine as that allows, oldest tokens coarsest.
+        The first context of a session: at most `budget` entries per row, as fine as possible, oldest tokens coarsest.
 
-        The oldest blocks become LOD 1, as few as will do; if all of them are not enough, the oldest of those become
-        LOD 2, and so on. The last recent_tokens tokens stay LOD 0. Raises UserError if no such context fits.
+        The oldest blocks become LOD 1, as few as necessary; if all are not enough, the oldest of those become LOD 2,
+        and so on. The last recent_tokens tokens stay LOD 0. Raises UserError if no such context fits.
         """
         K, old = block_size, old_blocks(num_tokens, block_size, recent_tokens)
         smallest = smallest_length(num_tokens, block_size, recent_tokens)
@@ -117,7 +117,7 @@ class WorkingContext:
     @classmethod
     def from_map(cls, lod_map, num_tokens, block_size):
         """
-        From the level of the tile that each block lies in, [B, n_blocks] int8: what `lod_map` is of some context.
+        The context that has this `lod_map`: the level of the tile that each block lies in, [B, n_blocks] int8.
         """
         n_blocks = -(-num_tokens // block_size)
         if lod_map.dtype != torch.int8 or lod_map.dim() != 2 or lod_map.size(1) != n_blocks:
@@ -149,7 +149,7 @@ class WorkingContext:
         return (self.block_size ** (self.tiles.long() - 1).clamp(min=0)).where(self.tiles >= 0, 0)
 
     def blocks_of(self, first, end):
-        """Of the blocks from number `first` up to `end`, how many each tile covers, [B, P]."""
+        """How many of the blocks `first` … `end` − 1 each tile covers, [B, P]."""
         return (self.first_blocks + self.tile_blocks).clamp(first, end) - self.first_blocks.clamp(first, end)
 
     @cached_property
@@ -165,7 +165,7 @@ class WorkingContext:
 
     @cached_property
     def _before(self):
-        """Entries before each tile, and at last all of them: [B, P + 1]."""
+        """Number of entries before each tile, and the total: [B, P + 1]."""
         return F.pad(self._counts.cumsum(1), (1, 0))
 
     def lengths(self):
@@ -186,7 +186,7 @@ class WorkingContext:
 
     @cached_property
     def entries(self) -> Entries:
-        """The entries of all rows, padded at the end to the longest. Found once, then kept."""
+        """The entries of all rows, padded at the end to the longest row. Computed once."""
         tile = self._tile_of_entry
         rank = torch.arange(tile.size(1))
         valid = rank < self.lengths()[:, None]
@@ -197,13 +197,13 @@ class WorkingContext:
 
     @cached_property
     def codes(self):
-        """Of a context of one row, a number for each entry, in order, [W]: LEVELS · (first token) + level."""
+        """A unique number per entry of a one-row context, ascending, [W]: LEVELS · (first token) + level."""
         lod, start, _, _ = self.entries
         return (LEVELS * start + lod)[0]
 
     @property
     def lod_map(self):
-        """The level of the tile that each block lies in, [B, n_blocks] int8. For short streams: O(N / K)."""
+        """The level of the tile that each block lies in, [B, n_blocks] int8. O(N / K), so for short streams."""
         blocks = torch.arange(self.num_blocks).repeat(self.num_rows, 1)
         return self.tiles.gather(1, self.tile_of(blocks))
 
@@ -218,10 +218,10 @@ class WorkingContext:
 
     def targets(self, y):
         """
-        What each entry is to predict, [B, W], from y [B, N], the token that follows each position (−1: none).
+        The target of each entry, [B, W], from y [B, N], the token that follows each position (−1: none).
 
-        An entry over [s, e) predicts token e if that token is an entry itself, or is not here yet (e = N). If a
-        gist comes next there is no target, −1, as for padding.
+        An entry over [s, e) predicts token e if that token is an entry itself or the next to come (e = N). Before a
+        gist, and for padding, there is no target: −1.
         """
         if y.shape != (self.num_rows, self.num_tokens):
             raise ValueError(f"y: expected shape {[self.num_rows, self.num_tokens]}, got {list(y.shape)}")
@@ -242,8 +242,8 @@ class WorkingContext:
 
     def siblings(self, lod, recent_tokens=0):
         """
-        Bool [B, P]: the tiles at which a group of level lod begins that may collapse into one node, K nodes with one
-        parent, or a block of tokens; not the last recent_tokens tokens.
+        Bool [B, P]: True at the first tile of each group that may collapse into one node: K nodes of level lod with one
+        parent, or for lod 0 a block of tokens. The last recent_tokens tokens may not.
         """
         K, n, first = self.block_size, self.group(lod), self.first_blocks
         here = F.pad(self.tiles == lod, (0, n - 1)).unfold(1, n, 1).all(2)
@@ -257,7 +257,7 @@ class WorkingContext:
     # Changing it
 
     def apply(self, edits) -> "WorkingContext":
-        """The context after the edits, in their order. Raises ValueError for one that would break a node."""
+        """The context after these edits, in order. Raises ValueError for an edit that would split a node."""
         K, rows = self.block_size, {}
         for edit in edits:
             row, first, count, lod = edit
@@ -280,8 +280,9 @@ class WorkingContext:
 
     def collapse_oldest(self, budget, recent_tokens, first_block=0) -> "WorkingContext":
         """
-        The context with its oldest nodes collapsed, finest level first and no more than it takes for `budget` entries
-        a row: from first_block on, but not the last recent_tokens tokens. Larger than the budget if that is too little.
+        The context with its oldest groups collapsed, finest level first, until each row has at most `budget` entries.
+        Only groups from first_block on and before the last recent_tokens tokens collapse; if they do not suffice, the
+        result exceeds the budget.
         """
         context, lod = self, 0
         while self.block_size**lod <= self.old_blocks(recent_tokens):  # blocks of a parent
@@ -294,7 +295,7 @@ class WorkingContext:
         return context
 
     def truncate(self, num_tokens) -> "WorkingContext":
-        """The context of the first num_tokens tokens: nodes that reach beyond become the coarsest that do not."""
+        """The context of the first num_tokens tokens: a node that reaches beyond is expanded as far as necessary."""
         context, K = self, self.block_size
         for lod in range(self.coarsest, 0, -1):
             first, blocks = context.first_blocks, context.tile_blocks
@@ -321,7 +322,7 @@ class WorkingContext:
 
 
 def old_blocks(num_tokens, block_size, recent_tokens) -> int:
-    """How many of the first blocks lie wholly before the last recent_tokens tokens, so that they may collapse."""
+    """Number of blocks that lie entirely before the last recent_tokens tokens and so may collapse."""
     return max(0, num_tokens - recent_tokens) // block_size
 
 
@@ -346,6 +347,6 @@ def _padded(rows):
 
 
 def _compact(values, keep):
-    """The values [B, n] to be kept, in order, each row padded at its end."""
+    """The values [B, n] where `keep` is True, in order, each row padded at its end with −1."""
     order = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : int(keep.sum(1).max())]
     return values.masked_fill(~keep, -1).gather(1, order)
