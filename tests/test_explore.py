@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -157,6 +158,25 @@ def test_pages_of_a_search(tokenizer, monkeypatch):
         assert len(found) == 12
         assert len({place["start"] for place in found}) == 12
         assert pages >= 7
+
+
+def test_one_search_at_a_time(tokenizer, monkeypatch):
+    """Each holds the interpreter, which the workers need too."""
+    searching = []
+
+    def find_text(*_):
+        searching.append(True)
+        time.sleep(0.05)
+        counts.append(len(searching))
+        searching.pop()
+        return ()
+
+    counts, body = [], {"conversation": "conversation-number-9999", "text": "x"}
+    monkeypatch.setattr("nanochat.serving.explore.find_text", find_text)
+    with serving_mc(tokenizer) as server, ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda _: server.client.post("/focus/find", json=body), range(4)))
+    assert [answer.json()["found"] for answer in answers] == [[]] * 4
+    assert counts == [1] * 4
 
 
 def test_what_is_not_there_and_what_is_too_much(tokenizer):

@@ -58,9 +58,12 @@ def create_router(service):
         found = [{"start": a, "end": b, "text": text} for (a, b), text in zip(found, around, strict=True)]
         return {"found": found, "next": then if read(then, then + 1) else None}
 
+    searching = asyncio.Semaphore(1)  # it holds the interpreter, which the workers need too
+
     @router.post("/find")
     async def find(conversation: Name, text: Text, start: Annotated[Index, Body()] = 0):
-        return await asyncio.to_thread(search, conversation, text, start)
+        async with searching:
+            return await asyncio.to_thread(search, conversation, text, start)
 
     @router.post("/look")
     async def look(conversation: Name, text: Text):
