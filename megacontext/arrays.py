@@ -10,7 +10,7 @@ The JSON has `format`; `facts`, whatever the owner wants to know again; and `arr
 row), chunk_rows and rows. What chunks hold beyond the rows of their array is ignored.
 
 SQLite makes a commit atomic and durable. It does not notice flipped bits in what it stores; the checksums do, whenever
-a chunk is read. The chunks read last stay in memory: a fixed number of them, however long the arrays.
+a chunk is read.
 
 Files are private (0600, folders 0700). One process may write, under a lock (flock) on the folder; others may read.
 """
@@ -31,7 +31,6 @@ from nanochat.common import UserError, locked, sync
 FORMAT = "megacontext arrays 2"
 FILE = "arrays.sqlite"
 CHUNK_BYTES = 32768  # of the chunks of new arrays, if a row is not longer
-CACHED_CHUNKS = 32
 DTYPES = {"uint16": "<u2", "uint32": "<u4", "float32": "<f4", "bfloat16": "<u2"}  # numpy has no bfloat16: its bits
 TABLES = (
     "PRAGMA journal_mode = WAL",  # so that nobody who reads waits for who writes
@@ -81,7 +80,7 @@ class Arrays:
     def __init__(self, folder, write=False):
         self.folder, self.path, self.write = Path(folder), Path(folder) / FILE, write
         self._database, self._lock = None, contextlib.ExitStack()
-        self._thread_lock, self._cache = threading.Lock(), {}
+        self._thread_lock = threading.Lock()
         if not self.path.exists():
             raise Damaged(f"there is nothing to read in {self.folder}: {FILE} is missing")
         try:
@@ -165,7 +164,7 @@ class Arrays:
         content = json.loads(row[0])
         if content["format"] != FORMAT:
             raise Damaged(f"{self.path}: expected {FORMAT!r}, it says {content['format']!r}")
-        self.facts, self._cache = content["facts"], {}
+        self.facts = content["facts"]
         self._arrays = {name: _Array(**entry) for name, entry in content["arrays"].items()}
 
     @contextlib.contextmanager
@@ -199,26 +198,19 @@ class Arrays:
 
     def check(self):
         """Read everything. Raises Damaged at the first chunk whose checksum is wrong."""
-        self._cache = {}
         for name, array in self._arrays.items():
             for number in range(array.chunks):
                 self._chunk(name, number)
 
     def _chunk(self, name, number) -> np.ndarray:
         """All rows of a chunk that this object knows of."""
-        array, cache = self._arrays[name], self._cache
-        rows = min(array.chunk_rows, array.rows - number * array.chunk_rows)
+        array, query = self._arrays[name], "SELECT data, crc FROM chunks WHERE array = ? AND number = ?"
+        first = number * array.chunk_rows
+        rows = min(array.chunk_rows, array.rows - first)
         with self._reading():
-            data = cache.get((name, number))
-            if data is None:
-                query = "SELECT data, crc FROM chunks WHERE array = ? AND number = ?"
-                data, crc = self._database.execute(query, (name, number)).fetchone() or (None, 0)
-                if not isinstance(data, bytes) or zlib.crc32(data) != crc or len(data) < rows * array.row_bytes:
-                    first = number * array.chunk_rows
-                    raise Damaged(f"{self.path}: rows {first:,} and following of {name} are damaged or missing")
-                if len(cache) >= CACHED_CHUNKS:
-                    del cache[next(iter(cache))]
-                cache[name, number] = data
+            data, crc = self._database.execute(query, (name, number)).fetchone() or (None, 0)
+        if not isinstance(data, bytes) or zlib.crc32(data) != crc or len(data) < rows * array.row_bytes:
+            raise Damaged(f"{self.path}: rows {first:,} and following of {name} are damaged or missing")
         return np.frombuffer(data, DTYPES[array.dtype], rows * array.width).reshape(rows, array.width)
 
     # -----------------------------------------------------------------------------------------------------
@@ -250,7 +242,6 @@ class Arrays:
             data = self._chunk(name, number).tobytes() + data
         size = array.chunk_rows * array.row_bytes
         with self._writing():
-            self._cache.pop((name, number), None)
             for i, start in enumerate(range(0, len(data), size), number):
                 part = data[start : start + size]
                 self._database.execute("REPLACE INTO chunks VALUES (?, ?, ?, ?)", (name, i, part, zlib.crc32(part)))
@@ -263,7 +254,6 @@ class Arrays:
             with self._writing():
                 query = "DELETE FROM chunks WHERE array = ? AND number >= ?"
                 self._database.execute(query, (name, self._arrays[name].chunks))
-        self._cache = {}
         self.commit()
 
     def trim(self):
