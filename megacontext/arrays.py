@@ -6,11 +6,11 @@ files are reported.
                     chunks of an array are full but the last), crc (CRC-32 of data)
                     table `manifest`, of one row: content (JSON in UTF-8), crc (CRC-32 of content)
 
-The JSON has `format`; `facts`, whatever the owner wants to know again; and `arrays`: name → dtype, width (numbers per
-row), chunk_rows and rows. What chunks hold beyond the rows of their array is ignored.
+The JSON has `format`; `facts`, the owner's metadata; and `arrays`: name → dtype, width (numbers per row), chunk_rows
+and rows. Data in chunks beyond the rows of their array is ignored.
 
-SQLite makes a commit atomic and durable. It does not notice flipped bits in what it stores; the checksums do, whenever
-a chunk is read.
+SQLite makes a commit atomic and durable. It does not detect flipped bits in stored data; the checksums do, whenever a
+chunk is read.
 
 Files are private (0600, folders 0700). One process may write, under a lock (flock) on the folder; others may read.
 """
@@ -30,14 +30,14 @@ from nanochat.common import UserError, locked, sync
 
 FORMAT = "megacontext arrays 2"
 FILE = "arrays.sqlite"
-CHUNK_BYTES = 32768  # of the chunks of new arrays, if a row is not longer
+CHUNK_BYTES = 32768  # largest chunk of new arrays, unless a single row is longer
 DTYPES = {"uint16": "<u2", "uint32": "<u4", "float32": "<f4", "bfloat16": "<u2"}  # numpy has no bfloat16: its bits
 TABLES = (
-    "PRAGMA journal_mode = WAL",  # so that nobody who reads waits for who writes
+    "PRAGMA journal_mode = WAL",  # readers do not wait for the writer
     "CREATE TABLE chunks (array TEXT, number INTEGER, data BLOB, crc INTEGER, PRIMARY KEY (array, number))",
     "CREATE TABLE manifest (content BLOB, crc INTEGER)",
 )
-REFUSED = {  # what the machine may refuse; all else that SQLite complains of is the file's fault
+REFUSED = {  # errors of the machine, such as missing permission or space; all others mean that the file is damaged
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR),
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM),
 }
@@ -95,8 +95,8 @@ class Arrays:
     @classmethod
     def create(cls, folder, facts=None, **arrays: tuple[str, int]) -> "Arrays":
         """
-        A new folder, open for writing, with these arrays: name → dtype and width, without rows. Takes over a folder
-        that a killed process did not make to its end. Raises UserError if there are arrays already.
+        A new folder, open for writing, with these empty arrays: name → (dtype, width). Takes over a folder whose
+        creation was interrupted by a kill. Raises UserError if there are arrays already.
         """
         folder, temporary = Path(folder), Path(folder) / f".{FILE}"
         arrays = {name: _Array.new(*shape) for name, shape in arrays.items()}
@@ -106,7 +106,7 @@ class Arrays:
             with _locked(folder):
                 if (folder / FILE).exists():
                     raise UserError(f"{folder} is there already: choose another name")
-                for left in folder.glob(f"*{FILE}*"):  # by a killed process: SQLite would go on with its log
+                for left in folder.glob(f"*{FILE}*"):  # left by a killed process: SQLite would replay its log
                     left.unlink()
                 os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600))
                 with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as database:
@@ -174,7 +174,7 @@ class Arrays:
                 yield
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in REFUSED:
-                raise UserError(f"cannot open or read {self.path} ({error}): have that changed") from error
+                raise UserError(f"cannot open or read {self.path} ({error}): check permissions and disk") from error
             raise Damaged(f"{self.path}: {error}") from error
 
     def read(self, name, index) -> np.ndarray:
@@ -203,7 +203,7 @@ class Arrays:
                 self._chunk(name, number)
 
     def _chunk(self, name, number) -> np.ndarray:
-        """All rows of a chunk that this object knows of."""
+        """All rows of a chunk, as of this object's state."""
         array, query = self._arrays[name], "SELECT data, crc FROM chunks WHERE array = ? AND number = ?"
         first = number * array.chunk_rows
         rows = min(array.chunk_rows, array.rows - first)
@@ -218,7 +218,7 @@ class Arrays:
 
     @contextlib.contextmanager
     def _writing(self):
-        """A part of the transaction that ends with the next commit."""
+        """The block is part of the transaction that the next commit ends."""
         try:
             with self._thread_lock:
                 if not self._database.in_transaction:
@@ -227,12 +227,12 @@ class Arrays:
         except sqlite3.Error as error:
             self.refresh()
             raise UserError(
-                f"cannot write to {self.folder} ({error}): free some space or have that changed; what was kept until "
-                "now is whole"
+                f"cannot write to {self.folder} ({error}): free some space or fix its permissions; what was committed "
+                "before is intact"
             ) from error
 
     def append(self, name, values, dtype=None):
-        """Add rows [n, width]. dtype: of a new array, one of DTYPES, if it is not the values' own."""
+        """Add rows [n, width]. dtype: for a new array, one of DTYPES; default: that of the values."""
         if name not in self._arrays:
             self._arrays[name] = _Array.new(dtype or str(values.dtype), values.shape[1])
         array = self._arrays[name]
@@ -257,7 +257,7 @@ class Arrays:
         self.commit()
 
     def trim(self):
-        """Give back the room of what was truncated."""
+        """Return the space of truncated rows to the file system."""
         self.refresh()
         with self._reading():
             self._database.execute("VACUUM")
@@ -277,7 +277,7 @@ def _locked(folder):
 
 
 def _manifest(facts, arrays) -> tuple[bytes, int]:
-    """Its row."""
+    """The row of table `manifest`: (content, crc)."""
     arrays = {name: asdict(array) for name, array in arrays.items()}
     content = json.dumps({"format": FORMAT, "facts": facts, "arrays": arrays}).encode()
     return content, zlib.crc32(content)

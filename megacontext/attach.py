@@ -18,7 +18,7 @@ from nanochat.training import PlainObjective
 
 @dataclass
 class MCOptions:
-    """Options of the stages that may train a model together with the networks."""
+    """Options of the stages that can train a model together with GistNet and LensNet."""
 
     mc: bool = False
     """train with MegaContext: the model learns to read gists, together with GistNet and LensNet"""
@@ -27,7 +27,7 @@ class MCOptions:
 
 
 def is_on(config) -> bool:
-    """Whether a script's options ask for MegaContext; a script without the flag, but with its options, always does."""
+    """Whether a script's options ask for MegaContext: by --mc, or always in a script without this flag (mc_train)."""
     return getattr(config, "mc", True)
 
 
@@ -35,9 +35,9 @@ def attach(config, model_config, device, bos, parent=None, trunk=None):
     """
     (networks, make_objective) for a run with these options on a model of this GPTConfig.
 
-    networks: None with the flag off. bos: the tokenizer's. parent: (state dict, settings) of networks to go on from,
-    else they are new. make_objective(model) is what the loop calls. Raises UserError when the parent's networks are of
-    another shape. trunk: see MCNetworks.
+    networks: None with the flag off. bos: id of BOS. parent: (state dict, settings) of networks to continue from, None
+    for new ones. make_objective(model) gives the objective of the training loop. Raises UserError if the parent's
+    networks do not fit. trunk: see MCNetworks.
     """
     if not is_on(config):
         return None, PlainObjective
@@ -54,12 +54,12 @@ def attach(config, model_config, device, bos, parent=None, trunk=None):
 
 
 def meta_of(config, T) -> dict:
-    """What a checkpoint's meta data says of MegaContext; nothing with the flag off."""
+    """MegaContext's entry in a checkpoint's metadata; {} with the flag off."""
     return {"megacontext": asdict(config.megacontext.resolve(T))} if is_on(config) else {}
 
 
 def observe(config, script, training):
-    """Send all that is logged to where MC_OTEL_ENDPOINT says; training.close() ends it."""
+    """With MegaContext, send all log records to MC_OTEL_ENDPOINT, until training.close()."""
     if is_on(config):
         training.log.listen(open_telemetry(script, training.tag, {"device": training.device.type}))
 
@@ -67,9 +67,9 @@ def observe(config, script, training):
 @contextmanager
 def generating(config, training):
     """
-    Put a model under training, and its networks, into eval mode for as long as something is generated from them.
+    Put a model in training and its networks into eval mode, to generate from them; afterwards back into train mode.
 
-    Gives make_session(seed=…) -> MCSession of the networks as they are now; None with the flag off.
+    Yields make_session(seed=…) -> MCSession with the current weights; None with the flag off.
     """
     model, networks = training.model, training.companion
     trained = [model] if networks is None else [model, networks]
@@ -79,7 +79,7 @@ def generating(config, training):
         make_session = None
         if is_on(config):
             make_session = session_maker(model, networks, config.megacontext.resolve(model.config.sequence_len))
-        with torch.compiler.set_stance("force_eager"):  # hardly two shapes of a session are alike
+        with torch.compiler.set_stance("force_eager"):  # shapes in sessions vary too much to compile
             yield make_session
     finally:
         for module in trained:

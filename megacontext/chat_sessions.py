@@ -1,15 +1,15 @@
 """
-The sessions of a chat server's worker: one per conversation, a bounded number, each of which can be made again.
+The sessions of a chat server's worker: a bounded number, one per conversation, each of which can be recreated.
 
-A conversation is known by a name that its client gives, or else by its tokens: it goes on with the session whose last
-prompt is how the new prompt begins. A session with a name serves that name only. What a prompt does not share with
-what the session holds is cut off before anything is read, so no session can tell of another conversation; where it
-looked stays, so that an answer without a name may depend a little on what others with the same beginning asked. The
-least recently used one makes room for a new one; its conversation is read again at its next turn, nothing is lost; or
-it goes on from the disk, where conversations with a name are kept if there is a KeptChats.
+A conversation is identified by a name from its client, or else by its tokens: a prompt without a name continues the
+unnamed session whose last prompt is the longest prefix of it. A named session serves that name only. Tokens of the
+session that are not in the new prompt are dropped before anything is read, so no session can reveal another
+conversation. Its levels of detail stay, so an unnamed answer may depend slightly on what others with the same beginning
+asked. A new session evicts the least recently used one; that conversation is read again at its next turn, or continued
+from disk, where a KeptChats stores named conversations.
 
-A worker has one thread, and a session answers one job at a time: another one of its conversation waits, whichever
-worker would be free.
+A worker has one thread, and a session answers one job at a time: further jobs of its conversation wait for it, even if
+other workers are free.
 """
 
 import threading
@@ -27,25 +27,25 @@ from megacontext.session import MCSession
 from megacontext.working_context import smallest_length
 from nanochat.serving.job import FocusState, Job
 
-KEPT_EDITS = 200  # refocuses that changed something, of each conversation
+KEPT_EDITS = 200  # newest refocuses with edits, per conversation
 
 
 @dataclass(eq=False)
 class Held:
-    """A session and, where other threads can read it, what it holds."""
+    """A session, with copies of its contents that other threads can read."""
 
     session: MCSession = None
     conversation: str | None = None
-    job: Job | None = None  # that is being answered
+    job: Job | None = None  # the job that is being answered, if any
     prompt: array = field(default_factory=lambda: array("i"))  # of the last job
-    answer: list[int] = field(default_factory=list)  # to it
-    state: dict | None = None  # the newest that was told
+    answer: list[int] = field(default_factory=list)  # to that prompt
+    state: dict | None = None  # the last focus state that was sent
     edits: deque = field(default_factory=lambda: deque(maxlen=KEPT_EDITS))  # see `ChatSessions.edits`
-    used: float = 0.0  # when it was taken last, by time.monotonic()
+    used: float = 0.0  # time of the last job's start, by time.monotonic()
     num_tokens: int = 0
     num_bytes: int = 0
-    is_kept: bool = False  # after a restart, too
-    forgotten: bool = False  # once it has answered
+    is_kept: bool = False  # on disk, for after a restart
+    forgotten: bool = False  # to be deleted once it has answered
 
     def tokens(self, start, end):
         n = len(self.prompt)
@@ -56,9 +56,9 @@ class ChatSessions:
     """
     The sessions of one worker of a WorkerPool.
 
-    make_session(seed=…, on_update=…) -> MCSession; config: resolved, the same. on_update(session, entries_read,
-    watch): told of each session's updates, see MCSession. kept: where sessions with a name are found again after a
-    restart, or None. past: Arrays of the tokens that are before all conversations.
+    make_session(seed=…, on_update=…) -> MCSession; config: that of the sessions, resolved. on_update(session,
+    entries_read, watch): called at each update of a session, see MCSession. kept: storage of named conversations
+    across restarts, or None. past: Arrays of the tokens that precede all conversations.
     """
 
     def __init__(self, make_session, config, limit, on_update=None, kept: KeptChats | None = None, past=None):
@@ -70,18 +70,18 @@ class ChatSessions:
 
     @contextmanager
     def serve(self, job):
-        """The session that a job is answered with; it is the job's until the end of the `with`."""
+        """The session that answers a job, reserved for it until the end of the `with`."""
         held = self._take(job)
         try:
             yield held.session
             if held.session.num_tokens > held.num_tokens:
-                self._tell(held)  # where it is at the end, between two refocuses
-            held.forgotten |= not held.session.num_tokens  # its first prompt was given up
+                self._tell(held)  # the final state, which may lie between two refocuses
+            held.forgotten |= not held.session.num_tokens  # its first prompt was cancelled
             if held.is_kept and not held.forgotten:
-                if job.ids:  # else the prompt may have been given up, too
+                if job.ids:  # else the prompt may have been cancelled
                     held.session.note(job.prompt + job.ids)
                 self.kept.save(held.conversation, held.session, held.session.focus_state(), list(held.edits))
-        except BaseException:  # in the middle of something: nobody knows what the session holds
+        except BaseException:  # the state of the session is undefined
             self._drop(held)
             raise
         with self.lock:
@@ -106,7 +106,7 @@ class ChatSessions:
                 held = Held(conversation=job.conversation)
             held.job, held.prompt, held.answer, held.used = job, prompt, job.ids, time.monotonic()
             self.held.append(held)
-        if new:  # without the lock: of a long conversation gists may be missing
+        if new:  # without the lock: a long conversation may have many gists to compute
             try:
                 self._make_session(held)
             except BaseException:
@@ -118,7 +118,7 @@ class ChatSessions:
     def _make_session(self, held):
         options = {"seed": held.job.sampling.seed, "on_update": partial(self._on_update, held)}
         store = self.kept.open(held.conversation) if self.kept and held.conversation else None
-        with ExitStack() as stack:  # if no session comes of it, others can have the store
+        with ExitStack() as stack:  # closes the store if making the session fails
             if store:
                 stack.callback(store.close)
                 record, held.is_kept = self._record(held.conversation), True
@@ -128,7 +128,7 @@ class ChatSessions:
             stack.pop_all()
 
     def _find(self, prompt, conversation, idle=False):
-        """What is held of a conversation, or of what this prompt goes on with; idle: if it is not answering."""
+        """The Held of a conversation, or of the one that this prompt continues; idle: only if it is not answering."""
         held = [held for held in self.held if held.job is None or not idle]
         if conversation:
             return next((one for one in held if one.conversation == conversation), None)
@@ -162,30 +162,30 @@ class ChatSessions:
     # From any thread
 
     def last_used(self, conversation, prompt=()) -> float:
-        """When what this conversation, or this prompt, goes on with was used, by time.monotonic(); 0.0 if never."""
+        """Last use of the session that this conversation or prompt continues, by time.monotonic(); 0.0 if none."""
         with self.lock:
             held = self._find(array("i", prompt), conversation)
             return held.used if held else 0.0
 
     def answering(self, conversation) -> bool:
-        """Whether an answer is being made in this conversation."""
+        """Whether an answer is being generated in this conversation."""
         with self.lock:
             held = self._find(array("i"), conversation)
             return held is not None and held.job is not None
 
     def free(self) -> bool:
-        """Whether there is a session for one more job now: not if all are answering."""
+        """Whether one more job can start now: not if all sessions are answering."""
         with self.lock:
             return len(self.held) < self.limit or any(held.job is None for held in self.held)
 
     def fits(self, num_tokens) -> bool:
-        """Whether a session can hold so many tokens."""
+        """Whether a session can hold this many tokens, besides the past."""
         num_tokens += self.past.rows("tokens") if self.past else 0
         smallest = smallest_length(num_tokens, self.config.block_size, self.config.allocator_recent_tokens)
         return smallest <= self.config.budget_of_a_refocus
 
     def describe(self) -> dict:
-        """What GET /config tells of them."""
+        """The sessions' part of GET /config."""
         return {
             **({"kept": True} if self.kept else {}),
             **({"past": self.past.rows("tokens")} if self.past else {}),
@@ -196,7 +196,7 @@ class ChatSessions:
         }
 
     def stats(self) -> dict:
-        """What GET /stats tells of them."""
+        """The sessions' part of GET /stats."""
         kept = {"kept": self.kept.stats()} if self.kept else {}
         with self.lock:
             return {
@@ -212,14 +212,14 @@ class ChatSessions:
         return self.kept.record(conversation) if self.kept else {}
 
     def focus(self, conversation) -> dict | None:
-        """The state that was told last in this conversation; None where there is none."""
+        """The last focus state that was sent in this conversation; None if there is none."""
         with self.lock:
             held = self._find(array("i"), conversation)
         return held.state if held else self._record(conversation).get("view")
 
     def edits(self, conversation) -> list[dict]:
         """
-        What the newest refocuses changed, oldest first: time (seconds since 1970), num_tokens there were then, changes
+        The edits of the newest refocuses, oldest first: time (seconds since 1970), num_tokens at that time, changes
         (first block, number of blocks, old and new level).
         """
         with self.lock:
@@ -228,8 +228,8 @@ class ChatSessions:
 
     def look(self, conversation, question) -> list | None:
         """
-        Blocks in which the answer to a question may stand, see look.look; None where there is no such conversation.
-        For the worker's thread.
+        Blocks that may contain the answer to a question, see look.look; None if there is no such conversation. Only for
+        the worker's thread.
         """
         with self.lock:
             held = self._find(array("i"), conversation)
@@ -246,8 +246,7 @@ class ChatSessions:
 
     def tokens(self, conversation, start, end) -> list[int] | None:
         """
-        Some tokens of a conversation, with the past, so far as they are there; None where there is no such
-        conversation.
+        Tokens [start, end) of past and conversation, fewer if it ends before; None if there is no such conversation.
         """
         n = self.past.rows("tokens") if self.past else 0
         before = streams.token_ids(self.past, start, min(end, n)) if start < n else []
@@ -259,7 +258,7 @@ class ChatSessions:
         return own if own is None else before + own
 
     def forget(self, conversation):
-        """Delete a conversation: now, or, if it is answering, when that has ended."""
+        """Delete a conversation: now, or after the answer that is being generated."""
         with self.lock:
             held = self._find(array("i"), conversation)
             if held and held.job:

@@ -1,15 +1,15 @@
 """
-The focus allocator: the scores of all blocks and a budget become edits of a working context.
+The focus allocator: turns scores of blocks and a budget into edits of a working context.
 
-`plan` chooses the edits and is pure; a Focus applies them at each refocus and records them for display.
+`plan` chooses the edits and is pure; a Focus applies them at each refocus and records them.
 
 Shapes: B rows, n blocks of the stream, P tiles of a working context, K = block_size.
 
-A block that is wanted is *opened*, whatever node hides it: the node *expands* into its K children, that child into
-its own, down to the block's tokens; each costs K − 1 entries. To make room, K siblings *collapse* into their parent,
-which saves as many. Opening gains the block's score, a collapse minus the worth of its group: the best score in it.
-Equal gains: the finer level goes first, then the older blocks. Of a node only its best block, the oldest of several,
-is opened by a plan; the next refocus goes on from there.
+A wanted block is *opened* at once, however high the node that hides it: the node *expands* into its K children, the
+child with the block into its own, down to the block's tokens; each expansion costs K − 1 entries. To make room, K
+siblings *collapse* into their parent, which saves as many. Opening gains the block's score; a collapse gains minus the
+worth of its group, the best score in it. Among equal gains finer levels come first, then older blocks. A plan opens
+only the best block of a node (the oldest of equals); later rounds open others.
 """
 
 import heapq
@@ -27,7 +27,7 @@ from nanochat.common import UserError
 
 
 class Change(NamedTuple):
-    """An edit that was made, and the level that its first block had before."""
+    """An edit that was made, with the level that its first block had before."""
 
     first_block: int
     num_blocks: int
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What could be done, by edits in this order, and what it would gain; cost in units of K − 1 entries."""
+    """Possible edits, in order, with their total gain, and their cost in units of K − 1 entries."""
 
     gain: float
     cost: int
@@ -51,20 +51,20 @@ def plan(
     scores, context: WorkingContext, budget: int, settings: MCConfig, recent=(), generator=None, first=0, eager=False
 ) -> list[Edit]:
     """
-    Edits, to be applied in order, of a context of one row; scores [n] in (−1, 1) of the blocks from number `first` on.
-    What has no score counts as −1 and is not opened.
+    Edits of a one-row context, to be applied in order. scores [n] in (−1, 1): of the blocks from number `first` on;
+    earlier blocks count as −1 and are not opened.
 
-    The result has at most `budget` entries. If there are more now, the lowest-scored siblings collapse, whatever
-    their score and, if need be, right after they were expanded and in more than mc_infer_allocator_max_replacements
-    moves. What is left of that number goes to blocks that are hidden in a node and score allocator_expand_threshold or
-    more, the highest first ("greedy"), or each drawn from the allocator_sample_top_k highest by softmax(score /
-    allocator_sample_temperature) ("stochastic_greedy"). Where there is no room for one, the collapses that gain most
-    pay for it, if each gains, together with it, both thresholds and more than nothing; eager: if more than nothing.
-    What nobody has to make room for stays as it is.
+    The result has at most `budget` entries. If the context has more, the siblings of lowest worth collapse, whatever
+    their scores, even if they were just expanded, and in more than mc_infer_allocator_max_replacements moves if
+    necessary. The rest of that number of moves opens hidden blocks with a score of at least allocator_expand_threshold:
+    the highest first ("greedy"), or each drawn from the allocator_sample_top_k highest by softmax(score /
+    allocator_sample_temperature) ("stochastic_greedy"). Without room for a block, the collapses of highest gain make
+    it, if the block's gain plus that of each collapse is at least the sum of both thresholds and above 0; with `eager`,
+    above 0 suffices. Otherwise nothing collapses.
 
-    The last allocator_recent_tokens tokens and the unfinished last block never collapse. What was done lately is not
-    undone: blocks may be expanded or collapsed further by what the last of the Changes `recent` did to them, but not
-    back. Each tile is edited once. `settings` must be resolved.
+    The last allocator_recent_tokens tokens and the incomplete last block never collapse. Blocks that the Changes
+    `recent` expanded or collapsed are not edited in the opposite direction (the last change of a block counts). Each
+    tile is edited once. `settings` must be resolved.
     Raises UserError if no context is as small as the budget.
     """
     length = int(context.lengths()[0])
@@ -89,14 +89,14 @@ def plan(
 
 
 def worth(scores, context, first=0):
-    """The best score in each tile of a context of one row, [P], of scores [n] of the blocks from `first` on; or −1."""
+    """The best score in each tile of a one-row context, [P]; −1 without any. scores [n]: of the blocks from `first`."""
     return torch.segment_reduce(scores, "max", lengths=context.blocks_of(first, first + len(scores))[0], initial=-1.0)
 
 
 class _Row:
     """
-    A row being edited: the edits so far, and of each tile of the context as it was given its worth (after a collapse
-    that of the node) and whether it rests, each [P].
+    A row being edited: the edits so far, and for each tile of the original context, [P], its worth (after a collapse
+    that of the node) and whether it *rests*, that is, must not be edited in one direction.
     """
 
     def __init__(self, scores, begin, context, newest, recent):
@@ -107,7 +107,7 @@ class _Row:
         self.resting = {cost: _last_done(recent, context, expands=cost < 0) for cost in (1, -1)}
 
     def tiles(self, edits):
-        """Where edits are: the first of them covers the others."""
+        """The slice of tiles that edits affect: the first edit covers the others."""
         first, blocks = edits[0].first_block, edits[0].num_blocks
         return slice(*(bisect_left(self.first, edge) for edge in (first, first + blocks)))
 
@@ -120,7 +120,7 @@ class _Row:
         return bool(self.resting[1 if move.cost > 0 else -1][self.tiles(move.edits)].any())
 
     def wishes(self, threshold):
-        """(gain, cost, tile) of opening the best block of each node that scores the threshold or more and may open."""
+        """(gain, cost, tile) for each node that may open and whose best block has at least this score."""
         tiles = ((self.lod > 0) & (self.worth >= threshold) & ~self.resting[1]).nonzero()[:, 0]
         return list(zip(self.worth[tiles].tolist(), self.lod[tiles].tolist(), tiles.tolist(), strict=True))
 
@@ -133,7 +133,7 @@ class _Row:
         return Move(float(best), len(sizes), tuple(Edit(0, block // n * n, n, lod) for n, lod in sizes))
 
     def collapses(self) -> list[Move]:
-        """All complete groups of siblings that are old enough to collapse, by falling gain."""
+        """All complete groups of siblings that are old enough to collapse, by descending gain."""
         gains, edits = [], []
         for lod in range(self.context.coarsest + 1):
             tile = self.context.siblings(lod, self.newest)[0].nonzero()
@@ -145,7 +145,7 @@ class _Row:
         return [Move(gain, -1, (edits[i],)) for gain, i in zip(gains.tolist(), order.tolist(), strict=True)]
 
     def fit(self, excess):
-        """Collapse until `excess` entries are saved, resting blocks last; also what was collapsed just now."""
+        """Collapse until `excess` entries are saved, resting groups last; nodes made here may collapse again."""
         if excess <= 0:
             return
         lod, resting = self.lod.clone(), self.resting[-1].clone()
@@ -167,7 +167,7 @@ class _Row:
                 heapq.heappush(heap, urgency(parent, float(self.worth[siblings].max())))
 
     def grant_wishes(self, room, settings, generator, eager):
-        """Open what is wanted enough; room: how many expansions fit before anything else collapses."""
+        """Open blocks with sufficient scores; room: number of expansions that fit without a further collapse."""
         expand = settings.allocator_expand_threshold
         margin = 0 if eager else expand + settings.allocator_collapse_threshold
         top_k = 1 if settings.allocator == "greedy" else settings.allocator_sample_top_k
@@ -176,7 +176,7 @@ class _Row:
             return
         wishes = self.wishes(expand)
         payments = [move for move in self.collapses() if not self.rests(move)] if wishes else []
-        refused = []  # gains and costs: what gains no more and costs no less is refused, too
+        refused = []  # (gain, cost): a wish with no higher gain and no lower cost is refused, too
         for gain, cost, tile in _in_turn(wishes, top_k, settings.allocator_sample_temperature, generator):
             if self.resting[1][tile] or any(gain <= g and cost >= c for g, c in refused):
                 continue
@@ -195,7 +195,7 @@ class _Row:
 
 
 def _last_done(changes, context, expands):
-    """Bool [P]: the tiles with a block that the last of the changes there expanded, or collapsed."""
+    """Bool [P]: tiles with a block whose last change was an expansion (expands=True), or a collapse (False)."""
     edges = np.unique([edge for c in changes for edge in (c.first_block, c.first_block + c.num_blocks)])
     done = np.zeros(max(0, len(edges) - 1), dtype=int)  # between an edge and the next
     for c in changes:
@@ -224,25 +224,25 @@ def _in_turn(wishes, top_k, temperature, generator):
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of the focus of one row: the last refocus, and sums over all of them. A value."""
+    """The focus history of one row: its last refocus, and totals over all. Immutable."""
 
     changes: tuple[Change, ...] = ()  # of the last refocus, which the next one does not undo
     scored: WorkingContext | None = None  # this row before its last round
-    scores: torch.Tensor | None = None  # [P], the best in each of its tiles then
+    scores: torch.Tensor | None = None  # [P], the best score in each of its tiles
     refocuses: int = 0
     edits: int = 0
-    entries: int = 0  # at each refocus, summed up
-    exposed: int = 0  # blocks that could be edited at each refocus, summed up
-    edited: int = 0  # blocks that were
+    entries: int = 0  # sum over refocuses of the number of entries
+    exposed: int = 0  # sum over refocuses of the number of blocks that could be edited
+    edited: int = 0  # sum over edits of the number of blocks
 
     @property
     def swap_rate(self) -> float:
-        """Edits per refocus, as a share of the entries there are."""
+        """Edits per refocus, divided by the mean number of entries."""
         return self.edits / self.entries if self.entries else 0.0
 
     @property
     def residency(self) -> float | None:
-        """Refocuses that a block keeps its level for, on average: chances to be edited by edits. None before any."""
+        """Mean number of refocuses for which a block keeps its level: exposed / edited. None before any edit."""
         return self.exposed / self.edited if self.edited else None
 
     def summary(self) -> dict[str, float]:
@@ -274,12 +274,12 @@ class Focus:
 
     def refocus(self, context, scores, budget, again=False, first=0, eager=False):
         """
-        The context after a round of editing, no row above the budget; the very same object if nothing was edited.
+        The context after a round of editing, no row above the budget; the same object if nothing was edited.
 
-        scores: of the blocks of each row from number `first` on, [B, n] in (−1, 1), on the CPU. What was expanded or
-        collapsed in the refocus before, or in an earlier round of this one, may be expanded or collapsed further, but
-        not undone. again: this is one more round of the last refocus. eager: a prompt asks. Then only rounds of its own
-        are not undone, and see plan.
+        scores [B, n] in (−1, 1), on the CPU: of each row's blocks from number `first` on. A round does not undo edits
+        of the previous refocus or of earlier rounds of this one; it may go further in their direction. again: this is
+        another round of the last refocus. eager: for the end of a prompt: only earlier rounds of this refocus are
+        protected, and smaller gains suffice (see plan).
         """
         if not again:
             self._before = [() if eager else record.changes for record in self.records]
@@ -311,7 +311,7 @@ class Focus:
         self.generator.set_state(state)
 
     def state(self, context) -> dict:
-        """Of one row, ready for JSON: its context, and what the next refocus depends on."""
+        """The first row as JSON values: its context, and all that the next refocus depends on."""
         record = replace(self.records[0], scored=None, scores=None)
         return {
             "num_tokens": context.num_tokens,
@@ -323,8 +323,8 @@ class Focus:
 
     def resume(self, state, context):
         """
-        Take over a `state`. Returns its context, cut or extended to the given one's length; the given one for a state
-        of blocks of another size, which says nothing of these. Raises ValueError.
+        Restore a `state`. Returns its context, truncated or extended to the length of the given one; the given one
+        itself if the state has another block_size. Raises ValueError for an invalid state.
         """
         K = context.block_size
         if state.get("block_size", K) != K:
@@ -346,7 +346,7 @@ class Focus:
 
 
 def _change(edit, block_size):
-    """The change that an edit makes: it expands a node, which has K times the blocks of its children, or collapses."""
+    """The Change that an edit makes: an expansion if it covers K^new_lod blocks, else a collapse."""
     expands = edit.num_blocks == block_size**edit.new_lod
     return Change(edit.first_block, edit.num_blocks, edit.new_lod + (1 if expands else -1), edit.new_lod)
 
@@ -366,11 +366,11 @@ def _runs(context):
 
 def focus_state(context, record: Record, budget) -> dict:
     """
-    What a view of the focus shows of a context of one row, small and ready for JSON, however long the stream.
+    What a view of the focus shows of a one-row context, as JSON values, of bounded size for any length of stream.
 
-    lod: the blocks' levels in runs [level, number of blocks]. scores: [block, score] wherever the score of the last
-    refocus becomes another one than in the block before. expanded, collapsed: [first block, number of blocks, new
-    level] of the last refocus. swap_rate, residency (None before any edit): see Record.
+    lod: the blocks' levels in runs [level, number of blocks]. scores: [block, score] for each block whose score at the
+    last refocus differs from that of the block before. expanded, collapsed: [first block, number of blocks, new level]
+    of the last refocus. swap_rate, residency (None before any edit): see Record.
     """
     scores = []
     if record.scores is not None:

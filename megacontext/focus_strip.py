@@ -8,7 +8,7 @@ EXPANDED, COLLAPSED = "▲", "▼"
 
 def focus_strip(state: dict, width=80) -> Text:
     """
-    The whole stream in at most `width` cells, oldest first, a legend, the figures. state: see MCSession.focus_state.
+    Three lines: the stream in at most `width` cells, oldest first; a legend; the figures. state: MCSession.focus_state.
 
     A cell is one block or several, in the colour of the finest level among them; ▲ marks what the last refocus
     expanded, ▼ what it collapsed.

@@ -1,16 +1,15 @@
 """
-GistNet: K neighbours of one level of detail become one gist of the next.
+GistNet: compresses K neighbouring nodes of one level of detail into one gist of the next.
 
-Shapes: M blocks, K = block_size children a block, D = n_embd.
+Shapes: M blocks of K = block_size children, D = n_embd.
 
-Gists live where token embeddings do, among vectors of root mean square 1, so one network serves every level
-and the GPT reads both alike:
+Gists, like token embeddings, are vectors with a root mean square of 1, so one network serves every level and the GPT
+reads both alike:
 
     gist = norm(mean of the children, or the last of them + correction)
 
-The transformer computes the correction; its last matrix is zero at first, so that training starts from plain
-pooling, bit for bit, and can only add to it. A model that learns with it starts from means; a frozen one reads only
-what it knows, a token's embedding, and breaks on a mean.
+A transformer computes the correction. Its last matrix starts at zero, so training starts from plain pooling, bit for
+bit. A model that is trained with GistNet starts from means; a frozen model can read a token's embedding but not a mean.
 """
 
 import copy
@@ -27,11 +26,11 @@ HEAD_DIM = 64
 
 class GistNet(nn.Module):
     """
-    type "mean" has no parameters and ignores what follows it. "transformer": `layers` of bidirectional
-    attention inside the block, then a `pooling` of its K outputs, then a `head` ("linear" or "mlp").
+    type "mean" has no parameters and ignores the other options. "transformer": `layers` of bidirectional attention
+    inside the block, then `pooling` of the K outputs, then a `head` ("linear" or "mlp").
 
-    pooling "mean"; "query": each attention head weighs the outputs by a learned query (zero at first, so equal
-    weights); "cls": the output of one more, learned, input.
+    pooling: "mean"; "query": each attention head weights the outputs by a learned query, initially zero, so equally;
+    "cls": the output at an additional, learned input.
     """
 
     def __init__(
@@ -66,14 +65,14 @@ class GistNet(nn.Module):
         """Fill the parameters in place (the network may have been made on the meta device)."""
         init_linear(self)
         for name, p in self.named_parameters(recurse=False):
-            nn.init.normal_(p, std=1.0 if name == "cls" else 0.0)  # from a cls of zeros nothing could be learned
+            nn.init.normal_(p, std=1.0 if name == "cls" else 0.0)  # a cls of zeros would get no gradient
 
     def forward(self, children, level: int):
         """
-        Gists [M, D] of `level` (1 or more) from children [M, K, D] of level − 1; with `deep`, behind each what it adds
-        further up the model, [M, (1 + n)·D].
+        Gists [M, D] of `level` (1 or more) from children [M, K, D] of level − 1; with `deep`, [M, (1 + n)·D]: after
+        each gist its n vectors for later layers.
 
-        Levels above max_levels share its embedding. Raises ValueError when a block is not of K children.
+        Levels above max_levels use the embedding of max_levels. Raises ValueError unless blocks have K children.
         """
         if children.size(1) != self.block_size or level < 1:
             raise ValueError(
@@ -110,11 +109,11 @@ class GistNet(nn.Module):
 
 class CopiedGistNet(GistNet):
     """
-    A GistNet whose correction starts from the lowest layers of a finished model, a GPT, copied and then trained:
-    gist = scale · norm(last child + correction), with a learned scale per level, 1 at first.
+    A GistNet whose correction is initialized with copies of the lowest layers of a trained GPT:
+    gist = scale · norm(last child + correction), with a learned scale per level, initially 1.
 
-    The children go through the layers behind a learned first vector, for attention to sink into, at first the
-    embedding of token `bos`; causal, as in the model. The mean of the outputs and the last one go through the head.
+    The layers are causal, as in the model. Before the children they read a learned vector, an attention sink,
+    initially the embedding of token `bos`. The sum of the mean output and the last one goes through the head.
     """
 
     def __init__(self, trunk, layers: int, block_size: int, max_levels: int, head="mlp", bos=0):
@@ -148,11 +147,11 @@ class CopiedGistNet(GistNet):
 
 class DeepGists(nn.Module):
     """
-    What gists add to the residual stream before `count` of the layers behind the first, each a vector of its own, 0 at
-    first.
+    The vectors that gists add to the residual stream before `count` of the layers after the first: one per gist and
+    layer, initially 0.
 
-    A model reads what stands at its input, but its first layer adds vectors many times as long: little of a gist
-    reaches the layers behind it. So more is said to them there, in units of the length of what is there (see deepened).
+    The first layer of a trained model adds vectors many times as long as embeddings, so little of a gist reaches the
+    layers after it. Therefore gists add more there, scaled by the norm of the residual stream (see deepened).
     """
 
     def __init__(self, n_embd: int, count: int):
@@ -162,11 +161,11 @@ class DeepGists(nn.Module):
 
     @property
     def width(self) -> int:
-        """Channels of what they add."""
+        """Channels of all vectors of a gist together, count·D."""
         return self.head.c_proj.out_features
 
     def forward(self, pooled):
-        """[M, count·D] of what GistNet pooled, [M, D]; see split_deep."""
+        """The vectors [M, count·D] from GistNet's pooled outputs [M, D]; see split_deep."""
         return self.head(pooled)
 
 
@@ -175,7 +174,7 @@ class DeepGists(nn.Module):
 
 
 def num_heads(n_embd: int, head_dim: int) -> int:
-    """The most attention heads of equal, even size that have at least head_dim channels each; else one."""
+    """The largest number of heads of equal, even size with at least head_dim channels each; else 1."""
     return next((n for n in range(n_embd // head_dim, 1, -1) if n_embd % (2 * n) == 0), 1)
 
 
@@ -195,7 +194,7 @@ class BidirectionalAttention(Attention):
 
 class Encoder(nn.Module):
     """
-    [B, T, C] → [B, T, C], normalized. Without cos_sin, the rotary angles [T, 1, d/2], the order of the T is not seen.
+    [B, T, C] → [B, T, C], normalized. cos_sin: rotary angles [T, 1, d/2]; without them the order has no effect.
     """
 
     def __init__(self, n_layer: int, n_embd: int, head_dim: int):
@@ -229,7 +228,7 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def init_linear(module):
-    """The GPT's initialization of linear layers: every c_proj, which a residual or an output is made of, is zero."""
+    """The GPT's initialization of linear layers: every c_proj, the last layer of a residual branch or head, is zero."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             fan_out, fan_in = layer.weight.shape
@@ -239,8 +238,8 @@ def init_linear(module):
 
 def split_parameters(network, copied=()) -> tuple[list, list]:
     """
-    (matrices, others) of a network: what Muon is for, and for AdamW embeddings, single vectors, and the layers
-    `copied` from a finished model, which Muon's steps, of one length, would undo.
+    (parameters for Muon, parameters for AdamW) of a network: its matrices; and all others, with the layers `copied`
+    from a trained model, which Muon's steps of fixed size would overwrite.
     """
     left = {layer for part in copied for layer in part.modules()}
     layers = (layer for layer in network.modules() if layer not in left)

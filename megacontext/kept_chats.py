@@ -1,8 +1,8 @@
 """
-Conversations that outlive the server: a stream each, in a folder named by a hash of the conversation's secret name.
+Conversations that outlive the server: one stream each, in a folder named by a hash of the conversation's secret name.
 
-The folder reveals no names, and a name gives access to its own conversation only. Several workers may share one object;
-each conversation is written by one session at a time.
+Folder names do not reveal the secret names, and a name gives access to its own conversation only. Several workers may
+share one object; each conversation is written by one session at a time.
 """
 
 import hashlib
@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 
 class KeptChats:
     """
-    gist_key: see streams.gist_key_of. count, gigabytes, days: limits of what is kept; beyond them the least recently
-    used conversations are deleted when one is created.
+    gist_key: see streams.gist_key_of. count, gigabytes, days: limits; the least recently used conversations beyond them
+    are deleted whenever a new one is created.
     """
 
     def __init__(self, root, gist_key, device="cpu", count=1000, gigabytes=10.0, days=30.0):
         self.root = streams.private_folder(Path(root))
         self.gist_key, self.device = gist_key, device
         self.count, self.bytes, self.seconds = count, 1e9 * gigabytes, 86400 * days
-        self.lock = threading.Lock()  # guards the making, measuring and deleting of folders
-        self._measured = {}  # folder → when it was used then, and its bytes
-        self.refused = 0  # answers that the disk did not take
+        self.lock = threading.Lock()  # guards creating, measuring and deleting folders
+        self._measured = {}  # folder → (last use when it was measured, its bytes)
+        self.refused = 0  # answers that could not be written
 
     def _folder(self, name) -> Path:
         return self.root / hashlib.sha256(name.encode()).hexdigest()[:40]
 
     def open(self, name):
         """
-        The store with which a session continues, an empty one for a new conversation; None if the disk is full or
-        another session has the conversation.
+        The store for a session of this conversation, empty for a new one; None if it cannot be opened, because the disk
+        is full or another session has it.
         """
         folder = self._folder(name)
         try:
@@ -59,16 +59,16 @@ class KeptChats:
         return store
 
     def read(self, name):
-        """The store of a conversation that no session has, to be read only; None where there is none."""
+        """The store of a conversation, read-only, for one without a session; None if there is no such conversation."""
         folder = self._folder(name)
         return streams.open_store(folder, self.gist_key, self.device) if folder.exists() else None
 
     def save(self, name, session, view, edits=()):
-        """Keep what the session holds, and its state, view and edits for `record`."""
+        """Write the session's tokens and gists, and its state, view and edits for `record`."""
         try:
             session.tree.store.commit(focus={"session": session.state(), "view": view, "edits": edits})
             os.utime(self._folder(name))  # see _sizes
-        except (UserError, OSError) as error:  # the answer has been given; the next one may find room
+        except (UserError, OSError) as error:  # the client has its answer; saving the next one may succeed
             self.refused += 1
             logger.error("an answer is not kept: %s", error)
 
@@ -81,12 +81,12 @@ class KeptChats:
             return tokens.facts.get("focus", {}) if tokens else {}
 
     def tokens(self, name, start, end) -> list[int] | None:
-        """Some tokens of a conversation, so far as they are there; None where there is no such conversation."""
+        """Tokens [start, end) of a conversation, fewer if it ends before; None if there is no such conversation."""
         with self._tokens(name) as tokens:
             return streams.token_ids(tokens, start, end) if tokens else None
 
     def _tokens(self, name):
-        """A context with the Arrays of a conversation's tokens; with None where they are missing or damaged."""
+        """A context manager that gives the Arrays of a conversation's tokens, None if they are missing or damaged."""
         folder = self._folder(name)
         try:
             return closing(Arrays(folder))
@@ -96,13 +96,13 @@ class KeptChats:
             return nullcontext()
 
     def delete(self, name):
-        """Raises UserError while a session has it."""
+        """Delete a conversation. Raises UserError while a session has it."""
         with self.lock:
             if self._folder(name).exists():
                 streams.delete_stream(self._folder(name))
 
     def folders(self) -> list[Path]:
-        """Of all conversations, the least recently used first."""
+        """The folders of all conversations, the least recently used first."""
         return list(self._sizes())
 
     def stats(self):
@@ -111,7 +111,7 @@ class KeptChats:
         return {"kept": len(sizes), "bytes": sum(size for _, size in sizes.values()), "refused": self.refused}
 
     def _sizes(self) -> dict[Path, tuple[float, int]]:
-        """Of each conversation the time of its last use, the oldest first, and its bytes; measured if used since."""
+        """Folder → (time of last use, bytes), least recently used first; measured again only if used since."""
         found = {}
         for folder in (path for path in self.root.iterdir() if path.name[0] != "."):
             with suppress(FileNotFoundError):  # another server has just deleted it

@@ -1,21 +1,21 @@
 """
-LensNet: which blocks of the stream, however long it is, deserve detail now. The trunk asks, each block answers.
+LensNet: scores which blocks of a stream are wanted in detail now, by queries of tokens and keys of blocks.
 
-Shapes: R rows, P tokens that ask, n blocks of K tokens, D = n_embd, H = HEADS, C = KEY.
+Shapes: R rows, P querying tokens, n blocks of K tokens, D = n_embd, H = HEADS, C = KEY, S = word_size.
 
-    query    of a token, from the trunk's state of it before its last layer: H vectors q_h [C] and H weights w_h, and
-             how much it looks anywhere at all
-    key      of a block, from the embeddings of its tokens: `layers` of attention within it, mean, head → [C]
-    words    of a block: the sum of the embeddings of its tokens, and of some before it, less their mean, each as loud
-             as its token is rare, projected to S = word_size numbers, of length 1; of a token: the same of the newest
-             tokens, which fade with their age
-    z      = bias + anywhere + Σ_h w_h · leaky_relu(q_h · key) + match · (words of the token · words of the block)
+    query    of a token, from the trunk's state before the last layer: H vectors q_h [C], H weights w_h, and a bias
+             `anywhere`: how much the token looks into any block at all
+    key      of a block, from its token embeddings: `layers` of attention within the block, mean, head → [C]
+    words    of a block: the weighted sum of the centred embeddings of its tokens and of some before it, projected to S
+             numbers and normalized; rare tokens weigh more. Of a token: the same over the newest tokens, with weights
+             that decay with age
+    z      = SHARP · (bias + anywhere + Σ_h w_h · leaky_relu(q_h · key) / √C + match · (token's words · block's words))
 
-z is the logarithm of the odds that the token looks into that block for what it says, and not into none; the score is
-tanh(z / 2) = 2·sigmoid(z) − 1. A key knows neither its place nor the length of the stream, so what is far is found as
-what is near is. The form of the first sum is that of DeepSeek-V3.2's lightning indexer; what it is trained for, see
-losses. The last term finds what shares words before anything is learned, as BM25 would: in a model that is finished
-the projection *whitens* embeddings, and how loud a token is follows from how rare it is in text (see `whiten`).
+z is the log-odds that the token looks into that block for its content, rather than into none; the score is
+tanh(z / 2) = 2·sigmoid(z) − 1. Keys do not depend on the block's position or the length of the stream, so far blocks
+are found like near ones. The sum over heads has the form of DeepSeek-V3.2's lightning indexer; its training target is
+in losses. The last term finds shared words without training, as BM25 does: for a trained model the projection *whitens*
+embeddings, and a token's weight follows from its rarity in text (see `whiten`).
 
 Parameters: about 12·layers·WIDTH² + WIDTH·D and, for the mlp head, 4·WIDTH·(WIDTH + C), for keys; (C + 1)·H·D for
 queries and D for `anywhere`; the projection is not trained.
@@ -33,34 +33,34 @@ WIDTH = 128  # of the encoder
 KEY = 64
 HEADS = 8
 HEAD_DIM = 32
-SHARP = 8.0  # z is large where it is sure: without the factor, steps of bounded size take long to get there
-LEAK = 0.1  # of ReLU: without it, all heads of all tokens may die, and then nothing is ever learned again
-FADE = 0.5  # of what a token wants, per token after it
-WORDS = 256  # most numbers for the words of a block: 64 do not tell the thousands of blocks of long streams apart
-EPSILON = 1e-6  # of all power: directions with less than that are noise
-NEWEST, NEWEST_FADE = 64, 0.92  # tokens whose words a token asks with, and the weight of each beside the next
-MOST_BLOCKS = 32768  # that a session asks: a million tokens at block_size 32
-COMMON = 1 / 32  # of all tokens: what is as common says nothing
+SHARP = 8.0  # scales z: without it, optimizer steps of bounded size take long to reach large logits
+LEAK = 0.1  # slope of the leaky ReLU below 0: with a plain ReLU all heads may die, and learning stops for good
+FADE = 0.5  # decrease of a token's z per later token
+WORDS = 256  # largest size of a block's words: 64 numbers cannot distinguish the thousands of blocks of long streams
+EPSILON = 1e-6  # fraction of the total variance below which a direction counts as noise
+NEWEST, NEWEST_FADE = 64, 0.92  # tokens whose words are in a query, and each one's weight relative to the next
+MOST_BLOCKS = 32768  # newest blocks that a session scores: a million tokens at block_size 32
+COMMON = 1 / 32  # frequency at which a token's weight reaches 0
 FINISHED_MATCH, FINISHED_BIAS = 0.34, -0.07  # fitted to where SmolLM2-135M looks; from 0 it takes 100 steps
 
 
 def word_size(n_embd) -> int:
-    """S: numbers that stand for the words of a block."""
+    """S: size of the words of a block."""
     return min(WORDS, n_embd // 2)
 
 
 def key_size(n_embd) -> int:
-    """C + S: numbers of a block's key with its words."""
+    """C + S: size of a block's key with its words."""
     return KEY + word_size(n_embd)
 
 
 class LensNet(nn.Module):
-    """A query and a key network; `head` is "linear" or "mlp". An untrained lens has no wishes: all scores are 0."""
+    """A query and a key network; `head` is "linear" or "mlp". Untrained, it gives the score 0 to every block."""
 
     def __init__(self, n_embd: int, layers=2, head="mlp"):
         super().__init__()
         self.query = nn.Linear(n_embd, HEADS * KEY, bias=False)
-        # No matrices for Muon, whose steps, of one length, would make them large at once
+        # Parameters, not nn.Linear, so that AdamW trains them: Muon's steps of fixed size would make them large at once
         self.weigh, self.anywhere = nn.Parameter(torch.empty(HEADS, n_embd)), nn.Parameter(torch.empty(n_embd))
         self.bias = nn.Parameter(torch.empty(1))
         self.match = nn.Parameter(torch.empty(1))
@@ -86,14 +86,14 @@ class LensNet(nn.Module):
     @torch.no_grad()
     def whiten(self, embeddings, counts, states, around):
         """
-        Start from a finished model: embeddings [V, D] of its tokens; how often each occurs in text, counts [V]; states
-        [n, D] of tokens of text; and the ids `around` of tokens that stand around turns of a chat.
+        Initialize for a trained model. embeddings [V, D]: of its tokens; counts [V]: how often each occurs in text;
+        states [n, D]: of tokens of text; around: ids of tokens that surround the turns of a chat.
 
-        Of states and of embeddings the mean over text is taken away: else keys of all blocks are alike, queries of all
-        tokens, too. For words what is left of embeddings is multiplied by the inverse root of its covariance, then
-        projected at random, which keeps products. Whatever length that gives a token, it is as loud as the logarithm of
-        how much rarer it is than COMMON, by a linear function of its embedding that is fitted to all tokens. With words
-        made so, untrained, blocks are found nearly as well as by BM25 (dev/LOG.md).
+        The mean over text is subtracted from states and embeddings: otherwise all keys, and all queries, are alike. For
+        words, centred embeddings are multiplied by the inverse square root of their covariance, then projected at
+        random, which nearly preserves dot products. A token's contribution then has the length log(COMMON / its
+        frequency), 0 for common ones; a linear function of the embedding, fitted to all tokens, predicts it. With these
+        words, untrained, blocks are found nearly as well as by BM25 (dev/LOG.md).
         """
         p = counts.double() / counts.sum()
         mean = p @ embeddings.double()
@@ -104,10 +104,10 @@ class LensNet(nn.Module):
         chance = torch.randn(self.projection.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         projection = (root @ torch.linalg.qr(chance.mT)[0].to(root.device)).mT
         most = p.max().item()
-        common = p.index_fill(0, around, most)  # in a chat they are
+        common = p.index_fill(0, around, most)  # in a chat these are common
         rarity = -torch.log(common / COMMON + 0.5 / (COMMON * counts.sum())).clamp(max=0)
         lengths = F.linear(x, projection).norm(dim=1).clamp(min=EPSILON)
-        # Fitted to what text consists of, to what is rare and, as much as to the commonest token, to what stands around
+        # Weights of the fit: 1 + V · frequency; the tokens around turns together weigh as much as the commonest one
         weights = (1 + len(p) * p.index_fill(0, around, most / max(1, len(around)))).sqrt()[:, None]
         features = F.pad(embeddings.double(), (0, 1), value=1.0)
         fit = torch.linalg.lstsq(weights * features, weights * (rarity / lengths)[:, None]).solution
@@ -120,9 +120,9 @@ class LensNet(nn.Module):
 
     def asking(self, states, embeds, at):
         """
-        What tokens ask with, [..., P, D + S]: their states [..., P, D] and their words, of the NEWEST tokens up to
-        them, with embeddings [..., N, D], each with NEWEST_FADE of the weight of the next. at [..., P]: where they
-        stand among the N.
+        Query inputs [..., P, D + S] of P tokens: their states [..., P, D], and the words of the NEWEST tokens up to
+        each, every token weighted NEWEST_FADE relative to the next. embeds [..., N, D]: embeddings of the text; at
+        [..., P]: indices of the P tokens in it.
         """
         age = at[..., None] - torch.arange(embeds.size(-2), device=at.device)
         weights = torch.where((age >= 0) & (age < NEWEST), NEWEST_FADE ** age.clamp(0, NEWEST).float(), 0.0)
@@ -131,19 +131,19 @@ class LensNet(nn.Module):
         return torch.cat((states, words.to(states.dtype)), dim=-1)
 
     def keys(self, children, before):
-        """Keys with words [M, C + S] of blocks, from the embeddings [M, K, D] of their tokens and of `before` them."""
+        """Keys with words [M, C + S] of blocks; children [M, K, D], before: embeddings of their and earlier tokens."""
         words = self.words(self.heard(torch.cat((before, children), dim=1)).sum(1))
         return torch.cat((self._key(children), words), dim=-1)
 
     def heard(self, embeds):
-        """What is heard of tokens, float32: their embeddings [..., D] less the mean, each as loud as the token is."""
+        """Centred embeddings [..., D] in float32, each scaled by its token's weight (`loudness`)."""
         with torch.autocast(embeds.device.type, enabled=False):
             embeds = embeds.to(self.mean.dtype)
             loud = F.relu(embeds @ self.loudness[:-1] + self.loudness[-1])
             return loud[..., None] * (embeds - self.mean)
 
     def words(self, heard):
-        """Words [..., S] of sums [..., D] of what is heard, float32: rounded, small powers drown in large ones."""
+        """Words [..., S] from sums [..., D] of `heard`. In float32: in bf16, small components vanish beside large."""
         with torch.autocast(heard.device.type, enabled=False):
             return F.normalize(F.linear(heard, self.projection), dim=-1)
 
@@ -156,7 +156,7 @@ class LensNet(nn.Module):
         return norm(states) - self.state_mean.to(states.dtype)
 
     def forward(self, asking, keys):
-        """z [R, P, n], float32, of what tokens ask with, [R, P, D + S], and keys with words [R, n, C + S] of blocks."""
+        """z [R, P, n] in float32, from query inputs [R, P, D + S] and the blocks' keys with words [R, n, C + S]."""
         states, asked = asking.tensor_split((self.mean.numel(),), dim=-1)
         h = self._centred(states)
         q = self.query(h).unflatten(-1, (HEADS, KEY))
@@ -169,9 +169,9 @@ class LensNet(nn.Module):
     @torch.no_grad()
     def wanted(self, asking, keys, beside=0.0):
         """
-        What tokens in a row, the newest last, want together of each block, [R, n], from asking [R, P, D + S] and keys
-        [R, n, C + S]: the highest z of any of them, less FADE per token after it; float32, whatever surrounds it.
-        beside: the blocks before and after one that is wanted are wanted this share as much.
+        One z per block, [R, n], for P consecutive tokens with query inputs [R, P, D + S], the newest last, and keys
+        [R, n, C + S]: the highest z of any token, minus FADE per later token. Always in float32. beside: where z > 0,
+        both neighbours of a block get at least this fraction of it.
         """
         with torch.autocast(asking.device.type, enabled=False):
             z = self(asking.float(), keys.float())
@@ -184,13 +184,13 @@ class LensNet(nn.Module):
 
 class Demand:
     """
-    What the newest tokens of a session want of the blocks of its stream.
+    How much the recent tokens of a session want each block of its stream: running values of z.
 
-    store: of the tree, where keys stand behind the gists of level 1, of gist_size numbers. beside: see LensNet.wanted.
-    The newest MOST_BLOCKS whole blocks are asked, from number `first` on, and no others: what a token costs has a
-    bound, however long the stream.
+    store: the tree's; its level-1 rows are gists of gist_size numbers followed by LensNet's keys. beside: see
+    LensNet.wanted. Only about the newest MOST_BLOCKS complete blocks are scored, from number `first` on, which bounds
+    the cost per token for any length of stream.
 
-    What was wanted fades with each token.
+    Values decrease by FADE per token.
     """
 
     def __init__(self, lensnet, store, gist_size, beside=0.0):
@@ -202,16 +202,16 @@ class Demand:
         self._values, self._end = None, 0  # what was wanted, after how many tokens
 
     def keys(self):
-        """Of the blocks from `first` on, [n, C + S], n >= 1, those of new blocks with them."""
+        """Keys [n, C + S] of the blocks from `first` on, n >= 1, including new blocks."""
         self._load()
         return self._keys.all(0)[0]
 
     def wanted(self):
-        """[n] now, of the blocks from `first` on."""
+        """The current z of the blocks from `first` on, [n]."""
         return torch.zeros(0) if self._values is None else self._values
 
     def listen(self, asking, num_tokens):
-        """Add what the newest tokens want, of which num_tokens − 1 is the last, from asking [P, D + S]."""
+        """Update z with the query inputs [P, D + S] of the newest tokens, the last of which is num_tokens − 1."""
         if self.store.count(1):
             now = self.lensnet.wanted(asking[None], self.keys()[None], self.beside)[0]
             if self._values is not None:  # of all blocks but those that are new
@@ -221,7 +221,7 @@ class Demand:
         self._end = num_tokens
 
     def _load(self):
-        """Load the keys of new blocks. Those of the oldest are dropped by the thousand, not one by one."""
+        """Load the keys of new blocks; drop those of the oldest, MOST_BLOCKS / 8 or more at a time."""
         blocks, known = self.store.count(1), self.first + self._keys.count(0)
         if blocks - self.first > MOST_BLOCKS + MOST_BLOCKS // 8:
             first = blocks - MOST_BLOCKS
@@ -236,8 +236,7 @@ class Demand:
 
     def most(self, mask):
         """
-        The highest z, [1] on the device; None if nothing was asked. The mask [m], of blocks from `first` on, is added
-        to it.
+        The highest sum of z and mask [m], both of blocks from `first` on: [1] on the device; None before any query.
         """
         n = 0 if self._values is None else min(len(mask), len(self._values))
         return (self._values[:n] + mask[:n]).amax(0, keepdim=True) if n else None

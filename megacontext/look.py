@@ -1,8 +1,7 @@
 """
-Search by LensNet: where in a stream would the model look, if this were asked now?
+Search by LensNet: where in a stream would the model look if this question were asked now?
 
-The question is read after what the session has in focus, and what its tokens want is asked of all blocks. Nothing of
-the session changes.
+The question is read after the session's working context, and its tokens query LensNet. The session does not change.
 """
 
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from megacontext.lensnet import NEWEST
 from megacontext.reader import score
 from megacontext.session import MCSession
 
-MAX_QUESTION = 64  # tokens; of a longer question the last ones count
+MAX_QUESTION = 64  # tokens; a longer question loses its beginning
 
 
 @dataclass
 class Found:
-    """A block, the level of the tile that it is or lies in, and LensNet's score of it, −1 to 1."""
+    """A block, the level of the tile that contains it, and its LensNet score, −1 to 1."""
 
     block: int
     lod: int
@@ -29,9 +28,9 @@ class Found:
 @torch.inference_mode()
 def look(session: MCSession, question: list[int], most=20) -> list[Found]:
     """
-    Blocks in which the answer to a question, token ids, may stand: at most `most`, the highest score first.
+    Blocks that may contain the answer to a question, given as token ids: at most `most`, highest score first.
 
-    Empty for a stream of less than a block.
+    Empty for a stream shorter than a block. Only the blocks that the session scores count: see lensnet.MOST_BLOCKS.
     """
     if session.num_tokens < session.config.block_size:
         return []

@@ -1,24 +1,24 @@
 """
-What LensNet learns from: where the dense model looks.
+LensNet's training targets, derived from the dense model's attention, and its loss.
 
-Shapes: B streams of T tokens, P of each that are asked, K = block_size, n old blocks, H heads of d channels.
+Shapes: B streams of T tokens, P sampled tokens in each, K = block_size, n old blocks, H heads of d channels.
 """
 
 import torch
 import torch.nn.functional as F
 
-ASKED = 128  # tokens per sequence that are asked where they look, at most
-LITTLE = 0.1  # of a head's attention: z is 0 for a block that draws so much of it for what it says
+ASKED = 128  # maximum number of tokens per sequence whose attention is a target
+LITTLE = 0.1  # a block with this much of a head's attention for its content has the target z = 0
 LEAST = 0.02  # weight of a token that looks nothing up
 
 
 def asked_tokens(context, recent_tokens, count, generator=None):
     """
-    `count` tokens of each row, at random among those with an old block behind them; first those that stand in a context
-    of B rows.
+    `count` random tokens of each row that have an old block before them, preferably those that are entries of
+    `context`, of B rows.
 
-    Returns (tokens [B, P], asked [B, P] bool: False where there were fewer, entry [B, P]: the index of its entry in
-    the context, there [B, P] bool: whether it has one).
+    Returns (tokens [B, P]; asked [B, P] bool: False for surplus ones if there are fewer; entry [B, P]: index of the
+    token's entry in the context; there [B, P] bool: whether it has one).
     """
     lod, start, _, valid = context.entries
     row, index = (valid & (lod == 0)).nonzero(as_tuple=True)
@@ -32,7 +32,7 @@ def asked_tokens(context, recent_tokens, count, generator=None):
 
 
 def old_blocks_of(tokens, num_blocks, block_size, recent_tokens):
-    """Bool [B, P, n]: whether a block ends before the newest recent_tokens tokens, when tokens [B, P] are the last."""
+    """Bool [B, P, n]: whether each block would be old, that is, collapsible, if each of tokens [B, P] were the last."""
     end = torch.arange(1, num_blocks + 1, device=tokens.device) * block_size
     return tokens[..., None] + 1 - recent_tokens >= end
 
@@ -40,12 +40,13 @@ def old_blocks_of(tokens, num_blocks, block_size, recent_tokens):
 @torch.no_grad()
 def looks_for_content(looks, tokens, sinks, block_size, old):
     """
-    [B, P, n]: the most that one head looks into each old block beyond what heads look at that distance on average.
+    [B, P, n]: attention to each old block because of its content: the maximum over all heads and layers of a head's
+    attention to the block, minus the head's mean attention at that distance, and at least 0.
 
-    looks: what GPT.trunk says of tokens [B, P]. sinks [B, T], bool: tokens that draw attention whatever they say, as a
-    BOS does; it is not counted. old [B, P, n]: blocks that count. Near blocks are looked at whatever they say, too, so
-    each head's mean over all rows and tokens at that distance, in blocks, is taken away. The maximum, for sums over
-    heads drown the one that looks up what is asked for now (see dev/LOG.md).
+    looks: from GPT.trunk, for tokens [B, P]. sinks [B, T], bool: attention sinks such as BOS; attention to them is not
+    counted. old [B, P, n]: blocks that count. The mean is over all rows and tokens at the same distance in blocks:
+    near blocks get attention whatever they contain. A sum over heads would drown the one head that looks up what is
+    asked for now (see dev/LOG.md).
     """
     n, T = old.size(2), sinks.size(1)
     later = torch.arange(T, device=sinks.device) > tokens[..., None]  # [B, P, T]
@@ -67,11 +68,11 @@ def looks_for_content(looks, tokens, sinks, block_size, old):
 
 def lens_loss(z, content, old, valid):
     """
-    How far LensNet's z [B, P, n] is from where the model looks, `looks_for_content` [B, P, n]; in nats.
+    LensNet's loss in nats, from its z [B, P, n] and the targets content [B, P, n] of `looks_for_content`.
 
-    A distribution over the old blocks and "none", whose logarithm of odds is 0, is compared with what content says, of
-    which LITTLE is as good as none: the Kullback-Leibler divergence, weighted by the most that a token looks into any
-    block. So those count that look something up. valid [B, P], bool: tokens that count.
+    The Kullback-Leibler divergence between two distributions over the old blocks and a class "none": the content,
+    normalized, with LITTLE for "none"; and the softmax of z, with 0 for "none". The mean over tokens is weighted by
+    the largest content plus LEAST, so that tokens that look something up count. valid [B, P], bool: tokens to use.
     """
     p = F.pad(content, (0, 1), value=LITTLE)
     p = p / p.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""GistNet and LensNet together: what MegaContext adds to a GPT and its checkpoints hold beside it."""
+"""GistNet and LensNet together: the networks that MegaContext adds to a GPT, saved beside it in checkpoints."""
 
 import torch
 import torch.nn as nn
@@ -10,16 +10,16 @@ from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.gpt import make_optimizers
 
-MAX_LEVELS = 2  # levels with an embedding of their own: gists of tokens, and gists of gists, which are alike
+MAX_LEVELS = 2  # level embeddings: one for gists of tokens, one for gists of gists at all higher levels
 RATES = 0.02, 0.003  # learning rates of Muon and AdamW
-FROZEN_RATES = 0.005, 0.0008  # of GistNet, where the model does not learn with it
-COPIED_RATES = 0.006, 0.0005  # of a GistNet that was copied
+FROZEN_RATES = 0.005, 0.0008  # of GistNet for a frozen model
+COPIED_RATES = 0.006, 0.0005  # of a GistNet of type "copied"
 
 
 class MCNetworks(nn.Module):
     """
-    The two networks for a model of n_layer layers of width n_embd; trunk: the model, if it is finished, for what
-    GistNet has of it.
+    The two networks for a model of n_layer layers of width n_embd. trunk: the trained model whose layers
+    gistnet_type "copied" copies, else None; bos: id of its BOS token.
     """
 
     def __init__(self, n_embd: int, n_layer: int, config: MCConfig, trunk=None, bos=0):
@@ -44,8 +44,8 @@ class MCNetworks(nn.Module):
         self.lensnet = LensNet(n_embd, c.lensnet_layers, c.lensnet_head)
 
     def load(self, state: dict, settings: dict):
-        """Take over a checkpoint's weights. Raises UserError when they were made with settings they do not fit."""
-        for name in self.settings:  # which no shape tells
+        """Load a checkpoint's weights. Raises UserError if they were trained with incompatible settings."""
+        for name in self.settings:  # a mismatch that the shapes of the weights do not show
             if settings.get(name, self.settings[name]) != self.settings[name]:
                 raise UserError(
                     f"--{name}: expected {settings[name]}, with which the checkpoint's MegaContext networks were made, "
@@ -63,7 +63,7 @@ class MCNetworks(nn.Module):
         """
         [Muon for the matrices, AdamW for the rest] of GistNet, then of LensNet; sharded over ranks under torchrun.
 
-        These optimizers do not see the scale of a gradient. So LensNet's rates carry the weight of its loss.
+        These optimizers are invariant to the scale of gradients, so LensNet's rates are multiplied by its loss weight.
         """
         optimizers = []
         of_gists = COPIED_RATES if self.gistnet.copied else FROZEN_RATES if self.frozen else RATES
@@ -78,9 +78,9 @@ class MCNetworks(nn.Module):
 
 def load_networks(source, meta, device, trunk=None):
     """
-    (networks, config) that lie beside the checkpoint of which `meta` came from `load_model`; (None, None) if none do.
+    (networks, config) saved beside a checkpoint, (None, None) if there are none. meta: from `load_model`.
 
-    Raises UserError when the file does not fit what the meta data says of it.
+    Raises UserError if the file does not match the metadata.
     """
     folder = checkpoint_manager.checkpoint_root(source) / meta["model_tag"]
     state = checkpoint_manager.load_companion(folder, meta["step"], device)

@@ -1,14 +1,14 @@
 """
 Streams: trees on disk that outlive the process (`--mc_tree disk`).
 
-    NAME/                  Arrays with the tokens; facts: the tokenizer's checksum, and the owner's own, as of a
-                           conversation its focus
+    NAME/                  Arrays with the tokens; facts: the tokenizer's checksum, and what the owner adds, such as
+                           the focus of a conversation
     NAME/gists-<id>/       Arrays level_1, level_2, …: gists of these tokens by one model's networks
 
 The tokens are the data; gists are derived from them and can be computed again. Appending commits tokens before their
 gists, and truncating cuts gists before tokens, so that the gists may lag behind the tokens but are never ahead of them;
-a session that opens the stream computes the missing ones. Another model, or further training, gives another <id>: its
-gists are computed beside the old ones, which are used until then.
+a session that opens the stream computes the missing ones. Another model, or further training, has another <id>: its
+gists are computed beside the old ones, which are used until the new ones are complete.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from nanochat.tokenizer import get_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SHAPE = "n_embd", "key_size", "block_size", "deep"  # facts of a gist key on which the shape of gists depends
+SHAPE = "n_embd", "key_size", "block_size", "deep"  # facts of a gist key that determine the shape of gists
 SPILL_TOKENS = 16384  # tokens kept in memory before a commit
 INGEST_CHARS = 100_000  # characters tokenized at a time
 PIECE_TOKENS = 65536  # tokens decoded at a time
@@ -52,8 +52,8 @@ class DiskStore:
     """
     A tree.Store of one stream: committed values are in files, later ones in memory.
 
-    tokens, gists: Arrays; gists may be None. Values that cannot be written, since the arrays are open for reading only,
-    stay in memory and are lost at the end. device: of the values that `get` returns.
+    tokens, gists: Arrays; gists may be None. If the arrays are open for reading only, new values stay in memory and are
+    lost on `close`. device: of the values that `get` returns.
     """
 
     def __init__(self, tokens: Arrays, gists: Arrays | None, block_size: int, device="cpu"):
@@ -113,8 +113,8 @@ class DiskStore:
 
     def commit(self, **facts):
         """
-        Write all values, and these facts with the tokens, durably. Raises UserError if the disk refuses; the values
-        then stay in memory.
+        Write all values durably, with these facts beside the tokens. Raises UserError if writing fails; the values then
+        stay in memory.
         """
         for arrays, levels in ((self.gists, range(1, len(self._kept))), (self.tokens, range(1))):
             cut = {_name(level): self._kept[level] for level in levels if self._kept[level] < arrays.rows(_name(level))}
@@ -147,7 +147,7 @@ class DiskStore:
 
 
 def _as_rows(values):
-    """Values as numpy rows [n, width], and their dtype's name in the files, None for numpy's own."""
+    """(values as numpy rows [n, width], name of their dtype in the files, or None for that of numpy)."""
     if values.dtype == torch.bfloat16:
         return values.view(torch.uint16).numpy(), "bfloat16"
     return (values if values.is_floating_point() else values[:, None]).numpy(), None
@@ -175,13 +175,14 @@ def list_streams() -> list[Path]:
 def stream_folder(name) -> Path:
     """The folder of a stream. Raises UserError for a name that cannot be one."""
     if not re.fullmatch(r"\w[\w.+=@-]{0,99}", name):
-        raise UserError(f"a stream's name is of letters, digits and _ . + = @ -, at most 100, got {name!r}")
+        rule = "1 to 100 letters, digits and _ . + = @ -, beginning with a letter, a digit or _"
+        raise UserError(f"expected a stream's name of {rule}, got {name!r}")
     return streams_dir() / name
 
 
 def gist_key_of(source, meta, tokenizer, config) -> dict:
     """
-    The facts that determine the gists of a checkpoint (meta: from `pretrained.load`) and its MCConfig.
+    The gist key of a checkpoint: the facts that determine its gists. meta: from `pretrained.load`; config: MCConfig.
     """
     folder = checkpoint_root(source) / meta["model_tag"]
     return {
@@ -208,7 +209,7 @@ def _create_tokens(folder, vocab_size, **facts):
 
 def open_store(folder, gist_key, device="cpu", write=False) -> DiskStore:
     """
-    The store of a stream, with the gists of this key, or, until those are complete, with others of the same shape.
+    The store of a stream with the gists of this key, or with another set of the same shape that covers more of it.
 
     Raises UserError if the stream belongs to another tokenizer, is damaged, or (write=True) has another writer.
     """
@@ -229,7 +230,7 @@ def _gists_folder(folder, gist_key):
 
 
 def _open_or_create(path, gist_key):
-    """Arrays of gists, open for writing; damaged ones are replaced by empty ones."""
+    """Arrays of gists, open for writing; created empty if they are missing or damaged."""
     if path.exists():
         try:
             return Arrays(path, write=True)
@@ -267,8 +268,8 @@ def missing_gists(folder, gist_key) -> int:
 
 def make_gists(folder, gist_key, gist_fn, embed_fn, device="cpu"):
     """
-    Compute the missing gists of this key while others use the stream; yields the number of blocks done so far. It
-    continues where an earlier call was ended.
+    Compute the missing gists of this key while others may use the stream; yields the number of blocks done so far. It
+    continues where an earlier call was interrupted.
     """
     tokens, gists = Arrays(folder), _open_or_create(_gists_folder(folder, gist_key), gist_key)
     store = DiskStore(tokens, gists, gist_key["block_size"], device)
@@ -282,9 +283,9 @@ def make_gists(folder, gist_key, gist_fn, embed_fn, device="cpu"):
 
 def compact(folder, gist_key):
     """
-    Verify a whole stream, truncate its files to what was committed, and delete the gists of other keys.
+    Verify a whole stream, shrink its files to the committed rows, and delete the gists of other keys.
 
-    Processes that have those gists open can go on reading them. Raises Damaged, or UserError if there is a writer.
+    Processes that have those gists open can still read them. Raises Damaged, or UserError if there is a writer.
     """
     own = _gists_folder(folder, gist_key)
     for path in (Path(folder), own):
@@ -319,9 +320,9 @@ def ingest(tree, documents, tokenizer, source="", commit_seconds=2.0):
     """
     Append documents, each after a BOS token, to a tree over a DiskStore; yields the Progress after each commit.
 
-    source: an identifier of these documents. If the stream's last ingestion was of the same source and was interrupted,
-    it continues there. An ingestion with an empty source cannot be resumed; if it has no documents either, the
-    interrupted one before it still can.
+    source: an identifier of these documents. If the stream's last ingestion had the same source and was interrupted, it
+    is resumed. An ingestion without a source cannot be resumed; if it also has no documents, an interrupted one before
+    it still can be.
     """
     store, last = tree.store, tree.store.tokens.facts.get("ingested", {})
     done = Progress(0, 0, tree.num_tokens)
@@ -398,7 +399,7 @@ def scratch_store(block_size):
 
 @lru_cache
 def _sweep(root):
-    """Delete what killed processes left, once per process."""
+    """Delete the folders that killed processes left, once per process."""
     for left in root.iterdir():
         with contextlib.suppress(FileNotFoundError, UserError):  # another process was faster; in use
             if time.time() - left.stat().st_mtime > 60:

@@ -4,13 +4,13 @@ The tree: a stream of tokens at every level of detail (LOD), each level a summar
 Shapes: B rows, N tokens, K = block_size, D = n_embd, W entries of a working context.
 
 Level 0 is the tokens. Node i of level l >= 1 is the gist of nodes K·i … K·i + K − 1 of level l − 1 and so covers
-the tokens [i·K^l, (i+1)·K^l); it exists once they are all there. Both forms ask a gist function for the nodes of
-one level at a time: gist_fn(children [M, K, D], level) -> [M, D]. It may be wider than D: what stands behind a gist is
-kept with it, and among its parent's children; `deep` channels of it are for the model, behind tokens 0. The children of
-level 0 come to a MegaContextTree's with those before them, see `before`.
+the tokens [i·K^l, (i+1)·K^l); it exists once all of them are there. Both forms compute one level at a time with
+gist_fn(children [M, K, D], level) -> [M, D]. The result may be wider than D: the further channels are stored and passed
+on with the gist; the model reads the first `deep` of them, which are 0 for tokens. A MegaContextTree passes level-0
+children together with the tokens before them, see `before`.
 
-sink: the model was never taught to have a gist in the first place, to which tokens attend whatever it says (an
-attention sink, arXiv 2309.17453). So for the first node of a level the first token is read.
+sink: for models not trained with a gist in the first position, to which tokens attend whatever it holds (an attention
+sink, arXiv 2309.17453). With it the first token is read in place of the first node of any level.
 
 - `build_table`, for training: a whole batch at once, with gradients; a value.
 - `MegaContextTree`, for inference: grows by any number of tokens, in a store that may be large.
@@ -21,25 +21,25 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-GIST_DTYPE = torch.bfloat16  # of all stores: equal gists, wherever they are
-INGEST_TOKENS = 16384  # a row; longer appends are cut into pieces of this many, to bound the memory they need
+GIST_DTYPE = torch.bfloat16  # of sessions' stores, so that gists are equal in memory and on disk
+INGEST_TOKENS = 16384  # per row; longer appends are split into pieces of this size, to bound their memory
 
 
 def _gists(gist_fn, children, block_size, level):
-    """Children [B, m·K, D] of level − 1 to their parents [B, m, D], in the children's precision."""
+    """The parents [B, m, D] of children [B, m·K, D] of level − 1, in the children's precision."""
     blocks = children.unflatten(1, (-1, block_size)).flatten(0, 1)
     return gist_fn(blocks, level).unflatten(0, (children.size(0), -1)).to(children.dtype)
 
 
 def before(block_size) -> int:
-    """Tokens of the block before that come with each block of a MegaContextTree."""
+    """Number of preceding tokens that a MegaContextTree passes to gist_fn with each block."""
     return block_size // 2
 
 
 def tokens_of_blocks(first, end, block_size):
     """
-    Positions [n, before + K] of the tokens of blocks first … end − 1, each behind those before it. What comes before
-    the first block of all is every second token of its own, which says nothing new.
+    Positions [n, before + K] of the tokens of blocks first … end − 1, preceded by the tokens before each. The very
+    first block has none: it gets every second of its own tokens instead, which adds no information.
     """
     K = block_size
     positions = torch.arange(first, end)[:, None] * K + torch.arange(-before(K), K)
@@ -61,7 +61,7 @@ class Table(NamedTuple):
         """
         Embeddings [R, W, D] of a working context's entries, in one gather; padding gets the first token's.
 
-        The context's R rows may be several variants of each of the B here: row r is one of batch row r // (R / B).
+        The context may have several variants per row: its row r belongs to row r // (R / B) of this table.
         """
         B, M, _ = self.values.shape
         variants, rest = divmod(context.num_rows, B)
@@ -73,7 +73,7 @@ class Table(NamedTuple):
 
 
 def build_table(gist_fn, embeds, block_size, sink=False) -> Table:
-    """The tree over embeddings [B, N, D] as a table; gradients flow to the embeddings and the gist function."""
+    """The tree over embeddings [B, N, D] as a table, with gradients to the embeddings and the gist function."""
     levels, offsets = [embeds], [0]
     while whole := levels[-1].size(1) // block_size * block_size:
         offsets.append(offsets[-1] + levels[-1].size(1))
@@ -85,7 +85,7 @@ def build_table(gist_fn, embeds, block_size, sink=False) -> Table:
 
 
 class Store(Protocol):
-    """Where the nodes of a tree are kept: for each level, values [B, count, …] that grow at the end."""
+    """Storage of a tree's nodes: for each level, values [B, count, …] that grow at the end."""
 
     device: torch.device
 
@@ -104,14 +104,14 @@ class Store(Protocol):
         """Called after an append: the store may now move values to disk."""
 
     def close(self) -> None:
-        """Let go of files; no call may follow."""
+        """Close files; no call may follow."""
 
 
 class RamStore:
-    """A tensor per level, on the device of what is appended; its room doubles when it is full."""
+    """A tensor per level, on the device of the appended values; its capacity doubles when it is full."""
 
     def __init__(self, dtype: torch.dtype | None = None):
-        """dtype: precision in which gists are kept, None for that in which they come; token ids stay integers."""
+        """dtype: precision of stored gists, None for that of the appended values; token ids stay integers."""
         self.dtype = dtype
         self._buffers, self._counts = [], []
 
@@ -161,7 +161,7 @@ class RamStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use and kept ready."""
+        """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
 
@@ -169,9 +169,8 @@ class MegaContextTree:
     """
     An append-only tree over B rows of equal length.
 
-    The store holds tokens as they are appended, ids [B, N] say, and embed_fn turns those that are looked at into
-    embeddings [B, n, D]. Since nothing that was appended ever changes, its number of tokens is a snapshot of it:
-    `truncate(num_tokens)` goes back there.
+    The store holds tokens as they are appended, such as ids [B, N]; embed_fn converts those that are read to embeddings
+    [B, n, D]. Nodes never change, so the number of tokens identifies a state, to which `truncate(num_tokens)` returns.
     """
 
     def __init__(self, gist_fn, block_size: int, store: Store, embed_fn=lambda tokens: tokens, sink=False, deep=0):
@@ -191,7 +190,7 @@ class MegaContextTree:
                 pass
 
     def complete(self, rows=1):
-        """Add the nodes that are missing, of `rows` rows; a generator that rests between pieces of INGEST_TOKENS."""
+        """Add the missing nodes of all `rows` rows; a generator that yields after each piece of INGEST_TOKENS."""
         more = True
         while more:
             more = self._complete_piece(rows)
@@ -199,7 +198,7 @@ class MegaContextTree:
 
     @torch.no_grad()
     def _complete_piece(self, rows) -> bool:
-        """Add a piece of what is missing, without gradients whoever asks for it; returns whether there is more."""
+        """Add one piece of the missing nodes, without gradients; returns whether more are missing."""
         most, K, level, cut = INGEST_TOKENS // self.block_size + 1, self.block_size, 1, False
         while (done := self.store.count(level)) < (ready := self.store.count(level - 1) // K):
             ready, cut = min(ready, done + most), cut or ready > done + most
@@ -215,13 +214,13 @@ class MegaContextTree:
         return self.embed_fn(values) if level == 0 else values
 
     def newest(self, count):
-        """Embeddings [1, n, D] of the newest tokens of the first row, `count` or all that there are."""
+        """Embeddings [B, n, D] of the newest `count` tokens, or of all if there are fewer."""
         index = torch.arange(max(0, self.num_tokens - count), self.num_tokens, device=self.store.device)
         return self._get(0, index[None])
 
     @torch.no_grad()
     def materialize(self, context, at=None):
-        """[B, W, D + deep] of a working context's entries, or of those with index `at` [B, n]; of padding any."""
+        """Inputs [B, W, D + deep] of a context's entries, or of those at index `at` [B, n]; arbitrary for padding."""
         if context.num_tokens > self.num_tokens:
             raise ValueError(f"expected a context of at most {self.num_tokens} tokens, got {context.num_tokens}")
         lod, start, span, _ = context.entries.at(at).to(self.store.device)

@@ -1,14 +1,14 @@
 """
-What a run tells a collector: spans of what MegaContext does, and the figures of the log.
+Telemetry endpoint: exports spans of MegaContext's events and the metrics of the log to a collector or a file.
 
     MC_OTEL_ENDPOINT=http://localhost:4318     OTLP over HTTP; over gRPC with port 4317 or as grpc://host:port
     MC_OTEL_ENDPOINT=file:events.jsonl         a line of JSON for each event and each record
-    MC_OTEL_INSECURE=1                         grpc:// without TLS; https:// without a look at the certificate
-    OTEL_EXPORTER_OTLP_HEADERS=k=v,…           sent along, such as a token (read by OpenTelemetry itself)
+    MC_OTEL_INSECURE=1                         grpc:// without TLS; https:// without verifying the certificate
+    OTEL_EXPORTER_OTLP_HEADERS=k=v,…           headers to send, such as a token (read by OpenTelemetry itself)
 
-Without an endpoint nothing is exported and nothing is imported for it. An endpoint that refuses, hangs or goes away
-costs a run neither time nor its end: what cannot be sent is dropped, with one warning. Text never leaves: spans hold
-counts, times and names: the tables of events.py are all that is told.
+Without an endpoint nothing is exported and no exporter is imported. An endpoint that refuses, hangs or goes away does
+not slow down or end a run: what cannot be sent is dropped, with one warning. Exactly the attributes in events.py's
+tables are exported: counts, times and names; and text only from chat_web, if the environment asks for it.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from nanochat.common import JSONLines, UserError, get_dist_info
 
 
 class TelemetryFile(Telemetry):
-    """A line {"time", "service", "run", "event", "seconds", …attributes} or {"time", …, "metrics": {…}} each."""
+    """Writes lines {"time", "service", "run", "event", "seconds", …attributes} or {"time", …, "metrics": {…}}."""
 
     listens = True
 
@@ -45,7 +45,7 @@ class TelemetryFile(Telemetry):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to send. protocol: "http", "grpc" or "file"; target: a URL, host:port or path; tls: encrypted."""
+    """Where to export. protocol: "http", "grpc" or "file"; target: URL, host:port or path; tls: whether to encrypt."""
 
     protocol: str
     target: str
@@ -54,7 +54,7 @@ class Endpoint:
 
 
 def parse_endpoint(text: str, insecure: bool = False) -> Endpoint:
-    """What MC_OTEL_ENDPOINT and MC_OTEL_INSECURE say. Raises UserError."""
+    """The Endpoint in MC_OTEL_ENDPOINT, given MC_OTEL_INSECURE. Raises UserError for an invalid one."""
     complaint = UserError(
         f"MC_OTEL_ENDPOINT must be like http://localhost:4318, grpc://localhost:4317 or file:events.jsonl, got {text!r}"
     )
@@ -76,10 +76,10 @@ def parse_endpoint(text: str, insecure: bool = False) -> Endpoint:
 
 def open_telemetry(service: str, run: str, attributes: dict | None = None) -> Telemetry:
     """
-    What the environment asks for; on ranks other than the first, nothing.
+    The exporter that the environment variables ask for; one that drops everything on ranks other than the first.
 
-    service: the script, "base_train"; run: which of its runs, "d4"; attributes: more that tells the run, such as
-    {"device": "cpu"}. Raises UserError for an endpoint that makes no sense.
+    service: the script, such as "base_train"; run: name of the run, such as "d4"; attributes: further ones of the run,
+    such as {"device": "cpu"}. Raises UserError for an invalid endpoint.
     """
     text = os.environ.get("MC_OTEL_ENDPOINT", "").strip()
     if not text or get_dist_info()[1] != 0:

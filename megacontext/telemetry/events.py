@@ -1,5 +1,5 @@
 """
-Tables of everything that is exported, spans and metrics; what takes it; and the functions that turn an update of a
+Tables of all exported spans and metrics; the base class of exporters; and the functions that turn an update of a
 session, or a record of the training log, into spans.
 
 Documentation, dashboards and tests read these tables.
@@ -12,56 +12,56 @@ from megacontext.focus_allocator import lod_counts
 
 EVENTS = {  # span → attribute → what it is. In spans a slash is a dot; {lod} is a level
     "mc_tree_snapshot": {
-        "step": "optimization step; none while answering",
+        "step": "optimization step; only in training",
         "num_tokens": "tokens in the tree",
         "bytes": "memory of the tree",
     },
     "working_context_snapshot": {
         "step": "as above",
         "entries": "entries of the working context",
-        "budget": "entries it may have",
+        "budget": "maximum number of entries",
         "lod_count/{lod}": "entries of a level",
     },
     "focus_allocator": {
         "step": "as above",
         "refocuses": "refocuses so far",
-        "expansions": "entries that the last refocus replaced by finer ones",
-        "collapses": "groups of entries that it replaced by a coarser one",
-        "swap_rate": "edits over entries, of all refocuses so far",
-        "residency": "refocuses that a block keeps its level for, on average",
+        "expansions": "nodes that the last refocus replaced by finer ones",
+        "collapses": "groups of siblings that it replaced by their parent",
+        "swap_rate": "edits per refocus, divided by the number of entries; mean of all refocuses so far",
+        "residency": "mean number of refocuses for which a block keeps its level",
         "score_mean": "mean score of LensNet over the blocks",
         "score_max": "highest score of a block",
         "score_min": "lowest score of a block",
     },
     "mc_timing": {
         "step": "as above",
-        "milliseconds": "of one micro-batch's forward pass: all that is in megacontext/objective.py",
+        "milliseconds": "duration of a micro-batch's forward pass with all losses",
     },
     "inference_update": {
-        "entries_read": "entries that the model read anew",
+        "entries_read": "entries that the model read",
         "entries_kept": "entries whose keys and values were kept",
-        "cache_bytes": "memory of the keys and values",
-        "milliseconds": "that it took",
+        "cache_bytes": "memory of the KV cache",
+        "milliseconds": "duration of the update",
     },
     "chat": {  # OpenTelemetry's conventions for generative AI; the span's name is "chat <model>"
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "nanochat",
-        "gen_ai.request.model": "model that was asked",
-        "gen_ai.request.temperature": "as sampled with",
-        "gen_ai.request.top_k": "as sampled with",
-        "gen_ai.request.max_tokens": "tokens that the answer may have",
+        "gen_ai.request.model": "model that answered",
+        "gen_ai.request.temperature": "sampling temperature",
+        "gen_ai.request.top_k": "sampling top-k",
+        "gen_ai.request.max_tokens": "maximum number of tokens in the answer",
         "gen_ai.usage.input_tokens": "tokens of the prompt",
         "gen_ai.usage.output_tokens": "tokens of the answer, a tool's output included",
         "gen_ai.response.time_to_first_chunk": "seconds from the request to the first text",
         "gen_ai.response.finish_reasons": "stop, length, cancelled or error",
-        "gen_ai.conversation.compacted": "whether MegaContext stood in for older tokens",
-        "error.type": "what failed, if something did",
-        "gen_ai.input.messages": "the prompt as the model reads it; only if asked for",
-        "gen_ai.output.messages": "the answer; only if asked for",
+        "gen_ai.conversation.compacted": "whether gists replaced older tokens",
+        "error.type": "kind of failure, if there was one",
+        "gen_ai.input.messages": "the prompt as the model reads it; off by default",
+        "gen_ai.output.messages": "the answer; off by default",
     },
 }
 
-METRICS = {  # key in the log → what it is. As a metric, a slash is a dot, and a number at the end an attribute
+METRICS = {  # key in the log → what it is. In the metric's name a slash becomes a dot, and a final number a label
     "step": "optimization step",
     "total_training_tokens": "tokens trained on",
     "total_training_flops": "floating-point operations of training",
@@ -71,36 +71,36 @@ METRICS = {  # key in the log → what it is. As a metric, a slash is a dot, and
     "train/grad_norm": "norm of the gradients before clipping",
     "train/dt": "seconds of a step",
     "train/tok_per_sec": "tokens trained on per second",
-    "train/mfu": "part of the GPU's peak FLOP/s that is used",
+    "train/mfu": "model FLOPs utilization: fraction of the GPU's peak FLOP/s",
     "train/reward": "mean reward of the samples (RL)",
     "train/answer_tokens": "mean length of the samples (RL)",
     "val/bpb": "validation, bits per byte",
     "val/loss": "validation loss, nats per token",
-    "val/mc_bpb": "bits per byte of the newest tokens after a working context",
-    "val/mc_full_bpb": "the same after all tokens",
-    "val/mc_truncated_bpb": "the same after the last tokens only",
-    "val/mc_context_gain": "part of what all tokens gain over the last that the working context keeps",
+    "val/mc_bpb": "bits per byte of the newest tokens, given a working context",
+    "val/mc_full_bpb": "the same, given all tokens",
+    "val/mc_truncated_bpb": "the same, given only the last tokens, as many as the budget",
+    "val/mc_context_gain": "fraction of the gain of all tokens over the last ones that the working context keeps",
     "core_metric": "CORE",
-    "mc/token_loss": "loss over the variants, nats per token",
-    "mc/base_loss": "loss with all tokens, nats per token",
-    "mc/lod_loss/{lod}": "loss of what follows an entry of a level",
-    "mc/lens_loss": "divergence of what LensNet wants from where the model looks, in nats",
-    "mc/lod_count/{lod}": "entries of a level in a working context",
+    "mc/token_loss": "loss of the variants, nats per token; with a frozen model its divergence from the full context",
+    "mc/base_loss": "loss of the sequences read in full, nats per token",
+    "mc/lod_loss/{lod}": "the variants' loss at targets that follow an entry of this level, nats per token",
+    "mc/lens_loss": "divergence of LensNet's scores from the model's attention, in nats",
+    "mc/lod_count/{lod}": "entries of a level per working context",
     "mc/variants_total": "working contexts in a micro-batch",
     "mc/tree_tokens": "tokens in a tree",
     "mc/wc_entries": "entries of a working context",
     "mc/time_controller_ms": "milliseconds of a micro-batch's forward pass",
 }
 
-# Metrics of events: name → (event, attribute, what it is). Attribute "seconds" is the duration of the span; one of each
-# level becomes a metric with a label.
+# Metrics of events: name → (event, attribute, what it is). The attribute "seconds" is the duration of the span; an
+# attribute per level becomes a metric with a label.
 EVENT_GAUGES = {
     "mc.tree_tokens": ("mc_tree_snapshot", "num_tokens", "tokens in a tree"),
     "mc.tree_bytes": ("mc_tree_snapshot", "bytes", "memory of the tree"),
     "mc.wc_entries": ("working_context_snapshot", "entries", "entries of a working context"),
     "mc.wc_lod_count": ("working_context_snapshot", "lod_count.{lod}", "entries of a level in it"),
-    "mc.swap_rate": ("focus_allocator", "swap_rate", "edits over entries, of all refocuses so far"),
-    "mc.residency": ("focus_allocator", "residency", "refocuses that a block keeps its level for"),
+    "mc.swap_rate": ("focus_allocator", "swap_rate", "edits per refocus, divided by the number of entries"),
+    "mc.residency": ("focus_allocator", "residency", "mean number of refocuses for which a block keeps its level"),
     "mc.inference_ms": ("inference_update", "milliseconds", "milliseconds of an update of the working context"),
 }
 EVENT_HISTOGRAMS = [  # the same with labels; a name may have several rows
@@ -130,16 +130,16 @@ def as_exported(attributes: dict) -> dict:
 
 
 class Telemetry:
-    """Where events and records of the log go. The base class drops them: what a run without an endpoint has."""
+    """Receives events and log records. The base class drops them: it serves runs without an endpoint."""
 
-    listens = False  # whether events are kept or sent, so that making them is worth the time
+    listens = False  # whether events are written or sent; if not, callers need not make them
 
     def event(self, name: str, attributes: dict, seconds: float | None = None):
         """
-        Something of EVENTS that ended just now. Returns at once.
+        Export an event in EVENTS that ended just now. Returns at once.
 
-        attributes: str, bool, int, float, or a list of one of these. seconds: what it took, else its "milliseconds".
-        Raises KeyError for what is not in the table: that is our mistake, and shows in any test.
+        attributes: str, bool, int, float, or a list of one of these. seconds: its duration, by default that in
+        "milliseconds". Raises KeyError for attributes that are not in the table.
         """
         known = EVENTS[name]
         for key in attributes:
@@ -149,14 +149,14 @@ class Telemetry:
         self._event(name, as_exported(attributes), seconds)
 
     def metrics(self, record: dict):
-        """A record of the log, and the events it tells of; what is no finite number is left out. Returns at once."""
+        """Export the finite numbers of a log record, and the events that it implies. Returns at once."""
         finite = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
         self._metrics(finite)
         for name, attributes in events_of_step(finite).items():
             self.event(name, attributes)
 
     def close(self):
-        """Send what is still there, for a few seconds at most. May be called again."""
+        """Send what is queued, for a few seconds at most. May be called again."""
 
     def _event(self, name, attributes, seconds):
         pass
@@ -170,7 +170,7 @@ class Telemetry:
 
 
 def tell_session(telemetry, session, entries_read, watch):
-    """The events of one prefill or refocus of an MCSession: an `on_update` of it, with the telemetry bound."""
+    """Export the events of one prefill or refocus of an MCSession; an `on_update` once telemetry is bound."""
     context, memory = session.context, session.memory()
     telemetry.event("mc_tree_snapshot", {"num_tokens": context.num_tokens, "bytes": memory["tree"]})
     counts = {f"lod_count/{lod}": count for lod, count in lod_counts(context).items()}
@@ -183,7 +183,7 @@ def tell_session(telemetry, session, entries_read, watch):
 
 
 def events_of_step(record: dict) -> dict:
-    """name → attributes of the events that a record of the training log tells of; none without --mc."""
+    """name → attributes of the events that a record of the training log implies; none without --mc."""
     if "mc/tree_tokens" not in record:
         return {}
     step = {"step": record["step"]}
