@@ -35,7 +35,7 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     split_tokens: Count = 20 * 524288
     """tokens to evaluate per split"""
     mc: bool = False
-    """also evaluate the newest tokens in working contexts, and generate the samples with MegaContext"""
+    """also evaluate the newest tokens given working contexts, and generate the samples with MegaContext"""
 
 
 def main(config: Config):

@@ -44,24 +44,24 @@ class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions):
     num_iterations: Count = -1
     """optimization steps"""
     target_minutes: Amount = -1.0
-    """train for this many minutes at the speed of the first steps; a run that is resumed keeps its number of steps"""
+    """train for about this many minutes: the speed of the first steps determines the number of steps, once"""
     target_flops: Amount = -1.0
     """train for this many FLOPs"""
     target_param_data_ratio: Annotated[float, Range(0, 1e30, or_minus_one=True)] = 20.0
     """train for this many tokens per parameter (Chinchilla: 20)"""
     # Optimization
     streams: Count = 1
-    """streams of text that make up a micro-batch; more streams mix more documents into small batches"""
+    """streams of text in a micro-batch, a divisor of device_batch_size; more streams mix more documents"""
     piece_tokens: Count = -1
-    """cut the text of a row group into pieces of this many tokens and shuffle them; -1 for documents in their order"""
+    """split the text of each row group into pieces of this many tokens and shuffle them; -1 to read it in order"""
     grad_clip: Amount = 1.0
     """largest global gradient norm; 0 for no clipping"""
     warmup_ratio: Fraction = 0.0
-    """fraction of the steps in which the learning rate rises"""
+    """fraction of the steps, at the start, in which the learning rate rises from 0"""
     warmdown_ratio: Fraction = 0.2
     """fraction of the steps, at the end, in which the learning rate falls"""
     final_lr_frac: Fraction = 0.0
-    """fraction of the learning rate at the last step"""
+    """final learning rate, as a fraction of the full one"""
     # Evaluation
     eval_every: Every = 250
     """steps between validations; -1 for never"""

@@ -6,7 +6,7 @@ Chat with a model in the terminal.
     python -m scripts.chat_cli -p "Who are you?"      # one answer
     python -m scripts.chat_cli <letter.txt            # one answer to the text of a file
     python -m scripts.chat_cli --mc --mc_show_focus   # conversations of any length, with a view of the focus
-    python -m scripts.chat_cli --mc --stream library  # about what scripts.mc_stream has read
+    python -m scripts.chat_cli --mc --stream library  # about a stream made by scripts.mc_stream
     python -m scripts.chat_cli --hf-path HuggingFaceTB/SmolLM2-135M-Instruct    # or a folder, or a .gguf file
 
 Arrow keys edit the line and recall earlier ones. Ctrl-C stops an answer; Ctrl-D, "quit" or "exit" ends the program;
@@ -47,7 +47,7 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     temperature: Annotated[float, Range(0, 2), short("-t")] = 0.6
     """sampling temperature; 0 always takes the most likely token"""
     top_k: Annotated[CountOr0, short("-k")] = 50
-    """sample from the most likely tokens, this many; 0 for all"""
+    """sample from this many of the likeliest tokens; 0 for all"""
     max_tokens: Annotated[Count, short("-m")] = 256
     """tokens per answer, at most"""
     seed: CountOr0 = -1
@@ -55,7 +55,7 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     mc_show_focus: bool = False
     """with --mc, show the conversation after each answer as a strip coloured by level of detail"""
     stream: str = ""
-    """with --mc, name of a stream of scripts.mc_stream that the conversations are about"""
+    """with --mc, name of a stream made by scripts.mc_stream that all conversations are about"""
 
 
 class Stop:
@@ -134,7 +134,7 @@ def main(config: Config):
             gist_key = gist_key_of(source, meta, tokenizer, settings)
             make_session = about_stream(make_session, config.stream, gist_key, device)
     elif config.stream:
-        raise UserError("--stream: expected --mc with it, the model alone cannot read so much")
+        raise UserError("--stream: expected --mc with it, since the model alone cannot read so much")
     messages, answers = [], 0
 
     def seed():

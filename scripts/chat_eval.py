@@ -38,27 +38,27 @@ class Config(ModelOptions, DeviceOptions, InferenceOptions):
     task_name: Annotated[str, short("-a")] = ""
     """tasks, separated by |; empty for all"""
     tasks: Tasks = "full"
-    """full (datasets of the hub), local, recall or memory (both)"""
+    """set of tasks: full (datasets of the hub), local, recall, or memory (local and recall)"""
     temperature: Annotated[Amount, short("-t")] = 0.0
     """sampling temperature of generated answers"""
     max_new_tokens: Annotated[Count, short("-m")] = 512
     """tokens per answer, at most"""
     num_samples: Annotated[Count, short("-n")] = 1
-    """answers per problem; one right answer is enough"""
+    """answers per problem, which counts as solved if one of them is right"""
     top_k: Annotated[CountOr0, short("-k")] = 50
-    """sample from the most likely tokens, this many; 0 for all"""
+    """sample from this many of the likeliest tokens; 0 for all"""
     batch_size: Annotated[Count, short("-b")] = 8
     """multiple choice questions per batch"""
     max_problems: Annotated[OptionalInt, Range(1, or_minus_one=True), short("-x")] = None
     """problems per task, at most; -1 for all"""
     mc: bool = False
-    """generate with MegaContext; multiple choice questions are always read at full detail"""
+    """generate with MegaContext; multiple choice questions are always read without it"""
     compare: bool = False
     """with --mc: answer without it, too, and show the answers side by side"""
 
 
 def transcript(scores, tokenizer) -> str:
-    """Sample answers for the report, including tool calls. scores: what they were made with → Score."""
+    """Sample answers for the report, including tool calls. scores: label of the kind of context → Score."""
     parts = []
     for samples in zip(*(score.samples for score in scores.values()), strict=True):
         conversation = samples[0][0]

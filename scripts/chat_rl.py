@@ -49,7 +49,7 @@ class Config(FinetuningOptions):
     temperature: Annotated[float, Range(1e-5, 100)] = 1.0
     """sampling temperature; above 0, since answers must differ to learn from them"""
     top_k: CountOr0 = 50
-    """sample from the most likely tokens, this many; 0 for all"""
+    """sample from this many of the likeliest tokens; 0 for all"""
     # Optimization
     init_lr_frac: Fraction = 0.05
     """fraction of the learning rates at the start; they fall linearly to 0"""

@@ -4,19 +4,20 @@ Serve a model: a chat page for browsers, and an API for OpenAI's clients.
     python -m scripts.chat_web                     # the SFT model on one GPU, or on the CPU
     python -m scripts.chat_web -i rl -n 4          # the RL model on four GPUs
     python -m scripts.chat_web --host 0.0.0.0 --api_key @key.txt    # open to the network, for those with the key
-    python -m scripts.chat_web --mc                # chats as long as you like, with a view of where the model looks
-    python -m scripts.chat_web --mc --mc_tree disk # … that go on after a restart
-    python -m scripts.chat_web --mc --stream library    # … about what scripts.mc_stream has read
+    python -m scripts.chat_web --mc                # chats of any length, with a view of where the model looks
+    python -m scripts.chat_web --mc --mc_tree disk # … that continue after a restart
+    python -m scripts.chat_web --mc --stream library    # … about a stream made by scripts.mc_stream
 
 GET /                        the page
 POST /chat/completions       {"messages": [{"role", "content"}], "temperature", "top_k", "max_tokens", "seed"}; answers
                              data: {"token": "…", "gpu": 0} …, data: {"done": true, "finish_reason": "stop"}
                              with {"conversation": "name", "focus": true} and --mc also, at each refocus,
-                             event: focus, data: {"focus": {…}}; the name, 22 characters or more, is the key to
-POST /focus                  {"conversation"}: the last of these
+                             event: focus, data: {"focus": {…}}; the name is a secret of 22 characters or more, by
+                             which the following requests refer to the conversation
+POST /focus                  {"conversation"}: the last focus of the conversation
 POST /focus/text             {"conversation", "spans": [[start, end], …]}: the tokens of each span, as text
-POST /focus/edits            {"conversation"}: what the newest refocuses changed, and when
-POST /focus/find             {"conversation", "text", "start"}: where a text stands, from token start on, in pages
+POST /focus/edits            {"conversation"}: the edits of the newest refocuses, with their times
+POST /focus/find             {"conversation", "text", "start"}: where a text occurs, from token start on, in pages
 POST /focus/look             {"conversation", "text"}: where LensNet would look for it
 POST /forget                 {"conversation"}: delete it
 POST /render                 {"texts": […]}: Markdown as safe HTML
@@ -77,7 +78,7 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     temperature: Annotated[float, Range(*schema.TEMPERATURE), short("-t")] = 0.8
     """sampling temperature of requests that name none"""
     top_k: Annotated[int, Range(*schema.TOP_K), short("-k")] = 50
-    """sample from this many of the likeliest tokens, in requests that name no number"""
+    """sample from this many of the likeliest tokens, in requests without top_k"""
     max_tokens: Annotated[int, Range(*schema.MAX_TOKENS), short("-m")] = 512
     """tokens per answer, at most, in requests that name no number"""
     port: Annotated[int, Range(0, 65535), short("-p")] = 8000
@@ -93,19 +94,19 @@ class Config(PretrainedOptions, DeviceOptions, InferenceOptions):
     queue_size: Annotated[int, Range(0, 100_000)] = 64
     """requests that may wait for a worker; more get 503"""
     max_conversation_chars: Annotated[int, Range(1, 10_000_000)] = -1
-    """characters per conversation, at most; -1 for 32,000, of which 8,000 per message, or 2,000,000 with --mc"""
+    """maximum characters per conversation; -1 for 32,000 and 8,000 per message, or 2,000,000 with --mc"""
     drain_seconds: Annotated[float, Range(0, 3600)] = 30.0
-    """seconds that running answers have to finish when the server is told to end"""
+    """seconds that running answers have to finish after SIGTERM or Ctrl-C"""
     mc_sessions: Annotated[int, Range(1, 10_000)] = 8
-    """conversations that a worker keeps at hand, with --mc; others are read again at their next turn"""
+    """with --mc, maximum conversations that a worker keeps in memory; others are read again at their next turn"""
     stream: str = ""
-    """with --mc, name of a stream of scripts.mc_stream that the conversations are about"""
+    """with --mc, name of a stream made by scripts.mc_stream that all conversations are about"""
     mc_keep_chats: Annotated[int, Range(1, 10_000_000)] = 1000
-    """conversations that are kept on disk, with --mc_tree disk; the least recently used go first"""
+    """with --mc_tree disk, maximum conversations kept on disk; the least recently used are deleted first"""
     mc_keep_gigabytes: Annotated[float, Range(0.001, 1e9)] = 10.0
-    """gigabytes of disk for all conversations that are kept"""
+    """with --mc_tree disk, maximum gigabytes for all conversations on disk"""
     mc_keep_days: Annotated[float, Range(0.001, 1e6)] = 30.0
-    """days that a conversation is kept after its last answer; older ones are deleted when a new one begins"""
+    """with --mc_tree disk, days that a conversation is kept after its last answer; deleted when a new one begins"""
 
 
 def check(config):
@@ -151,7 +152,7 @@ def devices(config):
 
 
 def limits_of(config):
-    """Of one conversation: where nothing else is asked for, with --mc they are no limits to speak of."""
+    """The limits of a conversation; by default far higher with --mc."""
     usual, chars = Limits(20_000, 2_000_000, 2_000_000) if config.mc else Limits(), config.max_conversation_chars
     return usual if chars == -1 else Limits(usual.messages, chars, chars)
 
@@ -182,7 +183,7 @@ def load(config, device, on_update=None):
 
 
 def renew_gists(folders, gist_key, reader):
-    """Make the gists of streams that another model wrote, in the background; sessions have the old ones meanwhile."""
+    """Compute this model's gists for streams of another model, in the background; sessions use the old ones so far."""
 
     def work():
         for folder in folders:
@@ -190,14 +191,14 @@ def renew_gists(folders, gist_key, reader):
                 if missing_gists(folder, gist_key):
                     for _ in make_gists(folder, gist_key, reader.node, reader.embed_for_decoding, reader.device):
                         time.sleep(0.01)  # answers come first
-            except UserError as error:  # another worker or process is at it, or damage, which its readers will name
+            except UserError as error:  # another worker or process does it, or damage, which readers will report
                 logging.info("gists of %s are not renewed: %s", folder.name, error)
 
     threading.Thread(target=work, name="gists", daemon=True).start()
 
 
 def describe(config, pool, limits, port, key=""):
-    """What a person who starts the server wants to know."""
+    """The banner printed at the start."""
     model = pool.workers[0].engine.model
     where = ", ".join(str(worker.device) for worker in pool.workers)
     everywhere = config.host in ("0.0.0.0", "::")
@@ -226,7 +227,7 @@ def describe(config, pool, limits, port, key=""):
 
 
 def chat_attributes(job, outcome, model) -> dict:
-    """What a span tells of a request: counts and settings, no text."""
+    """The attributes of a request's span: counts and settings, no text."""
     return {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "nanochat",
@@ -244,7 +245,7 @@ def chat_attributes(job, outcome, model) -> dict:
 
 
 def chat_text(job, tokenizer) -> dict:
-    """What was said, for a span, in the form of OpenTelemetry's conventions."""
+    """Prompt and answer as attributes of a span, by OpenTelemetry's conventions."""
 
     def message(role, ids):
         return json.dumps([{"role": role, "parts": [{"type": "text", "content": tokenizer.decode(ids)}]}])

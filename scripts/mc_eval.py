@@ -5,13 +5,12 @@ How much of its context a model with MegaContext keeps when it reads gists inste
     python -m scripts.mc_eval -i sft --ratios 8,32
     python -m scripts.mc_eval --max_seq_len 4096    # sequences longer than in training
 
-On validation text, scored on the same newest tokens throughout: context gain recovered by compression ratio and by
-distance, the loss at each level of detail, with controls (truncated history, gists of another text, means in place of
-GistNet), what a past many times as long is worth as gists, and how many tokens of a block can be read back. On recall
-documents also: how often an answer is found when LensNet, other policies, or an oracle choose the blocks at full
-detail. With --stream_tokens: the cost of a session of that length. With --ruler_lengths: RULER's tasks, at any length.
-Tables and plots go to the report, all figures to
-$NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
+On validation text, always scored on the same newest tokens: context gain recovered by compression ratio and by
+distance, and the loss at each level of detail, with controls (truncated history, gists of another text, means in place
+of GistNet); the value of a past many times as long as gists; and how many tokens of a block can be reconstructed. On
+recall documents also: how often an answer is found when LensNet, other policies or an oracle choose the open blocks.
+With --stream_tokens: the cost of a session of that length. With --ruler_lengths: RULER's tasks, at any length.
+Tables and plots go to the report, all figures to $NANOCHAT_BASE_DIR/mc_eval/<source>_<tag>_<step>.json.
 """
 
 import json
@@ -73,7 +72,7 @@ HEADS = {  # of the tables, where a figure's name does not say it
     "regret": "regret, nats",
 }
 LEFT_OUT = {"sequences", "budget", "none_recovered", "sinks_recovered", "bm25_recovered"}  # of the tables
-WORTH_KEEPING = 0.1  # nats per token: of what is less, nothing is said
+WORTH_KEEPING = 0.1  # nats per token that the history must be worth for a verdict
 
 
 @dataclass
@@ -85,29 +84,31 @@ class Config(PretrainedOptions, DeviceOptions):
     sequences: Count = 256
     """number of sequences"""
     device_batch_size: Annotated[int, Range(2)] = 8
-    """sequences per batch, at least two, whose gists are exchanged"""
+    """sequences per batch; at least 2, since a control exchanges their gists"""
     ratios: str = "4,8,16,32"
-    """compression ratios of the history; what blocks of block_size tokens cannot reach is left out"""
+    """compression ratios of the history, separated by commas; those that are out of reach are left out"""
     recall: CountOr0 = 128
-    """questions per length, if the data was made by nanochat.dataset --source recall; 0 for none"""
+    """questions per length in recall_lengths, if the data was made by nanochat.dataset --source recall; 0 for none"""
     recall_lengths: str = ""
-    """numbers of tokens before an answer; empty for 0.5, 1, 2 and 4 times max_seq_len"""
+    """lengths in tokens of the texts with these questions, separated by commas; empty for 0.5, 1, 2 and 4 times
+    max_seq_len"""
     past: str = "1,10"
-    """lengths of a past that is read as gists before max_seq_len tokens, in multiples of these; empty for none"""
+    """lengths of a past that is read as gists before max_seq_len tokens, as multiples of max_seq_len, separated by
+    commas; empty for none"""
     ruler_lengths: str = ""
-    """numbers of tokens of RULER's tasks, of any length; empty for none"""
+    """lengths in tokens at which to run RULER's tasks, separated by commas; empty for none"""
     ruler_words: Literal["ruler", "recall"] = "ruler"
-    """pose them in RULER's words, or as recall documents ask, which small models are trained on"""
+    """RULER's own tasks, or questions like those of recall documents, for small models trained on these"""
     ruler_samples: Count = 20
     """questions per task and length"""
     open_blocks: Count = 2
-    """number of blocks at full detail that a policy chooses"""
+    """number of open blocks that each policy chooses for a recall question"""
     stream_tokens: CountOr0 = 0
     """grow a session to this many tokens and measure its cost; 0 for none"""
     probe_steps: CountOr0 = 300
-    """training steps of the decoder that reads blocks back from gists; 0 for none"""
+    """training steps of the decoder that reconstructs blocks from gists; 0 to skip it"""
     megacontext: Annotated[MCInference, group] = field(default_factory=MCInference)
-    """settings to evaluate with"""
+    """settings of inference to evaluate with"""
 
 
 def numbers(option, text, least=2) -> list[int]:
@@ -149,12 +150,12 @@ def table(title, rows) -> str:
 
 
 def what_gists_keep(rows) -> str:
-    """One sentence of what gists keep of the history, beside what says as much in as many entries, from `by_ratio`."""
+    """A sentence on how much of the history gists keep, compared with controls of as many entries, from `by_ratio`."""
     gain, entries = rows[0]["none"] - rows[0]["full"], listed([row["entries"] for row in rows])
     if rows[0]["gists_kept"] is None or gain < WORTH_KEEPING:
         return (
-            f"All of the history makes {gain:.2f} nats per token for this model, less than {WORTH_KEEPING} or than can "
-            "be told from chance: too little to say what gists keep of it."
+            f"The whole history is worth {gain:.2f} nats per token to this model, less than {WORTH_KEEPING} or not "
+            "significantly above 0: too little to say what gists keep of it."
         )
 
     def kept(name):
@@ -295,7 +296,7 @@ def stream(tokenizer, session, n) -> list[int]:
 
 
 def ruler_readers(model, tokenizer, networks, mc) -> dict:
-    """Readers of `ruler`: all tokens, while the model has positions for them; sessions without and with focus."""
+    """Readers for `ruler`: all tokens, if the model has positions for them; sessions without and with focus."""
     engine = Engine(model, tokenizer)
 
     def answer(ids, new_tokens, make_session=None):

@@ -1,21 +1,21 @@
 """
-Streams: texts of any length, read once and kept on disk as trees, to be talked about.
+Streams: texts of any length, read once and kept on disk as trees, for conversations about them.
 
     python -m scripts.mc_stream create library ~/books notes.md    # a new stream of these folders and files
-    python -m scripts.mc_stream append library more.jsonl.gz       # ended too early? the same again goes on there
+    python -m scripts.mc_stream append library more.jsonl.gz       # if interrupted, the same command continues
     python -m scripts.mc_stream append log < server.log
     python -m scripts.mc_stream list
-    python -m scripts.mc_stream show library --find "white whale"  # what it holds, and where a text stands
+    python -m scripts.mc_stream show library --find "white whale"  # its contents, and where a text occurs
     python -m scripts.mc_stream show library --at 120000           # the text from this token on
-    python -m scripts.mc_stream compact library                    # check all of it, delete other models' gists
+    python -m scripts.mc_stream compact library                    # verify it, delete other models' gists
     python -m scripts.mc_stream export library > library.jsonl     # a document per line, as `append` reads them
     python -m scripts.mc_stream delete library
 
     python -m scripts.chat_cli --mc --stream library
     python -m scripts.chat_web --mc --stream library
 
-A stream holds the tokens of a model's tokenizer, and gists by its networks. For a model that has been trained further,
-`append` without a text makes its gists, while chats go on with the old ones.
+A stream holds tokens of one tokenizer, and gists of a model's networks. For a model that has been trained further,
+`append` without a text computes its gists; chats use the old ones in the meantime.
 """
 
 import hashlib
@@ -48,13 +48,13 @@ from nanochat.sources import decode_text, folder_documents, folder_files
 @dataclass
 class Config(PretrainedOptions):
     command: tyro.conf.Positional[Literal["create", "append", "list", "show", "compact", "delete", "export"]] = "list"
-    """what to do"""
+    """command, see above"""
     name: tyro.conf.Positional[str] = ""
-    """of the stream"""
+    """name of the stream"""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """folders and files for create and append; none: what comes on the standard input, if it is not a terminal"""
+    """folders and files for create and append; by default the standard input, unless it is a terminal"""
     source: Annotated[str, short("-i")] = "sft"
-    """stage of the model whose networks make the gists: sft, mid, rl or base"""
+    """stage of the model whose networks compute the gists: sft, mid, rl or base"""
     device_type: str = ""
     """cuda, cpu or mps; empty for the best available"""
     find: str = ""
@@ -66,7 +66,7 @@ class Config(PretrainedOptions):
 
 
 class Model:
-    """What makes a stream's gists: a checkpoint and its networks."""
+    """A checkpoint with its networks, which compute a stream's gists."""
 
     def __init__(self, config):
         self.device = compute_init(config.device_type)[-1]
@@ -81,7 +81,7 @@ class Model:
 
 
 def list_files(inputs):
-    """The files named and those in the folders named, in order, and what is left out: path → reason."""
+    """(the named files and those in the named folders, in order; path → reason for what is left out)."""
     files, skipped = [], {}
     for path in map(Path, inputs):
         if not path.exists():
@@ -92,7 +92,7 @@ def list_files(inputs):
 
 
 def append(config, folder):
-    """Read the inputs, and make what gists are missing."""
+    """Append the inputs and compute missing gists."""
     files, skipped = list_files(config.inputs)
     model = Model(config)
     if config.command == "create":
@@ -112,7 +112,7 @@ def append(config, folder):
     before, start, line = tree.num_tokens, time.monotonic(), ProgressLine("reading", None, unit="token")
     for done in streams.ingest(tree, documents, model.tokenizer, source):
         speed = (done.tokens - before) / (time.monotonic() - start)
-        part = min(1.0, done.characters / total) if total else None  # of compressed files there may be more than bytes
+        part = min(1.0, done.characters / total) if total else None  # compressed files have more characters than bytes
         line.update(done.tokens, f"{speed:,.0f} per second", part)
     line.close()
     tree.store.close()
@@ -131,7 +131,7 @@ def standard_input():
 
 
 def make_gists(model, folder):
-    """For another model than before: beside the old ones."""
+    """Compute the gists of a model that is new to this stream; those of others stay."""
     missing, reader = streams.missing_gists(folder, model.gist_key), model.reader
     if not missing:
         return

@@ -1,14 +1,14 @@
 """
-Train GistNet and LensNet for a finished model, which stays unchanged.
+Train GistNet and LensNet for a trained model, which stays unchanged.
 
     python -m scripts.mc_train                                   # the largest base model → <tag>-mc
     python -m scripts.mc_train -i sft -g d20 --num_iterations=2000
     python -m scripts.mc_train --hf-path SmolLM2-135M.gguf --max_seq_len=1024    # a model of transformers
     torchrun --standalone --nproc_per_node=8 -m scripts.mc_train -- -i base
 
-It trains on the pretraining text. The result is a checkpoint of the same stage, with the same weights and the two
-networks beside them; for a model of transformers, of the networks alone. Run the same command again to resume an
-interrupted run from its newest checkpoint.
+It trains on the pretraining text. The result is a checkpoint of the same stage with the unchanged weights and the two
+networks; for a model of transformers, with the networks only. Run the same command again to resume an interrupted run
+from its newest checkpoint.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ from nanochat.ranges import Amount, Count, Every, Fraction
 from nanochat.tokenizer import count_token_bytes
 from nanochat.training import Training, set_length
 
-COUNTED = 2**18  # tokens of which frequencies are taken
+COUNTED = 2**18  # tokens from which token frequencies are estimated
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     source: Annotated[str, short("-i")] = "base"
     """stage of the model: base, mid, sft or rl"""
     output_tag: str = ""
-    """folder of the new checkpoints; empty for <model_tag>-mc, or with --hf-path for the name of the model"""
+    """tag (folder) of the new checkpoints; empty for <model_tag>-mc, or with --hf-path for the name of the model"""
     # Training
     num_iterations: Count = 1000
     """optimization steps"""
     max_seq_len: Count = -1
     """context length T; -1 for that of the model"""
     streams: Count = 1
-    """streams of text that make up a micro-batch"""
+    """streams of text in a micro-batch, a divisor of device_batch_size; more streams mix more documents"""
     grad_clip: Amount = 1.0
     """largest global gradient norm; 0 for no clipping"""
     warmdown_ratio: Fraction = 0.2
@@ -65,9 +65,9 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
 @torch.no_grad()
 def start_of_lensnet(model, tokenizer, loader):
     """
-    What `LensNet.whiten` takes: the model's embeddings [V, D]; how often each token occurs, [V], in COUNTED tokens of
-    text of all ranks; states of the first batch of text of the first; what stands around each turn of a chat, special
-    tokens and roles.
+    The arguments of `LensNet.whiten`: the model's embeddings [V, D]; the count of each token, [V], in COUNTED tokens of
+    text or more per rank; states of the first rank's first batch; ids of the special tokens and roles around the turns
+    of a chat.
     """
     V = tokenizer.get_vocab_size()
     counts, ids = torch.zeros(V, device=loader.device), torch.arange(V, device=loader.device)
@@ -111,7 +111,7 @@ def main(config: Config):
     )
     if training.finished:
         return
-    if training.step == 0:  # a resumed run has what it began with
+    if training.step == 0:  # a resumed run has it in its checkpoint
         with TokenLoader(tokenizer, B, T, "train", device) as loader, autocast(device, dtype):
             companion.lensnet.whiten(*start_of_lensnet(model, tokenizer, loader))
     objective = make_objective(training.model)

@@ -40,7 +40,7 @@ class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions, ModelOp
     max_seq_len: Count = -1
     """context length T; -1 for that of the model"""
     init_lr_frac: Fraction = 1.0
-    """fraction of the learning rates to use"""
+    """factor of all learning rates"""
     warmdown_ratio: Fraction = 0.2
     """fraction of the run, at its end, in which the learning rates fall to 0"""
     # Evaluation

@@ -51,7 +51,7 @@ membrane powers ATP synthase, while NADP+ is reduced to NADPH for the Calvin–B
 @dataclass
 class Config:
     download_timeout: Annotated[float, Range(0.001, 86400)] = 30.0
-    """seconds to wait for the download of the vocabularies of GPT-2 and GPT-4"""
+    """seconds to wait for the download of each vocabulary, of GPT-2 and of GPT-4"""
 
 
 def fetch_reference(name, timeout) -> RustBPETokenizer | None:

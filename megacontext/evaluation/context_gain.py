@@ -6,15 +6,15 @@ Shapes: B sequences of T tokens, K = block_size, H = T − tail tokens of histor
 Losses are means over the scored tokens of a sequence, in nats per token, one value per sequence, in these contexts:
 
 - full: all T tokens; none: the scored tokens alone, each with those before it; truncated: the last W tokens;
-- sinks: the first tokens and the last ones, W in all (StreamingLLM, arXiv 2309.17453); bm25: the last ones and, as
-  text, the blocks of the history that share the rarest tokens with the scored ones, W in all; both closed up;
-- gists: a working context of W entries, the history's oldest blocks as gists, as few as will do;
+- sinks: the first and the last tokens, W in all (StreamingLLM, arXiv 2309.17453); bm25: the last tokens and the blocks
+  of the history that BM25 finds for the scored ones, W tokens in all. Both are read without gaps in position;
+- gists: a working context of W entries: as few of the history's oldest blocks as possible are gists;
 - shuffled: the same with the gists of another sequence; mean: with plain means in GistNet's place;
-- focus: the same number of entries, where LensNet and the allocator put the detail.
+- focus: W entries at most, with the detail where LensNet and the allocator put it.
 
 Context gain recovered by a context c is (truncated − c) / (truncated − full): 1 for the full context, 0 for one that
-is no better than cutting the history off. Against none in truncated's place it is called context kept; there
-the nearest block counts most.
+is no better than truncation. With none in place of truncated it is called context kept; there the nearest block
+counts most.
 """
 
 from collections import defaultdict
@@ -32,12 +32,12 @@ SINKS = 4  # first tokens that StreamingLLM keeps
 
 
 def mean_gist(children, level):
-    """What a GistNet is at its start."""
+    """The gist of an untrained GistNet: the normalized mean."""
     return norm(children.mean(dim=1))
 
 
 def of_others(inputs, context):
-    """Inputs [B, W, D] of a context, tokens as they are, each row's gists those of the row before."""
+    """Inputs [B, W, D] of a context in which each row's gists are replaced by those of the row before."""
     return inputs.roll(1, 0).where((context.entries.lod[..., None] > 0).to(inputs.device), inputs)
 
 
@@ -59,8 +59,8 @@ class Evaluator:
     @torch.no_grad()
     def by_ratio(self, ratios) -> list[dict]:
         """
-        For each ratio a row: the history in 1 / ratio of its entries. What gists of one block each cannot reach is left
-        out; raises UserError if that is everything.
+        A row per ratio, with the history compressed to 1 / ratio of its tokens. Ratios that even the coarsest context
+        cannot reach are left out; raises UserError if none is left.
         """
         losses = defaultdict(lambda: defaultdict(list))
         for x, y in self._batches():
@@ -102,11 +102,11 @@ class Evaluator:
         return self.tail + -(-(T - self.tail) // ratio)
 
     # -----------------------------------------------------------------------------------------------------
-    # By level, and by how long ago
+    # By level, and by distance
 
     @torch.no_grad()
     def by_level(self) -> list[dict]:
-        """For each level that fits a row: all of the history at that level (what is left over, one level finer)."""
+        """A row per level that fits: the whole history at that level (an incomplete last node at finer levels)."""
         losses = defaultdict(lambda: defaultdict(list))
         for x, y in self._batches():
             tables = self._tables(x)
@@ -130,8 +130,8 @@ class Evaluator:
     @torch.no_grad()
     def by_distance(self) -> list[dict]:
         """
-        For each band of the history, twice as wide as the one after it, a row: what is lost when only this band is
-        made into gists, against cutting it out ("truncated"), everything else staying in full.
+        A row per band of the history, each twice as wide as the next newer one: the loss when only this band is
+        replaced by gists, compared with removing it ("truncated"); all other tokens stay.
         """
         losses, K = defaultdict(lambda: defaultdict(list)), self.config.block_size
         for x, y in self._batches():
@@ -152,9 +152,9 @@ class Evaluator:
     @torch.no_grad()
     def past(self, T) -> dict:
         """
-        Of the last T tokens of each sequence the second half is scored, with what came before as gists (in T / 8
-        entries, or as few as can be), with the gists of another sequence ("shuffled") and without any ("dropped"); the
-        gain of the first over "dropped", and over "shuffled" ("told"), with their standard errors.
+        The loss of the second half of each sequence's last T tokens, with the past before these T as gists (in T / 8
+        entries, or the minimum), with gists of another sequence ("shuffled"), and without the past ("dropped"); the
+        gain of gists over "dropped" ("gain") and over "shuffled" ("told"), with standard errors.
         """
         losses, K = defaultdict(list), self.config.block_size
         for x, y in self._batches():
@@ -175,7 +175,7 @@ class Evaluator:
         return row
 
     def _without(self, embeds, y, first, last):
-        """The loss when tokens [first, last) are cut out and the others stay where they are."""
+        """Losses [B] without the tokens [first, last); the others keep their positions."""
         keep = torch.cat((torch.arange(first), torch.arange(last, y.size(1)))).to(y.device)
         cos_sin = self.model.cos[:, keep], self.model.sin[:, keep]
         nll = self.model(inputs_embeds=embeds[:, keep], cos_sin=cos_sin, targets=y[:, keep], loss_reduction="none")
@@ -188,7 +188,7 @@ class Evaluator:
         for _ in range(self.steps):
             x, y = next(self.batches)
             if len(x) < 2:
-                raise UserError("expected batches of 2 sequences or more, whose gists can be exchanged, got 1")
+                raise UserError("expected batches of 2 sequences or more, to exchange their gists, got 1")
             yield x, y
 
     def _tables(self, x):
@@ -199,18 +199,18 @@ class Evaluator:
         }
 
     def _tokens(self, x, y, last):
-        """Losses [B] when only the last so many tokens are there."""
+        """Losses [B] when only the `last` last tokens are read."""
         nll = self.model(x[:, -last:], y[:, -last:], loss_reduction="none").view(len(x), -1)
         return nll[:, -self.tail :].mean(1)
 
     def _sinks(self, x, W):
-        """Places [B, W] of the first tokens and the newest ones."""
+        """Positions [B, W] of the first and the newest tokens."""
         first = min(SINKS, W - self.tail)
         places = torch.cat((torch.arange(first), torch.arange(x.size(1) - W + first, x.size(1))))
         return places.expand(len(x), -1).to(x.device)
 
     def _found(self, x, W):
-        """Places [B, W] of the blocks that BM25 finds, as many as fit beside the scored tokens, and the newest ones."""
+        """Positions [B, W] of the newest tokens and of as many blocks found by BM25 as fit beside the scored ones."""
         K, T = self.config.block_size, x.size(1)
         count = (W - self.tail) // K
         recent = W - count * K
@@ -233,7 +233,7 @@ class Evaluator:
 
 
 def _figures(losses, worst, suffix="recovered") -> dict:
-    """Mean losses, and for each context the share, with its error, of what full gains over `worst` that it has."""
+    """Mean losses, and for each context the share of full's gain over `worst` that it keeps, with standard error."""
     losses = {name: torch.cat(values).double().cpu().numpy() for name, values in losses.items()}
     figures = {"sequences": len(losses["full"]), **{name: float(values.mean()) for name, values in losses.items()}}
     for name in losses:
@@ -247,11 +247,11 @@ def recovered(losses, full, worst) -> tuple[float | None, float | None]:
     """
     (share of the gain of `full` over `worst` that `losses` keeps, its standard error over sequences: delta method).
 
-    Each an array with one loss per sequence. (None, None) where what the full context gains cannot be told from chance.
+    Each argument: an array with one loss per sequence. (None, None) if full's gain is below two standard errors.
     """
     gains = worst - full
     if not gains.mean() > 2 * gains.std() / len(gains) ** 0.5:
         return None, None
     share = (worst.mean() - losses.mean()) / gains.mean()
-    # To first order, the error of a ratio of means is that of the mean of what is left of its numerator
+    # Delta method: to first order the ratio's error is that of the mean of numerator − share · denominator
     return float(share), float((worst - losses - share * gains).std() / gains.mean() / len(gains) ** 0.5)

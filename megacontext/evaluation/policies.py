@@ -1,16 +1,16 @@
 """
-Does the focus find what is asked for? Questions about facts of long generated documents, at an equal budget.
+Focus policies compared at an equal budget: do they open the block with the fact that a question asks for?
 
 Shapes: R windows of N tokens, K = block_size, E blocks of the history that may be open.
 
-A window ends with the answer to a question; its fact stands somewhere in the history, before the newest tokens. The
-history is gists but for E blocks at full detail, which a policy chooses:
+A window ends with the answer to a question; the fact is somewhere in the history, before the newest tokens. The history
+is read as gists, except for E open blocks, which a policy chooses:
 
-- recency: the newest; random; bm25: those that share the rarest tokens with the newest ones, as a search engine would;
-- oracle: those that the fact stands in;
-- lens: one refocus of LensNet and the allocator, with the settings of inference, starting from recency.
+- recency: the newest; random; bm25: those that Okapi BM25 ranks highest for the newest tokens;
+- oracle: those that contain the fact;
+- lens: a refocus of LensNet and the allocator with the settings of inference, starting from recency.
 
-full is the whole window in tokens, gists no open block at all.
+For comparison: full is the whole window as tokens, gists has no open block.
 """
 
 import random
@@ -40,10 +40,10 @@ class Windows(NamedTuple):
 
 def recall_windows(tokenizer, token_bytes, N, recent, count, like) -> Windows:
     """
-    `count` windows of N tokens, each from a document of its own, whose fact ends before the last `recent` tokens.
+    `count` windows of N tokens, each from its own document, whose fact ends before the last `recent` tokens.
 
-    like: sizes of the documents that the model was trained on, as source.json has them; of longer documents they are
-    the same a character. Raises UserError when the documents have too few questions that reach so far.
+    like: sizes of the documents that the model was trained on, as in source.json; longer documents have as many facts
+    per character. Raises UserError if too few questions have a fact far enough back.
     """
     bos, pick, found = tokenizer.get_bos_token_id(), random.Random("windows 0"), []
     token_bytes = token_bytes.cpu()
@@ -56,7 +56,7 @@ def recall_windows(tokenizer, token_bytes, N, recent, count, like) -> Windows:
         fits = []
         for question in questions:
             fact, answer = token_spans(ids, token_bytes, [question.fact, question.answer])
-            start = answer[1] - 1 - N  # the window's inputs end with the last token but one of the answer
+            start = answer[1] - 1 - N  # the window's inputs end with the answer's second to last token
             if 0 <= start <= fact[0] and fact[1] <= start + N - recent:
                 fits.append((start, fact, answer))
         if fits:
@@ -79,9 +79,9 @@ def recall_windows(tokenizer, token_bytes, N, recent, count, like) -> Windows:
 @torch.no_grad()
 def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) -> dict[str, tuple]:
     """
-    name → (right [R] bool: every token of the answer would be the model's first choice; nll [R], of the answer).
+    name → (right [R] bool: whether every token of the answer has the highest logit; nll [R], nats per answer token).
 
-    Names: the policies, "full" and "gists". The documents' windows are read together: pass as many as memory allows.
+    Names: the policies, "full" and "gists". All windows are read in one batch: pass as many as memory allows.
     """
     c, device = reader.config, windows.x.device
     K, (R, N) = c.block_size, windows.x.shape
@@ -92,13 +92,13 @@ def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) ->
     E = min(open_blocks, old)
 
     def with_open(chosen):
-        """All old blocks as gists but those chosen, bool [R, old]."""
+        """The context in which all old blocks except `chosen`, bool [R, old], are gists."""
         lod_map = finest.lod_map
         lod_map[:, :old] = (~chosen).to("cpu", torch.int8)
         return WorkingContext.from_map(lod_map, N, K)
 
     def best(scores):
-        """The E blocks of highest score [R, old]; of equal ones the newest."""
+        """Bool [R, old]: the E blocks with the highest scores [R, old]; among equals the newest."""
         order = scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :E]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(1, old - 1 - order, True)
 
@@ -120,12 +120,12 @@ def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) ->
 
 def focus_by_length(reader, tokenizer, token_bytes, lengths, count, like, open_blocks, batch_size) -> dict:
     """
-    name → figures for each length of window that there are documents for, `count` windows each.
+    Figures for `count` windows of each length:
 
-    "by_length": rows {"tokens", "<policy>" (share of answers that are right), "<policy>_nll", "gap_closed" (of what
-    the oracle gains over random in accuracy, the part that the lens does; None where the oracle gains nothing),
-    "regret" (nats that the lens is behind the oracle)}. "depths": edges of DEPTHS bins of where the fact stands, 0 the
-    oldest; "right": of the lens, [length][depth], None in a bin without windows.
+    "by_length": rows {"tokens", "<policy>" (share of right answers), "<policy>_nll", "gap_closed" (lens's share of the
+    oracle's gain over random in accuracy; None if the oracle gains nothing), "regret" (lens's nll minus the oracle's)}.
+    "depths": edges of DEPTHS bins for the position of the fact, 0 the oldest; "right": lens's share of right answers,
+    [length][depth], None for a bin without windows.
     """
     device, recent = reader.device, reader.config.allocator_recent_tokens
     rows, maps = [], []
@@ -151,7 +151,7 @@ def focus_by_length(reader, tokenizer, token_bytes, lengths, count, like, open_b
 def _answers(reader, table, context, windows):
     cos_sin, bias = reader.positions(context), reader.key_bias(context.entries)
     x, longest, logits = table.materialize(context), int(windows.answer.sum(1).max()), []
-    for row, length in enumerate(context.lengths().tolist()):  # one at a time: a vocabulary for each token is much
+    for row, length in enumerate(context.lengths().tolist()):  # one row at a time: logits of all need much memory
         part = slice(row, row + 1), slice(length)
         of_row = {"cos_sin": tuple(t[part] for t in cos_sin), "key_bias": None if bias is None else bias[part]}
         logits.append(reader.model(inputs_embeds=x[part], **of_row)[:, -longest:])
@@ -163,7 +163,7 @@ def _answers(reader, table, context, windows):
 
 
 def holds(fact, K, old):
-    """Bool [R, old]: the blocks in which the fact [R, 2] stands."""
+    """Bool [R, old]: the blocks that contain the fact [R, 2]."""
     block = torch.arange(old, device=fact.device)
     return (block >= fact[:, :1] // K) & (block <= fact[:, 1:] // K)
 

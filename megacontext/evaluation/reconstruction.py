@@ -1,5 +1,5 @@
 """
-What a gist still says of its tokens: a decoder that reads the block back out of it, place by place.
+How much a gist retains of its tokens: a decoder is trained to reconstruct the block from it, position by position.
 
 Shapes: M blocks of K tokens, D = n_embd, V = vocab_size.
 """
@@ -20,7 +20,7 @@ MATRIX_LR, OTHER_LR = 0.02, 0.003
 
 
 class BlockDecoder(nn.Module):
-    """Gists [M, D] → [M, K, D]: all places at once, so that no token is guessed from the one before it."""
+    """Gists [M, D] → [M, K, D]: all positions at once, so that no token is predicted from the one before it."""
 
     def __init__(self, n_embd: int, block_size: int):
         super().__init__()
@@ -35,10 +35,10 @@ class BlockDecoder(nn.Module):
 
 def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps) -> dict:
     """
-    Share of tokens read right out of gists of level 1, by a decoder that is trained for it on frozen gists.
+    Share of tokens that a decoder, trained on frozen gists of level 1, reconstructs correctly.
 
-    gist_fn(children [M, K, D], level) -> [M, D], or wider, of which D are read. samples: name → (for training, for the
-    test), functions n -> ids [n, K] on the model's device; the decoder is trained on equal parts of each. Returns
+    gist_fn(children [M, K, D], level) -> [M, ≥ D], of which the first D channels are read. samples: name → (training
+    sampler, test sampler), functions n -> ids [n, K] on the model's device; training uses equal parts of each. Returns
     name → accuracy.
     """
     device, D = model.get_device(), model.config.n_embd
@@ -48,7 +48,7 @@ def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps) -
     matrices, others = split_parameters(decoder)
     optimizers = [Muon(matrices, lr=MATRIX_LR), torch.optim.AdamW(others, lr=OTHER_LR, weight_decay=0.0)]
     with torch.no_grad():
-        words = norm(model.transformer.wte.weight).float()  # tokens are told by what the gists are made of
+        words = norm(model.transformer.wte.weight).float()  # the decoder's head: the embeddings that gists are made of
 
     def read(ids):
         with torch.no_grad():

@@ -5,9 +5,9 @@ RULER's tasks (arXiv 2404.06654), made here in its format: find in a long text w
     niah_single_2    the same in local text                                   niah_multivalue   four numbers of one key
     vt               variables assigned to each other, five to be named       cwe               the ten commonest words
 
-As there, vt and cwe show a small example first, answers are given greedily, and the score is the share of the answers
-that occur in what was said. The words are our own, and local text stands for essays. A small model knows few words:
-recall_single and recall_multikey hide facts among sentences of nanochat.recall and ask for them in its form.
+As in RULER, vt and cwe begin with a small example, answers are generated greedily, and the score is the share of the
+reference answers that occur in the output. The words are our own, and local text replaces essays. For small models with
+few words, recall_single and recall_multikey hide facts among sentences of nanochat.recall and ask in its form.
 """
 
 import random
@@ -24,7 +24,7 @@ COMMON = 10
 
 
 class Haystack(NamedTuple):
-    """What a task is made of: the number of units, the local text they come from, the length aimed at, in tokens."""
+    """A task's material: number of units, lines of the local text they come from, target length in tokens."""
 
     size: int
     lines: list[str]
@@ -47,7 +47,7 @@ def hidden(rng, needles, haystack) -> str:
 
 
 def excerpt(rng, hay) -> list[str]:
-    """Lines of the text from a random place on, from its beginning again after the last."""
+    """Consecutive lines of the text from a random one on, cyclically."""
     start = rng.randrange(len(hay.lines))
     return [hay.lines[(start + i) % len(hay.lines)] for i in range(hay.size)]
 
@@ -91,7 +91,7 @@ def variable_tracking(rng, hay, letters=5) -> Question:
 
 
 def common_words(rng, hay, times=None) -> Question:
-    """Units: different words besides the common ones; beyond those of LEXICON all are repeated more often instead."""
+    """Units: distinct words besides the common ones; if LEXICON has too few, all words are repeated more often."""
     most, own = len(LEXICON) - COMMON, (6, 1) if hay.length < 4096 else (30, 3)
     repeat, words, times = -(-hay.size // most), rng.sample(LEXICON, COMMON + min(hay.size, most)), times or own
     listed = (words[:COMMON] * times[0] + words[COMMON:] * times[1]) * repeat
@@ -137,8 +137,8 @@ def recall_tasks(ask=True) -> dict:
 
 def question(name, task, length, index, tokenizer, lines, seed=0) -> Question | None:
     """
-    Number `index` of the questions of a task of this name, whose prompt with BOS and answer have at most `length`
-    tokens, and hardly less; None if its smallest has more. lines: of local text.
+    Question number `index` of the task, as long as fits into `length` tokens with BOS and the answer; None if even its
+    shortest form does not fit. lines: of local text.
     """
 
     def made(size):
@@ -162,7 +162,7 @@ def question(name, task, length, index, tokenizer, lines, seed=0) -> Question | 
 
 
 def share_said(said: str, answers) -> float:
-    """The share of the answers that occur in what was said, whatever the case."""
+    """The share of the answers that occur in the output, ignoring case."""
     return sum(answer.lower() in said.lower() for answer in answers) / len(answers)
 
 

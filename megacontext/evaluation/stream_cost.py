@@ -6,16 +6,16 @@ import torch
 
 from megacontext.session import MCSession
 
-STEPS_IN_INTERVALS = 4  # at each length, so that the refocuses count as often as they come
+STEPS_IN_INTERVALS = 4  # measured steps at each length, in refocus intervals: whole ones weight refocuses correctly
 
 
 def stream_cost(session: MCSession, tokens, lengths) -> list[dict]:
     """
-    A row for each of the `lengths` (rising) to which the session, fresh and of one row, is grown with `tokens`, ids:
+    Grow a new session through the ascending `lengths` with `tokens`, a list of ids; returns a row of figures for each:
 
-    tokens; entries (of the budget); first_token_s: seconds to read so many tokens from nothing, and the logits after
-    them; next_turn_ms: to read another 64; token_ms: mean milliseconds per token of the following, refocuses included;
-    tree_mb and cache_mb; swap_rate and residency so far (see Record).
+    tokens; entries; budget; first_token_s: seconds to read that many tokens in a new session, up to the logits;
+    next_turn_ms: milliseconds to read 64 more; token_ms: mean milliseconds per generated token, refocuses included;
+    tree_mb and cache_mb: MiB; swap_rate and residency so far (see Record).
     """
     rows, reading = [], 0.0
     for N in lengths:

@@ -1,4 +1,4 @@
-"""What validation during training says of MegaContext: the loss of the newest tokens, read as a session reads them."""
+"""Validation with MegaContext during training: the loss of the newest tokens in contexts like those of sessions."""
 
 import math
 
@@ -8,16 +8,16 @@ from megacontext.reader import newest
 from megacontext.working_context import WorkingContext
 from nanochat.common import sum_dtype, sum_over_ranks
 
-MIN_GAIN = 0.01  # bits per byte; of less, no share can be told
+MIN_GAIN = 0.01  # bits per byte; a smaller gain is too uncertain to compute a share of it
 
 
 @torch.no_grad()
 def validate(reader, batches, steps, token_bytes) -> dict:
     """
-    Bits per byte of all tokens, each after those before it; and of the newest ones (allocator_recent_tokens of T) in
-    three contexts: all T tokens; a working context of at most mc_eval_soft_max_length entries, in focus as at
-    inference; the last so many tokens. And the share of what the first gains over the last that the second keeps, None
-    where that is less than MIN_GAIN. Over all ranks.
+    Bits per byte of all tokens in the plain context; of the newest allocator_recent_tokens of the T tokens in three
+    contexts: all T tokens; a working context of at most mc_eval_soft_max_length entries, after refocuses as at
+    inference; that many last tokens. And the share of the first context's gain over the third that the second keeps,
+    None if that gain is at most MIN_GAIN. Over all ranks.
 
     batches: iterator of (x, y) [B, T], of which `steps` are read. token_bytes [V]: bytes of each token.
     """
@@ -34,7 +34,7 @@ def validate(reader, batches, steps, token_bytes) -> dict:
         table = reader.tree(embeds)
         context = WorkingContext.initial(T, K, budget, c.allocator_recent_tokens, B)
         context = reader.focus(table, context, budget)
-        full = reader.read(embeds, WorkingContext.finest(B, T, K), y).nll  # as gists: one graph if compiled
+        full = reader.read(embeds, WorkingContext.finest(B, T, K), y).nll  # by the same path: one graph if compiled
         mc = newest(reader.read(table.materialize(context), context, y).nll, context, tail)
         last = reader.read(reader.embed(x[:, -budget:]), WorkingContext.finest(B, budget, K), y[:, -budget:]).nll
         scored = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)

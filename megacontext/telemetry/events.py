@@ -85,7 +85,7 @@ METRICS = {  # key in the log → what it is. In the metric's name a slash becom
     "mc/base_loss": "loss of the sequences read in full, nats per token",
     "mc/lod_loss/{lod}": "the variants' loss at targets that follow an entry of this level, nats per token",
     "mc/lens_loss": "divergence of LensNet's scores from the model's attention, in nats",
-    "mc/lod_count/{lod}": "entries of a level per working context",
+    "mc/lod_count/{lod}": "entries of a level in a working context",
     "mc/variants_total": "working contexts in a micro-batch",
     "mc/tree_tokens": "tokens in a tree",
     "mc/wc_entries": "entries of a working context",
