@@ -126,7 +126,7 @@ def test_what_gists_keep_in_a_sentence():
     )
     for full, shares in ((3.45, (0.5, 0.4, 0.6)), (3.3, (None, None, None))):  # too little, or not told from chance
         said = mc_eval.what_gists_keep([{"ratio": 8, "entries": 46} | of_gists(full, 3.5, shares)])
-        assert f"makes {3.5 - full:.2f} nats per token for this model, less than 0.1" in said
+        assert f"is worth {3.5 - full:.2f} nats per token to this model, less than 0.1" in said
         assert "%" not in said
 
 
