@@ -1,5 +1,5 @@
 """
-Checkpoints: written so that a kill, a full disk or a flipped bit never costs more than the one being written.
+Checkpoints: a kill or a full disk costs at most the checkpoint being written; damaged ones are detected by checksums.
 
 A step's files are model_%06d.pt, mc_%06d.pt if networks go with the model, optim_%06d.pt and state_%06d.pt (one of
 the latter two for each rank, the first rank's without a suffix), meta_%06d.json, and last manifest_%06d.json with

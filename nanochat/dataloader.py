@@ -25,8 +25,8 @@ class TokenLoader:
     """
     Endless iterator of (x, y), each int64 [B, T] on `device`, where y is x one token later.
 
-    A thread reads, tokenizes and assembles up to `prefetch` batches ahead per stream; what goes wrong in it is raised
-    by `next`. Usable as a context manager; `close()` ends the thread.
+    A thread reads, tokenizes and assembles up to `prefetch` batches ahead per stream; `next` raises its exceptions.
+    Usable as a context manager; `close()` ends the thread.
 
     tokenizer: has get_bos_token_id() and encode_to_numpy(texts, num_threads) -> list of uint32 arrays.
     split: "train" or "val". ranks: the streams that take turns to give a batch, of world_size in all; by default one,
@@ -34,8 +34,8 @@ class TokenLoader:
     which come in random order, so that what is read does not stay with one document. state: a `state_dict()` of the
     same ranks, to go on from there.
 
-    fresh [B], bool: of the last batch, whether a document or a piece begins in a row: what was before is of another
-    text.
+    fresh [B], bool: whether a document or piece begins in each row of the last batch, so that the text before it is
+    unrelated.
     Raises UserError for missing or broken shards, fewer row groups than ranks, a state that does not fit.
     """
 
@@ -91,8 +91,8 @@ class TokenLoader:
 
     def state_dict(self) -> list[dict]:
         """
-        Where the batch after the last one handed out begins in each stream: small, JSON-able. When all have given as
-        many batches, since a loader made with it begins with the first stream.
+        The position in each stream after the last batch that was returned: small, JSON-able. Call it when all streams
+        have given equally many batches, since a loader resumed from it begins with the first stream.
         """
         return [
             {"epoch": epoch, "row_group": row_group, "token": token, "rank": rank, "world_size": self.world_size}

@@ -306,20 +306,20 @@ def _build(record, make_shards, num_files, data_dir):
 @dataclass
 class Config:
     num_files: Annotated[Count, short("-n")] = -1
-    """training shards, -1 for all; the validation shard comes on top"""
+    """number of training shards, -1 for all; the validation shard is fetched in addition"""
     num_workers: Annotated[Count, short("-w")] = 4
     """parallel downloads"""
     source: str = "hub"
-    """hub (FineWeb-Edu), stdlib (Python's standard library), recall (generated documents whose later parts ask for
-    facts of earlier ones), or a folder of text, code, .jsonl, .parquet"""
+    """hub (FineWeb-Edu), stdlib (Python's standard library), recall (generated documents that ask for facts stated
+    earlier in them), or a folder of text, code, .jsonl, .parquet"""
     recall_part: Fraction = 0.0
-    """stdlib, folder: part of the characters that are recall documents between the others, from 0 to below 1"""
+    """stdlib, folder: fraction of the characters that are recall documents, mixed among the others, 0 to below 1"""
     recall_primer: CountOr0 = 0
-    """stdlib, folder: characters of short recall documents that come first, from which small models learn to look up:
-    9,000,000, say"""
+    """stdlib, folder: characters of short recall documents before all others, such as 9,000,000, from which small
+    models learn to look facts up"""
     # For --source recall, and for --recall_part
     seed: CountOr0 = 0
-    """recall: another seed gives other documents"""
+    """recall: random seed of the documents"""
     recall_documents: Count = 8000
     """recall: training documents; 5% more are for validation"""
     recall_chars: Count = recall.Sizes.chars
@@ -331,13 +331,13 @@ class Config:
     recall_distractors: CountOr0 = recall.Sizes.distractors
     """recall: facts of a document that are not asked for"""
     recall_min_distance: Count = recall.Sizes.min_distance
-    """recall: characters from a fact to the answer, at least; the distances are log-uniform"""
+    """recall: minimum distance from a fact to the answer in characters; distances are log-uniform"""
     recall_max_distance: Count = recall.Sizes.max_distance
-    """recall: characters from a fact to the answer, at most; -1 for as far as the document reaches"""
+    """recall: maximum distance from a fact to the answer in characters; -1 for the length of the document"""
     recall_times: Count = recall.Sizes.times
-    """recall: times that each is asked for, at distances of their own"""
+    """recall: number of times that each fact is asked for, each at its own distance"""
     recall_ask: bool = recall.Sizes.ask
-    """recall: ask for facts; 0 tells them again instead, which a small model learns sooner"""
+    """recall: ask for facts; with 0 they are restated without a question, which a small model learns sooner"""
 
 
 def main(config: Config):

@@ -1,8 +1,7 @@
 """
-Fast decoding: a GPT's weights, copied once into the layout and precision that generation likes best.
+Fast decoding: a GPT's weights are copied once into the layout and precision in which generation is fastest.
 
-A transformation from outside: the model knows nothing of it, and has no cache. Decoder and GPT.forward are equal up to
-rounding.
+The model itself has no code for generation and no cache. Decoder and GPT.forward are equal up to rounding.
 
 Shapes: B rows, T tokens, D = n_embd, H = n_head, K = n_kv_head, d = D / H, L layers, V = vocab_size.
 """
@@ -38,10 +37,10 @@ register_optimizer_step_post_hook(_after_optimizer_step)
 
 def weights_version(model):
     """
-    A value that changes when the model's weights do. Found without reading the weights.
+    A value that changes when the model's weights do, computed without reading the weights.
 
-    Notices changes in place, other tensors in their place, and steps of optimizers (AdamW's fused one raises no version
-    of its parameters). What goes past all that, as `weight.data.mul_(2)` does, it does not notice.
+    It notices changes in place, replaced tensors, and optimizer steps (fused AdamW does not increase the version of its
+    parameters). It does not notice changes through `.data`, such as `weight.data.mul_(2)`.
     """
     return _optimizer_steps, [
         (StorageWeakRef(p.untyped_storage()), p.data_ptr(), object() if p.is_inference() else p._version)
@@ -82,9 +81,9 @@ class Decoder:
     """
     What GPT.forward computes, with a KVCache, and with weights converted once to `dtype` (see compute_dtype).
 
-    Making one costs some steps. It does not follow the model: make another when weights have changed, as
-    `weights_version` tells. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: where
-    there is CUDA); elsewhere True runs the same static shapes without a graph.
+    Making one takes as long as a few steps. It does not follow the model: make another when `weights_version` has
+    changed. A surrounding autocast has no effect. `graph`: whether steps are CUDA graphs (None: if there is CUDA);
+    without CUDA, True runs the same static shapes without a graph.
     """
 
     @torch.no_grad()
@@ -98,18 +97,18 @@ class Decoder:
 
     @property
     def max_seq_len(self) -> int:
-        """Positions with rotary angles, beyond which they must be given."""
+        """Number of positions in the table of rotary angles; angles beyond it must be passed."""
         return self.cos.size(1)
 
     @torch.inference_mode()
     def extend(self, inputs, cache, positions=None, seen=None, last=(slice(None), -1)):
         """
-        Logits [B, V] in float32 after the inputs, which go into the cache; or those after the inputs of index `last`.
+        Append inputs to the cache; logits [B, V] in float32 after the last of them, or after those at index `last`.
 
-        inputs: ids [B, T], or embeddings [B, T, D] as GPT.embed makes them. positions: that of the first one, for its
-        rotary angles, or (cos, sin) or (cos, sin, fade) of all, each [B, T, 1, ...]; None for cache.pos. Given ones may
-        exceed the model's table; without, ValueError. seen: None where each input sees all that is in the cache and the
-        inputs up to itself, else [T, pos + T]: bool, or what is added to the scores.
+        inputs: ids [B, T], or embeddings [B, T, D] from GPT.embed. positions: that of the first input, or the rotary
+        angles (cos, sin) or (cos, sin, fade) of all, each [B, T, 1, ...]; None for cache.pos. ValueError for positions
+        beyond the model's table; angles may be for any. seen: None if each input attends to the whole cache and the
+        inputs up to itself, else [T, pos + T]: bool, or a bias on the attention scores.
         """
         T = inputs.size(1)
         positions = self.checked(positions, cache, T)
@@ -130,8 +129,8 @@ class Decoder:
     def stepper(self, cache):
         """
         The fastest step for this cache: a function (ids [B], positions=None) -> logits [B, V]; for RowCaches (ids,
-        positions, rows=None), with a list of positions, and the numbers of the rows that take part: what comes of
-        others means nothing, and they stay as they are.
+        positions, rows=None), with a list of positions and the numbers of the rows that take part: the logits of other
+        rows are meaningless, and their caches do not change.
         """
         if self.graph:
             return StaticStep(self, cache)
@@ -139,7 +138,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _step_rows(self, ids, positions, rows=None, *, cache):
-        """A step for RowCaches, on no more of them than is filled."""
+        """A step for RowCaches that reads only their filled slots."""
         n, longest = len(ids), cache.longest + 1
         cache.reserve(longest)
         data, lengths = cache.data[:, :, :n, :, :longest], [row.pos + 1 for row in cache.rows]

@@ -1,14 +1,14 @@
 """
 Generation: prefill once, then decode all rows together, one token per row and step.
 
-`Engine.generate` answers one prompt, in several rows. A Batch answers several (continuous batching): they share the
-steps of one model, and come and go between any two. What a row gets does not depend on the rows beside it, but for
-rounding: it has a session, a cache, settings of sampling and a tool of its own.
+`Engine.generate` answers one prompt, in one or more rows. A Batch answers several (continuous batching): its streams
+share the steps of one model, and are added and removed between steps. Up to rounding, a row does not depend on the rows
+beside it: each has its own session, cache, sampling settings and tool.
 
 The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
 two methods: `prefill(tokens) -> logits [rows, V]` and `read(ids [rows]) -> logits [rows, V]`, or None when there
-is no room for more. After `read`, `wish` is None or [1], on the device; its value, once known, is for `follow`,
-which may have better logits. CacheSession is the plain one: all tokens so far, in a KV cache. Others have one row.
+is no room for more. After `read`, `wish` is None or a tensor [1] on the device; pass its value to `follow`, which may
+return better logits. CacheSession is the plain one: all tokens so far, in a KV cache. Others have one row.
 """
 
 from collections import deque
@@ -41,7 +41,7 @@ class Engine:
 
     @property
     def decoder(self) -> Decoder:
-        """The model as it is now, laid out for generation; kept until its weights change."""
+        """A Decoder of the current weights; kept until they change."""
         dtype, version = self.dtype or compute_dtype(self.model), weights_version(self.model)
         if self._decoder is None or (self._decoder.dtype, self._version) != (dtype, version):
             self._decoder = None  # frees its memory first
@@ -63,12 +63,11 @@ class Engine:
         """
         Yield (ids, mask) per step: one id per row, and 1 where it was sampled, 0 where a tool's answer forced it.
 
-        tokens: the prompt, a list of ids. session: what the tokens of one row attend to (default: all of them, at full
-        detail).
-        settings: others of Sampling.
-        Ends after max_tokens steps, or when every row has ended its turn (a row that is done goes on in its column, to
-        be ignored), or when the session has no room for more: by default, after model.max_seq_len tokens and the one
-        that these predict.
+        tokens: the prompt, a list of ids. session: of one row; default: a CacheSession, of all tokens at full detail.
+        settings: further fields of Sampling.
+        Ends after max_tokens steps, or when every row has ended its turn (until then ended rows still yield ids, to be
+        ignored), or when the session has no room for more: by default, after model.max_seq_len tokens and the one that
+        these predict.
         """
         if not tokens:
             raise ValueError("expected at least one token as the prompt, got none")
@@ -113,8 +112,8 @@ class Engine:
         """
         All rows at once: (ids, masks), lists of num_samples lists that begin with the prompt (mask 0).
 
-        keep_end: with the token that ended a row's turn, if one did. make_session(seed=…): what each row attends to,
-        made and closed one row after the other; None for all tokens, at full detail.
+        keep_end: include the token that ended a row's turn, if one did. make_session(seed=…): makes the session of each
+        row, one row after the other; None for all tokens, at full detail.
         """
         if make_session:
             rows = [], []
@@ -151,7 +150,7 @@ def wait_for(ids, wishes):
 
 
 class Row:
-    """One row while it is generated: tells what it goes on with, runs its tool, and knows when its turn has ended."""
+    """A row being generated: runs its tool, forces the tool's answer into it, and detects the end of the turn."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ends = tokenizer, tokenizer.turn_ends
@@ -161,7 +160,7 @@ class Row:
         self.call = None  # ids of the tool call being written, None outside of one
 
     def take(self, sampled):
-        """(id that the row goes on with, 1 if it is the one that was sampled, 0 if a tool's answer forces another)."""
+        """(next id of the row, 1 if it is the sampled one, 0 if a tool's answer forces another)."""
         id, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
         if id in self.ends:
             self.done = True
@@ -185,23 +184,23 @@ class Row:
 @dataclass(eq=False)
 class Stream:
     """
-    An answer while it is made.
+    An answer being generated.
 
-    with_logits: whether it is told what its tokens were chosen from. keep: whether its session is used after it. ended:
-    why no more tokens come, "stop", "length" or an exception; None as long as they do.
+    with_logits: whether `Batch.step` returns its logits, too. keep: whether its session is used afterwards. ended: why
+    generation ended: "stop", "length" or an exception; None before that.
     """
 
     prompt: list[int]
-    left: int  # tokens that it may still have
+    left: int  # tokens that it may still generate
     sampling: Sampling
     session: object
     keep: bool
     with_logits: bool
     row: Row
-    parts: object = None  # of the prompt, while they are read
+    parts: object = None  # the generator that reads the prompt
     id: int = 0  # its newest token
-    logits: torch.Tensor | None = None  # [1, V] that its next token comes from, where they are there already
-    position: int = 0  # of its newest token, while that is read with those of others
+    logits: torch.Tensor | None = None  # [1, V] for its next token, if they are known already
+    position: int = 0  # of its newest token, while it is read in a batch with others
     ended: str | Exception | None = None
 
 
@@ -227,8 +226,7 @@ class Batch:
         """
         A new stream; nothing is computed yet.
 
-        session: what its tokens attend to, of one row, the stream's own until it has ended; by default, all tokens at
-        full detail.
+        session: of one row, for this stream alone until it has ended; by default, of all tokens at full detail.
         """
         if not prompt or max_tokens < 1:
             raise ValueError(f"expected at least one token of a prompt and to make, got {len(prompt)} and {max_tokens}")
@@ -238,7 +236,7 @@ class Batch:
         return stream
 
     def remove(self, stream):
-        """No more of this stream; nothing happens if it has ended."""
+        """End this stream; no effect if it has ended."""
         if stream in self.reading:
             self.reading.remove(stream)
             if stream.parts:
@@ -254,10 +252,10 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[tuple[Stream, int | None, torch.Tensor | None]]:
         """
-        Read some tokens of the prompts, in turn, and then make a token of each stream that has read its own.
+        Read about PART tokens of waiting prompts, in turn, then generate a token of each stream whose prompt is read.
 
-        Returns (stream, id, logits [1, V] if it asks for them) of each that has something new: a token, or, with id
-        None, the news that it has ended.
+        Returns (stream, id, logits [1, V] or None if it does not ask for them) for each new token; id None means that
+        the stream has ended.
         """
         self.news, budget = [], PART
         while self.reading and budget > 0:
@@ -274,7 +272,7 @@ class Batch:
 
     def _read(self):
         """
-        A part of the prompt whose turn it is; with the last one its stream gets a row. Returns how many tokens it cost.
+        Read a part of the next prompt; after the last part its stream gets a row. Returns the cost in tokens.
         """
         stream = self.reading[0]
         try:
@@ -295,7 +293,7 @@ class Batch:
         return cost
 
     def _logits(self):
-        """What the next token of each stream comes from, [B, V]; those whose session has no room for more end here."""
+        """Logits [B, V] of the next token of each stream; streams whose session has no room for more end here."""
         for stream in [stream for stream in self.streams if stream.logits is None]:
             try:
                 entered = stream.session.enter(torch.tensor([stream.id], device=self.decoder.device))

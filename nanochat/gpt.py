@@ -92,8 +92,8 @@ def positioned(x, cos, sin, fade=None):
 
 def split_deep(x, n_embd, n_layer):
     """
-    (embeddings [..., D], {layer: what `deepened` adds before it}) of inputs [..., (1 + n)·D]: what stands behind an
-    embedding goes in at n layers, spread evenly (DeepStack, arXiv 2406.04334).
+    (embeddings [..., D], {layer: vectors that `deepened` adds before it}) of inputs [..., (1 + n)·D]: the n vectors
+    after an embedding are added at n evenly spaced layers (DeepStack, arXiv 2406.04334).
     """
     if x.size(-1) == n_embd:  # a view of x, the same but for its strides, would be compiled again
         return x, {}
@@ -103,8 +103,8 @@ def split_deep(x, n_embd, n_layer):
 
 def deepened(x, deep, layer):
     """
-    The residual stream x [..., D] before a layer, with what split_deep has for it: vectors in units of the root mean
-    square of what they are added to. Embeddings have that of 1, but states become many times as long.
+    The residual stream x [..., D] before a layer, plus the vectors that split_deep has for it, scaled by the root mean
+    square of x. That is 1 for embeddings, but many times as large in later layers.
     """
     if layer not in deep:
         return x
@@ -113,8 +113,8 @@ def deepened(x, deep, layer):
 
 class Looks(NamedTuple):
     """
-    Where P tokens of each row look, without a gradient: per layer their queries [B, H, P, d] and the keys of all tokens
-    [B, H_kv, T, d]; states [B, P, D]: of the tokens, before the last layer.
+    Data on the attention of P tokens per row, without gradients: per layer their queries [B, H, P, d] and the keys of
+    all tokens [B, H_kv, T, d]; states [B, P, D] of the P tokens before the last layer.
     """
 
     queries: tuple
@@ -124,8 +124,8 @@ class Looks(NamedTuple):
 
 def attend(q, k, v, asking, mask=None):
     """
-    (values [B, T, H·d] that T queries q [B, H, T, d] find, what Looks holds of them or None). They see the T keys and
-    values k, v [B, H_kv, T, d] up to their own; asking: see GPT.trunk. mask: see causal_mask.
+    Causal attention: (outputs [B, T, H·d] for q [B, H, T, d] and k, v [B, H_kv, T, d]; this layer's part of Looks, or
+    None). asking: see GPT.trunk. mask: see causal_mask.
     """
     B, H, T, d = q.shape
     y = attention(q, k, v, mask, causal=mask is None).transpose(1, 2).reshape(B, T, H * d)
@@ -144,8 +144,7 @@ def attention(q, k, v, mask=None, causal=False):
 
 def causal_mask(key_bias, T, dtype):
     """
-    What is added to the attention scores of the T queries at the last positions, where keys have a bias [B, n]:
-    [B, 1, T, n], −inf for later keys.
+    The additive mask [B, 1, T, n] for T queries at the last positions, with a bias [B, n] per key: −inf for later keys.
     """
     n = key_bias.size(1)
     later = torch.full((T, n), -torch.inf, device=key_bias.device).triu(n - T + 1)
@@ -301,7 +300,7 @@ class GPT(nn.Module):
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lm_head.weight.dtype)
 
     def final_norm(self, x):
-        """What the head reads of the activations after the last layer."""
+        """The head's input, from the activations after the last layer."""
         return norm(x)
 
     loss_of_rows = staticmethod(loss_of_rows)  # in whose place a compiled one may be put
@@ -311,7 +310,7 @@ class GPT(nn.Module):
         (activations [B, T, D] that the head reads, looks) of embeddings x [B, T, D], or what `split_deep` takes; the
         other arguments as of forward.
 
-        asking: tokens [B, P] int64 that are asked where they look, None for nobody, with no looks. See Looks.
+        asking: indices [B, P] int64 of the tokens for which to return Looks; None for no looks.
         """
         cos_sin, mask = self._placed(x, cos_sin, key_bias)
         pairs, states = [], None
@@ -328,7 +327,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def states(self, x, cos_sin=None, key_bias=None):
-        """What goes into the last layer, [B, T, D], of inputs as of `trunk`; without a gradient."""
+        """The last layer's input [B, T, D], for inputs as of `trunk`; without a gradient."""
         last = self.config.n_layer - 1
         cos_sin, mask = self._placed(x, cos_sin, key_bias)
         x, deep = split_deep(x, self.config.n_embd, self.config.n_layer)
@@ -373,7 +372,7 @@ class GPT(nn.Module):
         teacher [B, T, D], with row_weights: activations as of `trunk`, from which the loss is the divergence.
         cos_sin: (cos, sin), each [B or 1, T, 1, d/2], instead of positions 0, 1, …; or (cos, sin, fade), the
         last [B or 1, T, 1, d], a factor of the normalized queries and keys.
-        key_bias [B, T]: what is added to the attention scores of each key.
+        key_bias [B, T]: a bias on the attention scores of each key.
         asking: if given, return (all this, looks): see trunk.
         """
         if (idx is None) == (inputs_embeds is None):

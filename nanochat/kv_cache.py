@@ -1,5 +1,5 @@
 """
-Caches of keys and values, of one stream and of several that share their steps, and the session that has no more.
+KV caches, of one stream and of several that share their steps, and CacheSession, the session of plain decoding.
 
 Shapes: B or R rows, T tokens, K = n_kv_head, d = D / n_head, L layers.
 """
@@ -40,7 +40,7 @@ class KVCache:
 
     @property
     def longest(self) -> int:
-        """Positions filled in the fullest row: here all are alike."""
+        """Number of positions filled in the fullest row; here all rows are equal."""
         return self.pos
 
     @property
@@ -50,8 +50,8 @@ class KVCache:
     @torch.inference_mode()
     def keep(self, kept):
         """
-        Forget the positions that are not among `kept`, bool [pos] on the CPU. Keys carry their places in the text, so
-        their order is free: the last ones move into the gaps. Returns where each one left stood before, [new pos].
+        Drop the slots that are not in `kept`, bool [pos] on the CPU. Keys contain their positions, so their order is
+        free: the last ones move into the gaps. Returns the previous slot of each remaining one, [new pos].
         """
         n = int(kept.sum())
         order, gaps = torch.arange(n), (~kept[:n]).nonzero()[:, 0]
@@ -83,7 +83,7 @@ class KVCache:
         return new
 
     def hold(self, data, shared=None):
-        """Use this memory, a row of `shared` or the cache's own, into which the caller has copied what is filled."""
+        """Use this memory, a row of `shared` or the cache's own, into which the caller has copied the filled slots."""
         self.data, self.capacity, self.shared = data, data.size(4), shared
         self.layers = [pair.unbind() for pair in data.unbind(1)]  # (keys, values), taken apart once and for all
 
@@ -93,7 +93,7 @@ class KVCache:
 
 
 def key_bias(caches, length):
-    """What is added to the scores of the first `length` keys of R caches of one row, [R, length]; None for nothing."""
+    """The bias [R, length] on the scores of the first `length` keys of R one-row caches; None if there is none."""
     biased = [(row, cache.bias) for row, cache in enumerate(caches) if cache.bias is not None]
     if not biased:
         return None
@@ -108,10 +108,10 @@ ROOM = 64  # positions that a row has left when it joins others
 
 class RowCaches:
     """
-    KVCaches of one row each, `rows`, side by side in data [2, L, R, K, capacity, d], each filled as far as it likes.
+    One-row KVCaches, `rows`, side by side in data [2, L, R, K, capacity, d], each with its own length.
 
-    Keys carry their positions, so that a row may be cut, edited and read on alone; one step of all rows together writes
-    each row's key behind its own last. Rows come and go between two steps; R >= len(rows) and the capacity follow.
+    Keys contain their positions, so each row may be truncated and edited independently; a step of all rows writes each
+    row's key behind its last one. Rows are added and removed between steps; R >= len(rows) and the capacity adapt.
     """
 
     def __init__(self):
@@ -123,13 +123,13 @@ class RowCaches:
         self._make_room(len(self.rows) + 1, max(self.capacity, cache.pos + ROOM), like=cache.data)
         row = self._row(len(self.rows))
         row[..., : cache.pos, :] = cache.data[..., : cache.pos, :]
-        row[..., cache.pos :, :] = 0  # what is hidden counts 0 times: it must not be infinite or NaN
+        row[..., cache.pos :, :] = 0  # masked slots are multiplied by 0: they must not be infinite or NaN
         cache.hold(row, self)
         self.rows.append(cache)
 
     @torch.inference_mode()
     def leave(self, row, keep):
-        """Row number `row` leaves, and the last one takes its place. keep: what it holds goes with it."""
+        """Remove a row; the last one takes its place. keep: copy its contents into memory of its own."""
         cache, last = self.rows[row], self.rows.pop()
         if keep:
             cache.leave()
@@ -192,7 +192,7 @@ class RowCaches:
 
 
 class CacheSession:
-    """The plain context: every token, at full detail, as far as the model's positions go."""
+    """The plain context: all tokens at full detail, up to the number of the model's positions."""
 
     wish = None  # it has all that there is
 

@@ -32,16 +32,16 @@ def accumulation_steps(total_batch_size, device_batch_size, max_seq_len, world_s
 
 class MicroBatches:
     """
-    The micro-batches of training, such that a step has the same tokens for any number of processes.
+    The micro-batches of training. A step has the same tokens for any number of processes.
 
     Micro-batch i of rank r consists of `streams` streams of B / streams rows each, numbered from
     (i·world_size + r)·streams on, of accumulation·world_size·streams in all. A single stream makes a batch of
     consecutive text; several mix documents, which matters for small batches. If a small corpus has too few row
     groups for that many streams, micro-batches take turns on the same streams.
 
-    piece: see TokenLoader. state: a `state_dict()` to resume from; exactly, if the number of streams is the same. If
-    not, as with another B, the text continues after the last row group that was begun; what was left of those is read
-    in the next epoch.
+    piece: see TokenLoader. state: a `state_dict()` to resume from; exactly, if the number of streams is the same.
+    Otherwise, as with another B, the text continues after the last row group that was begun; unread parts of earlier
+    ones follow in the next epoch.
 
     keeper: an object with a state per stream, which is saved with the loader's: `save(stream)` returns it as tensors in
     lists or dicts, `load(stream, saved)` restores it. With one, a batch is (x, y, origins), the last
@@ -124,16 +124,16 @@ def muon_momentum(step) -> float:
 
 
 def compiles(mode: str, device) -> bool:
-    """What --compile says: "on", "off", or "auto", which is on for CUDA."""
+    """Whether to compile, by --compile: "on", "off", or "auto", which is on for CUDA."""
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
 def maybe_compile(model, mode: str, device):
     """
-    The model, its blocks and its loss compiled where --compile says so, in place.
+    Compile the blocks and the loss of a model in place, if --compile says so; returns the model.
 
-    Not as a whole: what is compiled for one block serves them all, so that the start does not take longer for a deeper
-    model; from the second length of sequences on it serves any length.
+    Blocks are compiled one by one: the code for one serves all, so a deeper model starts no slower. From the second
+    sequence length on, the code serves any length.
     """
     if compiles(mode, device):
         for block in model.transformer.h:
@@ -158,9 +158,9 @@ WANDB_TIMEOUT = 30  # seconds until a server that does not answer is given up
 
 def open_wandb(project, run, config, wandb_id=None):
     """
-    A W&B run; offline, with a warning, where W&B cannot be reached; None if it does not work at all.
+    A W&B run; offline, with a warning, if W&B cannot be reached; None if it does not work at all.
 
-    Whatever goes wrong with an observer must not end the training that it observes, hence `except Exception`.
+    A fault of logging must not end a training, hence `except Exception`.
     """
     import wandb
 
@@ -176,7 +176,7 @@ def open_wandb(project, run, config, wandb_id=None):
 
 
 def check_wandb(run):
-    """UserError when a W&B run is asked for and cannot be had: better known before the first stage of a recipe."""
+    """Raise UserError if a W&B run is requested but W&B cannot be used: to be called before a recipe's first stage."""
     if run == "dummy" or os.environ.get("WANDB_MODE", "online") != "online":
         return
     import wandb
@@ -217,7 +217,7 @@ class RunLog:
             self.wandb_id = self.wandb.id
 
     def listen(self, listener):
-        """Let an object with metrics(dict) and close() receive each record, too, from now on."""
+        """From now on also pass each record to an object with metrics(dict) and close()."""
         self._listeners.append(listener)
 
     def log(self, metrics: dict):
@@ -248,8 +248,8 @@ class RunLog:
 
 class ProgressLine:
     """
-    A progress bar with figures and the time left; without a terminal, a plain line every `every` seconds. unit: of what
-    is counted.
+    A progress bar with figures and the time left; without a terminal, a plain line every `every` seconds. unit: name of
+    the counted items.
     """
 
     def __init__(self, stage, total, start=0, every=10.0, unit="step"):
@@ -265,7 +265,7 @@ class ProgressLine:
             self.bar.start()
 
     def update(self, step, figures: str, done: float | None = None):
-        """step: units done. done: completed fraction of the run, if the number of all is not known."""
+        """step: units done. done: completed fraction of the run, if the total is not known."""
         if not self.shown:
             return
         if done is None:

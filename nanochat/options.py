@@ -1,4 +1,4 @@
-"""Options that scripts share: a script's Config is a dataclass that inherits those it has, and adds its own."""
+"""Options that scripts share: a script's Config inherits the groups that it needs and adds its own."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,12 +9,12 @@ from nanochat.ranges import Amount, Count, Every, Range
 
 @dataclass
 class DeviceOptions:
-    """Where and how precisely to compute."""
+    """Device and precision."""
 
     device_type: str = ""
     """cuda, cpu or mps; empty for the best available"""
     dtype: Annotated[str, short("-d")] = "auto"
-    """auto, bf16 or fp32: precision of the matrix products"""
+    """precision of the matrix products: bf16, fp32, or auto, which is bf16 where that is faster"""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TrainingOptions(DeviceOptions):
     run: str = "dummy"
     """name of the W&B run; "dummy" for none (WANDB_MODE=offline keeps it on this machine)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto (on for CUDA), on or off: torch.compile"""
+    """torch.compile: on, off, or auto, which is on for CUDA"""
     save_every: Every = -1
     """steps between checkpoints; -1 for one at the end only"""
     keep_last: Count = -1
@@ -45,7 +45,7 @@ class TrainingOptions(DeviceOptions):
 
 @dataclass
 class BatchOptions:
-    """Sizes of batches of rows that are all of one length, and of what is validated."""
+    """Sizes of batches with rows of equal length, and of validation."""
 
     device_batch_size: Count = 32
     """sequences per process in a micro-batch; lower it if memory runs out"""
@@ -60,21 +60,21 @@ class OptimizerOptions:
     """Learning rates for a model of width 768; they are scaled for other widths."""
 
     embedding_lr: Amount = 0.2
-    """learning rate of the token embedding, which AdamW trains"""
+    """learning rate of the token embedding (AdamW)"""
     unembedding_lr: Amount = 0.004
-    """learning rate of the head, which AdamW trains"""
+    """learning rate of the head (AdamW)"""
     matrix_lr: Amount = 0.02
-    """learning rate of the matrices of the blocks, which Muon trains"""
+    """learning rate of the matrices of the blocks (Muon)"""
     weight_decay: Amount = 0.0
     """weight decay of AdamW"""
 
 
 @dataclass
 class FinetuningOptions(TrainingOptions, OptimizerOptions, ModelOptions):
-    """Options of the stages that go on from a chat model, whose rows differ in length."""
+    """Options of SFT and RL, whose rows differ in length."""
 
     compile: Literal["auto", "on", "off"] = "off"
-    """off, or on: torch.compile (rows differ in length, so it compiles often)"""
+    """torch.compile: off, or on (rows differ in length, so it recompiles often)"""
     num_epochs: Count = 1
     """passes over the conversations or problems"""
     num_iterations: Count = -1

@@ -1,8 +1,8 @@
 """
-Models and tokenizers as they lie in Hugging Face's format: a folder, a name on the hub, or a .gguf file.
+Models and tokenizers in Hugging Face's format: a folder, a name on the hub, or a .gguf file.
 
-Needs `uv sync --extra frozen`. The weights stay where they are; networks that MegaContext trains for them lie in
-$NANOCHAT_BASE_DIR/hf_networks/<tag>, bound to them by their checksum.
+Needs `uv sync --extra frozen`. The weights are not copied; networks that MegaContext trains for them are saved in
+$NANOCHAT_BASE_DIR/hf_networks/<tag>, with the checksum of the weights they belong to.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ class PretrainedOptions(ModelOptions):
     """The model of a stage, or one of transformers."""
 
     hf_path: str = ""
-    """use this Llama-like model of transformers: a folder, a name on the hub, or a .gguf file; model_tag and step are
-    then of the networks that scripts.mc_train made for it"""
+    """use this Llama-like model of transformers: a folder, a name on the hub, or a .gguf file; model_tag and step then
+    select the networks that scripts.mc_train trained for it"""
 
 
 def load(config: PretrainedOptions, device, companion=False):
     """
-    (source, model in eval mode, tokenizer, meta) of what a script's options name; see checkpoint_manager.load_model.
+    (source, model in eval mode, tokenizer, meta) that a script's options select; see checkpoint_manager.load_model.
 
-    companion: the networks beside the model will be used. Raises UserError when they were made for another model.
+    companion: whether the networks beside the model will be used. Raises UserError if they are for another model.
     """
     if not config.hf_path:
         options = config.source, device, "eval", config.model_tag, config.step, companion
@@ -58,7 +58,7 @@ def load(config: PretrainedOptions, device, companion=False):
 
 
 def parent(config: PretrainedOptions, device):
-    """(source, model, tokenizer, facts) of what networks are to be trained for; see training.parent_model."""
+    """(source, model, tokenizer, facts) of the model to train networks for; see training.parent_model."""
     if not config.hf_path:
         options = config.source, device, config.model_tag, config.step
         return config.source, *training.parent_model(*options)[:3]
@@ -68,7 +68,7 @@ def parent(config: PretrainedOptions, device):
 
 
 def name_of(path) -> str:
-    """A folder's name for what belongs to a model."""
+    """The tag, a folder's name, for a model's networks."""
     return re.sub(r"[^\w.+=@-]+", "-", Path(path).expanduser().name.removesuffix(".gguf")).strip("-.") or "model"
 
 
@@ -77,7 +77,7 @@ def from_transformers(path, dtype):
     (a …ForCausalLM in eval mode, its tokenizer, SHA-256 of the weights), in the precision dtype, of a folder, a hub
     name or a .gguf file.
 
-    Raises UserError if it is not there, or nothing that transformers knows.
+    Raises UserError if it cannot be found, or transformers cannot load it.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""The values that an option may have, as part of its type in a dataclass of options: `depth: Count = 20`."""
+"""Ranges of options, as part of their types in a dataclass of options: `depth: Count = 20`."""
 
 import typing
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,7 +12,7 @@ BOUNDLESS = 1e12  # from here on, a bound only keeps out what is absurd
 
 @dataclass(frozen=True)
 class Range:
-    """Annotation of a number: from `least` to `most`; or -1, where that is the default or `or_minus_one` says so."""
+    """Annotation of a number: from `least` to `most`; also -1 if that is the default or or_minus_one is True."""
 
     least: float
     most: float = BOUNDLESS
@@ -30,14 +30,14 @@ Count = Annotated[int, Range(1)]
 CountOr0 = Annotated[int, Range(0)]
 CountOrAll = Annotated[int, Range(1, or_minus_one=True)]
 Every = Annotated[int, Range(-1)]
-"""Of the number of steps between two events; 0 and -1 for never."""
+"""Number of steps between two events; 0 and -1 for never."""
 Fraction = Annotated[float, Range(0, 1)]
 Amount = Annotated[float, Range(0, 1e30)]
 
 
 @cache
 def rules(cls) -> dict:
-    """Field → what its value must be in, for those of a dataclass that have a Range or are Literal."""
+    """Field → its Range, or the values of its Literal, for the fields of a dataclass that have one."""
     hints, found = typing.get_type_hints(cls, include_extras=True), {}
     for field in fields(cls):
         ranges = [part for part in get_args(hints[field.name])[1:] if isinstance(part, Range)]
@@ -50,7 +50,7 @@ def rules(cls) -> dict:
 
 
 def check(options):
-    """UserError for an option out of its range, in a dataclass or in those that are its fields."""
+    """Raise UserError for an option out of range, in a dataclass or in dataclasses that are its fields."""
     for name, allowed in rules(type(options)).items():
         value = getattr(options, name)
         if value is not None and value not in allowed:

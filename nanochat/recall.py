@@ -3,14 +3,14 @@ Generated documents whose later parts depend on earlier ones at a known distance
 
 A document is English of few words and forms, one sentence a line. Three things in it reach far back:
 
-- its vocabulary: its everyday sentences use a few words out of LEXICON, others than the next document does;
+- its vocabulary: its everyday sentences use a few words of LEXICON, different ones than other documents;
 - facts, "They fed Maria cream.", stated once; some of them are asked for later, the rest distract:
   "What did they feed Maria? They fed Maria cream.";
 - tables, "- Maria, red, 48" under a head line, one cell of which is asked for later in the same form.
 
-No name has two values of an attribute, so that every question has one right answer, and nothing but the fact tells
-it. The value stands right after the name, both times: what has to be learned is to find the name, a small model's first
-feat of memory. A distance is a number of characters, from the start of the fact to the start of the answer. At a
+No name has two values of an attribute, so every question has one right answer, which only the fact determines. The
+value follows the name directly, in the fact and in the answer, so a small model only has to learn to find the name. A
+distance is the number of characters from the start of the fact to the start of the answer. At a
 vocabulary of 1,024 tokens about 3.3 characters make a token, at 4,096 about 4.4.
 """
 
@@ -96,17 +96,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a document is like; -1 stands for what suits its length. Raises UserError for what cannot be."""
+    """Parameters of a document; -1 is replaced by a value that suits its length. Raises UserError if impossible."""
 
     chars: int = 4000  # length, to within some lines
-    questions: int = -1  # facts that are asked for
-    tables: int = -1  # of each, one cell is asked for
-    distractors: int = -1  # facts that are not asked for
-    words: int = 16  # of LEXICON
+    questions: int = -1  # number of facts that are asked for
+    tables: int = -1  # number of tables; one cell of each is asked for
+    distractors: int = -1  # number of facts that are not asked for
+    words: int = 16  # number of words of LEXICON that occur
     min_distance: int = 128  # distances are log-uniform between these two, and overshoot by some lines
     max_distance: int = -1  # -1: as far as the document reaches
-    times: int = 1  # that each is asked for, at distances of their own
-    ask: bool = True  # False: a fact is told again where else it would be asked for, which is learned sooner
+    times: int = 1  # how often each fact is asked for, each time at its own distance
+    ask: bool = True  # False: facts are restated without a question, which is learned sooner
 
     def __post_init__(self):
         _check(self.times >= 1, "1 or more times", self.times)

@@ -18,8 +18,8 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import format_duration, get_report
 from nanochat.sharding import clip_gradients
 
-# Options that do not influence the result, up to rounding: how to watch a run, where and in what portions to
-# compute; and which model to start from (recorded as "parent")
+# Options that do not influence the result, up to rounding: logging, device, precision and micro-batches; and the model
+# to start from (recorded as "parent")
 WATCHING = {
     *("run", "resume", "save_every", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task", "eval_metrics_every", "eval_metrics_max_problems"),
@@ -32,7 +32,7 @@ HORIZON = {"num_iterations", "target_minutes", "target_flops", "target_param_dat
 
 
 def _flat(options: dict) -> dict:
-    """Options with MegaContext's among the others, where they count, and "mc" for whether they do."""
+    """The options as one flat dict, with MegaContext's if it is on, and "mc": whether it is."""
     options = dict(options)
     if "megacontext" in options:
         group = options.pop("megacontext")
@@ -42,7 +42,7 @@ def _flat(options: dict) -> dict:
 
 
 def decisive(config, **others) -> dict:
-    """The settings that influence the result; a checkpoint made with others is not resumed."""
+    """The settings that influence the result; a checkpoint with other values is not resumed."""
     return {key: value for key, value in _flat(asdict(config)).items() if key not in WATCHING} | others
 
 
@@ -79,7 +79,7 @@ def resume_step(folder, config, settings: dict, total=None, schedule=None) -> in
     if HORIZON.intersection(differ) and total and total_then > 0:
 
         def first_difference(steps):
-            """The first of these steps that has another learning rate in a run of this length; None if none has."""
+            """The first of these steps whose learning rate differs in a run of this length; None if none does."""
             return next((t for t in range(steps) if t >= total or schedule(t, total) != schedule(t, total_then)), None)
 
         if first_difference(step) is not None:
@@ -218,11 +218,11 @@ class Training:
     @contextmanager
     def evaluating(self, last):
         """
-        For all measurements and samples between two steps. A checkpoint that is due is written first; what they add to
-        `notes` is then added to its meta data.
+        Context for all measurements and samples between two steps. A due checkpoint is written first; what they add to
+        `notes` is then added to its metadata.
 
-        If one of them fails, the step is saved, provided that there is a single process. Errors of users and want of
-        memory end the run with a message that says how to resume.
+        If one of them fails, the step is saved, if there is a single process. A UserError or a lack of memory ends the
+        run with a message on how to resume.
         """
         every = self.config.save_every
         if self.step not in (0, self.saved_at) and (last or (every > 0 and self.step % every == 0)):
@@ -252,11 +252,11 @@ class Training:
         self.record(figures)
 
     def set_total(self, steps):
-        """Make known how many steps there are to be, if they were not known at the beginning."""
+        """Set the total number of steps, if it was not known at the beginning."""
         self.total = self.progress.total = steps
 
     def totals(self) -> dict:
-        """Step, FLOPs, seconds and tokens so far: the axes for comparing runs."""
+        """Totals so far, the axes for comparing runs: steps, FLOPs, seconds and tokens."""
         return {
             "step": self.step,
             "total_training_flops": self.total_flops,
@@ -415,7 +415,7 @@ class Training:
 
 class PlainObjective:
     """
-    The loss of the model itself; --mc replaces it by another object with these methods.
+    The objective without --mc: the model's own loss. With --mc, MCObjective takes its place, with the same methods.
 
     keeper: see MicroBatches; with one, its origins are the last argument of a call.
     """
@@ -430,7 +430,7 @@ class PlainObjective:
         return self.model(x, y), {}
 
     def rows_at_once(self, B) -> int:
-        """Rows of a micro-batch of B that are put through the model together; a divisor of B."""
+        """How many of a micro-batch's B rows go through the model at once; a divisor of B."""
         return B
 
     def work(self, progress, T) -> float:

@@ -1,5 +1,5 @@
 """
-The application: requests become jobs for the workers, and their events answers; the endpoints of the page.
+The ASGI application: turns requests into jobs for the workers and their events into responses; the page's endpoints.
 
 See scripts/chat_web.py for a list of all endpoints.
 """
@@ -34,7 +34,7 @@ COUNTED_NAMES = 200  # of ignored parameters; further names are counted together
 
 @dataclass(frozen=True)
 class Service:
-    """What both APIs share. Its methods raise Unavailable where the pool does."""
+    """What the page's and OpenAI's endpoints share. Its methods raise Unavailable if the pool does."""
 
     pool: WorkerPool
     limits: Limits
@@ -97,8 +97,8 @@ class Service:
 
     def go_on(self, conversation, messages) -> list[int]:
         """
-        Token ids of a conversation that the server keeps, with these messages after what it has; a name that it does
-        not know begins a new one. Raises ApiError: 400 where none are kept, 409 until its last answer has ended.
+        Token ids of a stored conversation with these messages appended; an unknown name begins a new one. Raises
+        ApiError: 400 if the server stores none, 409 while an answer is being generated in it.
         """
         sessions = self.sessions_of(conversation) if self.pool.sessions else None
         if sessions is None or not sessions.describe().get("kept"):
@@ -119,7 +119,7 @@ class Service:
         return said + end + self.render([*before, *turns])[len(begun) :]
 
     def sessions_of(self, conversation):
-        """The ChatSessions of the worker that answered in a conversation last. ApiError (404) where none are kept."""
+        """The ChatSessions of the last worker that answered in a conversation. ApiError (404) without --mc."""
         if not self.pool.sessions:
             raise ApiError(404, "this server keeps no sessions: it runs without --mc")
         return max(self.pool.sessions, key=lambda sessions: sessions.last_used(conversation))

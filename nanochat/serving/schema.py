@@ -1,4 +1,4 @@
-"""What a request may look like. Every limit of the server is here, and so is every complaint about a request."""
+"""The schemas of requests, with all limits of their content and the error messages about it."""
 
 import re
 import secrets
@@ -18,7 +18,7 @@ STOP_CHARS = 10_000  # of all stop strings together
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one conversation, in messages and characters; an assistant's message is bounded by the conversation only."""
+    """Limits of a conversation, in messages and characters; only the total limits the assistant's messages."""
 
     messages: int = 500
     message_chars: int = 8000
@@ -26,13 +26,13 @@ class Limits:
 
     @property
     def body_bytes(self) -> int:
-        """Of a request, before it is parsed: JSON spells a character with at most 12 bytes."""
+        """Limit of a request's body before parsing: JSON encodes a character in at most 12 bytes."""
         return 12 * max(self.conversation_chars, RENDER_CHARS) + 256 * self.messages
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """For what a request leaves open."""
+    """Values for fields that a request omits."""
 
     temperature: float = 0.8
     top_k: int = 50

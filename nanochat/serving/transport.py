@@ -1,4 +1,4 @@
-"""What stands between the sockets and the application: limits in bytes and seconds, headers, streams, the end."""
+"""The layer between the sockets and the application: limits in bytes and seconds, headers, streams, shutdown."""
 
 import asyncio
 import errno
@@ -20,7 +20,7 @@ PING = b": ping\n\n"  # a comment: clients skip it, proxies see that the line is
 
 
 def open_socket(host, port) -> socket.socket:
-    """A listening socket. UserError if the address cannot be had."""
+    """A listening socket. Raises UserError if the address is not available."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -31,8 +31,8 @@ def open_socket(host, port) -> socket.socket:
 
 class PatientProtocol(H11Protocol):
     """
-    HTTP/1.1 whose patience ends: with clients that begin a request and do not finish its head in `head_seconds`,
-    and with those that take nothing of what is sent for `send_seconds`. They are cut off.
+    HTTP/1.1 with timeouts: closes connections whose clients do not finish the head of a request in `head_seconds`, or
+    accept no data of a response for `send_seconds`.
     """
 
     head_seconds = 30.0

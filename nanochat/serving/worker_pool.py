@@ -1,8 +1,8 @@
 """
 Workers: a thread per device, each with its own model, and one bounded queue in front of them all.
 
-The answers that a worker makes share the steps of its model. Nothing that a client does holds a worker: what is made
-waits in the job's own queue, which max_tokens bounds, and a job that was cancelled ends before the next step.
+The answers that a worker generates share the steps of its model. No client can block a worker: events wait in the job's
+own queue, whose length max_tokens bounds, and a cancelled job ends before the next step.
 """
 
 import logging
@@ -33,7 +33,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Which model it is; `id` is what OpenAI clients ask for."""
+    """Identifies the model that is served; `id` is its name for OpenAI clients."""
 
     source: str
     model_tag: str
@@ -48,8 +48,8 @@ class Worker:
     """
     One engine, the sessions of its conversations if it keeps any, and the jobs that it is answering, at most `size`.
 
-    For the worker's thread alone, but for the numbers that /stats shows. ended(job, reason, seconds): called for each
-    job that is over, with "stop", "length", "cancelled" or "failed". sessions: see WorkerPool.start.
+    For the worker's thread only, except the numbers in /stats. ended(job, reason, seconds): called at the end of each
+    job, with "stop", "length", "cancelled" or "failed". sessions: see WorkerPool.start.
     """
 
     def __init__(self, number, engine, size, ended, sessions=None):
@@ -85,7 +85,7 @@ class Worker:
             self.outbox.send()
 
     def _add(self, answer, scored=()):
-        """Let an answer share the steps, unless it has no tokens: then only its prompt was to be repeated."""
+        """Add an answer to the batch, unless it has no tokens to generate: then only its prompt is repeated."""
         job = answer.job
         try:
             if job.echo_from is not None:
@@ -118,7 +118,7 @@ class Worker:
         self._add(answer, tokens)
 
     def step(self):
-        """A step of all answers; their clients hear of it at its end. Before it, one call of those that wait."""
+        """One waiting call, then a step of all answers, whose events are sent at its end."""
         if self.calls:
             function, future = self.calls.popleft()
             if future.set_running_or_notify_cancel():
@@ -143,7 +143,7 @@ class Worker:
         self.outbox.send()
 
     def _take(self, stream, id, logits):
-        """What a step brought to one answer: another token, or its end, or both."""
+        """Handle the result of a step for one answer: a token, or its end, or both."""
         answer, why, rank = self.making[stream], stream.ended, ()
         try:
             if logits is not None:
@@ -197,8 +197,8 @@ class WorkerPool:
         """
         Begin to work, one thread per engine; they hold the same model.
 
-        sessions: for each engine the contexts that outlive an answer, megacontext.chat_sessions.ChatSessions; none for
-        contexts that are gone after it. Only their `serve` and `look` are for the worker's thread alone.
+        sessions: a megacontext.chat_sessions.ChatSessions per engine, for contexts that outlive an answer; none for
+        contexts that end with it. Their `serve` and `look` are for the worker's thread only.
         """
         cores = max(1, torch.get_num_threads() // len(engines))
         with self.changed:
@@ -218,7 +218,7 @@ class WorkerPool:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together, where no sessions make more of it."""
+        """Maximum number of tokens of prompt and answer together, unless sessions allow more."""
         return self.workers[0].engine.model.config.sequence_len
 
     @property
@@ -256,7 +256,7 @@ class WorkerPool:
             raise Unavailable(f"the server is {doing}: try again later", 5)
 
     def check_open(self):
-        """Unavailable if `submit` would refuse just now: a cheap question before a prompt is made."""
+        """Raise Unavailable if `submit` would refuse now: a cheap check before a prompt is rendered."""
         with self.changed:
             self._check_open()
 
@@ -273,7 +273,7 @@ class WorkerPool:
             self.changed.notify_all()
 
     def call(self, sessions, function) -> Future:
-        """What function() gives, called in the thread of the worker that has these sessions. Raises Unavailable."""
+        """The result of function(), called in the thread of the worker with these sessions. Raises Unavailable."""
         [worker] = [worker for worker in self.workers if worker.sessions is sessions]
         with self.changed:
             self.check_ready()
@@ -285,7 +285,7 @@ class WorkerPool:
         return future
 
     def cancel(self, job):
-        """Nobody waits for this job any more. Does nothing if it has ended."""
+        """Cancel a job. No effect if it has ended."""
         with self.changed:
             job.cancelled = True
             if job in self.waiting:
@@ -348,8 +348,8 @@ class WorkerPool:
 
     def _next(self, worker):
         """
-        The first waiting job that is this worker's: it has the conversation at hand, or else the least to do. One of a
-        conversation in which an answer is being made waits for its end.
+        The first waiting job for this worker: one whose conversation it holds, or that no worker holds while this one
+        has the least to do. A job waits while another one of its conversation is being answered.
         """
         answering = {job.conversation for job in self._running()} if self.sessions else ()
         for job in self.waiting:
@@ -371,7 +371,7 @@ class WorkerPool:
             worker.step()
 
     def _begin(self, worker) -> bool:
-        """Let a worker begin with all jobs that are its own, waiting for one if it has none. False at the end."""
+        """Start all jobs for this worker, waiting for one if it has none. False when the pool has ended."""
         while True:
             with self.changed:
                 self.changed.wait_for(
