@@ -53,7 +53,7 @@ def flags() -> str:
         default = int(field.default) if field.type is bool else field.default
         row = [f"`--{field.name}`", f"`{default}`", values, text, "yes" if field.name in again else ""]
         groups.setdefault(group, []).append(row)
-    heads = ["Flag", "Default", "Values", "Meaning", "Answering"]
+    heads = ["Flag", "Default", "Values", "Meaning", "In inference"]
     return "\n".join(f"**{group}**\n\n{table(heads, rows)}" for group, rows in groups.items())
 
 

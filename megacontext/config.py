@@ -140,8 +140,8 @@ class MCConfig:
         )
         for name in ("allocator_soft_max", "mc_train_wc_length", "mc_eval_soft_max_length"):
             what = (
-                f"at least {smallest}, the fewest entries for {max_seq_len} tokens of which the newest {recent} "
-                f"(--allocator_recent_tokens) stay tokens"
+                f"at least {smallest}, the fewest entries for {max_seq_len} tokens with the newest {recent} "
+                f"(--allocator_recent_tokens) at full detail"
             )
             _expect(name, getattr(config, name), getattr(config, name) >= smallest, what)
         length = config.mc_train_wc_length

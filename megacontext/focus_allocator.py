@@ -78,8 +78,8 @@ def plan(
     smallest = smallest_length(context.num_tokens, context.block_size, newest)
     if budget < smallest:
         raise UserError(
-            f"expected a budget of {smallest} entries or more, the fewest for {context.num_tokens} tokens of which the "
-            f"last {newest} stay at full detail, got {budget}: raise the budget or keep fewer recent tokens"
+            f"expected a budget of at least {smallest} entries for {context.num_tokens} tokens with the last {newest} "
+            f"at full detail, got {budget}: raise the budget or keep fewer recent tokens"
         )
     row = _Row(scores, first, context, newest, recent)
     row.fit(length - budget)

@@ -47,7 +47,7 @@ class GistNet(nn.Module):
         super().__init__()
         self.start = start
         self.type, self.pooling, self.block_size, self.max_levels = type, pooling, block_size, max_levels
-        self.copied = nn.ModuleList()  # layers of a finished model, see CopiedGistNet
+        self.copied = nn.ModuleList()  # layers of a trained model, see CopiedGistNet
         self.deep = None  # or DeepGists
         if type == "mean":
             return

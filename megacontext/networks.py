@@ -29,7 +29,7 @@ class MCNetworks(nn.Module):
         self.lens_loss_weight, self.frozen = c.mc_lens_loss_weight, c.mc_freeze_base
         if c.gistnet_type == "copied":
             if trunk is None:
-                raise UserError("--gistnet_type: copied needs a finished model to copy from: train with mc_train")
+                raise UserError("--gistnet_type: copied needs a trained model to copy from: use scripts.mc_train")
             if c.gistnet_layers > n_layer:
                 raise UserError(
                     f"--gistnet_layers: expected at most the model's {n_layer}, got {c.gistnet_layers}: copy fewer, or "

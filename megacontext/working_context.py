@@ -101,8 +101,8 @@ class WorkingContext:
         smallest = smallest_length(num_tokens, block_size, recent_tokens)
         if budget < smallest:
             raise UserError(
-                f"expected a budget of at least {smallest} entries for {num_tokens} tokens, of which the last "
-                f"{recent_tokens} stay at full detail, got {budget}: raise the budget or keep fewer recent tokens"
+                f"expected a budget of at least {smallest} entries for {num_tokens} tokens with the last "
+                f"{recent_tokens} at full detail, got {budget}: raise the budget or keep fewer recent tokens"
             )
         counts, excess = [-(-num_tokens // K)], num_tokens - budget  # tiles of each level
         while excess > 0:
@@ -212,7 +212,7 @@ class WorkingContext:
         return torch.searchsorted(self.first_blocks, blocks, right=True) - 1
 
     def table_index(self, offsets):
-        """Where each entry stands in the tree's table, [B, W]; offsets: the first place of each level there."""
+        """Index of each entry in the tree's table, [B, W]; offsets: the first index of each level."""
         lod, start, span, _ = self.entries
         return torch.tensor(offsets)[lod] + start // span
 

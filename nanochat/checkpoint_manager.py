@@ -158,7 +158,7 @@ def save_checkpoint(
 
 
 def amend_meta(folder, step, **facts):
-    """Add what was found out after a step was saved to its meta data; the first rank does."""
+    """Add results that came after a step was saved, such as evaluations, to its metadata (on the first rank)."""
     if get_dist_info()[1] == 0:
         path = _file(folder, "meta", step)
         _write_json(path, {**json.loads(path.read_text("utf-8")), **facts})
@@ -205,12 +205,12 @@ def load_meta(folder, step) -> dict:
 
 
 def has_optimizer_state(folder, step) -> bool:
-    """Whether training can go on from this step exactly: nanochat keeps the optimizers of one rank, and no more."""
+    """Whether training can resume from this step exactly: not from nanochat's, which lack most ranks' optimizers."""
     return _file(folder, "state", step).exists()
 
 
 def weights_checksum(folder, step, kind="model") -> str:
-    """SHA-256 of a step's model file, or of another kind: what its weights are known by."""
+    """SHA-256 of a step's model file, or of another kind of file: it identifies the weights."""
     path, manifest = _file(folder, kind, step), _manifest(folder, step)
     return _sha256(path) if manifest is None else manifest[path.name]["sha256"]
 
@@ -231,7 +231,7 @@ def load_checkpoint(folder, step, device="cpu", load_optimizer=False):
         if meta_data.get("world_size", world_size) != world_size:
             raise UserError(
                 f"the checkpoint of step {step} in {folder} was written by {meta_data['world_size']} processes "
-                f"and only as many can go on from it exactly; got {world_size}. Launch with "
+                f"and only as many can resume from it exactly; got {world_size}. Launch with "
                 f"--nproc_per_node={meta_data['world_size']}, or start anew with --resume=0"
             )
         paths = [_file(folder, "optim", step, rank), _file(folder, "state", step, rank)]
@@ -256,7 +256,7 @@ def load_companion(folder, step, device="cpu"):
 
 
 def _steps(folder) -> list[int]:
-    """The steps of which there is a model, or networks that go with one, the newest first."""
+    """The steps for which there is a model file or a companion file, the newest first."""
     matches = (re.fullmatch(r"(?:model|mc)_(\d{6,})\.pt", path.name) for path in Path(folder).glob("m*.pt"))
     return sorted({int(match[1]) for match in matches if match}, reverse=True)
 
@@ -267,7 +267,7 @@ def complete_steps(folder) -> list[int]:
 
 
 def find_last_step(folder, report=None) -> int | None:
-    """The newest complete step in a folder, or None. report(line) is told of newer ones that are not complete."""
+    """The newest complete step in a folder, or None. report(line) is called for each newer, incomplete one."""
     for step in _steps(folder):
         reason = why_incomplete(folder, step)
         if reason is None:
@@ -288,7 +288,7 @@ def prune(folder, keep: int):
 
 
 def no_checkpoint(where, folders) -> UserError:
-    """What to raise where none of these folders has a complete checkpoint; it names those that are damaged."""
+    """The UserError for folders without a complete checkpoint; it names the damaged ones."""
     damaged = []
     for folder in folders:
         find_last_step(folder, damaged.append)

@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """The text with U+FFFD for each unpaired surrogate, which JSON can encode and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -78,9 +78,9 @@ def atomic_write(path, mode="wb"):
 @contextlib.contextmanager
 def locked(folder, refusal=""):
     """
-    Hold a folder, made if need be, against other processes. The kernel frees it however they end.
+    Lock a folder, created if necessary, against other processes. The kernel releases the lock when the process ends.
 
-    If another one holds it, UserError with this refusal is raised; without one, it is waited for.
+    If another process holds it: raises UserError with the text `refusal`, or without one waits for it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -98,7 +98,7 @@ def locked(folder, refusal=""):
 
 
 class JSONLines:
-    """A file to which a line of JSON per record is added. One that can no longer be written never ends a run."""
+    """A file to which each record is appended as a line of JSON. Failing to write it never ends a run."""
 
     def __init__(self, path):
         """Raises OSError."""
@@ -106,13 +106,13 @@ class JSONLines:
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def write(self, record: dict):
-        """Add a record. If that fails, it is reported, and this and all others are lost."""
+        """Add a record. The first failure is reported; records from then on are lost."""
         if self.file.closed:
             return
         try:
             self.file.write(json.dumps(record) + "\n")
         except OSError as error:
-            print0(f"the run goes on without {self.file.name}: {error.strerror}")
+            print0(f"the run continues without {self.file.name}: {error.strerror}")
             self.close()
 
     def close(self):
@@ -240,7 +240,7 @@ class Stopwatch:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """For long sums on a device: float64 where there is one (MPS has none)."""
+    """The dtype for long sums on a device: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -263,7 +263,7 @@ def autocast_dtype(device_type: str, otherwise: torch.dtype) -> torch.dtype:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of this GPU in FLOP/s; None for a device that is not in the table, for which there is no MFU."""
+    """Dense bf16 peak of this GPU in FLOP/s; None for a device that is not in the table: it has no MFU."""
     return gpu_of(torch.cuda.get_device_name(device)).flops if device.type == "cuda" else None
 
 

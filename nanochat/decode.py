@@ -203,7 +203,7 @@ class Decoder:
         keys[..., slots, :] = apply_rotary(keys[..., slots, :].float(), *cos_sin).to(keys.dtype)
 
     def checked(self, positions, cache, T):
-        """The positions of T more tokens: those given, or those that come next, if there are so many."""
+        """The positions of T more tokens: the given ones, or the next ones. Raises ValueError beyond the table."""
         if positions is None and cache.pos + T > self.max_seq_len:
             raise ValueError(f"{cache.pos + T} tokens are more than the {self.max_seq_len} positions of this model")
         return cache.pos if positions is None else positions
@@ -306,7 +306,7 @@ def attend_to_all(q, k, v, mask=None):
     """[B, D]. One query per head, q [B, H, 1, d], on all that the mask, added to the scores, leaves."""
     B, H, _, d = q.shape
     G = H // k.size(1)
-    q = q.reshape(B, -1, G, d)  # heads that share keys are so many queries of one head
+    q = q.reshape(B, -1, G, d)  # heads that share keys become queries of one head
     if G == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         q = q.expand(-1, -1, 2, -1)  # twice the work in a third of the time: a lone query takes a slow path there
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :G].reshape(B, H * d)

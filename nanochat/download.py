@@ -1,6 +1,6 @@
 """
-Files from the Hugging Face hub and from other servers, by huggingface_hub: it goes on where a cut connection ended,
-checks sizes, and waits as it is told when there are too many requests. Hashes are checked here.
+Downloads from the Hugging Face hub and other servers, by huggingface_hub, which resumes interrupted transfers, checks
+sizes, and obeys rate limits. Hashes are checked here.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ BY_CHANCE = RuntimeError, AttributeError
 
 
 def fetch(url: str, path: Path) -> str | None:
-    """Fetch a URL to a path, unless there is a file; returns why that failed, if it did."""
+    """Fetch a URL to a path, unless the file exists; returns the reason of a failure, or None."""
     from huggingface_hub.file_download import http_get  # here: it is slow to import, and seldom needed
 
     def transfer():
@@ -34,9 +34,9 @@ def fetch(url: str, path: Path) -> str | None:
 
 def fetch_from_hub(repo: str, names: list[str], folder: Path, workers: int) -> dict[str, str]:
     """
-    Fetch files of a dataset on the hub to a folder that is locked, in order; returns what failed: name -> reason.
+    Fetch files of a dataset on the hub to a locked folder, in order; returns the failures: name -> reason.
 
-    When the first `workers` files all fail, the hub counts as out of reach and the rest is not tried.
+    If the first `workers` files all fail, the hub counts as unreachable and the rest is not tried.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars
@@ -73,7 +73,7 @@ def fetch_from_hub(repo: str, names: list[str], folder: Path, workers: int) -> d
 
 
 def _attempts(transfer) -> str | None:
-    """Call transfer() until it ends well or there is no hope; returns why it failed, if it did."""
+    """Call transfer() until it succeeds or a retry cannot help; returns the reason of a failure, or None."""
     from huggingface_hub.errors import HTTPError
 
     for attempt in range(RETRIES + 1):

@@ -9,10 +9,9 @@ PIECE_TOKENS = 65536  # that are made text at a time
 
 def find_text(read, tokenizer, text, start, end):
     """
-    Where a text stands, upper and lower case of A to Z alike: yields (first token, end) for those that begin in tokens
-    [start, end).
+    Yields (first token, end) of each occurrence of a text that begins in tokens [start, end), ignoring the case of A–Z.
 
-    read(start, end) -> the token ids from start to end, so far as they are there.
+    read(start, end) -> the token ids in [start, end), fewer at the end.
     """
     needle, lengths = text.encode().lower(), _byte_lengths(tokenizer)
     for first in range(start, end, PIECE_TOKENS):

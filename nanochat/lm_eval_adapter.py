@@ -73,7 +73,7 @@ class HarnessLM(TemplateLM):
             rows.append((ids, len(ids) - len(continuation)))
 
         def similar(i):
-            """To put rows of similar length together, and those of one context, which a session shares."""
+            """Sort key that groups rows of similar length, and of the same context, which a session can share."""
             context = requests[i][1]
             return (-len(context), context) if self.sessions else -len(rows[i][0])
 

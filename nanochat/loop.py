@@ -229,7 +229,7 @@ class RunLog:
             try:
                 self.wandb.log(metrics)
             except Exception as error:  # see open_wandb
-                print0(f"the log goes on without W&B: {error}")
+                print0(f"the log continues without W&B: {error}")
                 self.wandb = None
         for listener in self._listeners:
             listener.metrics(metrics)

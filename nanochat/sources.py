@@ -89,7 +89,7 @@ TO_UTF8 = "iconv -f WINDOWS-1252 -t UTF-8"
 
 
 class NotText(ValueError):
-    """The message says why a file cannot be read as text, in words that fit behind a count."""
+    """A file cannot be read as text. The message is the reason, worded to follow a count of files."""
 
 
 def _encoding(head: bytes) -> str:
@@ -101,7 +101,7 @@ def open_text(path):
     """
     A text file open for reading: UTF-8, or what its byte order mark says; unpacked if it ends in .gz or the like.
 
-    Raises NotText after a look at all of it, so that nobody begins to read what cannot be read to its end.
+    Raises NotText after checking the whole file, so that no caller starts to read a file that fails later.
     """
     try:
         with pa.input_stream(str(path)) as file:
@@ -219,7 +219,7 @@ def text_column(path, schema: pa.Schema) -> str:
 
 
 def first(characters, texts):
-    """Yield texts of an iterator until they have this many characters. It holds the others still."""
+    """Yield texts of an iterator until they have this many characters; the others stay in the iterator."""
     while characters > 0 and (text := next(texts, None)) is not None:
         yield text
         characters -= len(text)
@@ -231,7 +231,7 @@ def take(texts, characters, docs=None) -> list[str]:
 
 
 def mixed(texts, others, part):
-    """Yield the texts, and after each of them as many of the endless `others` as are this part of all characters."""
+    """Yield the texts, mixed with so many of the endless `others` that these are this part of all characters."""
     due = 0.0
     for text in texts:
         yield text
@@ -281,7 +281,7 @@ def val_threshold(texts) -> int:
 
 def write_shards(texts, paths) -> dict:
     """
-    Write texts to parquet files at `paths` in turn, about SHARD_CHARS each, until either comes to its end.
+    Write texts to parquet files at `paths`, in order, about SHARD_CHARS in each, until texts or paths are used up.
 
     Returns {"shards", "documents", "characters": counts, "complete": whether all of the texts were written}.
     """

@@ -208,7 +208,7 @@ def describe(config, pool, limits, port, key=""):
         mc = pool.sessions[0].describe()
         focus = (
             f"focus   a working context of {mc['budget']:,} entries, blocks of {mc['block_size']} tokens, "
-            f"{mc['sessions']} conversations at hand per worker\n"
+            f"{mc['sessions']} conversations in memory per worker\n"
         )
     return (
         f"model   {pool.model.source}/{pool.model.model_tag}, step {pool.model.step}: "

@@ -103,7 +103,7 @@ def render_mc(question: str, letters, choices) -> str:
     """
     A multiple choice question as a prompt.
 
-    The letter stands behind its choice, where small models bind it best, and directly after "=", so that it is
+    The letter follows its choice, where small models bind it best, directly after "=", so that it is
     the same token as the bare letter of the answer.
     """
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))

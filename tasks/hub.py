@@ -21,7 +21,7 @@ def load_split(repo: str, config: str, split: str, columns=()):
     """
     The rows of a split in a fixed random order, a `datasets.Dataset`; `columns` names those that must be there.
 
-    Raises UserError when the split is neither here nor to be had, or lacks a column.
+    Raises UserError if the split can be neither found nor downloaded, or lacks a column.
     """
     import datasets  # here: it takes a second, and the local tasks need no more than this machine
     from huggingface_hub.errors import HTTPError

@@ -81,7 +81,7 @@ def _generated(which, stage):
 
 
 def mid_mixture(which: str) -> Task:
-    """Training conversations of midtraining. Raises UserError when their data cannot be had."""
+    """Training conversations of midtraining. Raises UserError if their data is not available."""
     if which != "full":
         return _generated(which, "mid")
     identity = _identity()  # first, since it is quick to find missing
@@ -104,7 +104,7 @@ def mid_val(which: str) -> Task:
 
 
 def sft_mixture(which: str) -> Task:
-    """Training conversations of supervised finetuning. Raises UserError when their data cannot be had."""
+    """Training conversations of supervised finetuning. Raises UserError if their data is not available."""
     if which != "full":
         return _generated(which, "sft")
     identity = _identity()

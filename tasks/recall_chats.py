@@ -1,9 +1,10 @@
 """
-What was said long before: long conversations in which facts are told, and asked for much later.
+Long-term recall in chats: long conversations in which facts are stated, and asked for much later.
 
-The user tells the lines of a recall document (nanochat.recall) a few at a time and asks its questions; the last message
-answers one. A model learns it from few facts asked for often, best after pretraining on such documents. In the test
-each fact is asked for once, at least a third of the conversation after it was told, and as many others are told.
+The user sends the lines of a recall document (nanochat.recall), a few per message, and asks its questions; the last
+message answers one. Models learn this from few facts that are asked for often, best after pretraining on such
+documents. In the test split each fact is asked for once, at least a third of the conversation after it was stated, and
+as many distracting facts are stated.
 """
 
 import math

@@ -323,7 +323,7 @@ def test_a_copied_encoder_learns_and_the_model_stays(pair):
 
 def test_what_has_no_layers_to_copy_is_refused(pair):
     settings = session_settings(gistnet_type="copied")
-    with pytest.raises(UserError, match="--gistnet_type: copied needs a finished model"):
+    with pytest.raises(UserError, match="--gistnet_type: copied needs a trained model"):
         MCNetworks(D, 3, settings)
     with pytest.raises(UserError, match="--gistnet_layers: expected at most the model's 3, got 4"):
         copied(pair[1], layers=4)

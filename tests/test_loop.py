@@ -71,7 +71,7 @@ def test_a_full_disk_ends_no_training(base_dir, capsys):
     log.log({"step": 1})
     log.log({"step": 2})
     log.finish()
-    assert capsys.readouterr().out == "the run goes on without /dev/full: No space left on device\n"
+    assert capsys.readouterr().out == "the run continues without /dev/full: No space left on device\n"
     assert seen == [{"step": 1}, {"step": 2}]
 
 

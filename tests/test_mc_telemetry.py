@@ -178,7 +178,7 @@ def test_a_full_disk_is_told_once(opened, capsys):
     for _ in range(2):
         telemetry.event("mc_timing", TIMING)
         telemetry.metrics({"step": 1})
-    assert capsys.readouterr().out == "the run goes on without /dev/full: No space left on device\n"
+    assert capsys.readouterr().out == "the run continues without /dev/full: No space left on device\n"
 
 
 def test_a_log_is_handed_on(tmp_path, base_dir, opened):
@@ -401,7 +401,7 @@ def test_a_fault_costs_neither_time_nor_the_end(protocol, fault, opened, caplog)
         assert time.monotonic() - started < 3
         assert statistics.median(times) < 1
         (warning,) = warnings(caplog)
-        assert f"127.0.0.1:{port} does not take telemetry" in warning
+        assert f"127.0.0.1:{port} does not accept telemetry" in warning
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

@@ -428,7 +428,7 @@ def test_loading(checkpoints):
     shown = chat_web.describe(config, pool, chat_web.limits_of(config), 80, "")
     pool.close()
     assert (
-        f"focus   a working context of {BUDGET} entries, blocks of 4 tokens, 3 conversations at hand per worker"
+        f"focus   a working context of {BUDGET} entries, blocks of 4 tokens, 3 conversations in memory per worker"
         in shown
     )
     assert "2,000,000 in all" in shown

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from nanochat.plots import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
-LINES = {  # context → colour, marker, what it is called
+LINES = {  # context → colour, marker, label
     "focus": (GREEN, "s", "gists, detail where LensNet wants it"),
     "gists": (BLUE, "o", "gists, newest tokens in detail"),
     "mean": (ORANGE, "^", "means in GistNet's place"),
@@ -66,7 +66,7 @@ POLICIES = {  # policy → colour
 
 def plot_focus(by_length, depths, right) -> bytes:
     """A PNG: answers found by policy and length; of the lens, by length and where the fact stands."""
-    figure, (bars, heat) = new_figure("Is found what is asked for?", 2)
+    figure, (bars, heat) = new_figure("Does focus find the fact?", 2)
     for i, (name, color) in enumerate(POLICIES.items()):
         places = [place + 0.12 * (i - 3) for place in range(len(by_length))]
         bars.bar(places, [row[name] for row in by_length], 0.12, color=color, label=name)

@@ -85,7 +85,7 @@ def recall_scores(reader: Reader, windows: Windows, open_blocks: int, seed=0) ->
     """
     c, device = reader.config, windows.x.device
     K, (R, N) = c.block_size, windows.x.shape
-    recent = max(c.allocator_recent_tokens, int(windows.answer.sum(1).max()))  # no gist stands for what is scored
+    recent = max(c.allocator_recent_tokens, int(windows.answer.sum(1).max()))  # scored tokens are never in gists
     table = reader.tree(reader.embed(windows.x))
     finest = WorkingContext.finest(R, N, K)
     old = finest.old_blocks(recent)

@@ -112,7 +112,7 @@ def numbered(words) -> str:
 
 
 def recall(rng, hay, keys=1, ask=True) -> Question:
-    """ask: as of Sizes of nanochat.recall: whether there is a question before the fact is told again."""
+    """ask: as in nanochat.recall.Sizes: whether a question precedes the restated fact."""
     words, names, foods = rng.sample(LEXICON, 16), rng.sample(NAMES, keys), rng.sample(FOODS, keys)
     facts = [f"{told_of('food', name)} {food}." for name, food in zip(names, foods, strict=True)]
     pairs = [rng.choice(list(zip(words, words[1:] + words[:1], strict=True))) for _ in range(hay.size)]

@@ -1,8 +1,8 @@
 """
-OpenTelemetry's exporters, set up so that no collector, slow or gone, delays or ends a run: see endpoint.py.
+OpenTelemetry's exporters, set up so that a slow or missing collector never delays or ends a run: see endpoint.py.
 
-What is told goes into a bounded queue (spans) or a cell (metrics: the newest value). Threads of the SDK send it; they
-are daemons, so a process can end while one waits for a collector.
+Spans go into a bounded queue; of each metric the newest value is kept. Threads of the SDK send both; they are daemons,
+so a process can end while one waits for a collector.
 """
 
 import logging
@@ -38,7 +38,7 @@ sdk_logger = logging.getLogger("opentelemetry")
 
 
 class _OneWarning(logging.Handler):
-    """Stands in for all that the SDK would print while a collector is away."""
+    """Replaces all messages of the SDK about an unavailable collector by a single warning."""
 
     def __init__(self, endpoint):
         super().__init__(logging.WARNING)
@@ -48,7 +48,7 @@ class _OneWarning(logging.Handler):
         if not self.warned:
             self.warned = True
             logger.warning(
-                "%s does not take telemetry (%s); the run goes on, and what cannot be sent is lost",
+                "%s does not accept telemetry (%s); the run continues, and what cannot be sent is lost",
                 self.endpoint.target,
                 record.getMessage(),
             )
