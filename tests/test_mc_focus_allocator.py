@@ -443,7 +443,7 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_does():
     context = WorkingContext.finest(1, 100, 4)
     config = configure(recent=10)
     smallest = smallest_length(100, 4, 10)
-    with pytest.raises(UserError, match=f"budget of {smallest} entries or more.*last 10 .* got {smallest - 1}"):
+    with pytest.raises(UserError, match=f"budget of at least {smallest} entries.*last 10 .* got {smallest - 1}"):
         plan(torch.zeros(25), context, smallest - 1, config)
     after = context.apply(plan(torch.zeros(25), context, smallest, config))
     assert length(after) == smallest
