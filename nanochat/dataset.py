@@ -259,10 +259,10 @@ def make_recall(seed: int, documents: int, sizes: recall.Sizes, num_files: int, 
 
 def _make(record, make_shards, num_files, data_dir) -> tuple[dict, bool]:
     """
-    Put what make_shards(train_paths, val_path) writes in the place of what is there, unless that has been done.
+    Replace the folder's shards by those that make_shards(train_paths, val_path) writes, unless they are there already.
 
-    Returns (the record in source.json: this one and what was made, whether nothing had to be done). Raises UserError if
-    the folder holds shards that were made otherwise.
+    Returns (the content of source.json: `record` and what was written; whether nothing had to be done). Raises
+    UserError if the folder holds shards that were made with other options.
     """
     with locked(data_dir):
         have = check_source(data_dir, record["source"])
@@ -277,7 +277,7 @@ def _make(record, make_shards, num_files, data_dir) -> tuple[dict, bool]:
 
 
 def _has_enough(record, num_files, data_dir):
-    """Whether the shards that `record` tells of are all there, and as many as are wanted."""
+    """Whether all shards in `record` are there, and as many as requested."""
     if "train" not in record or (record["source"] == "recall" and not (data_dir / recall.KEY_FILE).exists()):
         return False
     train, count = record["train"], len(list_shards(data_dir)) - 1
@@ -286,7 +286,7 @@ def _has_enough(record, num_files, data_dir):
 
 
 def _build(record, make_shards, num_files, data_dir):
-    """Make shards aside and move them when all are there, so that nobody reads half a dataset; the whole record."""
+    """Write shards to a temporary folder, then move all, so that no reader sees half a dataset; the whole record."""
     building = data_dir / ".building"
     shutil.rmtree(building, ignore_errors=True)
     indices = range(VAL_SHARD)[: num_files if num_files != -1 else None]

@@ -5,10 +5,12 @@ Generation: prefill once, then decode all rows together, one token per row and s
 share the steps of one model, and are added and removed between steps. Up to rounding, a row does not depend on the rows
 beside it: each has its own session, cache, sampling settings and tool.
 
-The Engine samples, runs tools and streams. What a token attends to is the business of a *session*, which has
-two methods: `prefill(tokens) -> logits [rows, V]` and `read(ids [rows]) -> logits [rows, V]`, or None when there
-is no room for more. After `read`, `wish` is None or a tensor [1] on the device; pass its value to `follow`, which may
-return better logits. CacheSession is the plain one: all tokens so far, in a KV cache. Others have one row.
+The Engine samples, runs tools and streams. A *session* decides what a token attends to. `generate` calls its
+`prefill(tokens) -> logits [rows, V]` and `read(ids [rows]) -> logits [rows, V]`, or None when there is no room for
+more. After `read`, `wish` is None or a tensor [1] on the device; pass its value to `follow`, which may return better
+logits. A Batch calls `reading`, a prefill in parts, and in place of `read` `enter` and `saw`, before and after the
+common step; the session's `cache` takes part in it. CacheSession is the plain one: all tokens so far, in a KV cache.
+Others have one row.
 """
 
 from collections import deque

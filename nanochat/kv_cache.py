@@ -194,7 +194,7 @@ class RowCaches:
 class CacheSession:
     """The plain context: all tokens at full detail, up to the number of the model's positions."""
 
-    wish = None  # it has all that there is
+    wish = None  # nothing is hidden
 
     def __init__(self, decoder, rows=1, max_tokens=None):
         self.decoder, self.rows, self.max_tokens = decoder, rows, max_tokens or 0
@@ -222,7 +222,7 @@ class CacheSession:
             raise UserError(
                 f"the prompt has {len(tokens):,} tokens, more than the {limit:,} positions of this model: shorten it"
             )
-        self._step = None  # it holds the cache of an earlier prompt
+        self._step = None  # the old one refers to the cache of an earlier prompt
         self.cache = KVCache(decoder.config.n_layer, min(len(tokens) + self.max_tokens, limit))
         for start in range(0, len(tokens), part):
             piece = tokens[start : start + part]
@@ -236,8 +236,8 @@ class CacheSession:
     read = step
 
     def saw(self, states):
-        """Told after a step of the state of its token."""
+        """Called after a common step with the token's state [1, D]; not needed here."""
 
     def enter(self, ids):
-        """For a step that is shared with others: the position of one more token, or None, as in `step`."""
+        """Called before a common step: the position of one more token, or None, as in `step`."""
         return self.cache.pos if self.cache.pos < self.decoder.max_seq_len else None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from nanochat.common import UserError
 
-BOUNDLESS = 1e12  # from here on, a bound only keeps out what is absurd
+BOUNDLESS = 1e12  # an upper bound of this or more only excludes absurd values, and is not shown
 
 
 @dataclass(frozen=True)

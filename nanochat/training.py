@@ -98,20 +98,20 @@ def resume_step(folder, config, settings: dict, total=None, schedule=None) -> in
 
 class Training:
     """
-    A model under training.
+    A training run of a model: optimizers, resuming, checkpoints, logging.
 
     stage: "base", "mid", "sft", "rl", or "hf" for a model whose weights are not saved; tag: the folder of its
     checkpoints. config: the script's TrainingOptions and, unless frozen, OptimizerOptions. model: that of step 0, on
-    `device`, or on the meta device to be initialized. total: steps to come, or None when they are not known beforehand.
-    schedule(step, total): what the learning rates are multiplied by. parent: facts that tell the model it starts from.
-    companion: networks on `device` that are trained with the model and kept beside it: a module with
-    setup_optimizers(). frozen: train the companion alone. carried: (state dict, settings) of networks that are kept
-    beside the model as they are.
+    `device`, or on the meta device to be initialized. total: total number of steps, or None if it is not known yet.
+    schedule(step, total): multiplier of the learning rates. parent: facts that identify the model it starts from.
+    companion: networks on `device` that are trained with the model and saved beside it: a module with
+    setup_optimizers(). frozen: train only the companion. carried: (state dict, settings) of networks that are saved
+    beside the model unchanged.
 
     step: steps taken. meta, loader_state: of the checkpoint that it resumes from, {} and None at the beginning.
-    finished: nothing is left to do (the model is then not loaded). notes: added to the meta data of checkpoints, such
-    as the last validation loss. facts: of the run, for the report. batches: its state_dict(), if there is one, is saved
-    as loader_state.
+    finished: nothing is left to do (the model is then not loaded). notes: added to the metadata of checkpoints, such as
+    the last validation loss. facts: of the run, for the report. batches: a loader whose state_dict() is saved as
+    loader_state, or None.
     """
 
     def __init__(

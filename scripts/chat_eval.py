@@ -111,7 +111,7 @@ def main(config: Config):
     accuracies, shown, transcripts = {}, {}, []
     with autocast(device, dtype):
         make_session = session_maker(model, *mc) if mc else None
-        ways = {"": make_session}  # label → what answers attend to
+        ways = {"": make_session}  # label → make_session for the answers
         if mc and config.compare:
             ways = {"with --mc ": make_session, "without --mc ": None}
         conversation = talk(model, tokenizer, make_session) if rank == 0 else ""

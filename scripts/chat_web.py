@@ -158,7 +158,7 @@ def limits_of(config):
 
 
 def load(config, device, on_update=None):
-    """(Engine, ServedModel, ChatSessions or None) of one worker. on_update: told of what sessions do, see MCSession."""
+    """(Engine, ServedModel, ChatSessions or None) of one worker. on_update: called by its sessions, see MCSession."""
     source, model, tokenizer, meta = pretrained.load(config, device, companion=config.mc)
     engine = Engine(model, tokenizer, dtype=resolve_dtype(config.dtype, device.type))
     sessions = None
