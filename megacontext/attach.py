@@ -1,4 +1,4 @@
-"""The one place where --mc becomes objects. With the flag off, none of MegaContext's networks or losses is made."""
+"""Where --mc becomes objects in training. With the flag off, none of MegaContext's networks or losses is made."""
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field

@@ -122,7 +122,7 @@ class MCConfig:
         _expect("block_size", K, max_seq_len >= K, f"at most max_seq_len, {max_seq_len}")
         config = self._derive(allocator_recent_tokens=-(-max_seq_len // (16 * K)) * K)
         long = min(max_seq_len, config._least(max_seq_len**2))  # small blocks and budgets: room for long streams, too
-        config = config._derive(  # 3/4: of full working contexts, models read less of what is open (dev/LOG.md)
+        config = config._derive(  # 3/4: in fuller working contexts, models read less of open blocks (dev/LOG.md)
             allocator_soft_max=max(3 * max_seq_len // 4, config._least(max_seq_len), long),
             mc_infer_allocator_max_replacements=self.allocator_max_replacements,
             mc_infer_allocator_iterations=self.allocator_iterations,

@@ -74,8 +74,8 @@ class KeptChats:
 
     def record(self, name) -> dict:
         """
-        What `save` kept with the tokens: "session", its state; "view", the focus at the end of the last answer;
-        "edits", see ChatSessions.edits. Empty where there is no such conversation.
+        What `save` wrote beside the tokens: "session", its state; "view", the focus at the end of the last answer;
+        "edits", see ChatSessions.edits. Empty if there is no such conversation.
         """
         with self._tokens(name) as tokens:
             return tokens.facts.get("focus", {}) if tokens else {}

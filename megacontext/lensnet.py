@@ -199,7 +199,7 @@ class Demand:
         self.clear()
 
     def clear(self):
-        self._values, self._end = None, 0  # what was wanted, after how many tokens
+        self._values, self._end = None, 0  # z per block, and the number of tokens at its last update
 
     def keys(self):
         """Keys [n, C + S] of the blocks from `first` on, n >= 1, including new blocks."""

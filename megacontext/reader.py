@@ -3,7 +3,8 @@ The reader: a GPT together with GistNet and LensNet, and every computation that 
 
     tokens → embed → tree → working context → read, score, focus
 
-Training, sessions and evaluation each hold one Reader; nobody else calls the networks.
+Training, sessions and evaluation each hold one Reader and call the networks through it (sessions' LensNet also through
+lensnet.Demand).
 
 Shapes: B streams of N tokens, R rows of working contexts (several per stream), W entries (padded at the end),
 K = block_size, D = n_embd.

@@ -101,7 +101,7 @@ class MCSession:
         self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep, c.mc_beside)
         self.focus = Focus(c, 1, self.seed)
         self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
-        self._context = None  # on the CPU, as it was when it was last edited: tokens since then are at LOD 0
+        self._context = None  # as of its last edit, on the CPU; later tokens are at LOD 0
         self._closed = None  # (first block, mask), see _closed_blocks; None until it is asked for
         self._since = 0  # tokens since the last refocus
         self._stepper = None
@@ -187,7 +187,7 @@ class MCSession:
         if not first_new:
             return WorkingContext.initial(N, K, self.room, self.recent)
         context = self._context.truncate(first_new * K).append(N - first_new * K)
-        context = context.collapse_oldest(self.room, self.recent, first_new)  # what was in focus stays, if it can
+        context = context.collapse_oldest(self.room, self.recent, first_new)  # old blocks keep their levels if possible
         return context.collapse_oldest(self.room, self.recent)
 
     @torch.inference_mode()
@@ -443,7 +443,7 @@ class MCSession:
 
     @property
     def context(self) -> WorkingContext:
-        """The working context as it is now."""
+        """The current working context."""
         self._check_begun()
         return self._context_now()
 

@@ -50,7 +50,7 @@ from nanochat.ranges import Count, CountOr0, Range
 from nanochat.report import format_value, get_report
 from nanochat.tokenizer import count_token_bytes
 
-HEADS = {  # of the tables, where a figure's name does not say it
+HEADS = {  # column titles of the tables, where the figure's name is not clear enough
     "first_token_s": "first token, s",
     "next_turn_ms": "next turn, ms",
     "token_ms": "ms per token",

@@ -176,7 +176,7 @@ def show(config, folder):
 
 
 def compact(config, folder):
-    """Verify the stream, and keep only what was committed and the gists of this model."""
+    """Verify the stream, and delete truncated data and the gists of other models."""
     before, model = streams.size_of(folder), Model(config)
     make_gists(model, folder)
     streams.compact(folder, model.gist_key)

@@ -29,7 +29,7 @@ def plot_context_gain(by_ratio, by_distance, by_level) -> bytes:
         levels.bar(places, [row[name] for row in by_level], 0.16, color=color, label=name)
     losses = [row[name] for row in by_level for name in names]
     margin = 0.2 * (max(losses) - min(losses)) or 0.1
-    levels.set(title="All of the history at one level", ylabel="nats per token", ylim=(min(losses) - margin, None))
+    levels.set(title="The whole history at one level", ylabel="nats per token", ylim=(min(losses) - margin, None))
     levels.set_xticks(range(len(by_level)), [f"LOD {row['level']}" for row in by_level])
     for axes in (ratios, distances, levels):
         tidy(axes)

@@ -1,5 +1,5 @@
 """
-RULER's tasks (arXiv 2404.06654), made here in its format: find in a long text what the question at its end asks for.
+RULER's tasks (arXiv 2404.06654), generated here in its format: questions at the end of long texts about their content.
 
     niah_single_1    a number behind a key, among repeated sentences          niah_multikey_1   among four keys
     niah_single_2    the same in local text                                   niah_multivalue   four numbers of one key

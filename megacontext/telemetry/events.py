@@ -122,7 +122,7 @@ def metric_of(key: str) -> tuple[str, dict]:
 
 
 def as_exported(attributes: dict) -> dict:
-    """Attributes as spans have them: dots for slashes, without what is None or not finite."""
+    """Attributes in the form of spans: dots for slashes, without values that are None or not finite."""
     kept = {
         k: v for k, v in attributes.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))
     }
