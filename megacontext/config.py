@@ -17,8 +17,9 @@ class MCConfig:
     """K: number of tokens, or of gists of the level below, that one gist stands for"""
     mc_tree: Literal["ram", "disk"] = "ram"
     """where sessions keep their trees: in memory, or on disk, from which chat_web resumes chats after a restart"""
-    mc_positional: Literal["rank", "gaussian", "simple"] = "rank"
-    """rotary positions: entries one after another, or where their spans are, gists faded or at the centre"""
+    mc_positional: Literal["near", "rank", "gaussian", "simple"] = "near"
+    """rotary positions: each entry where its span is, gists faded (gaussian) or at the centre (simple); one entry after
+    another (rank, mc_train's default); the newest T tokens as gaussian, those before them as rank (near)"""
     # GistNet
     gistnet_type: Literal["transformer", "mean", "copied"] = "transformer"
     """how gists are made: by a new network, as the mean of the block, or by a network initialized with the lowest
@@ -35,8 +36,8 @@ class MCConfig:
     """number of later layers of the model, evenly spaced, before which a gist adds one more vector to the residual
     stream; mc_train's default is 3"""
     mc_gist_limit: CountOr0 = 0
-    """number of gists in a working context above which each gets less attention and several share a position, for
-    models not trained with that many; 0 for no limit; mc_train's default is 32"""
+    """number of gists in a working context above which each gets less attention and, with rank, several share a
+    position, for models not trained with that many; 0 for no limit; mc_train's default is 32"""
     # LensNet
     lensnet_type: Literal["transformer"] = "transformer"
     """network that computes the key of a block"""

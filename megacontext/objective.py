@@ -41,7 +41,7 @@ class MCBatchResult:
     loss: to be minimized. stats: metrics for the log, detached. cached_embeddings [B, T, D]: of the tokens, for
     experiments with other working contexts. positional_caches: {session id: (cos, sin, fade)}, the positions at which
     each sequence was read: those of the entries of its V variants if it was compressed (see entry_positions), else of
-    its T tokens. fade is None for dense sequences, and for all unless mc_positional is "gaussian".
+    its T tokens. fade is None for dense sequences, and for all unless mc_positional is "near" or "gaussian".
     """
 
     loss: torch.Tensor

@@ -137,8 +137,13 @@ class Reader:
     def positions_of(self, entries, at=None):
         """The rotary positions of entries, or of those with index `at` among them."""
         mode = self.config.mc_positional
-        entries = as_positions(entries, mode, self.config.mc_gist_limit).at(at).to(self.device)
+        entries = self.placed(entries).at(at).to(self.device)
         return entry_positions(entries.start, entries.span, self.model.frequencies, mode)
+
+    def placed(self, entries, num_tokens=None):
+        """The entries with the positions they take for `start` and `span`: see as_positions."""
+        c, T = self.config, self.model.config.sequence_len
+        return as_positions(entries, c.mc_positional, c.mc_gist_limit, T, num_tokens)
 
     def key_bias(self, entries):
         """The bias [B, W] on the attention scores of entries as keys, see damping; None without mc_gist_limit."""
@@ -201,23 +206,40 @@ class Reader:
 # Where entries are: rotary positions, and Gaussian RoPE
 
 
-def as_positions(entries, mode, gist_limit=0):
+def near_from(num_tokens, T) -> int:
+    """The first token that is near, in the mode "near": the newest T/2 to T are, so that this seldom changes."""
+    return max(0, -(-(num_tokens - T) // (T // 2)) * (T // 2))
+
+
+def as_positions(entries, mode, gist_limit=0, T=0, num_tokens=None):
     """
-    The entries with the first position of each for `start`, and for `span` how many positions it takes. "rank": one
-    after another, one each, so that no distance exceeds the working context; other modes: where they are in the stream.
+    The entries with the first position of each for `start`, and for `span` how many positions it takes.
+
+    "near": entries that begin in the newest T/2 to T tokens are where they are in the stream, those before them one
+    after another, one position each; so distances are exact up to T / 2, and no entry is further away than T and their
+    number, whatever it covers. "rank": all one after another. Other modes: all where they are in the stream.
 
     gist_limit: positions that all gists of a row take together in the mode "rank", at most: of more gists, several in
-    turn share one. 0 for no limit.
+    turn share one. 0 for no limit. T: the model's context length. num_tokens: in the stream when that was asked; None
+    for now.
     """
+    _, start, span, valid = entries
+    ranks = torch.arange(start.size(1)).expand_as(start)
+    if mode == "near":
+        end = int((start + span).where(valid, 0).max())
+        far = valid & (start < near_from(end if num_tokens is None else num_tokens, T))
+        near = start.where(valid & ~far, end).amin(1, keepdim=True)
+        return entries._replace(
+            start=(near + ranks - far.sum(1, keepdim=True)).where(far, start), span=span.where(~far, 1)
+        )
     if mode != "rank":
         return entries
-    ranks = torch.arange(entries.start.size(1)).expand_as(entries.start)
     if gist_limit:
         gists = (entries.lod > 0).long()
         earlier = gists.cumsum(1) - gists
         sharing = (-(-gists.sum(1, keepdim=True) // gist_limit)).clamp(min=1)
         ranks = ranks - earlier + -(-earlier // sharing)
-    return entries._replace(start=ranks, span=torch.ones_like(entries.span))
+    return entries._replace(start=ranks, span=torch.ones_like(span))
 
 
 def entry_positions(start, span, frequencies, mode="gaussian"):
@@ -236,8 +258,8 @@ def entry_positions(start, span, frequencies, mode="gaussian"):
     of its own, applied last. Rotation keeps norms and commutes with the fade.
 
     frequencies: the model's. cos and sin [B, W, 1, d/2] are bit for bit those of the plain model where span is 1; fade
-    [B, W, 1, d] is 1 there. Other modes give (cos, sin): the centre of the span, without a fade. Both are what
-    `GPT.forward(cos_sin=…)` takes.
+    [B, W, 1, d] is 1 there. The modes "rank" and "simple" give (cos, sin): the centre of the span, without a fade. Both
+    are what `GPT.forward(cos_sin=…)` takes.
 
     σ is limited to 1/ω of the slowest frequency, so that no key fades completely. Exact up to positions of 2^52.
     """
@@ -246,7 +268,7 @@ def entry_positions(start, span, frequencies, mode="gaussian"):
         start, span = start.cpu(), span.cpu()
     mean = start.double() + (span.double() - 1) / 2
     cos, sin = (t.view(*start.shape, 1, -1).to(device) for t in cos_sin_at(mean.flatten(), frequencies))
-    if mode != "gaussian":
+    if mode in ("rank", "simple"):
         return cos, sin
     variance = torch.minimum((span.double() ** 2 - 1) / 12, frequencies.abs().min() ** -2)
     fade = torch.exp(-(frequencies**2) * variance[..., None, None] / 2).float().to(device)

@@ -24,7 +24,7 @@ import torch
 from megacontext.config import MCConfig
 from megacontext.focus_allocator import Focus, focus_state
 from megacontext.lensnet import NEWEST, Demand
-from megacontext.reader import ASKING, Reader, as_positions, score
+from megacontext.reader import ASKING, Reader, near_from, score
 from megacontext.streams import scratch_store
 from megacontext.tree import GIST_DTYPE, MegaContextTree, RamStore
 from megacontext.working_context import LEVELS, WorkingContext, damping, smallest_length
@@ -100,7 +100,7 @@ class MCSession:
         c = self.config
         self.demand = Demand(reader.networks.lensnet, store, self.model.config.n_embd + reader.deep, c.mc_beside)
         self.focus = Focus(c, 1, self.seed)
-        self.spliced = SplicedCache(self.decoder, self.budget, c.mc_positional, c.mc_gist_limit)
+        self.spliced = SplicedCache(self.decoder, self.budget, reader)
         self._context = None  # as of its last edit, on the CPU; later tokens are at LOD 0
         self._closed = None  # (first block, mask), see _closed_blocks; None until it is asked for
         self._since = 0  # tokens since the last refocus
@@ -229,6 +229,8 @@ class MCSession:
             context = self._refocused(before)
             if context is not before:
                 self._adopt(context, READ_AGAIN)
+        if self.spliced.outdated(self.num_tokens):
+            self._adopt(self._context_now())
         if not self._up_to_date:
             logits = self._read(watch)
             self.wish = None if due else self._wish()
@@ -467,11 +469,11 @@ class SplicedCache:
     The KV cache of a session, and which entries of its working contexts it holds.
 
     An entry is identified by its code, see WorkingContext.codes. decoder: writes and rotates keys. limit: maximum
-    number of entries. positional, gist_limit: mc_positional and mc_gist_limit.
+    number of entries. reader: gives the positions of entries.
     """
 
-    def __init__(self, decoder, limit: int, positional: str, gist_limit: int):
-        self.decoder, self.positional, self.gist_limit = decoder, positional, gist_limit
+    def __init__(self, decoder, limit: int, reader: Reader):
+        self.decoder, self.reader, self.gist_limit = decoder, reader, reader.config.mc_gist_limit
         self.cache = KVCache(decoder.config.n_layer, min(limit, 512), limit=limit)
         self._held, self._held_to = torch.empty(0, dtype=torch.long), 0  # see _note
         self._end, self._edited_at = 0, 0  # see newest
@@ -491,7 +493,7 @@ class SplicedCache:
         self._note(context)
         held, here, damped = self._held, context.codes, self._damping
         self._damping = damping((here % LEVELS > 0).sum(), self.gist_limit).item()
-        kept = torch.isin(held, here)
+        kept, by = self._moved(context, before)
         first = LEVELS * (context.num_tokens - (0 if kept.all() else again))  # not to be kept
         if not kept.any():
             self._stale = math.inf
@@ -504,23 +506,32 @@ class SplicedCache:
             first, self._stale = min(first, self._stale), math.inf
         kept &= held < first
         if not kept.all():
-            self._held = held[self.cache.keep(kept)]
-        self.move(context, before)
-        self._dampen()
-        return len(self._held) == len(here)
-
-    def move(self, context, before=None):
-        """Note the last position of this context, and rotate keys whose position differs from that in `before`."""
-        _, start, span, _ = as_positions(context.entries, self.positional, self.gist_limit)
-        self._end, self._edited_at = int(start[0, -1] + span[0, -1]), context.num_tokens
-        if before is None or self.positional != "rank":
-            return
-        then = as_positions(before.entries, self.positional, self.gist_limit).start[0]
-        now_at, was_at = (torch.searchsorted(codes, self._held) for codes in (context.codes, before.codes))
-        by = start[0, now_at] - then[was_at]
+            order = self.cache.keep(kept)
+            self._held, by = held[order], by[order]
         moved = by.nonzero()[:, 0]
         if len(moved):
             self.decoder.turn(self.cache, moved, by[moved])
+        self._dampen()
+        return len(self._held) == len(here)
+
+    def outdated(self, num_tokens) -> bool:
+        """Whether entries stand elsewhere than at the last edit, though none was edited since."""
+        T, mode = self.decoder.config.sequence_len, self.reader.config.mc_positional
+        return mode == "near" and near_from(num_tokens, T) != near_from(self._edited_at, T)
+
+    def _moved(self, context, before):
+        """
+        Of the entries held: which this context has, in as many positions as the one `before` had them, and how many
+        positions further on, [n] each. Notes where the context ends.
+        """
+        places = []
+        for one, num_tokens in ((before or context, self._edited_at), (context, None)):
+            _, start, span, _ = (t[0] for t in self.reader.placed(one.entries, num_tokens))
+            at = torch.searchsorted(one.codes, self._held).clamp(max=len(one.codes) - 1)
+            places.append((start[at] + (span[at] - 1).double() / 2, span[at]))
+        (then, took), (now, takes) = places
+        self._end, self._edited_at = int(start[-1] + span[-1]), context.num_tokens
+        return torch.isin(self._held, context.codes) & (took == takes), (now - then).float()
 
     def unread(self, context):
         """Indices [n] of the context's entries that are not in the cache."""

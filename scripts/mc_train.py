@@ -56,7 +56,12 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
     # MegaContext
     megacontext: Annotated[MCConfig, group] = field(
         default_factory=lambda: MCConfig(
-            gistnet_type="copied", gistnet_start="last", gistnet_deep=3, mc_gist_limit=32, mc_beside=0.9
+            mc_positional="rank",
+            gistnet_type="copied",
+            gistnet_start="last",
+            gistnet_deep=3,
+            mc_gist_limit=32,
+            mc_beside=0.9,
         )
     )
     """settings of MegaContext"""

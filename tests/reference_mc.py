@@ -33,6 +33,17 @@ def entries(lod_row, N, K):
     return out
 
 
+def near_positions(lod_row, N, K, T):
+    """[(first position, positions)] of one row in the mode "near", walking back from the newest entry."""
+    far, place, out = 0, N, []
+    while N - far > T:
+        far += T // 2
+    for _, start, span in reversed(entries(lod_row, N, K)):
+        place, taken = (start, span) if start >= far else (place - 1, 1)
+        out.append((place, taken))
+    return out[::-1]
+
+
 def is_valid(lod_row, N, K):
     """Whether every block is covered by exactly the node that its level says."""
     for block, lod in enumerate(lod_row):

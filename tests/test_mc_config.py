@@ -45,7 +45,7 @@ DEFAULTS = {
     "mc_infer_exact": False,
     "mc_lens_loss_weight": 1.0,
     "mc_aux_dtype": "auto",
-    "mc_positional": "rank",
+    "mc_positional": "near",
     "mc_freeze_base": False,
 }
 
@@ -89,7 +89,7 @@ def test_names_and_defaults_are_frozen():
         ("mc_infer_refocus_interval", -1, "1 or more"),
         ("mc_lens_loss_weight", -0.1, "0 or more"),
         ("mc_aux_dtype", "fp16", "one of auto, fp32, bf16"),
-        ("mc_positional", "alibi", "one of rank, gaussian, simple"),
+        ("mc_positional", "alibi", "one of near, rank, gaussian, simple"),
     ],
 )
 def test_bad_values_are_refused_with_what_was_expected_and_got(name, value, expected):

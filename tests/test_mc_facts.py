@@ -49,7 +49,7 @@ def test_what_ends_before_a_token_does_not_know_it(N, coarse, rng, data):
     assert not torch.equal(one[~before][:1], two[~before][:1])  # the entry that holds it does know
 
 
-@pytest.mark.parametrize("positional", ["gaussian", "simple"])
+@pytest.mark.parametrize("positional", ["near", "gaussian", "simple"])
 def test_all_tokens_is_the_flagless_model_bit_for_bit(positional):
     x, y = tokens(B=3)
     reader = built(MODEL, {"mc_positional": positional}).reader

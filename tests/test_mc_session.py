@@ -197,7 +197,7 @@ def test_forced_tool_answers_equal_plain_ones(model, tokenizer):
 
 
 @pytest.mark.parametrize("policy", ["greedy", "stochastic_greedy"])
-@pytest.mark.parametrize(("positional", "limit"), [("gaussian", 0), ("simple", 2), ("rank", 2)])
+@pytest.mark.parametrize(("positional", "limit"), [("gaussian", 0), ("simple", 2), ("rank", 2), ("near", 0)])
 def test_cache_equals_reading_from_scratch(model, positional, limit, policy):
     options = {"allocator": policy, "mc_positional": positional, "mc_gist_limit": limit, "allocator_sample_top_k": 3}
     session = session_of(model, **options)
@@ -228,20 +228,24 @@ def test_only_what_changed_is_read_again(model):
 class Spliced:
     """
     The slow reference of a spliced cache: of each entry (level, first token) the keys and values of each layer, as they
-    were when it was last read, with all that stood before it then; the keys without positions, which may change.
+    were when it was last read, with all that stood before it then; the keys without positions, which may change. How
+    many positions it takes may not: then it is read again.
     """
 
     def __init__(self, model, session):
-        self.model, self.session, self.entries = model, session, {}
+        self.model, self.session, self.entries, self.taken = model, session, {}, {}
         self.adopted, self.listened = session._adopt, session.demand.listen
         session._adopt, session.demand.listen = self.adopt, self.listen
 
     def adopt(self, context, again=0, fresh=False):
         assert not (fresh and self.entries)
-        names = _names(context)
-        gone = self.entries.keys() - set(names)
+        names, taken = _names(context), self.session.reader.placed(context.entries).span[0].tolist()
+        taken, before = dict(zip(names, taken, strict=True)), self.taken
+        gone = {name for name in self.entries if taken.get(name) != before.get(name, 1)}
         newest = context.num_tokens - again if gone else context.num_tokens
-        self.entries = {name: self.entries[name] for name in names if name in self.entries and name[1] < newest}
+        kept = [name for name in names if name in self.entries.keys() - gone and name[1] < newest]
+        self.entries = {name: self.entries[name] for name in kept}
+        self.taken = taken
         self.adopted(context, again, fresh)
 
     @torch.inference_mode()
@@ -277,7 +281,7 @@ def _names(context):
     return list(zip(*(t[0].tolist() for t in context.entries[:2]), strict=True))
 
 
-@pytest.mark.parametrize("positional", ["rank", "gaussian", "simple"])
+@pytest.mark.parametrize("positional", ["rank", "near", "gaussian", "simple"])
 def test_a_refocus_is_spliced_into_the_cache(model, positional):
     """What comes in and the newest tokens are read, and see what stands before them; all others stay as they were."""
     session = session_of(model, mc_infer_exact=False, mc_positional=positional)

@@ -54,6 +54,29 @@ def test_gists_take_as_many_positions_as_the_limit(shape, limit):
         assert expected[-1] < tokens + (limit or gists) + 1
 
 
+@given(shapes, st.integers(2, 40))
+def test_near_entries_stand_where_they_are_and_far_ones_before_them(shape, T):
+    context = random_context(*shape)
+    start, span = as_positions(context.entries, "near", 0, T)[1:3]
+    for row, lods in enumerate(context.lod_map.tolist()):
+        expected = reference.near_positions(lods, *shape[:2], T)
+        assert list(zip(start[row].tolist(), span[row].tolist(), strict=True))[: len(expected)] == expected
+        assert expected[-1][0] - expected[0][0] < T + len(expected)
+
+
+@given(shapes, st.integers(1, 20), st.integers(1, 4))
+def test_a_past_stands_before_a_sequence_of_T_tokens(shape, half, halves):
+    """As training has it, where tokens of the past have negative numbers."""
+    T, (_, K, rows, rng) = 2 * half, shape
+    past = halves * half
+    context = random_context(past + T, K, rows, rng)
+    here = as_positions(context.entries, "near", 0, T)
+    entries = context.entries._replace(start=(context.entries.start - past).where(context.entries.valid, 0))
+    there = as_positions(entries, "near", 0, T)
+    assert torch.equal(there.start[entries.valid], here.start[entries.valid] - past)
+    assert torch.equal(there.span[entries.valid], here.span[entries.valid])
+
+
 @given(shapes)
 @settings(max_examples=300, deadline=None)
 def test_entries_are_those_of_a_walk_and_tile_the_tokens(shape):
