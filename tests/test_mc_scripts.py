@@ -161,7 +161,8 @@ def test_attached_to_a_frozen_model(mc_trained):
         train(mc_train, *options, "--output_tag=two")
     # model and networks can learn on together
     mid = ["--tasks=recall", *QUICK, "--num_iterations=2", "--eval_every=-1", "--model_tag=two-mc", *WITH_MC]
-    train(mid_train, *mid, "--gistnet_type=copied", "--gistnet_start=last", "--gistnet_deep=3")
+    made = "--mc_positional=rank", "--gistnet_type=copied", "--gistnet_start=last", "--gistnet_deep=3"
+    train(mid_train, *mid, *made)
     after = cm.load_companion(mc_trained / "mid_checkpoints" / "two-mc", 2)
     assert after.keys() == before.keys()
     assert not torch.equal(after["gistnet.deep.head.c_proj.weight"], before["gistnet.deep.head.c_proj.weight"])
