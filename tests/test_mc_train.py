@@ -11,8 +11,7 @@ from tests.helpers import in_ranks, make_model, tokens
 V = 70
 TOKENIZER = types.SimpleNamespace(
     get_vocab_size=lambda: V,
-    get_special_tokens=lambda: {"<|bos|>"},
-    encode_special=lambda name: 69,
+    special_ids={69},
     render_for_completion=lambda conversation: [69, 68, 67],
 )
 
