@@ -19,7 +19,8 @@ class MCConfig:
     """where sessions keep their trees: in memory, or on disk, from which chat_web resumes chats after a restart"""
     mc_positional: Literal["near", "rank", "gaussian", "simple"] = "near"
     """rotary positions: each entry where its span is, gists faded (gaussian) or at the centre (simple); one entry after
-    another (rank, mc_train's default); the newest T tokens as gaussian, those before them as rank (near)"""
+    another (rank, mc_train's default); as gaussian, but beyond the newest tokens of streams longer than T as rank
+    (near)"""
     # GistNet
     gistnet_type: Literal["transformer", "mean", "copied"] = "transformer"
     """how gists are made: by a new network, as the mean of the block, or by a network initialized with the lowest

@@ -207,17 +207,21 @@ class Reader:
 
 
 def near_from(num_tokens, T) -> int:
-    """The first token that is near, in the mode "near": the newest T/2 to T are, so that this seldom changes."""
-    return max(0, -(-(num_tokens - T) // (T // 2)) * (T // 2))
+    """
+    The first token that is near, in the mode "near": of a stream of up to T tokens all are, of a longer one the newest
+    T/4 to T/2, so that this seldom changes.
+    """
+    step = max(1, T // 4)
+    return 0 if num_tokens <= T else -(-(num_tokens - T // 2) // step) * step
 
 
 def as_positions(entries, mode, gist_limit=0, T=0, num_tokens=None):
     """
     The entries with the first position of each for `start`, and for `span` how many positions it takes.
 
-    "near": entries that begin in the newest T/2 to T tokens are where they are in the stream, those before them one
-    after another, one position each; so distances are exact up to T / 2, and no entry is further away than T and their
-    number, whatever it covers. "rank": all one after another. Other modes: all where they are in the stream.
+    "near": entries that begin in the newest tokens (see near_from) are where they are in the stream, those before them
+    one after another, one position each; so beyond T tokens no entry is further away than T / 2 and their number,
+    whatever it covers. "rank": all one after another. Other modes: all where they are in the stream.
 
     gist_limit: positions that all gists of a row take together in the mode "rank", at most: of more gists, several in
     turn share one. 0 for no limit. T: the model's context length. num_tokens: in the stream when that was asked; None

@@ -36,8 +36,8 @@ def entries(lod_row, N, K):
 def near_positions(lod_row, N, K, T):
     """[(first position, positions)] of one row in the mode "near", walking back from the newest entry."""
     far, place, out = 0, N, []
-    while N - far > T:
-        far += T // 2
+    while N > T and N - far > T // 2:
+        far += max(1, T // 4)
     for _, start, span in reversed(entries(lod_row, N, K)):
         place, taken = (start, span) if start >= far else (place - 1, 1)
         out.append((place, taken))

@@ -64,17 +64,21 @@ def test_near_entries_stand_where_they_are_and_far_ones_before_them(shape, T):
         assert expected[-1][0] - expected[0][0] < T + len(expected)
 
 
-@given(shapes, st.integers(1, 20), st.integers(1, 4))
-def test_a_past_stands_before_a_sequence_of_T_tokens(shape, half, halves):
+@given(shapes, st.integers(0, 90))
+def test_a_past_stands_one_by_one_before_a_sequence_of_T_tokens(shape, past):
     """As training has it, where tokens of the past have negative numbers."""
-    T, (_, K, rows, rng) = 2 * half, shape
-    past = halves * half
-    context = random_context(past + T, K, rows, rng)
-    here = as_positions(context.entries, "near", 0, T)
+    context = random_context(*shape)
+    past = min(past, shape[0] - 1)
     entries = context.entries._replace(start=(context.entries.start - past).where(context.entries.valid, 0))
-    there = as_positions(entries, "near", 0, T)
-    assert torch.equal(there.start[entries.valid], here.start[entries.valid] - past)
-    assert torch.equal(there.span[entries.valid], here.span[entries.valid])
+    start, span = as_positions(entries, "near", 0, shape[0] - past)[1:3]
+    for row, valid in enumerate(entries.valid):
+        far = valid & (entries.start[row] < 0)
+        own = valid & ~far
+        assert torch.equal(start[row, own], entries.start[row, own])
+        assert torch.equal(span[row, own], entries.span[row, own])
+        first = int(start[row, own][0]) if own.any() else shape[0] - past
+        assert start[row, far].tolist() == list(range(first - int(far.sum()), first))
+        assert (span[row, far] == 1).all()
 
 
 @given(shapes)
