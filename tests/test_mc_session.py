@@ -546,8 +546,11 @@ def test_a_prompt_that_goes_on_equals_one_from_the_start(model):
 
 
 def focused_session(model, on_update=None):
-    """A session with a history in a random focus, for which there is more room now; and no more wishes."""
-    session = session_of(model, allocator_soft_max=100, on_update=on_update)
+    """
+    A session with a history in a random focus, for which there is more room now; and no more wishes. By rank, where no
+    entry is read again for that it is far now.
+    """
+    session = session_of(model, allocator_soft_max=100, mc_positional="rank", on_update=on_update)
     session.prefill(ids(200))
     for i in range(6 * 12):
         session.step(torch.tensor([i]))
