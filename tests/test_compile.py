@@ -82,16 +82,16 @@ def test_a_training_with_mc(validated_first):
         for one, other in zip((p for m in (model, networks) for p in m.parameters()), expected, strict=True):
             torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3)
         if not validated_first:
-            assert graphs() == {"gpt": 2, "cross_entropy": 2, "gistnet": 4}
+            assert graphs() == {"gpt": 3, "cross_entropy": 2, "gistnet": 4}
             validate()
-        assert graphs() == {"gpt": 3 + validated_first, "cross_entropy": 2, "gistnet": 5 - validated_first}
+        assert graphs() == {"gpt": 4, "cross_entropy": 2, "gistnet": 5 - validated_first}
         validate()
         with generating(config, SimpleNamespace(model=model, companion=networks)) as make_session:
             session = make_session()  # whose shapes all differ: nothing is compiled for them
             session.prefill(list(range(1, 60)))
             for i in range(40):
                 session.step(torch.tensor([i]))
-        assert graphs() == {"gpt": 3 + validated_first, "cross_entropy": 2, "gistnet": 5 - validated_first}
+        assert graphs() == {"gpt": 4, "cross_entropy": 2, "gistnet": 5 - validated_first}
 
 
 def test_plain_training_and_rows_of_any_length():
@@ -141,7 +141,7 @@ def test_little_is_started_one_by_one(monkeypatch):
             objective(*tokens(B=4), 1.0, seed=0)
         counts.append(left.count)
     assert counts[1] - counts[0] <= 4 * 32
-    assert counts[0] < 1100, counts
+    assert counts[0] < 1200, counts
 
 
 @pytest.mark.parametrize("mc", [False, True])
