@@ -226,7 +226,7 @@ def test_a_run_of_a_million_blanks(serve, text):
     server = serve()
     began = time.monotonic()
     assert len(said(ask(server, [user(text)], max_tokens=9))) > 1
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60  # a loaded machine was seen to need more than 20
     [held] = server.sessions[0].held
     assert server.pool.tokenizer.decode(held.prompt.tolist()).count(" ") == 1_000_000
 
