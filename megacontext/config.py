@@ -75,7 +75,7 @@ class MCConfig:
     """number of random variants of each compressed sequence that are read; half of the sequences are read in full"""
     mc_start: Annotated[float, Range(0, 0.99)] = 0.0
     """fraction of the training, at its start, in which all sequences are read in full: a small model may have to learn
-    to look things up before gists are of use"""
+    to look things up before gists are of use; base_train's default is 0.6"""
     mc_past: CountOr0 = -1
     """maximum number of preceding tokens that a compressed sequence of pretraining text is read with, mostly as gists;
     0 for none, as always in mid_train; -1 for 16 × max_seq_len, or 0 if block_size does not divide max_seq_len"""

@@ -9,14 +9,15 @@ Pretrain the base model.
 Run the same command again to resume an interrupted run from its newest checkpoint.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 
 from megacontext.attach import MCOptions, attach, generating, meta_of, observe
+from megacontext.config import MCConfig
 from nanochat.common import UserError, autocast, compute_init, print0, resolve_dtype, sum_over_ranks
-from nanochat.configurator import run
+from nanochat.configurator import group, run
 from nanochat.core_bundle import has_bundle, how_to_get_bundle, load_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenLoader
@@ -71,6 +72,9 @@ class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions):
     """examples per task during training"""
     sample_every: Every = 2000
     """steps between samples; -1 for never"""
+    # A new model learns more, and in less time, if it first learns alone (dev/LOG.md)
+    megacontext: Annotated[MCConfig, group] = field(default_factory=lambda: MCConfig(mc_start=0.6))
+    """these options have an effect with --mc only"""
 
 
 MEASURED = 20  # after this many steps, their speed makes a number of steps of --target_minutes
@@ -95,6 +99,11 @@ def horizon(config, flops_per_token, num_params) -> int | None:
             f"the horizon is less than one step of {config.total_batch_size:,} tokens: lower --total_batch_size"
         )
     return steps
+
+
+def relative_work(objective, T) -> float:
+    """FLOPs of a step, averaged over the training, as a multiple of those of its first step."""
+    return sum(objective.work(i / 100, T) for i in range(100)) / (100 * objective.work(0.0, T))
 
 
 def main(config: Config):
@@ -168,7 +177,7 @@ def main(config: Config):
         step = training.step
         if training.total is None and step == MEASURED:
             rank_seconds = torch.tensor(training.total_time / (step - WARM_UP), device=device)
-            seconds = (sum_over_ranks(rank_seconds) / world_size).item()
+            seconds = (sum_over_ranks(rank_seconds) / world_size).item() * relative_work(objective, T)
             training.set_total(max(step + 1, round(60 * config.target_minutes / seconds)))
             training.facts |= length()
             say(f"{training.total:,} steps take {config.target_minutes:g} minutes at the speed of the first {step}")

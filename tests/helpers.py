@@ -162,7 +162,7 @@ TRAIN = [
 # Of a model of one layer
 QUICK = ["--device_type=cpu", "--dtype=fp32", "--device_batch_size=4", "--total_batch_size=256", "--eval_tokens=256"]
 QUICK_BASE = [*QUICK, "--depth=1", "--max_seq_len=64", "--core_metric_every=-1", "--sample_every=6", "--eval_every=4"]
-WITH_MC = ["--mc", "--block_size=4", "--mc_num_random_variants=2", "--allocator_recent_tokens=8"]
+WITH_MC = ["--mc", "--mc_start=0", "--block_size=4", "--mc_num_random_variants=2", "--allocator_recent_tokens=8"]
 
 
 def call_script(script, options):

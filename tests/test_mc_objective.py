@@ -19,6 +19,8 @@ from megacontext.variants import random_variants, target_length
 from megacontext.working_context import Edit, WorkingContext
 from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.training import PlainObjective
+from scripts.base_train import relative_work
 from tests.helpers import BOS, RECENT, K, T, make_model, make_objective, root_mean_square, tokens
 from tests.reference_mc import bias_of
 
@@ -60,6 +62,10 @@ def test_before_mc_start_the_model_learns_alone():
     ):  # from then on, what is left of it is a whole training
         assert process(objective, x, y, later).stats.keys() == process(whole, x, y, progress).stats.keys()
         assert objective.work(later, T) == whole.work(progress, T)
+    # --target_minutes measures the first steps, which are cheaper than the later ones
+    half = sum(whole.work(step / 50, T) for step in range(50)) / 50
+    assert relative_work(objective, T) == pytest.approx((1 + half) / 2)
+    assert relative_work(PlainObjective(model), T) == 1
 
 
 def test_each_sequence_has_both_roles():
