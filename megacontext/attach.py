@@ -1,7 +1,7 @@
 """Where --mc becomes objects in training. With the flag off, none of MegaContext's networks or losses is made."""
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
 import torch
@@ -11,6 +11,7 @@ from megacontext.inference import session_maker
 from megacontext.networks import MCNetworks
 from megacontext.objective import MCObjective
 from megacontext.telemetry.endpoint import open_telemetry
+from nanochat.checkpoint_manager import find_model, load_meta
 from nanochat.configurator import group
 from nanochat.loop import compiles
 from nanochat.training import PlainObjective
@@ -62,6 +63,16 @@ def observe(config, script, training):
     """With MegaContext, send all log records to MC_OTEL_ENDPOINT, until training.close()."""
     if is_on(config):
         training.log.listen(open_telemetry(script, training.tag, {"device": training.device.type}))
+
+
+def with_settings_of_networks(defaults, options):
+    """
+    `defaults`, a script's options, with the settings of the networks beside the checkpoint from which a stage with
+    these options starts, if it has any: what continues with them need not be told how they were made.
+    """
+    meta = load_meta(*find_model(options.source, options.model_tag, options.step))
+    made = MCConfig(**meta["megacontext"]).of_networks() if "megacontext" in meta else {}
+    return replace(defaults, megacontext=replace(defaults.megacontext, **made))
 
 
 @contextmanager

@@ -110,6 +110,11 @@ class MCConfig:
         alone = "0 with --mc_freeze_base, where the model has nothing to learn alone"
         _expect("mc_start", self.mc_start, not (self.mc_freeze_base and self.mc_start), alone)
 
+    def of_networks(self) -> dict:
+        """The settings with which networks are made, and with which a model learns to read their gists."""
+        names = "block_size", "mc_positional", "gistnet_", "lensnet_", "mc_gist_limit", "mc_beside"
+        return {name: value for name, value in vars(self).items() if name.startswith(names)}
+
     def begun(self, progress) -> float:
         """Completed fraction of the training with gists, which begins at mc_start; negative before that."""
         return (progress - self.mc_start) / (1 - self.mc_start)

@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,20 +101,27 @@ def _settings(path) -> list[str]:
 
 def parse(config_class, argv=None):
     """
-    An instance of config_class from the command line. Exits with a message for options of other names and types; raises
-    UserError for numbers out of range and an invalid settings file.
+    An instance of config_class from the command line. Its method `defaults`, if it has one, gives an instance with the
+    values of the options that were not given, such as those of the checkpoint that other options name.
+
+    Exits with a message for options of other names and types; raises UserError for numbers out of range and an invalid
+    settings file.
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
     if argv and argv[0].endswith(".py") and not argv[0].startswith("-"):
         argv = _settings(argv[0]) + argv[1:]
     argv = _spell_out_booleans(argv, _booleans(config_class))
-    config = tyro.cli(
+    read = partial(
+        tyro.cli,
         config_class,
         args=argv,
         description=sys.modules[config_class.__module__].__doc__,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
+    config = read()
+    if hasattr(config, "defaults"):
+        config = read(default=config.defaults())
     check(config)
     return config
 

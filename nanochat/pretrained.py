@@ -58,13 +58,13 @@ def load(config: PretrainedOptions, device, companion=False):
 
 
 def parent(config: PretrainedOptions, device):
-    """(source, model, tokenizer, facts) of the model to train networks for; see training.parent_model."""
+    """(source, model, tokenizer, facts, networks) of the model to train networks for; see training.parent_model."""
     if not config.hf_path:
         options = config.source, device, config.model_tag, config.step
-        return config.source, *training.parent_model(*options)[:3]
+        return config.source, *training.parent_model(*options)
     model, tokenizer, weights = load_pretrained(config.hf_path, device, config.dtype)
     tag = config.model_tag or name_of(config.hf_path)
-    return SOURCE, model, tokenizer, {"source": SOURCE, "model_tag": tag, "step": 0, "weights": weights}
+    return SOURCE, model, tokenizer, {"source": SOURCE, "model_tag": tag, "step": 0, "weights": weights}, None
 
 
 def name_of(path) -> str:

@@ -1,5 +1,6 @@
 """
-Train GistNet and LensNet for a trained model, which stays unchanged.
+Train GistNet and LensNet for a trained model, which stays unchanged: new ones, or those it has learned with, which
+gain from more steps when the model changes no more.
 
     python -m scripts.mc_train                                   # the largest base model → <tag>-mc
     python -m scripts.mc_train -i sft -g d20 --num_iterations=2000
@@ -17,7 +18,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
-from megacontext.attach import attach, meta_of, observe
+from megacontext.attach import attach, meta_of, observe, with_settings_of_networks
 from megacontext.config import MCConfig
 from nanochat import pretrained
 from nanochat.common import UserError, autocast, compute_init, resolve_dtype
@@ -64,7 +65,11 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
             mc_beside=0.9,
         )
     )
-    """settings of MegaContext"""
+    """settings of MegaContext; where a model has networks, the defaults are what they were made with"""
+
+    def defaults(self) -> "Config":
+        """See `with_settings_of_networks`."""
+        return Config() if self.hf_path else with_settings_of_networks(Config(), self)
 
 
 @torch.no_grad()
@@ -95,7 +100,7 @@ def main(config: Config):
     dtype = resolve_dtype(config.dtype, device.type)
     config = replace(config, megacontext=replace(config.megacontext, mc_freeze_base=True))
 
-    source, model, tokenizer, parent = pretrained.parent(config, device)
+    source, model, tokenizer, parent, networks = pretrained.parent(config, device)
     B, T, streams = config.device_batch_size, set_length(model, config.max_seq_len), config.streams
     accumulation = accumulation_steps(config.total_batch_size, B, T, world_size)
     token_bytes = count_token_bytes(tokenizer).to(device)
@@ -103,7 +108,7 @@ def main(config: Config):
     tag = config.output_tag or parent["model_tag"] + "-mc" * (not config.hf_path)
     if tag == parent["model_tag"] and not config.hf_path:
         raise UserError(f"output_tag must differ from the model's tag {tag!r}, whose checkpoints stay unchanged")
-    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), trunk=model)
+    companion, make_objective = attach(config, model.config, device, tokenizer.get_bos_token_id(), networks, model)
 
     def rate(step, total):
         return lr_multiplier(step, total, warmdown_ratio=config.warmdown_ratio)
@@ -116,13 +121,14 @@ def main(config: Config):
     )
     if training.finished:
         return
-    if training.step == 0:  # a resumed run has it in its checkpoint
+    if training.step == 0 and networks is None:  # otherwise they have it
         with TokenLoader(tokenizer, B, T, "train", device) as loader, autocast(device, dtype):
             companion.lensnet.whiten(*start_of_lensnet(model, tokenizer, loader))
     objective = make_objective(training.model)
     observe(config, "mc_train", training)
     model = training.model  # free the parent's weights after a resume
     facts = {
+        "GistNet and LensNet": "new" if networks is None else "those of the model",
         "Parameters of the model, frozen": model.num_params(),
         "Parameters of GistNet": sum(p.numel() for p in companion.gistnet.parameters()),
         "Parameters of LensNet": sum(p.numel() for p in companion.lensnet.parameters()),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megacontext.attach import MCOptions, attach, meta_of, observe
+from megacontext.attach import MCOptions, attach, meta_of, observe, with_settings_of_networks
 from nanochat.common import autocast, compute_init, resolve_dtype
 from nanochat.configurator import run
 from nanochat.conversations import PackedConversations
@@ -46,6 +46,10 @@ class Config(MCOptions, TrainingOptions, BatchOptions, OptimizerOptions, ModelOp
     # Evaluation
     eval_every: Every = 150
     """steps between validations; -1 for never"""
+
+    def defaults(self) -> "Config":
+        """See `with_settings_of_networks`."""
+        return with_settings_of_networks(Config(), self) if self.mc else Config()
 
 
 def main(config: Config):

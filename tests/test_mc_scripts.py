@@ -160,9 +160,29 @@ def test_attached_to_a_frozen_model(mc_trained):
     with pytest.raises(UserError, match="output_tag must differ"):
         train(mc_train, *options, "--output_tag=two")
     # model and networks can learn on together
-    mid = ["--tasks=recall", *QUICK, "--num_iterations=2", "--eval_every=-1", "--model_tag=two-mc", *WITH_MC]
-    made = "--mc_positional=rank", "--gistnet_type=copied", "--gistnet_start=last", "--gistnet_deep=3"
-    train(mid_train, *mid, *made)
+    mid = ["--tasks=recall", *QUICK, "--num_iterations=2", "--eval_every=-1", "--model_tag=two-mc"]
+    train(mid_train, *mid, "--mc")
     after = cm.load_companion(mc_trained / "mid_checkpoints" / "two-mc", 2)
     assert after.keys() == before.keys()
     assert not torch.equal(after["gistnet.deep.head.c_proj.weight"], before["gistnet.deep.head.c_proj.weight"])
+
+
+def test_networks_that_learned_with_the_model_learn_on(mc_trained):
+    """By mc_train, with the settings that they were made with; LensNet is not begun anew, the model stays as it is."""
+    settings = parse(mc_train.Config, ["-g", "mc", "--mc_gist_limit=9"]).megacontext
+    assert (settings.block_size, settings.mc_positional, settings.gistnet_type) == (4, "near", "transformer")
+    assert (settings.mc_gist_limit, settings.mc_start, settings.mc_past) == (9, 0, -1)
+    options = ["-g", "mc", *QUICK, "--eval_every=-1", "--allocator_recent_tokens=8", "--mc_lens_loss_weight=0"]
+    train(mc_train, *options, "--num_iterations=2")
+    root = mc_trained / "base_checkpoints"
+    (model, networks), (same, after) = (
+        (cm.load_checkpoint(root / tag, step)[0], cm.load_companion(root / tag, step))
+        for tag, step in (("mc", 6), ("mc-mc", 2))
+    )
+    assert_equal(model, same)
+    changed = {name for name in after if not torch.equal(after[name], networks[name])}
+    assert "gistnet.head.c_proj.weight" in changed
+    assert not any(name.startswith("lensnet") for name in changed)
+    assert log_of(mc_trained, "base", "mc-mc")[0]["mc/token_loss"] < 0.5  # nats that compression costs
+    with pytest.raises(UserError, match="--block_size: expected 4, .* got 8"):
+        train(mc_train, *options, "--num_iterations=2", "--output_tag=other", "--block_size=8")
