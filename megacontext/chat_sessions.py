@@ -212,7 +212,7 @@ class ChatSessions:
         return self.kept.record(conversation) if self.kept else {}
 
     def focus(self, conversation) -> dict | None:
-        """The last focus state that was sent in this conversation; None if there is none."""
+        """The last focus state that was sent in this conversation, or None."""
         with self.lock:
             held = self._find(array("i"), conversation)
         return held.state if held else self._record(conversation).get("view")

@@ -103,7 +103,8 @@ class KeptChats:
 
     def folders(self) -> list[Path]:
         """The folders of all conversations, the least recently used first."""
-        return list(self._sizes())
+        with self.lock:
+            return list(self._sizes())
 
     def stats(self):
         with self.lock:

@@ -80,7 +80,7 @@ class Reader:
             return self.embed(ids)
 
     def gist(self, children, level):
-        """Gists [M, D + deep] of a level from their children [M, K, ≥ D], of which the first D channels count."""
+        """Gists [M, D + deep] of a level from their children [M, K, D or more], whose first D channels count."""
         children = children[..., : self.model.config.n_embd]
         with autocast(self.device, self.dtype):
             return self.networks.gistnet(self._suited(children), level)
@@ -143,7 +143,7 @@ class Reader:
     def placed(self, entries, num_tokens=None):
         """The entries with the positions they take for `start` and `span`: see as_positions."""
         c, T = self.config, self.model.config.sequence_len
-        return as_positions(entries, c.mc_positional, c.mc_gist_limit, T, num_tokens)
+        return as_positions(entries, c.mc_positional, T, c.mc_gist_limit, num_tokens)
 
     def key_bias(self, entries):
         """The bias [B, W] on the attention scores of entries as keys, see damping; None without mc_gist_limit."""
@@ -215,7 +215,7 @@ def near_from(num_tokens, T) -> int:
     return 0 if num_tokens <= T else -(-(num_tokens - T // 2) // step) * step
 
 
-def as_positions(entries, mode, gist_limit=0, T=0, num_tokens=None):
+def as_positions(entries, mode, T, gist_limit=0, num_tokens=None):
     """
     The entries with the first position of each for `start`, and for `span` how many positions it takes.
 
@@ -223,15 +223,17 @@ def as_positions(entries, mode, gist_limit=0, T=0, num_tokens=None):
     one after another, one position each; so beyond T tokens no entry is further away than T / 2 and their number,
     whatever it covers. "rank": all one after another. Other modes: all where they are in the stream.
 
-    gist_limit: positions that all gists of a row take together in the mode "rank", at most: of more gists, several in
-    turn share one. 0 for no limit. T: the model's context length. num_tokens: in the stream when that was asked; None
-    for now.
+    T: the model's context length. gist_limit: positions that all gists of a row take together in the mode "rank", at
+    most: of more gists, several in turn share one. 0 for no limit. num_tokens: length of the stream at the time for
+    which positions are wanted; None for the end of the entries.
     """
     _, start, span, valid = entries
     ranks = torch.arange(start.size(1)).expand_as(start)
     if mode == "near":
         end = int((start + span).where(valid, 0).max())
         far = valid & (start < near_from(end if num_tokens is None else num_tokens, T))
+        if not far.any():
+            return entries
         near = start.where(valid & ~far, end).amin(1, keepdim=True)
         return entries._replace(
             start=(near + ranks - far.sum(1, keepdim=True)).where(far, start), span=span.where(~far, 1)

@@ -181,7 +181,7 @@ class MCSession:
                 yield
 
     def _collapsed(self, kept):
-        """A context within the budget: the first `kept` tokens as they were if possible, the rest as fine as fits."""
+        """A context in the budget: the first `kept` tokens as they were if possible, the rest as detailed as fits."""
         N, K = self.num_tokens, self.config.block_size
         first_new = min(kept, max(0, N - self.recent)) // K  # first block that is new or recent
         if not first_new:

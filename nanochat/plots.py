@@ -115,6 +115,9 @@ def plot_log(records, title, yardsticks=None) -> bytes | None:
     yardsticks: name → bits per byte, drawn as lines in the validation panel. Returns None if there is no curve.
     """
     curves = {key: series(records, key) for key in PANELS}
+    whole = series(records, "mc/base_loss")  # with --mc, train/loss is a sum of which this is the part of whole texts
+    if len(whole[1]):
+        curves["train/loss"] = whole
     curves = {key: curve for key, curve in curves.items() if len(curve[1])}
     if not curves:
         return None

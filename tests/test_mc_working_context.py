@@ -40,7 +40,7 @@ def padded(rows, value):
 def test_gists_take_as_many_positions_as_the_limit(shape, limit):
     """Entries stand one after another; of the gists of a row, as many in turn share one as the limit asks for."""
     context = random_context(*shape)
-    start, span = as_positions(context.entries, "rank", limit)[1:3]
+    start, span = as_positions(context.entries, "rank", 0, limit)[1:3]
     assert (span == 1).all()
     for row in range(context.num_rows):
         lods = [lod for lod, *_ in row_entries(context, row)]
@@ -57,7 +57,7 @@ def test_gists_take_as_many_positions_as_the_limit(shape, limit):
 @given(shapes, st.integers(2, 40))
 def test_near_entries_stand_where_they_are_and_far_ones_before_them(shape, T):
     context = random_context(*shape)
-    start, span = as_positions(context.entries, "near", 0, T)[1:3]
+    start, span = as_positions(context.entries, "near", T)[1:3]
     for row, lods in enumerate(context.lod_map.tolist()):
         expected = reference.near_positions(lods, *shape[:2], T)
         assert list(zip(start[row].tolist(), span[row].tolist(), strict=True))[: len(expected)] == expected
@@ -70,7 +70,7 @@ def test_a_past_stands_one_by_one_before_a_sequence_of_T_tokens(shape, past):
     context = random_context(*shape)
     past = min(past, shape[0] - 1)
     entries = context.entries._replace(start=(context.entries.start - past).where(context.entries.valid, 0))
-    start, span = as_positions(entries, "near", 0, shape[0] - past)[1:3]
+    start, span = as_positions(entries, "near", shape[0] - past)[1:3]
     for row, valid in enumerate(entries.valid):
         far = valid & (entries.start[row] < 0)
         own = valid & ~far

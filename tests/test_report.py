@@ -430,6 +430,11 @@ def test_plot_of_little():
         assert png.startswith(b"\x89PNG")
 
 
+def test_the_loss_with_gists_is_a_sum_and_not_drawn():
+    whole, summed = ([{"step": 5, "train/loss": loss, "mc/base_loss": 2.0}] for loss in (2.0, 7.0))
+    assert plot_log(whole, "t") == plot_log(summed, "t") != plot_log([{"step": 5, "train/loss": 7.0}], "t")
+
+
 def test_yardsticks_are_drawn():
     records = list(training_records())
     assert plot_log(records, "t", {"gzip -9": 2.0}) != plot_log(records, "t")

@@ -37,7 +37,7 @@ def reconstruction_accuracy(model, gist_fn, samples, block_size, dtype, steps) -
     """
     Share of tokens that a decoder, trained on frozen gists of level 1, reconstructs correctly.
 
-    gist_fn(children [M, K, D], level) -> [M, ≥ D], of which the first D channels are read. samples: name → (training
+    gist_fn(children [M, K, D], level) -> [M, D or more], whose first D channels are read. samples: name → (training
     sampler, test sampler), functions n -> ids [n, K] on the model's device; training uses equal parts of each. Returns
     name → accuracy.
     """
