@@ -20,7 +20,8 @@ if [ $MC = 1 ]; then
     [ -z "$(extra_option target_minutes "")" ] || HORIZON=""
     DATA="--recall_primer=11000000 --recall_part=0.5 --recall_chars=6000 --recall_questions=14 --recall_tables=0
         --recall_distractors=0 --recall_times=8 --recall_ask=0 --recall_min_distance=32"
-    MC_OPTIONS=(--block_size=16 --mc_auto_batch=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"}) # memory is plentiful
+    # Memory is plentiful, and a plain beginning leaves too few steps with gists here (dev/LOG.md)
+    MC_OPTIONS=(--block_size=16 --mc_auto_batch=0 --mc_start=0 ${MC_OPTIONS[@]+"${MC_OPTIONS[@]}"})
 fi
 report_reset
 stage python -m nanochat.dataset --source stdlib $DATA
