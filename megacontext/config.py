@@ -33,9 +33,9 @@ class MCConfig:
     """last layer of GistNet"""
     gistnet_start: Literal["mean", "last"] = "mean"
     """what GistNet's correction is added to: the mean of a block, or its last element (mc_train's default)"""
-    gistnet_deep: CountOr0 = 0
+    gistnet_deep: CountOr0 = 3
     """number of later layers of the model, evenly spaced, before which a gist adds one more vector to the residual
-    stream; mc_train's default is 3"""
+    stream"""
     mc_gist_limit: CountOr0 = 0
     """number of gists in a working context above which each gets less attention and, with rank, several share a
     position, for models not trained with that many; 0 for no limit; mc_train's default is 32"""

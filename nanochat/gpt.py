@@ -98,7 +98,7 @@ def split_deep(x, n_embd, n_layer):
     if x.size(-1) == n_embd:  # a view of x, the same but for its strides, would be compiled again
         return x, {}
     x, *deep = x.split(n_embd, dim=-1)
-    return x, {(i + 1) * n_layer // (len(deep) + 1): vectors for i, vectors in enumerate(deep)}
+    return x.contiguous(), {(i + 1) * n_layer // (len(deep) + 1): vectors for i, vectors in enumerate(deep)}
 
 
 def deepened(x, deep, layer):
@@ -108,7 +108,8 @@ def deepened(x, deep, layer):
     """
     if layer not in deep:
         return x
-    return x + x.detach().square().mean(-1, keepdim=True).sqrt() * deep[layer]
+    scale = x.detach().square().mean(-1, keepdim=True).sqrt()
+    return x + scale.to(x.dtype) * deep[layer]  # on CUDA, autocast squares in float32
 
 
 class Looks(NamedTuple):

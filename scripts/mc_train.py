@@ -60,7 +60,6 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
             mc_positional="rank",
             gistnet_type="copied",
             gistnet_start="last",
-            gistnet_deep=3,
             mc_gist_limit=32,
             mc_beside=0.9,
         )

@@ -65,9 +65,13 @@ def likeliest(model, tokens, max_tokens):
 SESSION_GPT = GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 
 
+SIMPLE = {"gistnet_deep": 0}  # the slow references read gists at the input alone; see tests/test_mc_deep_gists.py
+
+
 def session_settings(**options) -> MCConfig:
     usual = {"allocator_soft_max": 48, "mc_infer_refocus_interval": 6, "mc_infer_allocator_iterations": 2}
-    return MCConfig(block_size=K, allocator_recent_tokens=RECENT, **usual | options).resolve(T)
+    usual |= {"block_size": K, "allocator_recent_tokens": RECENT, **SIMPLE}
+    return MCConfig(**usual | options).resolve(T)
 
 
 def disturbed_networks(settings, trunk=None):
@@ -81,7 +85,7 @@ def disturbed_networks(settings, trunk=None):
 
 
 def make_objective(model, **options):
-    options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **options}
+    options = {"block_size": K, "allocator_recent_tokens": RECENT, "mc_num_random_variants": 3, **SIMPLE, **options}
     config = MCConfig(**options).resolve(model.config.sequence_len)
     torch.manual_seed(1)
     return MCObjective(model, MCNetworks(model.config.n_embd, model.config.n_layer, config, model), config, BOS)

@@ -121,7 +121,10 @@ class Operations(TorchDispatchMode):
 
 
 def test_little_is_started_one_by_one(monkeypatch):
-    """Of a forward pass with --mc, beside what is compiled: about thirty operations per layer, for where it looks."""
+    """
+    Of a forward pass with --mc, beside what is compiled: about thirty operations per layer, for where it looks, and ten
+    per layer before which gists add a vector, which are one of two and three of six.
+    """
 
     def out_of_sight(function):
         def call(*args, **kwargs):
@@ -140,7 +143,7 @@ def test_little_is_started_one_by_one(monkeypatch):
         with Operations() as left:
             objective(*tokens(B=4), 1.0, seed=0)
         counts.append(left.count)
-    assert counts[1] - counts[0] <= 4 * 32
+    assert counts[1] - counts[0] <= 4 * 32 + 2 * 10
     assert counts[0] < 1200, counts
 
 

@@ -16,7 +16,7 @@ DEFAULTS = {
     "gistnet_pooling": "mean",
     "gistnet_head": "mlp",
     "gistnet_start": "mean",
-    "gistnet_deep": 0,
+    "gistnet_deep": 3,
     "mc_gist_limit": 0,
     "mc_beside": 0.0,
     "lensnet_type": "transformer",
