@@ -122,7 +122,8 @@ def learning(config, failures):
     seconds = size(config, 150, 1)  # of training
     text = size(config, Path(torch.__file__).parent.parent, ROOT / "nanochat")  # all that lies beside PyTorch
     vocab, T, B = size(config, (16384, 2048, 32), (300, 64, 4))
-    model = [f"--depth={size(config, 8, 1)}", f"--max_seq_len={T}", f"--device_batch_size={B}", "--mc=1"]
+    model = [f"--depth={size(config, 8, 1)}", f"--max_seq_len={T}", f"--device_batch_size={B}"]
+    model += ["--mc=1", "--mc_start=0"]
     model += [f"--total_batch_size={2 * B * T}", *size(config, (), ("--block_size=8", "--mc_num_random_variants=1"))]
     device = size(config, (), ("--device_type=cpu",))
     with step(failures, "text and tokenizer"):

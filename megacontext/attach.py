@@ -71,7 +71,7 @@ def with_settings_of_networks(defaults, options):
     these options starts, if it has any: what continues with them need not be told how they were made.
     """
     meta = load_meta(*find_model(options.source, options.model_tag, options.step))
-    made = MCConfig(**meta["megacontext"]).of_networks() if "megacontext" in meta else {}
+    made = MCConfig.saved(meta["megacontext"]).of_networks() if "megacontext" in meta else {}
     return replace(defaults, megacontext=replace(defaults.megacontext, **made))
 
 

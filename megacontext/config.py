@@ -107,8 +107,11 @@ class MCConfig:
 
     def __post_init__(self):
         check(self)
-        alone = "0 with --mc_freeze_base, where the model has nothing to learn alone"
-        _expect("mc_start", self.mc_start, not (self.mc_freeze_base and self.mc_start), alone)
+
+    @classmethod
+    def saved(cls, settings: dict) -> "MCConfig":
+        """The settings in a checkpoint's metadata. What older ones lack had other defaults then."""
+        return cls(**{"gistnet_deep": 0} | settings)
 
     def of_networks(self) -> dict:
         """The settings with which networks are made, and with which a model learns to read their gists."""
@@ -126,6 +129,8 @@ class MCConfig:
         Raises UserError for settings that contradict max_seq_len or each other, such as a budget that is too small.
         """
         K = self.block_size
+        alone = "0 with --mc_freeze_base, where the model has nothing to learn alone"
+        _expect("mc_start", self.mc_start, not (self.mc_freeze_base and self.mc_start), alone)
         _expect("block_size", K, max_seq_len >= K, f"at most max_seq_len, {max_seq_len}")
         config = self._derive(allocator_recent_tokens=-(-max_seq_len // (16 * K)) * K)
         long = min(max_seq_len, config._least(max_seq_len**2))  # small blocks and budgets: room for long streams, too

@@ -49,14 +49,14 @@ class MCNetworks(nn.Module):
             if settings.get(name, self.settings[name]) != self.settings[name]:
                 raise UserError(
                     f"--{name}: expected {settings[name]}, with which the checkpoint's MegaContext networks were made, "
-                    f"got {self.settings[name]}"
+                    f"got {self.settings[name]}; without the option it is that"
                 )
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(
-                f"the checkpoint's MegaContext networks do not fit: they were made with {settings}. Choose the same "
-                f"--block_size, --gistnet_* and --lensnet_* options ({str(error).splitlines()[0]})"
+                f"the checkpoint's MegaContext networks do not fit: they were made with {settings}. Leave "
+                f"--block_size, --gistnet_* and --lensnet_* out, which are then the same ({str(error).splitlines()[0]})"
             ) from error
 
     def setup_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -86,7 +86,7 @@ def load_networks(source, meta, device, trunk=None):
     state = checkpoint_manager.load_companion(folder, meta["step"], device)
     if state is None or "megacontext" not in meta:
         return None, None
-    config = MCConfig(**meta["megacontext"])
+    config = MCConfig.saved(meta["megacontext"])
     shape = meta["model_config"]
     networks = MCNetworks(shape["n_embd"], shape["n_layer"], config, trunk).to(device)
     networks.load(state, meta["megacontext"])

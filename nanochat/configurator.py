@@ -120,9 +120,9 @@ def parse(config_class, argv=None):
         use_underscores=True,
     )
     config = read()
+    check(config)
     if hasattr(config, "defaults"):
         config = read(default=config.defaults())
-    check(config)
     return config
 
 

@@ -74,6 +74,7 @@ class Panel(NamedTuple):
 
 PANELS = {  # of what is logged
     "train/loss": Panel("Training loss", "nats per token", BLUE, 0.01),
+    "mc/base_loss": Panel("Training loss of whole texts", "nats per token", BLUE, 0.01),
     "train/reward": Panel("Mean reward of the samples", "share", BLUE, 0.05),
     "val/bpb": Panel("Validation", "bits per byte", ORANGE),
     "val/loss": Panel("Validation loss", "nats per token", ORANGE),
@@ -115,9 +116,8 @@ def plot_log(records, title, yardsticks=None) -> bytes | None:
     yardsticks: name → bits per byte, drawn as lines in the validation panel. Returns None if there is no curve.
     """
     curves = {key: series(records, key) for key in PANELS}
-    whole = series(records, "mc/base_loss")  # with --mc, train/loss is a sum of which this is the part of whole texts
-    if len(whole[1]):
-        curves["train/loss"] = whole
+    if len(curves["mc/base_loss"][1]):
+        del curves["train/loss"]  # with --mc it is a sum, most of which is no loss of the plain model
     curves = {key: curve for key, curve in curves.items() if len(curve[1])}
     if not curves:
         return None

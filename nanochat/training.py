@@ -70,7 +70,7 @@ def resume_step(folder, config, settings: dict, total=None, schedule=None) -> in
     then = _flat(meta.get("decisive", meta.get("user_config", {})))
     usual = type(config)()
     if hasattr(usual, "megacontext"):  # what a script takes for an option of it may be newer than the checkpoint
-        usual.megacontext = type(usual.megacontext)()
+        usual.megacontext = type(usual.megacontext).saved({})
     usual = _flat(asdict(usual) | {"mc": True}) | {"mc": getattr(usual, "mc", True)}
     then = {key: then.get(key, usual.get(key, value)) for key, value in settings.items()}
     differ = [key for key, value in settings.items() if then[key] != value]

@@ -120,7 +120,7 @@ def main(config: Config):
     )
     if training.finished:
         return
-    if training.step == 0 and networks is None:  # otherwise they have it
+    if training.step == 0 and not companion.lensnet.match.any():  # has not learned yet
         with TokenLoader(tokenizer, B, T, "train", device) as loader, autocast(device, dtype):
             companion.lensnet.whiten(*start_of_lensnet(model, tokenizer, loader))
     objective = make_objective(training.model)

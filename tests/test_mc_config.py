@@ -100,7 +100,13 @@ def test_bad_values_are_refused_with_what_was_expected_and_got(name, value, expe
 
 def test_a_frozen_model_has_nothing_to_learn_alone():
     with pytest.raises(UserError, match="--mc_start: expected 0 with --mc_freeze_base"):
-        MCConfig(mc_start=0.5, mc_freeze_base=True)
+        MCConfig(mc_start=0.5, mc_freeze_base=True).resolve(2048)
+
+
+def test_settings_of_older_checkpoints():
+    """What was not yet an option when they were made is as it was then; deep gists were not yet made."""
+    assert MCConfig.saved({"block_size": 8}) == MCConfig(block_size=8, gistnet_deep=0)
+    assert MCConfig.saved(dataclasses.asdict(MCConfig())) == MCConfig()
 
 
 def test_every_field_is_an_option_with_help(capsys):

@@ -105,7 +105,7 @@ def test_runs_with_and_without_are_not_mixed(mc_trained):
 
 def test_a_new_model_is_not_frozen():
     with pytest.raises(UserError, match="mc_freeze_base: expected a trained model"):
-        train(base_train, *QUICK_BASE, *WITH_MC, "--mc_freeze_base", "--num_iterations=6", "--model_tag=frozen")
+        train(base_train, *QUICK_BASE, "--mc", "--mc_freeze_base", "--num_iterations=6", "--model_tag=frozen")
 
 
 def test_flag_off_has_nothing_of_it(mc_trained):
@@ -183,6 +183,5 @@ def test_networks_that_learned_with_the_model_learn_on(mc_trained):
     changed = {name for name in after if not torch.equal(after[name], networks[name])}
     assert "gistnet.head.c_proj.weight" in changed
     assert not any(name.startswith("lensnet") for name in changed)
-    assert log_of(mc_trained, "base", "mc-mc")[0]["mc/token_loss"] < 0.5  # nats that compression costs
     with pytest.raises(UserError, match="--block_size: expected 4, .* got 8"):
         train(mc_train, *options, "--num_iterations=2", "--output_tag=other", "--block_size=8")

@@ -243,6 +243,8 @@ def test_settings_as_they_were_kept_before(stopped, half):
 def test_settings_of_megacontext(base):
     options = [
         "--mc",
+        "--mc_start=0",
+        "--gistnet_deep=0",
         "--block_size=4",
         "--mc_num_random_variants=1",
         "--allocator_recent_tokens=8",
