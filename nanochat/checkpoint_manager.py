@@ -390,10 +390,10 @@ def check_tokenizer(folder, meta_data, tokenizer):
         )
 
 
-def find_model(source, model_tag=None, step=None, companion=False):
-    """(folder, step) of the checkpoint that load_model takes. UserError if there is none."""
+def find_model(source, model_tag=None, step=None, companion=False, report=None):
+    """(folder, step) of the checkpoint that load_model takes; UserError if there is none. report as of find_last_step."""
     folder = model_folder(source, model_tag or find_largest_model(checkpoint_root(source), companion))
-    step = find_last_step(folder, print0) if step is None else step
+    step = find_last_step(folder, report) if step is None else step
     if step is None:
         raise no_checkpoint(folder, [folder])
     return folder, step
@@ -407,7 +407,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, companio
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, got {phase!r}")
-    folder, step = find_model(source, model_tag, step, companion)
+    folder, step = find_model(source, model_tag, step, companion, print0)
     model_data, _, meta_data, _ = load_checkpoint(folder, step, device)
     if model_data is None:
         raise UserError(f"{folder} has networks for a model of transformers: name that model with --hf-path")

@@ -180,7 +180,7 @@ def main(config: Config):
             seconds = (sum_over_ranks(rank_seconds) / world_size).item() * relative_work(objective, T)
             training.set_total(max(step + 1, round(60 * config.target_minutes / seconds)))
             training.facts |= length()
-            say(f"{training.total:,} steps take {config.target_minutes:g} minutes at the speed of the first {step}")
+            say(f"{training.total:,} steps take {config.target_minutes:g} minutes, judging by the first {step}")
         last = step == training.total
         with training.evaluating(last):
             if training.due(config.eval_every, last):

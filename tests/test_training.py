@@ -282,7 +282,7 @@ def test_as_long_as_it_may_take(base, monkeypatch, capsys):
     monkeypatch.setattr(training, "time", Clock())
     minutes = ["--num_iterations=-1", "--target_minutes=0.5", "--save_every=15"]
     train("minutes", *minutes)
-    assert "30 steps take 0.5 minutes at the speed of the first 20" in capsys.readouterr().out
+    assert "30 steps take 0.5 minutes, judging by the first 20" in capsys.readouterr().out
     assert meta_of(base, "minutes", 30)["finished"]
     rates = [r["train/lrm"] for r in log_of(base, "base", "minutes") if "train/lrm" in r]
     assert rates == [base_train.lr_multiplier(step, 30, warmdown_ratio=0.2) for step in range(30)]
