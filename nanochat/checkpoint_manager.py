@@ -391,7 +391,7 @@ def check_tokenizer(folder, meta_data, tokenizer):
 
 
 def find_model(source, model_tag=None, step=None, companion=False, report=None):
-    """(folder, step) of the checkpoint that load_model takes; UserError if there is none. report as of find_last_step."""
+    """(folder, step) of the checkpoint that load_model takes, or UserError. report: as of find_last_step."""
     folder = model_folder(source, model_tag or find_largest_model(checkpoint_root(source), companion))
     step = find_last_step(folder, report) if step is None else step
     if step is None:
