@@ -65,13 +65,14 @@ def observe(config, script, training):
         training.log.listen(open_telemetry(script, training.tag, {"device": training.device.type}))
 
 
-def with_settings_of_networks(defaults, options):
+def with_settings_of_networks(defaults, options, **others):
     """
     `defaults`, a script's options, with the settings of the networks beside the checkpoint from which a stage with
-    these options starts, if it has any: what continues with them need not be told how they were made.
+    these options starts, if it has any: what continues with them need not be told how they were made. others: further
+    settings in that case.
     """
     meta = load_meta(*find_model(options.source, options.model_tag, options.step))
-    made = MCConfig.saved(meta["megacontext"]).of_networks() if "megacontext" in meta else {}
+    made = MCConfig.saved(meta["megacontext"]).of_networks() | others if "megacontext" in meta else {}
     return replace(defaults, megacontext=replace(defaults.megacontext, **made))
 
 

@@ -1,6 +1,6 @@
 """
-Train GistNet and LensNet for a trained model, which stays unchanged: new ones, or those it has learned with, which
-gain from more steps when the model changes no more.
+Train GistNet and LensNet for a trained model, which stays unchanged: new ones, or those that it has learned with, whose
+gists gain from more steps when the model changes no more.
 
     python -m scripts.mc_train                                   # the largest base model → <tag>-mc
     python -m scripts.mc_train -i sft -g d20 --num_iterations=2000
@@ -64,11 +64,12 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
             mc_beside=0.9,
         )
     )
-    """settings of MegaContext; where a model has networks, the defaults are what they were made with"""
+    """settings of MegaContext; where a model has networks, the defaults are what they were made with, and LensNet is not
+    trained"""
 
     def defaults(self) -> "Config":
-        """See `with_settings_of_networks`."""
-        return Config() if self.hf_path else with_settings_of_networks(Config(), self)
+        """See `with_settings_of_networks`. A LensNet that has learned from chats forgets them on pretraining text."""
+        return Config() if self.hf_path else with_settings_of_networks(Config(), self, mc_lens_loss_weight=0.0)
 
 
 @torch.no_grad()

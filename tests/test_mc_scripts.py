@@ -172,7 +172,7 @@ def test_networks_that_learned_with_the_model_learn_on(mc_trained):
     settings = parse(mc_train.Config, ["-g", "mc", "--mc_gist_limit=9"]).megacontext
     assert (settings.block_size, settings.mc_positional, settings.gistnet_type) == (4, "near", "transformer")
     assert (settings.mc_gist_limit, settings.mc_start, settings.mc_past) == (9, 0, -1)
-    options = ["-g", "mc", *QUICK, "--eval_every=-1", "--allocator_recent_tokens=8", "--mc_lens_loss_weight=0"]
+    options = ["-g", "mc", *QUICK, "--eval_every=-1", "--allocator_recent_tokens=8"]
     train(mc_train, *options, "--num_iterations=2")
     root = mc_trained / "base_checkpoints"
     (model, networks), (same, after) = (
