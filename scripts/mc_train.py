@@ -64,8 +64,8 @@ class Config(TrainingOptions, BatchOptions, PretrainedOptions):
             mc_beside=0.9,
         )
     )
-    """settings of MegaContext; where a model has networks, the defaults are what they were made with, and LensNet is not
-    trained"""
+    """settings of MegaContext; where a model has networks, the defaults are what they were made with, and LensNet is
+    not trained"""
 
     def defaults(self) -> "Config":
         """See `with_settings_of_networks`. A LensNet that has learned from chats forgets them on pretraining text."""
