@@ -24,6 +24,7 @@ REQUIRED = {
     "scripts.export_hf": ["--output=x"],
     "scripts.import_nanochat": ["--from=x"],
     "scripts.lm_eval": ["--tasks=x"],
+    "scripts.mc_train": ["--hf_path=x"],  # else the defaults are those of a checkpoint
 }
 
 
