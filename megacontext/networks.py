@@ -54,8 +54,9 @@ class MCNetworks(nn.Module):
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
+            made = ", ".join(f"{name}={value}" for name, value in MCConfig.saved(settings).of_networks().items())
             raise UserError(
-                f"the checkpoint's MegaContext networks do not fit: they were made with {settings}. Leave "
+                f"the checkpoint's MegaContext networks do not fit: they were made with {made}. Leave "
                 f"--block_size, --gistnet_* and --lensnet_* out, which are then the same ({str(error).splitlines()[0]})"
             ) from error
 
