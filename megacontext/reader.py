@@ -227,6 +227,8 @@ def as_positions(entries, mode, T, gist_limit=0, num_tokens=None):
     most: of more gists, several in turn share one. 0 for no limit. num_tokens: length of the stream at the time for
     which positions are wanted; None for the end of the entries.
     """
+    if mode not in ("near", "rank"):
+        return entries
     _, start, span, valid = entries
     ranks = torch.arange(start.size(1)).expand_as(start)
     if mode == "near":
@@ -238,8 +240,6 @@ def as_positions(entries, mode, T, gist_limit=0, num_tokens=None):
         return entries._replace(
             start=(near + ranks - far.sum(1, keepdim=True)).where(far, start), span=span.where(~far, 1)
         )
-    if mode != "rank":
-        return entries
     if gist_limit:
         gists = (entries.lod > 0).long()
         earlier = gists.cumsum(1) - gists

@@ -547,8 +547,8 @@ def test_a_prompt_that_goes_on_equals_one_from_the_start(model):
 
 def focused_session(model, on_update=None):
     """
-    A session with a history in a random focus, for which there is more room now; and no more wishes. By rank, where no
-    entry is read again for that it is far now.
+    A session with a history in a random focus, for which there is more room now; and no more wishes. Positions are
+    ranks, so that no entry is read again merely because it has become far.
     """
     session = session_of(model, allocator_soft_max=100, mc_positional="rank", on_update=on_update)
     session.prefill(ids(200))
